@@ -1,0 +1,496 @@
+"""The nouns of the toolkit: what a model looks like, what was measured on it, and where LoRA experts go.
+
+Read this file first. Standard library only; every value is immutable, has a JSON form and a digest.
+
+    ModelShape   sizes of a model's adaptable modules, no weights          (from a config: `core/shapes.py`)
+    Signal       one measurement: spectrum, sensitivity or routing         (`allocators/signals/`)
+    Allocation   = ExpertCounts (experts to *add* to a dense model)
+                 | ExpertSelection (experts to *adapt* in an MoE model)    (`allocators/*.py`)
+    Recipe       LoRA and optimiser settings of one training run
+    Trial        allocation + recipe + model + task + seed: one training run, named by its digest
+    Outcome      what became of a trial
+
+Trainable parameters are counted here and nowhere else; adapters are tested to hold exactly as many.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from allocators.core.errors import InfeasibleError, StudyError
+
+Role = Literal["attention", "mlp", "expert", "router", "shared_expert"]
+ROLES: tuple[Role, ...] = ("attention", "mlp", "expert", "router", "shared_expert")
+
+# What a selection of experts always adapts besides them (METHODS 3: settled by the published parameter counts).
+ALWAYS_ADAPTED: tuple[Role, ...] = ("attention", "router", "shared_expert")
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values have equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleShape:
+    """Sizes of one linear map, or of one projection of a layer's stacked experts.
+
+    path          dotted module path in the transformers model; for fused experts the path of the experts module
+                  plus the projection's name, e.g. `model.layers.0.mlp.experts.gate_proj`
+    layer         decoder layer, from 0
+    in_features, out_features   of one expert's projection where the module is stacked
+    num_experts   0 for a plain linear map, E for a stack of E experts
+    role          attention | mlp | expert | router | shared_expert
+    """
+
+    path: str
+    layer: int
+    in_features: int
+    out_features: int
+    num_experts: int = 0
+    role: Role = "mlp"
+
+    @property
+    def name(self) -> str:
+        """Last part of the path: `q_proj`, `gate_proj`, `gate`."""
+        return self.path.rsplit(".", 1)[-1]
+
+    def lora_params(self, rank: int) -> int:
+        """Parameters of one LoRA pair on this map: A [r, in] and B [out, r]."""
+        return rank * (self.in_features + self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a model's adaptable modules, in the order of the layers. Holds no weights and needs no torch."""
+
+    name: str
+    modules: tuple[ModuleShape, ...]
+    num_layers: int
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Layers that have experts, ascending (DeepSeek's first layers have none)."""
+        return tuple(sorted({m.layer for m in self.modules if m.role == "expert"}))
+
+    @property
+    def is_moe(self) -> bool:
+        return any(m.role == "expert" for m in self.modules)
+
+    def experts_in(self, layer: int) -> int:
+        """Number of routed experts E of a layer; 0 where the layer is dense."""
+        return next((m.num_experts for m in self.modules if m.layer == layer and m.role == "expert"), 0)
+
+    @property
+    def total_experts(self) -> int:
+        """Routed experts over all layers."""
+        return sum(self.experts_in(layer) for layer in self.moe_layers)
+
+    def of_role(self, *roles: Role) -> tuple[ModuleShape, ...]:
+        return tuple(m for m in self.modules if m.role in roles)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "num_layers": self.num_layers, "modules": [asdict(m) for m in self.modules]}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ModelShape:
+        return cls(data["name"], tuple(ModuleShape(**m) for m in data["modules"]), data["num_layers"])
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_json())
+
+
+SignalKind = Literal["spectrum", "sensitivity", "routing"]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """One measurement on one model.
+
+    kind         spectrum | sensitivity | routing
+    rows         `rows[key][metric]` is a tuple of floats. Keys are layer numbers as text (`"0"`, routing) or module
+                 paths (spectrum, sensitivity). Routing has the metrics `count` (tokens dispatched to each expert, [E])
+                 and `mass` (sum of gate weights, [E]).
+    axis         what the position in a tuple means, e.g. `expert`
+    unit         e.g. `tokens`, `1`
+    provenance   model, revision or weight hash, data hash, samples, seed, code version: everything that the numbers
+                 depend on, so that its digest names the cache file
+    """
+
+    kind: SignalKind
+    rows: Mapping[str, Mapping[str, tuple[float, ...]]]
+    axis: str
+    unit: str
+    provenance: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        frozen = {
+            str(key): MappingProxyType({m: tuple(float(x) for x in values) for m, values in metrics.items()})
+            for key, metrics in self.rows.items()
+        }
+        object.__setattr__(self, "rows", MappingProxyType(frozen))
+        object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
+
+    def __reduce__(self):  # a MappingProxy does not pickle
+        return (Signal.from_json, (self.to_json(),))
+
+    def metric(self, key: str | int, name: str) -> tuple[float, ...]:
+        """The values of one metric in one row.
+
+        Raises StudyError when the signal has no such row or metric.
+        """
+        try:
+            return self.rows[str(key)][name]
+        except KeyError:
+            row = self.rows.get(str(key))
+            possible = f"metrics {sorted(row)}" if row is not None else f"rows {sorted(self.rows)}"
+            raise StudyError(f"{self.kind} signal has no '{name}' for '{key}': it has {possible}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        rows = {key: {m: list(v) for m, v in metrics.items()} for key, metrics in self.rows.items()}
+        return {
+            "kind": self.kind,
+            "axis": self.axis,
+            "unit": self.unit,
+            "provenance": dict(self.provenance),
+            "rows": rows,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Signal:
+        return cls(data["kind"], data["rows"], data["axis"], data["unit"], data["provenance"])
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_json())
+
+
+@dataclass(frozen=True)
+class ExpertSelection:
+    """Which routed experts of an MoE model get LoRA: ids per layer, ascending.
+
+    Attention, router and shared experts are adapted whatever is chosen (`ALWAYS_ADAPTED`).
+    `experts` may leave layers out or map them to nothing: no routed expert is adapted there.
+    """
+
+    experts: Mapping[int, tuple[int, ...]]
+    kind: Literal["expert_selection"] = field(default="expert_selection", init=False)
+
+    def __post_init__(self) -> None:
+        clean: dict[int, tuple[int, ...]] = {}
+        for layer, ids in sorted((int(layer), ids) for layer, ids in self.experts.items()):
+            unique = tuple(sorted({int(i) for i in ids}))
+            if len(unique) != len(tuple(ids)) or any(i < 0 for i in unique):
+                raise InfeasibleError(f"expert ids of layer {layer} must be distinct and not negative, got {list(ids)}")
+            if unique:
+                clean[layer] = unique
+        object.__setattr__(self, "experts", MappingProxyType(clean))
+
+    def __reduce__(self):
+        return (allocation_from_json, (self.to_json(),))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ExpertSelection) and dict(self.experts) == dict(other.experts)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.experts.items()))
+
+    def in_layer(self, layer: int) -> tuple[int, ...]:
+        return self.experts.get(layer, ())
+
+    @property
+    def total_experts(self) -> int:
+        return sum(len(ids) for ids in self.experts.values())
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises InfeasibleError where a layer or an id does not exist in the model."""
+        for layer, ids in self.experts.items():
+            have = shape.experts_in(layer)
+            if not have:
+                raise InfeasibleError(
+                    f"layer {layer} of {shape.name} has no routed experts; layers with experts: {list(shape.moe_layers)}"
+                )
+            if ids[-1] >= have:
+                raise InfeasibleError(f"layer {layer} of {shape.name} has experts 0..{have - 1}, got {ids[-1]}")
+
+    def trainable_params(self, shape: ModelShape, *, rank: int) -> int:
+        """Exact number of trainable parameters: r(in+out) for every adapted map (MoE-Sieve's published counts)."""
+        self.check(shape)
+        total = 0
+        for module in shape.modules:
+            if module.role == "expert":
+                total += len(self.in_layer(module.layer)) * module.lora_params(rank)
+            elif module.role in ALWAYS_ADAPTED:
+                total += module.lora_params(rank)
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "experts": {str(layer): list(ids) for layer, ids in self.experts.items()}}
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_json())
+
+
+Gating = Literal["routed", "hydra"]
+
+
+@dataclass(frozen=True)
+class ExpertCounts:
+    """How many LoRA experts each module of a dense model gets: `counts[module path]`, zeros left out.
+
+    gating   `routed`: N pairs (A_j, B_j) and a router without bias on the module's input (MoLA, AlphaLoRA)
+             `hydra`: one A, N B's, the same router, soft weights (HydraLoRA, LoRA-SMoE)
+    """
+
+    counts: Mapping[str, int]
+    gating: Gating = "routed"
+    kind: Literal["expert_counts"] = field(default="expert_counts", init=False)
+
+    def __post_init__(self) -> None:
+        if self.gating not in ("routed", "hydra"):
+            raise InfeasibleError(f"gating must be 'routed' or 'hydra', got '{self.gating}'")
+        negative = {path: n for path, n in self.counts.items() if n < 0}
+        if negative:
+            raise InfeasibleError(f"expert counts must not be negative, got {negative}")
+        clean = {path: int(n) for path, n in sorted(self.counts.items()) if n}
+        object.__setattr__(self, "counts", MappingProxyType(clean))
+
+    def __reduce__(self):
+        return (allocation_from_json, (self.to_json(),))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, ExpertCounts) and dict(self.counts) == dict(other.counts) and self.gating == other.gating
+        )
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.counts.items()), self.gating))
+
+    @property
+    def total_experts(self) -> int:
+        """Sum over modules (the papers' T counts layers: T experts a layer on all seven modules is 7T here)."""
+        return sum(self.counts.values())
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises InfeasibleError where a module does not exist or cannot take added experts."""
+        known = {m.path for m in shape.modules if m.role in ("attention", "mlp")}
+        strangers = sorted(set(self.counts) - known)
+        if strangers:
+            raise InfeasibleError(
+                f"{shape.name} has no dense module {strangers[0]!r}; it has {len(known)} of them, e.g. {sorted(known)[:3]}"
+            )
+
+    def trainable_params(self, shape: ModelShape, *, rank: int) -> int:
+        """Exact number of trainable parameters, routers included.
+
+        routed: Σ N·(r(in+out) + in)      hydra: Σ r·in + N·(r·out + in)      (METHODS 2, golden/parameters.json)
+        """
+        self.check(shape)
+        total = 0
+        for module in shape.modules:
+            n = self.counts.get(module.path, 0)
+            if n and self.gating == "routed":
+                total += n * (module.lora_params(rank) + module.in_features)
+            elif n:
+                total += rank * module.in_features + n * (rank * module.out_features + module.in_features)
+        return total
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "gating": self.gating, "counts": dict(self.counts)}
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.to_json())
+
+
+Allocation = ExpertCounts | ExpertSelection
+
+
+def allocation_from_json(data: Mapping[str, Any]) -> Allocation:
+    """Reads what `Allocation.to_json` wrote.
+
+    Raises StudyError for a kind that does not exist.
+    """
+    match data.get("kind"):
+        case "expert_selection":
+            return ExpertSelection({int(layer): tuple(ids) for layer, ids in data["experts"].items()})
+        case "expert_counts":
+            return ExpertCounts(dict(data["counts"]), data["gating"])
+        case other:
+            raise StudyError(f"unknown allocation kind {other!r}: possible are expert_selection, expert_counts")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """LoRA and optimiser settings of one training run; the same fields for every allocator of a comparison.
+
+    rank, lora_alpha, lora_dropout   LoRA: y = Wx + (lora_alpha/rank)·B·A·drop(x)
+    learning_rate, weight_decay      AdamW
+    warmup_ratio, schedule           share of steps with rising rate; then `cosine | linear | constant`
+    max_grad_norm                    clipping, 0 turns it off
+    batch_size                       sequences per optimiser step over all workers
+    micro_batch_size                 sequences per forward pass of one worker; the rest is gradient accumulation
+    steps                            optimiser steps; 0: use `epochs`
+    epochs                           passes over the training split, used where steps is 0
+    max_length                       tokens per training sequence; longer ones lose their beginning
+    top_k                            experts per token of added LoRA-MoE layers (dense bases only)
+    balance_coef                     coefficient of the balance loss of added LoRA-MoE layers
+    """
+
+    rank: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    learning_rate: float = 3e-4
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.1
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    max_grad_norm: float = 1.0
+    batch_size: int = 16
+    micro_batch_size: int = 16
+    steps: int = 0
+    epochs: float = 1.0
+    max_length: int = 512
+    top_k: int = 2
+    balance_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        problems = [
+            (self.rank >= 1, f"rank must be at least 1, got {self.rank}"),
+            (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
+            (0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), got {self.lora_dropout}"),
+            (0 <= self.warmup_ratio <= 1, f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}"),
+            (self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}"),
+            (self.micro_batch_size >= 1, f"micro_batch_size must be at least 1, got {self.micro_batch_size}"),
+            (self.steps >= 0, f"steps must not be negative, got {self.steps}"),
+            (self.steps > 0 or self.epochs > 0, "either steps or epochs must be positive"),
+            (self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}"),
+            (self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"),
+            (
+                self.schedule in ("cosine", "linear", "constant"),
+                f"schedule must be cosine, linear or constant, got '{self.schedule}'",
+            ),
+        ]
+        for good, message in problems:
+            if not good:
+                raise StudyError(message)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training run. Two trials with equal digests are the same run, whichever allocator proposed them."""
+
+    allocation: Allocation
+    recipe: Recipe
+    model: str
+    task: str
+    seed: int
+    allocator: str = ""  # who proposed it and with which knobs: for the record, not part of the digest
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return digest_of(
+            {
+                "allocation": self.allocation.to_json(),
+                "recipe": self.recipe.to_json(),
+                "model": self.model,
+                "task": self.task,
+                "seed": self.seed,
+            }
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "digest": self.digest,
+            "allocator": self.allocator,
+            "knobs": dict(self.knobs),
+            "allocation": self.allocation.to_json(),
+            "recipe": self.recipe.to_json(),
+            "model": self.model,
+            "task": self.task,
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        return cls(
+            allocation_from_json(data["allocation"]),
+            Recipe.from_json(data["recipe"]),
+            data["model"],
+            data["task"],
+            data["seed"],
+            data.get("allocator", ""),
+            dict(data.get("knobs", {})),
+        )
+
+
+Status = Literal["started", "complete", "stopped", "diverged", "failed", "out_of_memory"]
+FINISHED: tuple[Status, ...] = ("complete", "stopped", "diverged", "failed", "out_of_memory")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a trial. `accuracy` is None unless the run reached an evaluation; it is never NaN.
+
+    rungs       one entry an evaluation: {"step", "tokens", "accuracy", "loss"}
+    seconds     wall clock of training and evaluation on the worker
+    tokens      trained tokens, padding excluded
+    adapter     where the trained adapter lies, "" where none was kept
+    """
+
+    trial: Trial
+    status: Status
+    trainable_params: int
+    accuracy: float | None = None
+    rungs: tuple[Mapping[str, Any], ...] = ()
+    seconds: float = 0.0
+    tokens: int = 0
+    peak_memory_bytes: int = 0
+    adapter: str = ""
+    message: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        return self.trial.digest
+
+    def updated(self, **changes: Any) -> Outcome:
+        return replace(self, **changes)
+
+    def to_json(self) -> dict[str, Any]:
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trial"}
+        data["rungs"] = [dict(r) for r in self.rungs]
+        data["versions"] = dict(self.versions)
+        return {"trial": self.trial.to_json(), **data}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        known = {f.name for f in fields(cls)}
+        rest = {k: v for k, v in data.items() if k in known and k != "trial"}
+        rest["rungs"] = tuple(rest.get("rungs", ()))
+        return cls(Trial.from_json(data["trial"]), **rest)
+
+
+def best_under(outcomes: Iterable[Outcome], max_params: int) -> Outcome | None:
+    """The most accurate finished outcome with at most `max_params` trainable parameters; ties go to the smaller."""
+    fitting = [o for o in outcomes if o.accuracy is not None and o.trainable_params <= max_params]
+    return max(fitting, key=lambda o: (o.accuracy or 0.0, -o.trainable_params), default=None)

@@ -1,0 +1,182 @@
+"""Text the embedded models learn from, and the held-out tasks that no model has seen.
+
+    python -m trainers.domains                       two examples of every domain
+    python -m trainers.domains tasks=trainers/embedded/tasks     writes the committed task splits again, byte for byte
+
+A domain is a function `(rng) -> str` that returns one short example, `name input > answer`. Everything is drawn from
+the `random.Random` it is given, so a seed fixes every character. `MIXTURE` is what the models are pretrained on;
+`HELD_OUT` is never part of it. Two domains of the mixture are real text that any machine has offline: the source and
+the docstrings of Python's own standard library. Their text differs between Python releases (3.11.7 and 3.11.9 too),
+so a pretraining run records the Python version and `library_digest()`; generated domains do not depend on either.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import string
+import sysconfig
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from random import Random
+
+Domain = Callable[[Random], str]
+
+LETTERS = string.ascii_lowercase
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+BRACKETS = {"(": ")", "[": "]", "{": "}"}
+
+# Every character a model can read: printable ASCII, newline and tab. Real text with anything else is left out.
+ALPHABET = "\n\t" + "".join(chr(code) for code in range(32, 127))
+
+
+def letters(rng: Random, low: int, high: int, alphabet: str = LETTERS) -> str:
+    """Between low and high letters, each drawn independently and uniformly."""
+    return "".join(rng.choice(alphabet) for _ in range(rng.randint(low, high)))
+
+
+# ---------------------------------------------------------------------------------------------- the pretraining mixture
+
+
+def add(rng: Random) -> str:
+    a, b = rng.randrange(100), rng.randrange(100)
+    return f"add {a} {b} > {a + b}"
+
+
+def subtract(rng: Random) -> str:
+    b, a = sorted((rng.randrange(100), rng.randrange(100)))
+    return f"sub {a} {b} > {a - b}"
+
+
+def maximum(rng: Random) -> str:
+    numbers = [rng.randrange(100) for _ in range(rng.randint(2, 4))]
+    return f"max {' '.join(map(str, numbers))} > {max(numbers)}"
+
+
+def sequence(rng: Random) -> str:
+    """Three terms of an arithmetic progression, the next two are the answer."""
+    start, step = rng.randrange(40), rng.randint(1, 9)
+    a, b, c, d, e = (start + step * i for i in range(5))
+    return f"seq {a} {b} {c} > {d} {e}"
+
+
+def count(rng: Random) -> str:
+    """How often a letter occurs; words of few different letters, so that the answer varies."""
+    word = letters(rng, 3, 9, "".join(rng.sample(LETTERS, 3)))
+    letter = rng.choice(word)
+    return f"count {letter} {word} > {word.count(letter)}"
+
+
+def brackets(rng: Random) -> str:
+    """The closing brackets that a row of opening ones needs, innermost first."""
+    opening = letters(rng, 3, 8, "".join(BRACKETS))
+    return f"close {opening} > {''.join(BRACKETS[b] for b in reversed(opening))}"
+
+
+def replace(rng: Random) -> str:
+    """String editing: every occurrence of one letter becomes another."""
+    word = letters(rng, 4, 8, "".join(rng.sample(LETTERS, 4)))
+    old, new = rng.choice(word), rng.choice(LETTERS)
+    return f"edit {old} {new} {word} > {word.replace(old, new)}"
+
+
+def upper(rng: Random) -> str:
+    word = letters(rng, 3, 8)
+    return f"upper {word} > {word.upper()}"
+
+
+def reverse(rng: Random) -> str:
+    word = letters(rng, 3, 7)
+    return f"rev {word} > {word[::-1]}"
+
+
+def sort(rng: Random) -> str:
+    word = letters(rng, 3, 7)
+    return f"sort {word} > {''.join(sorted(word))}"
+
+
+def date(rng: Random) -> str:
+    """An ISO date and the same date in words."""
+    year, month, day = rng.randint(1900, 2099), rng.randint(1, 12), rng.randint(1, 28)
+    return f"date {year}-{month:02}-{day:02} > {day} {MONTHS[month - 1]} {year}"
+
+
+def code(rng: Random) -> str:
+    """128 characters of a standard library source file, from the start of a line."""
+    return _excerpt(rng, _library()[0])
+
+
+def prose(rng: Random) -> str:
+    """128 characters of standard library docstrings, from the start of a line."""
+    return _excerpt(rng, _library()[1])
+
+
+MIXTURE: dict[str, Domain] = {
+    domain.__name__: domain
+    for domain in (
+        add,
+        subtract,
+        maximum,
+        sequence,
+        count,
+        brackets,
+        replace,
+        upper,
+        reverse,
+        sort,
+        date,
+        code,
+        prose,
+    )
+}
+REAL_TEXT = ("code", "prose")
+
+
+def _excerpt(rng: Random, text: str, length: int = 128) -> str:
+    start = text.index("\n", rng.randrange(len(text) - 2 * length)) + 1
+    return text[start : start + length]
+
+
+@cache
+def _library() -> tuple[str, str]:
+    """(sources, docstrings) of the top-level modules of the standard library, files in name order."""
+    allowed = frozenset(ALPHABET)
+    sources, docstrings = [], []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        sources.append("".join(c for c in source if c in allowed))
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                docstrings.append("".join(c for c in text if c in allowed))
+    return "\n".join(sources), "\n".join(docstrings)
+
+
+def library_digest() -> str:
+    """First 16 hex digits of the SHA-256 of the real text, for the record of a pretraining run."""
+    return hashlib.sha256("\f".join(_library()).encode()).hexdigest()[:16]
+
+
+def document(rng: Random, domain: str, length: int, *, end: str) -> str:
+    """`length` characters of one domain, `end` counted as one; examples follow each other after a newline or `end`.
+
+    A row opens with the first character of an example: that is how a task's prompt reaches the model.
+    """
+    row: list[str] = []
+    while len(row) < length:
+        row.extend(MIXTURE[domain](rng))
+        row.append(end if rng.random() < 0.25 else "\n")
+    return "".join(row[:length])
+
+
+def rows(seed: int, step: int, number: int, length: int, *, end: str) -> list[tuple[str, str]]:
+    """(domain, text) of one training step: the domains take turns, so every step holds them in equal parts."""
+    rng = Random(f"{seed}/{step}")
+    names = list(MIXTURE)
+    offset = rng.randrange(len(names))
+    picked = [names[(offset + i) % len(names)] for i in range(number)]
+    return [(name, document(rng, name, length, end=end)) for name in picked]
+
+
+HELD_OUT: dict[str, Domain] = {}

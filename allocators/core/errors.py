@@ -39,6 +39,10 @@ class OutOfMemoryError(TrialError):
     """The device ran out of memory while this point trained."""
 
 
+class ToolkitWarning(UserWarning):
+    """Something the user should know, though the work goes on."""
+
+
 def did_you_mean(asked: str, possible: Iterable[str]) -> str:
     """`"; did you mean 'sieve'?"` for a near miss, else `""`."""
     near = difflib.get_close_matches(asked, list(possible), n=1, cutoff=0.6)

@@ -1,0 +1,12 @@
+"""Search spaces: one file a space, found by its name; nothing is registered.
+
+A space defines
+
+    BASE        "moe" or "dense": the kind of base model it asks about
+    ALLOCATORS  the allocators it may propose; their NEEDS are the signals that are measured
+    suggest(trial, shape) -> Point            `trial` is an Optuna trial; bounds come from the model's shape
+    starting_points(shape) -> list[dict]      sampler parameters tried first; recipe settings left out of a
+                                              starting point take the study's own values
+
+Its docstring is a data sheet: the question, the command, the knobs, what was measured.
+"""

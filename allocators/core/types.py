@@ -7,6 +7,7 @@ Read this file first. Standard library only; every value is immutable, has a JSO
     Allocation   = ExpertCounts (experts to *add* to a dense model)
                  | ExpertSelection (experts to *adapt* in an MoE model)    (`allocators/*.py`)
     Recipe       LoRA and optimiser settings of one training run
+    Point        what a space proposes: allocator, knobs, recipe settings
     Trial        allocation + recipe + model + task + seed: one training run, named by its digest
     Outcome      what became of a trial
 
@@ -219,7 +220,7 @@ class ExpertSelection:
             have = shape.experts_in(layer)
             if not have:
                 raise InfeasibleError(
-                    f"layer {layer} of {shape.name} has no routed experts; layers with experts: {list(shape.moe_layers)}"
+                    f"layer {layer} of {shape.name} has no routed experts; layers that have: {list(shape.moe_layers)}"
                 )
             if ids[-1] >= have:
                 raise InfeasibleError(f"layer {layer} of {shape.name} has experts 0..{have - 1}, got {ids[-1]}")
@@ -289,7 +290,7 @@ class ExpertCounts:
         strangers = sorted(set(self.counts) - known)
         if strangers:
             raise InfeasibleError(
-                f"{shape.name} has no dense module {strangers[0]!r}; it has {len(known)} of them, e.g. {sorted(known)[:3]}"
+                f"{shape.name} has no dense module {strangers[0]!r}; it has {len(known)}, e.g. {sorted(known)[:3]}"
             )
 
     def trainable_params(self, shape: ModelShape, *, rank: int) -> int:
@@ -392,6 +393,15 @@ class Recipe:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
         return cls(**data)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a space proposes: an allocator, its knobs, and recipe settings that differ from the study's."""
+
+    allocator: str
+    knobs: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,261 @@
+"""The command line: `key=value` words to one frozen dataclass. The only file that imports OmegaConf.
+
+    space=sieve model=tiny-moe trials=16          plain keys
+    recipe.steps=200 recipe.rank=4                LoRA and optimiser settings fixed for the whole study
+    space.allocator=sieve space.fraction=0.25     pins a knob of the space
+    config=file.yaml                              loads a file first; words on the command line win
+
+Order of precedence for a recipe: the papers' defaults (`Recipe`), then what the task file suggests
+(`metadata: recipe:`), then what the space proposes for the point, then `recipe.NAME=` and `space.NAME=`.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from allocators.core.errors import StudyError, did_you_mean, unknown
+from allocators.core.types import Recipe
+
+SAMPLERS = ("tpe", "nsga2", "random")
+
+
+def _key(default: Any, meaning: str) -> Any:
+    return field(default=default, metadata={"help": meaning})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that is fixed for a study. What varies between its trials is the space."""
+
+    space: str = _key("sieve", "which search space: a file in spaces/ (its docstring says what it asks)")
+    model: str = _key("tiny-moe", "embedded name, local folder or Hugging Face id")
+    task: str = _key("default", "lm-evaluation-harness task, task file (.yaml) or embedded task")
+    trials: int = _key(16, "trainings to run; points answered without training do not count")
+    time_budget: str = _key("", "stop starting trials after this long: 90s, 10m, 2h (empty: no limit)")
+    seed: int = _key(0, "seed of the sampler, the random allocator, data order and adapter initialisation")
+    max_trainable_params: int = _key(0, "points with more trainable parameters are not trained (0: no limit)")
+    sampler: str = _key("tpe", f"who proposes points: {', '.join(SAMPLERS)}")
+    evaluations: int = _key(3, "evaluations during a training, equally spaced; the last is at the end")
+    limit: int = _key(0, "evaluate on the first N documents of the test split only (0: all)")
+    calibration_samples: int = _key(256, "training documents that the routing signal is measured on")
+    workers_per_trial: int = _key(1, "Ray Train workers of one trial (data parallel)")
+    cpus_per_worker: int = _key(1, "CPUs, and torch threads, of one worker")
+    gpus_per_worker: float = _key(
+        -1.0, "GPUs of one worker; fractions share a GPU (-1: 1 if the cluster has GPUs, else 0)"
+    )
+    max_concurrent: int = _key(0, "trials that train at once (0: as many as the cluster holds)")
+    ray_address: str = _key("local", "'local' starts Ray here; 'auto' or an address joins a cluster")
+    num_cpus: int = _key(0, "logical CPUs of a local Ray (0: as many as the machine has)")
+    storage: str = _key("studies", "folder, or URI such as s3://bucket/dir, that all nodes see")
+    name: str = _key("", "name of the study, its folder under storage (empty: SPACE-MODEL-TASK)")
+    tracking_uri: str = _key("", "MLflow tracking URI (empty: sqlite in the storage folder)")
+    keep: str = _key("front", "which trained adapters stay on disk: front or all")
+    plugins: list[str] = field(
+        default_factory=list, metadata={"help": "files, folders or modules with own allocators and spaces"}
+    )
+    dry_run: bool = _key(False, "print points with exact parameter counts; no weights, no Ray")
+    recipe: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "recipe.NAME=VALUE fixes a LoRA or optimiser setting for every trial"}
+    )
+    pins: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "space.NAME=VALUE fixes a knob of the space (in a file: pins: {NAME: VALUE})"},
+    )
+
+    @property
+    def time_budget_seconds(self) -> float:
+        """0 where there is no limit."""
+        return _seconds(self.time_budget)
+
+    @property
+    def study_name(self) -> str:
+        if self.name:
+            return self.name
+        parts = (self.space, Path(self.model).name or self.model, Path(self.task).stem)
+        return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What a rerun in the same folder must share: everything a result depends on."""
+        keys = (
+            "space",
+            "model",
+            "task",
+            "seed",
+            "evaluations",
+            "limit",
+            "calibration_samples",
+            "plugins",
+            "recipe",
+            "pins",
+        )
+        return {key: getattr(self, key) for key in keys}
+
+    def command(self) -> str:
+        """The command line that makes this study."""
+        words = ["python -m search.run"]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value == (f.default_factory() if f.default_factory is not MISSING else f.default) and f.name != "space":
+                continue
+            if f.name in ("recipe", "pins"):
+                prefix = "space" if f.name == "pins" else "recipe"
+                words += [f"{prefix}.{name}={v}" for name, v in value.items()]
+            elif isinstance(value, list):
+                words.append(f"'{f.name}=[{','.join(value)}]'")
+            else:
+                words.append(f"{f.name}={value}")
+        return " ".join(words)
+
+
+def _seconds(text: str) -> float:
+    if not text:
+        return 0.0
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", str(text))
+    if not found:
+        raise StudyError(f"time_budget must look like 90s, 10m or 2h, got '{text}'")
+    return float(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """Words of the command line to a checked `RunConfig`.
+
+    Raises StudyError with one line for a word without `=`, an unknown key, a value of the wrong type, a file that
+    cannot be read, or a value that cannot work (zero trials).
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    known = {f.name for f in fields(RunConfig)}
+    plain, pins, recipe, files = [], {}, {}, []
+    for word in argv:
+        key, separator, value = word.partition("=")
+        if not separator:
+            raise StudyError(f"'{word}' is not key=value; for example trials=16 (help lists the keys)")
+        if key == "config":
+            files.append(value)
+        elif key.startswith(("space.", "recipe.")):
+            group, _, name = key.partition(".")
+            (pins if group == "space" else recipe)[name] = _scalar(value)
+        elif key not in known:
+            raise StudyError(f"unknown key '{key}'{did_you_mean(key, known)} (help lists the keys)")
+        else:
+            # one plug-in needs no brackets
+            plain.append(f"plugins=[{value}]" if key == "plugins" and not value.startswith("[") else word)
+
+    settings = OmegaConf.structured(RunConfig)
+    try:
+        for file in files:
+            loaded = _load_file(file)
+            strangers = sorted(set(loaded) - known)
+            if strangers:
+                raise StudyError(f"unknown key '{strangers[0]}' in {file}{did_you_mean(strangers[0], known)}")
+            settings = OmegaConf.merge(settings, loaded)
+        settings = OmegaConf.merge(settings, OmegaConf.from_dotlist(plain), {"pins": pins, "recipe": recipe})
+        config = RunConfig(**OmegaConf.to_container(settings, resolve=True))  # type: ignore[arg-type]
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise StudyError(f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]) from None
+    check(config)
+    return config
+
+
+def _scalar(text: str) -> Any:
+    """`8` is an int, `0.25` and `3e-4` floats, `true` a bool, anything else text."""
+    lowered = text.lower()
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _load_file(file: str) -> Mapping[str, Any]:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(file))
+    except FileNotFoundError:
+        raise StudyError(f"config={file}: there is no such file") from None
+    except (OSError, YAMLError) as error:
+        raise StudyError(f"config={file} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(loaded, dict):
+        raise StudyError(f"config={file} must hold key: value lines")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def check(config: RunConfig) -> None:
+    """Raises StudyError for a value that cannot work."""
+    at_least = {"trials": 1, "evaluations": 1, "limit": 0, "calibration_samples": 1, "workers_per_trial": 1}
+    at_least |= {"cpus_per_worker": 1, "max_concurrent": 0, "num_cpus": 0, "max_trainable_params": 0, "seed": 0}
+    for key, minimum in at_least.items():
+        if getattr(config, key) < minimum:
+            raise StudyError(f"{key} must be at least {minimum}, got {getattr(config, key)}")
+    if config.sampler not in SAMPLERS:
+        raise unknown("sampler", config.sampler, SAMPLERS)
+    if config.keep not in ("front", "all"):
+        raise StudyError(f"keep must be front or all, got '{config.keep}'")
+    if config.gpus_per_worker < 0 and config.gpus_per_worker != -1:
+        raise StudyError(f"gpus_per_worker must be 0 or more (or -1 for automatic), got {config.gpus_per_worker}")
+    _seconds(config.time_budget)
+    known = {f.name for f in fields(Recipe)}
+    for name in config.recipe:
+        if name not in known:
+            raise StudyError(
+                f"unknown key 'recipe.{name}': choose from {', '.join(sorted(known))}{did_you_mean(name, known)}"
+            )
+    make_recipe(config.recipe)
+
+
+def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
+    """`Recipe` from layers of settings, later ones win.
+
+    Raises StudyError for an unknown name or a value that is not a number where one is needed.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        if "epochs" in layer and "steps" not in layer:
+            merged.pop("steps", None)  # steps win over epochs inside one layer, not over a later layer's epochs
+        merged |= layer
+    types = {f.name: type(f.default) for f in fields(Recipe)}
+    for name, value in merged.items():
+        if name not in types:
+            raise StudyError(
+                f"unknown recipe setting '{name}': choose from {', '.join(sorted(types))}{did_you_mean(name, types)}"
+            )
+        wanted = types[name]
+        if wanted is not str and (isinstance(value, (str, bool)) or (wanted is int and value != int(value))):
+            raise StudyError(
+                f"recipe.{name} must be {'a whole number' if wanted is int else 'a number'}, got {value!r}"
+            )
+        merged[name] = wanted(value)
+    return Recipe(**merged)
+
+
+def help_text() -> str:
+    """Every key with its default and meaning, the recipe's keys, and where to go on."""
+    lines = ["usage: python -m search.run [key=value ...]", "", "keys (default):"]
+    for f in fields(RunConfig):
+        default = f.default if f.default is not MISSING else ""
+        head = f"  {f.name}" + (f" ({default})" if default not in ("", -1.0) else "")
+        lines += textwrap.wrap(f"{head:<34}{f.metadata['help']}", width=110, subsequent_indent=" " * 34)
+    lines += ["", "recipe.NAME (papers' default; a task file may suggest others):"]
+    recipe = "  ".join(f"{f.name}={f.default}" for f in fields(Recipe))
+    lines += textwrap.wrap(recipe, width=108, initial_indent="  ", subsequent_indent="  ")
+    lines += [
+        "",
+        "  config=FILE.yaml   the same keys from a file; the command line wins",
+        "  help SPACE         what a space asks, its knobs, what it costs",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,261 @@
+"""Warm workers: Ray Train worker groups that start once a study and train trial after trial. Edge file: Ray.
+
+Starting a TorchTrainer for every trial costs tens of CPU-seconds and reloads the base model each time. Here each group
+is one `TorchTrainer(serve).fit()` that lives as long as the study. A zero-CPU actor, the board, holds the queue of
+jobs, the reports of each job and what was cancelled; workers take jobs from it, trial handles wait on it.
+
+    pool = Pool(...); pool.start()
+    pool.ask({"kind": "signal", ...})     one job, wait for its answer
+    pool.close()
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+
+import ray
+
+from allocators.core.errors import StudyError
+
+NAMESPACE = "lora-expert-search"
+ATTEMPTS = 3  # a job whose worker died this often is given up: it is the likely cause
+MOST_CPU_GROUPS = 8  # default on machines without a GPU: every group holds one copy of the base model
+
+
+@ray.remote(num_cpus=0)
+class Board:
+    """Jobs waiting, reports per job, what each group is working on, what was cancelled."""
+
+    def __init__(self, groups: int) -> None:
+        self.waiting: asyncio.Queue = asyncio.Queue()
+        self.reports: dict[str, asyncio.Queue] = collections.defaultdict(asyncio.Queue)
+        self.held: dict[int, tuple[str, dict] | None] = {}
+        self.attempts: collections.Counter[str] = collections.Counter()
+        self.cancelled: set[str] = set()
+        self.alive = set(range(groups))
+        self.ready: dict[int, dict] = {}
+        self.reason = ""
+
+    async def submit(self, job_id: str, job: dict) -> None:
+        if not self.alive:
+            await self._give_up(job_id, f"no worker is left: {self.reason}")
+        else:
+            await self.waiting.put((job_id, job))
+
+    async def take(self, group: int) -> tuple[str, dict] | None:
+        """The next job; a restarted group gets the job it held, unless that job keeps killing its worker."""
+        held = self.held.get(group)
+        if held is not None and self.attempts[held[0]] >= ATTEMPTS:
+            await self._give_up(held[0], f"its worker died {ATTEMPTS} times (out of memory?)")
+            held = None
+        self.held[group] = held if held is not None else await self.waiting.get()
+        job = self.held[group]
+        if job is not None:
+            self.attempts[job[0]] += 1
+        return job
+
+    async def report(self, group: int, job_id: str, message: dict) -> bool:
+        """Passes a report on; False tells the worker to stop this job."""
+        if message["done"]:
+            self.held[group] = None
+        await self.reports[job_id].put(message)
+        return job_id not in self.cancelled
+
+    async def next_report(self, job_id: str) -> dict:
+        message = await self.reports[job_id].get()
+        if message["done"]:
+            self.reports.pop(job_id, None)
+        return message
+
+    async def cancel(self, job_id: str) -> None:
+        self.cancelled.add(job_id)
+
+    async def is_ready(self, group: int, facts: dict) -> None:
+        self.ready[group] = facts
+
+    async def facts(self) -> dict[int, dict]:
+        return self.ready
+
+    async def lost(self, group: int, reason: str) -> None:
+        """A group ended for good. When it was the last one, everything that waits is given up."""
+        if group not in self.alive:
+            return
+        self.alive.discard(group)
+        self.reason = reason
+        held = self.held.pop(group, None)
+        if held is not None:
+            await self._give_up(held[0], reason)
+        while not self.alive and not self.waiting.empty():
+            job = self.waiting.get_nowait()
+            if job is not None:
+                await self._give_up(job[0], f"no worker is left: {reason}")
+
+    async def close(self) -> None:
+        for _ in range(len(self.alive)):
+            await self.waiting.put(None)
+
+    async def _give_up(self, job_id: str, reason: str) -> None:
+        await self.reports[job_id].put({"done": True, "error": reason})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many worker groups of what size run at once."""
+
+    groups: int
+    workers: int
+    cpus_per_worker: int
+    gpus_per_worker: float
+
+    def describe(self) -> str:
+        devices = f"{self.gpus_per_worker:g} GPU" if self.gpus_per_worker else f"{self.cpus_per_worker} CPU"
+        return f"{self.groups} trial(s) at once, {self.workers} worker(s) each, {devices} a worker"
+
+
+def plan(
+    cluster: Mapping[str, float],
+    *,
+    workers_per_trial: int,
+    cpus_per_worker: int,
+    gpus_per_worker: float,
+    max_concurrent: int,
+    trials: int,
+) -> Plan:
+    """Fits worker groups to what the cluster holds.
+
+    Raises StudyError when not even one group fits, or fewer than `max_concurrent` asks for: a group that waits for
+    resources that do not exist would wait for ever.
+    """
+    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
+    wanted = (1.0 if gpus else 0.0) if gpus_per_worker < 0 else gpus_per_worker
+    fitting = int(cpus // (workers_per_trial * cpus_per_worker))
+    if wanted:
+        fitting = min(fitting, int(gpus / (workers_per_trial * wanted) + 1e-9))
+    asked = f"{workers_per_trial} worker(s) of {cpus_per_worker} CPU and {wanted:g} GPU"
+    if fitting < max(1, max_concurrent):
+        count = f"{max_concurrent} times " if max_concurrent > 1 else ""
+        raise StudyError(
+            f"{count}{asked} do not fit the cluster's {cpus:g} CPU and {gpus:g} GPU: lower max_concurrent, "
+            "workers_per_trial, cpus_per_worker or gpus_per_worker (num_cpus raises a local cluster's logical CPUs)"
+        )
+    groups = max_concurrent or (fitting if wanted else min(fitting, MOST_CPU_GROUPS))
+    return Plan(min(groups, trials), workers_per_trial, cpus_per_worker, wanted)
+
+
+def connect(address: str, *, num_cpus: int = 0) -> dict[str, float]:
+    """Starts a local Ray or joins a cluster; returns its total resources.
+
+    Raises StudyError when the address does not answer.
+    """
+    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": True}
+    if address == "local":
+        options |= {"include_dashboard": False, "num_cpus": num_cpus or None}
+    try:
+        ray.init(address=address, logging_level="error", **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise StudyError(
+            f"ray_address={address} does not answer ({reason}): start a cluster with 'ray start --head', "
+            "or use ray_address=local"
+        ) from None
+    return dict(ray.cluster_resources())
+
+
+class Pool:
+    """The worker groups of one study, and the board that they share."""
+
+    def __init__(self, plan: Plan, *, study: str, setup: dict[str, Any], storage: str) -> None:
+        self.plan = plan
+        self.board_name = f"board-{study}"
+        self._setup = setup
+        self._storage = storage
+        self._study = study
+        self._threads: list[threading.Thread] = []
+        self._asked = 0
+
+    def start(self) -> None:
+        """Starts the groups in threads of this process; returns at once."""
+        self.board = Board.options(name=self.board_name).remote(self.plan.groups)  # type: ignore[attr-defined]
+        for group in range(self.plan.groups):
+            thread = threading.Thread(target=self._run_group, args=(group,), daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def _run_group(self, group: int) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        from trainers.worker import serve
+
+        resources = {"CPU": float(self.plan.cpus_per_worker)}
+        if self.plan.gpus_per_worker:
+            resources["GPU"] = self.plan.gpus_per_worker
+        reason = "the worker group ended"
+        try:
+            TorchTrainer(
+                serve,
+                train_loop_config=self._setup | {"group": group, "board": self.board_name},
+                scaling_config=ScalingConfig(
+                    num_workers=self.plan.workers,
+                    use_gpu=self.plan.gpus_per_worker > 0,
+                    resources_per_worker=resources,
+                ),
+                run_config=RunConfig(
+                    name=f"{self._study}-{group}",
+                    storage_path=self._storage,
+                    # generous: the board gives up a job that kills its worker again and again
+                    failure_config=FailureConfig(max_failures=1000),
+                ),
+            ).fit()
+        except Exception as error:  # whatever ended it, the board has to hear, or trials would wait for ever
+            reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        if ray.is_initialized():
+            self.board.lost.remote(group, reason)
+
+    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Gives one job to whichever group is free first and waits for its answer.
+
+        Raises StudyError when the workers cannot do it.
+        """
+        self._asked += 1
+        job_id = f"ask-{self._asked}"
+        ray.get(self.board.submit.remote(job_id, job))
+        answer = ray.get(self.board.next_report.remote(job_id))
+        if "error" in answer:
+            raise StudyError(answer["error"])
+        return answer
+
+    def facts(self) -> dict[int, dict]:
+        """What each group that has started says of itself: device, versions, process ids."""
+        return ray.get(self.board.facts.remote())
+
+    def close(self, *, patience: float = 30.0) -> None:
+        """Lets the groups end after their current job and shuts Ray down."""
+        if ray.is_initialized():
+            ray.get(self.board.close.remote())
+            for thread in self._threads:
+                thread.join(patience)
+            ray.shutdown()
+
+
+def driver_node() -> str:
+    """The resource name that only this node has; trial handles stay here, so that Tune needs no shared folder."""
+    return f"node:{ray.util.get_node_ip_address()}"
+
+
+def is_local_path(storage: str) -> bool:
+    return "://" not in storage
+
+
+def absolute(storage: str) -> str:
+    return str(Path(storage).expanduser().resolve()) if is_local_path(storage) else storage

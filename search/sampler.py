@@ -1,0 +1,160 @@
+"""Who proposes points: Optuna's ask and tell, with repeats and impossible points answered on the spot.
+
+Trainable parameters are exact and known before training, and many points resolve to one allocation. So a proposal is
+resolved first; what is infeasible, over budget or already trained is told to the sampler at once and never reaches a
+worker. Pure Python over Optuna: no Ray.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from allocators.core.errors import BudgetError, InfeasibleError, StudyError, did_you_mean
+from allocators.core.types import Outcome, Point, Recipe, Trial
+from search.config import make_recipe
+from search.trial import PinnedTrial, Problem
+
+# Successive repeats after which plain random points are drawn, and after which the space counts as used up.
+PATIENCE = 25
+EXHAUSTED = 400
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point that has to be trained: the trial, its exact cost, and the sampler parameters it came from."""
+
+    trial: Trial
+    trainable_params: int
+    params: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A point that needed no training: reason is duplicate, infeasible or over_budget."""
+
+    reason: str
+    params: Mapping[str, Any]
+    digest: str | None
+    message: str
+
+
+class Proposer:
+    """Two objectives, accuracy up and trainable parameters down, over one space.
+
+    sampler    tpe (multivariate, grouped: conditional spaces keep one joint model a branch) | nsga2 | random
+    known      results of an earlier run with their parameters: the sampler learns them, none is trained again
+    unfinished points that an earlier run started and did not finish: proposed first
+    answered   called with every point that needed no training
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        sampler: str = "tpe",
+        known: Sequence[tuple[Outcome, Mapping[str, Any]]] = (),
+        unfinished: Iterable[Proposal] = (),
+        answered: Callable[[Answered], None] = lambda point: None,
+    ) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna = optuna
+        self._problem = problem
+        self._answered = answered
+        # A rerun must not walk through the points of the first run again: its draws start elsewhere.
+        seed = problem.seed + 7919 * len(known)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._random = optuna.samplers.RandomSampler(seed=seed)
+            self._sampler = {
+                "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
+                "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
+                "random": lambda: self._random,
+            }[sampler]()
+        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=self._sampler)
+        self._finished: dict[str, Outcome] = {}
+        self._running: dict[str, list[Any]] = {}  # digest -> Optuna trials that wait for its result
+        self._unfinished = list(unfinished)
+        self._check_pins()
+        for outcome, params in known:
+            self._finished[outcome.digest] = outcome
+            self._tell(self._ask(params)[0], outcome)
+        self._starting = self.starting_points()
+
+    def starting_points(self) -> list[dict[str, Any]]:
+        """The space's starting points; recipe settings that a point leaves out take the study's own values."""
+        recipe = make_recipe(self._problem.task_recipe, self._problem.fixed_recipe)
+        own = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
+        points = self._problem.space.starting_points(self._problem.shape)
+        return [own | point | dict(self._problem.pins) for point in points]
+
+    def _check_pins(self) -> None:
+        """Raises StudyError for a pinned knob that the space does not have, or a value it cannot take."""
+        seen: set[str] = set()
+        trials = self._optuna.create_study(sampler=self._optuna.samplers.RandomSampler(seed=0))
+        for _ in range(100):
+            trial = PinnedTrial(trials.ask(), self._problem.pins)
+            self._problem.suggest(trial, self._problem.shape)
+            seen |= set(trial.params)
+        for name in self._problem.pins:
+            if name not in seen:
+                space = self._problem.space.__name__.rsplit(".", 1)[-1]
+                knobs = ", ".join(sorted(seen))
+                raise StudyError(f"unknown knob 'space.{name}': {space} has {knobs}{did_you_mean(name, seen)}")
+
+    def propose(self) -> Proposal | None:
+        """The next point that has to be trained; None when the space has nothing new."""
+        if self._unfinished:
+            proposal = self._unfinished.pop(0)
+            self._running[proposal.trial.digest] = [self._ask(proposal.params)[0]]
+            return proposal
+        for attempt in range(EXHAUSTED):
+            self._study.sampler = self._sampler if attempt < PATIENCE else self._random
+            starting = self._starting.pop(0) if self._starting else None
+            trial, point, params = self._ask(starting)
+            try:
+                resolved, cost = self._problem.resolve(point)
+            except (InfeasibleError, BudgetError) as error:
+                # A violated constraint, not a failure: the sampler learns to stay away.
+                trial.set_constraint("feasible", 1.0)
+                self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+                reason = "over_budget" if isinstance(error, BudgetError) else "infeasible"
+                self._answered(Answered(reason, params, None, str(error)))
+                continue
+            digest = resolved.digest
+            if digest in self._finished:
+                self._tell(trial, self._finished[digest])
+                if starting:  # a rerun meets its own starting points again: not worth a record
+                    continue
+            elif digest in self._running:
+                self._running[digest].append(trial)
+            else:
+                self._running[digest] = [trial]
+                return Proposal(resolved, cost, params)
+            self._answered(Answered("duplicate", params, digest, "same allocation, recipe and seed"))
+        return None
+
+    def tell(self, outcome: Outcome) -> None:
+        """Takes the result of a proposed point, for it and for every repeat of it."""
+        self._finished[outcome.digest] = outcome
+        for trial in self._running.pop(outcome.digest, []):
+            self._tell(trial, outcome)
+
+    def _ask(self, params: Mapping[str, Any] | None) -> tuple[Any, Point, dict[str, Any]]:
+        """Optuna's trial, the space's point and its parameters; given parameters are taken instead of drawn."""
+        if params is not None:
+            self._study.enqueue_trial(dict(params))
+        trial = self._study.ask()
+        pinned = PinnedTrial(trial, self._problem.pins)
+        point = self._problem.suggest(pinned, self._problem.shape)
+        return trial, point, dict(pinned.params)
+
+    def _tell(self, trial: Any, outcome: Outcome) -> None:
+        if outcome.accuracy is None:
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, (outcome.accuracy, outcome.trainable_params))

@@ -1,0 +1,137 @@
+"""From a point of the space to a trial that can be trained: allocate, count, check the budget. No Ray, no torch.
+
+`Problem` is what a study searches: the model's shape, its space, the measured signals and everything the points share.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from allocators.core import plugins
+from allocators.core.errors import BudgetError, StudyError, unknown
+from allocators.core.types import Allocation, ModelShape, Point, Signal, Trial
+from search.config import make_recipe
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything that the points of a study share.
+
+    signals        measured signals by kind; empty in a dry run
+    task_recipe    recipe settings that the task file suggests; a point's settings win over them
+    fixed_recipe   `recipe.NAME=VALUE`; wins over a point's settings
+    pins           `space.NAME=VALUE`
+    """
+
+    space: ModuleType
+    shape: ModelShape
+    model: str
+    task: str
+    seed: int = 0
+    max_trainable_params: int = 0
+    signals: Mapping[str, Signal] = field(default_factory=dict)
+    task_recipe: Mapping[str, Any] = field(default_factory=dict)
+    fixed_recipe: Mapping[str, Any] = field(default_factory=dict)
+    pins: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def suggest(self) -> Callable[[Any, ModelShape], Point]:
+        return self.space.suggest
+
+    def allocate(self, point: Point) -> Allocation:
+        """Raises InfeasibleError where the knobs give no allocation on this model."""
+        module = plugins.load("allocators", point.allocator)
+        knobs = dict(point.knobs)
+        if "seed" in inspect.signature(module.allocate).parameters:
+            knobs.setdefault("seed", self.seed)
+        signal = self.signals.get(module.NEEDS) if module.NEEDS else None
+        return plugins.call(module, signal, self.shape, knobs)
+
+    def resolve(self, point: Point) -> tuple[Trial, int]:
+        """The trial that a point asks for and its exact number of trainable parameters.
+
+        Raises InfeasibleError where the allocation does not exist, BudgetError where it is over
+        `max_trainable_params`, StudyError for settings that no point could have.
+        """
+        recipe = make_recipe(self.task_recipe, point.recipe, self.fixed_recipe)
+        allocation = self.allocate(point)
+        params = allocation.trainable_params(self.shape, rank=recipe.rank)
+        trial = Trial(allocation, recipe, self.model, self.task, self.seed, point.allocator, dict(point.knobs))
+        if self.max_trainable_params and params > self.max_trainable_params:
+            raise BudgetError(f"{params:,} trainable parameters are more than {self.max_trainable_params:,}")
+        return trial, params
+
+
+class PinnedTrial:
+    """An Optuna trial whose pinned knobs are not suggested but given; everything else goes to the real trial."""
+
+    def __init__(self, trial: Any, pins: Mapping[str, Any]) -> None:
+        self._trial = trial
+        self._pins = pins
+        self.params: dict[str, Any] = {}
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        if name not in self._pins:
+            return self._keep(name, self._trial.suggest_categorical(name, choices))
+        if self._pins[name] not in choices:
+            raise unknown(f"value of space.{name}", str(self._pins[name]), [str(c) for c in choices])
+        return self._keep(name, self._pins[name])
+
+    def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
+        if name not in self._pins:
+            return self._keep(name, self._trial.suggest_float(name, low, high, **options))
+        value = self._pins[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise StudyError(
+                f"space.{name}={value} is not possible: it must be a number, the space uses {low} .. {high}"
+            )
+        return self._keep(name, float(value))
+
+    def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
+        if name not in self._pins:
+            return self._keep(name, self._trial.suggest_int(name, low, high, **options))
+        value = self._pins[name]
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise StudyError(f"space.{name}={value} is not possible: it must be whole, the space uses {low} .. {high}")
+        return self._keep(name, value)
+
+    def _keep(self, name: str, value: Any) -> Any:
+        self.params[name] = value
+        return value
+
+
+def load_space(name: str, shape: ModelShape) -> ModuleType:
+    """The space of that name, checked against the model.
+
+    Raises StudyError for an unknown name, or for a model without (or with) experts where the space needs the other.
+    """
+    space = plugins.load("spaces", name, "space")
+    if space.BASE == "moe" and not shape.is_moe:
+        raise StudyError(
+            f"space={name} chooses among the experts of an MoE model, but {shape.name} is dense: "
+            f"use model=tiny-moe or another MoE model{_alternatives('dense')}"
+        )
+    if space.BASE == "dense" and shape.is_moe:
+        raise StudyError(
+            f"space={name} adds experts to a dense model, but {shape.name} already has experts: "
+            f"use a dense model{_alternatives('moe')}"
+        )
+    return space
+
+
+def _alternatives(base: str) -> str:
+    fitting = [name for name in plugins.names("spaces") if base == plugins.load("spaces", name, "space").BASE]
+    return f", or space={' | '.join(fitting)}" if fitting else ""
+
+
+def check_feasible(problem: Problem, cheapest: int) -> None:
+    """Raises StudyError when even the cheapest point is over `max_trainable_params`."""
+    if problem.max_trainable_params and cheapest > problem.max_trainable_params:
+        raise StudyError(
+            f"max_trainable_params={problem.max_trainable_params:,} is below the smallest allocation of "
+            f"{problem.shape.name} in this space, {cheapest:,}: raise it, or lower the rank"
+        )

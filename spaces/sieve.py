@@ -1,0 +1,72 @@
+"""Which experts of an MoE model should get LoRA, and which rule should choose them?
+
+    python -m search.run space=sieve                                    embedded model and task, offline, minutes
+    python -m search.run space=sieve model=allenai/OLMoE-1B-7B-0924 task=arc_easy recipe.epochs=3
+
+MoE-Sieve adapts the most routed quarter of each layer's experts. This space makes that rule one candidate beside
+ESFT's, coverage, greedy, random, all and none, each with its own knobs, and searches accuracy against exact trainable
+parameters. Attention, router and shared experts always get LoRA.
+
+Knobs
+    allocator       sieve | coverage | greedy | esft | random | all | none
+    fraction        share of each layer's experts (sieve, random) or of all experts (greedy), in steps of 1/16
+                    (coarser where a layer has fewer than 16 experts)
+    coverage        share of the routed tokens or gate mass that the kept experts cover (coverage)
+    p               the same for ESFT; the expert that crosses it is included
+    score           count | mass: what "most routed" means (sieve, coverage, greedy)
+    esft_score      token | gate (esft)
+    rank            4 .. 32 in steps of 4; lora_alpha = 2·rank as in MoE-Sieve (32 and 64)
+    learning_rate   1e-4 .. 2e-2, logarithmic
+
+Starting points: none, all, random 25 %, hot 25 % (the paper's setting), all with the study's recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from allocators.core.types import ModelShape, Point
+
+BASE = "moe"
+ALLOCATORS = ("sieve", "coverage", "greedy", "esft", "random", "all", "none")
+
+
+def suggest(trial: Any, shape: ModelShape) -> Point:
+    step = _step(shape)
+    allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
+    knobs: dict[str, Any] = {}
+    match allocator:
+        case "sieve" | "greedy":
+            knobs["fraction"] = trial.suggest_float("fraction", step, 1 - step, step=step)
+            knobs["score"] = trial.suggest_categorical("score", ["count", "mass"])
+        case "random":
+            knobs["fraction"] = trial.suggest_float("fraction", step, 1 - step, step=step)
+        case "coverage":
+            knobs["coverage"] = trial.suggest_float("coverage", 0.1, 0.9, step=0.05)
+            knobs["score"] = trial.suggest_categorical("score", ["count", "mass"])
+        case "esft":
+            knobs["p"] = trial.suggest_float("p", 0.05, 0.75, step=0.05)
+            knobs["score"] = trial.suggest_categorical("esft_score", ["token", "gate"])
+    rank = trial.suggest_int("rank", 4, 32, step=4)
+    recipe = {
+        "rank": rank,
+        "lora_alpha": 2.0 * rank,
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True),
+    }
+    return Point(allocator, knobs, recipe)
+
+
+def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    quarter = max(_step(shape), 0.25)
+    return [
+        {"allocator": "none"},
+        {"allocator": "all"},
+        {"allocator": "random", "fraction": quarter},
+        {"allocator": "sieve", "fraction": quarter, "score": "count"},
+    ]
+
+
+def _step(shape: ModelShape) -> float:
+    """1/16, or coarser where a layer has fewer than 16 experts: a power of two, so that the grid is exact."""
+    fewest = min(16, *(shape.experts_in(layer) for layer in shape.moe_layers))
+    return 1 / 2 ** (fewest.bit_length() - 1)

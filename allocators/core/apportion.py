@@ -102,13 +102,8 @@ def largest_remainder(
 
 
 def floor_share(share: float, size: int) -> int:
-    """floor(share · size), with the share as it is written: 0.29 of 100 is 29, though 0.29 * 100 is 28.99…"""
-    return math.floor(as_written(share) * size)
-
-
-def as_written(number: float) -> Fraction:
-    """The decimal that a float prints as: 0.1 is 1/10, not the nearest binary fraction."""
-    return Fraction(str(number))
+    """floor(share · size) for the number meant: 0.29 of 100 is 29 and 1/3 of 3 is 1, though both products fall short."""
+    return math.floor(share * size + 1e-9)
 
 
 def _exact(weights: Sequence[float]) -> list[Fraction]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocators.core.apportion import ROUNDINGS, apportion, as_written, floor_share, largest_remainder, paper_rounding
+from allocators.core.apportion import ROUNDINGS, apportion, floor_share, largest_remainder, paper_rounding
 from allocators.core.errors import InfeasibleError, ToolkitWarning
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "allocation.json").read_text())
@@ -132,7 +132,13 @@ def test_maximum_out_of_reach():
 
 
 def test_shares_mean_what_is_written():
-    assert floor_share(0.29, 100) == 29
     assert int(0.29 * 100) == 28  # what binary floats say
+    assert floor_share(0.29, 100) == 29
     assert floor_share(0.25, 3) == 0
-    assert as_written(0.1) * 10 == 1
+
+
+@given(st.integers(1, 512), st.data())
+def test_every_whole_share_is_reached(size, data):
+    kept = data.draw(st.integers(0, size))
+    assert floor_share(kept / size, size) == kept
+    assert floor_share((kept + 0.999) / size, size) == kept

@@ -1,0 +1,186 @@
+"""A file is a plug-in: finding, loading and calling allocators and spaces by name. Nothing is registered.
+
+    names("allocators")                            # ['all', 'alphalora', …]: the files of the folder, none is imported
+    sieve = load("allocators", "sieve")            # "unknown allocator 'seive': …; did you mean 'sieve'?"
+    call(sieve, signal, shape, {"fraction": 0.25}) # an Allocation; a misspelt knob is a StudyError with a suggestion
+    add("~/mine/by_magnitude.py")                  # the user's own file, folder or module, on explicit request only
+
+An allocator is a module with
+
+    NEEDS        "routing" | "spectrum" | "sensitivity" | None     the signal it reads
+    BASE         "moe" | "dense" | "any"                           the models it answers for
+    FIXED_COST   bool    True when the number of trainable parameters does not depend on the signal's values
+    allocate(signal, shape, *, knobs…) -> Allocation               a pure function
+
+and a space is a module with `suggest(trial, shape)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from allocators.core.errors import StudyError, unknown
+from allocators.core.types import Allocation, ModelShape, Signal
+
+NEEDS = ("routing", "spectrum", "sensitivity", None)
+BASES = ("moe", "dense", "any")
+_COMMANDS = ("show",)  # files of a plug-in folder that are commands, not plug-ins
+_ENTRY = {"allocators": "allocate", "spaces": "suggest"}
+_added: dict[str, dict[str, ModuleType]] = {folder: {} for folder in _ENTRY}
+
+
+def names(folder_package: str) -> list[str]:
+    """Names of the plug-ins of a folder, sorted, added ones included; imports none of them.
+
+    A trailing underscore keeps a file from shadowing Python's own names and is no part of the plug-in's name:
+    `random_.py` is `random`.
+    """
+    return sorted({*_files(folder_package), *_added.get(folder_package, {})})
+
+
+def load(folder_package: str, name: str, what: str = "allocator") -> ModuleType:
+    """The plug-in's module. Raises StudyError with what is possible, and what was probably meant."""
+    added = _added.get(folder_package, {})
+    if name in added:
+        return added[name]
+    files = _files(folder_package)
+    if name not in files:
+        raise unknown(what, name, names(folder_package))
+    return importlib.import_module(f"{folder_package}.{files[name]}")
+
+
+def add(path_or_module: str) -> list[str]:
+    """Adds the user's plug-ins: a Python file, a folder of such files, or the name of an importable module.
+
+    This runs the user's code, so it happens only where the user asked for it. A file that defines `allocate` becomes
+    an allocator, one that defines `suggest` a space, named by its stem. Returns the names added.
+
+    Raises StudyError where nothing is found, a file fails to import or is no plug-in, or a name is taken.
+    """
+    path = Path(path_or_module).expanduser()
+    if path.is_dir():
+        files = sorted(f for f in path.glob("*.py") if not f.name.startswith("_"))
+        if not files:
+            raise StudyError(f"plugins='{path_or_module}': the folder holds no Python file")
+        modules = [_import_file(file) for file in files]
+    elif path.is_file():
+        modules = [_import_file(path)]
+    elif path.suffix == ".py" or "/" in path_or_module:
+        raise StudyError(f"plugins='{path_or_module}': no such file or folder")
+    else:
+        modules = [_import_module(path_or_module)]
+    return [name for module in modules for name in _adopt(module)]
+
+
+def knobs_of(module: ModuleType) -> dict[str, Any]:
+    """An allocator's knobs and their defaults (`inspect.Parameter.empty` where a knob must be given)."""
+    parameters = inspect.signature(module.allocate).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def fits(module: ModuleType, shape: ModelShape) -> bool:
+    """Whether the allocator answers for this kind of model."""
+    return module.BASE in ("any", "moe" if shape.is_moe else "dense")
+
+
+def fitting(shape: ModelShape) -> list[str]:
+    """Names of the allocators that fit a model."""
+    return [name for name in names("allocators") if fits(load("allocators", name), shape)]
+
+
+def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Mapping[str, Any]) -> Allocation:
+    """`module.allocate(signal, shape, **knobs)` behind a door that checks everything but the knobs' values.
+
+    Raises StudyError when the model is of the wrong kind, the signal is missing, or a knob is unknown or missing;
+    InfeasibleError (from the allocator) when the knobs' values ask for what does not exist.
+    """
+    name = plugin_name(module)
+    if not fits(module, shape):
+        want, have = ("an MoE", "has no routed experts") if module.BASE == "moe" else ("a dense", "is an MoE model")
+        raise StudyError(
+            f"{name} answers for {want} model, and {shape.name} {have}: choose from {', '.join(fitting(shape))}"
+        )
+    if module.NEEDS is not None and signal is None:
+        raise StudyError(f"{name} needs the {module.NEEDS} signal of {shape.name}, and none was measured")
+    possible = knobs_of(module)
+    for knob in knobs:
+        if not possible:
+            raise StudyError(f"{name} takes no knobs, got '{knob}'")
+        if knob not in possible:
+            raise unknown(f"knob of {name}", knob, possible)
+    missing = [k for k, default in possible.items() if default is inspect.Parameter.empty and k not in knobs]
+    if missing:
+        raise StudyError(f"{name} needs a value for {', '.join(missing)}")
+    return module.allocate(signal, shape, **knobs)
+
+
+def plugin_name(module: ModuleType) -> str:
+    """`random` for the module `allocators.random_`."""
+    return module.__name__.rsplit(".", 1)[-1].removesuffix("_")
+
+
+def _files(folder_package: str) -> dict[str, str]:
+    """Plug-in name -> file stem."""
+    spec = importlib.util.find_spec(folder_package)
+    assert spec is not None, folder_package
+    stems = [m.name for m in pkgutil.iter_modules(spec.submodule_search_locations) if not m.ispkg]
+    return {s.removesuffix("_"): s for s in sorted(stems) if not s.startswith("_") and s not in _COMMANDS}
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"user_plugins.{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises, it is the user's line to read
+        del sys.modules[name]
+        raise StudyError(f"plug-in {path} does not import: {type(error).__name__}: {error}") from error
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # as above
+        raise StudyError(f"plugins='{name}' does not import: {type(error).__name__}: {error}") from error
+
+
+def _adopt(module: ModuleType) -> list[str]:
+    where = module.__file__
+    folders = [folder for folder, entry in _ENTRY.items() if hasattr(module, entry)]
+    if not folders:
+        raise StudyError(f"plug-in {where} defines neither allocate(signal, shape, …) nor suggest(trial, shape)")
+    name = plugin_name(module)
+    for folder in folders:
+        taken = _added[folder].get(name)
+        if name in _files(folder) or (taken is not None and taken.__file__ != where):
+            raise StudyError(f"plug-in {where}: the name '{name}' is taken in {folder}: rename the file")
+        if folder == "allocators":
+            check_allocator(module)
+    for folder in folders:
+        _added[folder][name] = module
+    return [name]
+
+
+def check_allocator(module: ModuleType) -> None:
+    """Raises StudyError where a module does not keep the contract of the top of this file."""
+    possible: dict[str, tuple[Any, ...]] = {"NEEDS": NEEDS, "BASE": BASES, "FIXED_COST": (True, False)}
+    for attribute, values in possible.items():
+        if getattr(module, attribute, "missing") not in values:
+            raise StudyError(f"allocator {module.__file__} must set {attribute} to one of {values}")
+    parameters = list(inspect.signature(module.allocate).parameters.values())
+    kinds = [p.kind for p in parameters]
+    if [p.name for p in parameters[:2]] != ["signal", "shape"] or any(k is not k.KEYWORD_ONLY for k in kinds[2:]):
+        raise StudyError(f"allocator {module.__file__} must define allocate(signal, shape, *, knobs…)")

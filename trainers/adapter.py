@@ -1,0 +1,403 @@
+"""The door to every adapter: put LoRA where an allocation says, take it off again, save it, load it.
+
+    adapter = attach(model, allocation, shape=shape, rank=8, lora_alpha=16)      # freezes the base
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=3e-4)
+    ...                                                                          # train, evaluate
+    save(adapter, "best", metadata={"accuracy": 0.41})
+    adapter.detach()                                                             # or adapter.merge()
+
+    adapter = load(model, "best")                                                # later, on the same base
+
+An MoE base takes an `ExpertSelection` (`trainers/expert_lora.py`), a dense base takes `ExpertCounts`
+(`trainers/lora_moe.py`). Both build on the `Adapter` below: it holds the trainable tensors, which never become part of
+the model (its `state_dict` stays that of the base), and the list of things to undo.
+
+Shapes: T tokens, I input features, O output features, R rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allocators.core.errors import StudyError, TrialError
+from allocators.core.types import (
+    Allocation,
+    ExpertCounts,
+    ExpertSelection,
+    ModelShape,
+    ModuleShape,
+    allocation_from_json,
+)
+
+FORMAT = 1  # of adapter.json
+_WEIGHTS, _CONFIG = "adapter.safetensors", "adapter.json"
+
+
+def attach(
+    model: nn.Module,
+    allocation: Allocation,
+    *,
+    shape: ModelShape,
+    rank: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    top_k: int = 2,
+    balance_coef: float = 0.0,
+    seed: int = 0,
+) -> Adapter:
+    """Freezes `model` and inserts LoRA in place, as `allocation` says.
+
+    A fresh adapter changes nothing, bit for bit, because every B is zero. The start values of A depend on `seed`, the
+    module's path and the expert's id alone: not on the global random state and not on what else is adapted.
+
+    `top_k` (experts per token) and `balance_coef` concern dense bases only: an MoE base keeps its own router.
+
+    Raises InfeasibleError where the allocation does not fit `shape`, StudyError where `shape` does not fit `model` or
+    the model carries an adapter already.
+    """
+    match allocation:
+        case ExpertSelection():
+            from trainers import expert_lora
+
+            return expert_lora.attach(
+                model, allocation, shape=shape, rank=rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout, seed=seed
+            )
+        case ExpertCounts():
+            from trainers import lora_moe
+
+            return lora_moe.attach(
+                model,
+                allocation,
+                shape=shape,
+                rank=rank,
+                lora_alpha=lora_alpha,
+                lora_dropout=lora_dropout,
+                top_k=top_k,
+                balance_coef=balance_coef,
+                seed=seed,
+            )
+
+
+class Adapter(ABC):
+    """Trainable tensors hooked into a frozen model, and the way back. Subclasses add what they insert.
+
+    settings      the numbers besides the allocation that `attach` needs to build this adapter again
+    fingerprint   of the base's weights, taken before anything was inserted
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        allocation: Allocation,
+        *,
+        shape: ModelShape,
+        rank: int,
+        lora_alpha: float,
+        lora_dropout: float = 0.0,
+        **settings: Any,
+    ) -> None:
+        allocation.check(shape)
+        if getattr(model, "lora_adapter", None) is not None:
+            raise StudyError(f"{shape.name} carries an adapter already: call its detach() or merge() first")
+        self.model = model
+        self.allocation = allocation
+        self.shape = shape
+        self.rank = rank
+        self.lora_alpha = lora_alpha
+        self.lora_dropout = lora_dropout
+        self.settings = {"rank": rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **settings}
+        self.fingerprint = fingerprint(model, shape)
+        self._tensors: dict[str, nn.Parameter] = {}
+        self._undo: list[Callable[[], None]] = []
+        self._freeze()
+
+    @property
+    def scale(self) -> float:
+        """lora_alpha / rank."""
+        return self.lora_alpha / self.rank
+
+    # --- for subclasses ---
+
+    def _freeze(self) -> None:
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        self._on_detach(lambda: [parameter.requires_grad_(True) for parameter in trainable])
+        self.model.lora_adapter = self
+        self._on_detach(lambda: delattr(self.model, "lora_adapter"))
+
+    def _on_detach(self, undo: Callable[[], Any]) -> None:
+        self._undo.append(undo)
+
+    def _add(self, name: str, value: Tensor, *, device: torch.device) -> nn.Parameter:
+        """A trainable tensor, fp32 whatever the base has: bf16 loses updates below 0.4 % of a weight."""
+        self._tensors[name] = nn.Parameter(value.to(device=device, dtype=torch.float32))
+        return self._tensors[name]
+
+    def _add_linear_lora(self, module: nn.Module, spec: ModuleShape, *, seed: int) -> None:
+        """Plain LoRA on a linear layer, or on a router: a small module whose forward calls F.linear on its `weight`."""
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        a_RI = self._add(
+            f"{spec.path}.lora_A", uniform(self.rank, spec.in_features, seed=seed, name=spec.path), device=weight.device
+        )
+        b_OR = self._add(f"{spec.path}.lora_B", torch.zeros(spec.out_features, self.rank), device=weight.device)
+        if isinstance(module, nn.Linear):
+
+            def hook(linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+                x = F.dropout(args[0], self.lora_dropout, linear.training)
+                return add_lora(out, x, a_RI, b_OR, scale=self.scale)
+
+            self._on_detach(module.register_forward_hook(hook).remove)
+        else:
+            # An instance attribute hides the parameter from the router's forward, and from nothing else.
+            vars(module)["weight"] = _RouterWeight(module, weight, a_RI, b_OR, self.scale, self.lora_dropout)
+            self._on_detach(lambda: vars(module).pop("weight"))
+
+    def _merge_linear_lora(self, module: nn.Module, spec: ModuleShape) -> None:
+        """W += (lora_alpha/r)·B·A, summed in fp32. Call it after the hooks are gone."""
+        a_RI, b_OR = self._tensors[f"{spec.path}.lora_A"], self._tensors[f"{spec.path}.lora_B"]
+        add_to_weight(module.weight, self.scale * (b_OR @ a_RI))  # type: ignore[arg-type]
+
+    # --- for everybody ---
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._tensors.values())
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._tensors.items())
+
+    @property
+    def num_trainable(self) -> int:
+        """Equals `allocation.trainable_params(shape, rank=rank)`; a test holds every family to it."""
+        return sum(p.numel() for p in self._tensors.values())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._tensors.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies values in. Raises StudyError where names or sizes differ; nothing is copied then."""
+        strangers = sorted(set(state) ^ set(self._tensors))
+        if strangers:
+            raise StudyError(
+                f"adapter weights do not fit: {strangers[0]!r} and {len(strangers) - 1} more exist on one side only"
+            )
+        for name, parameter in self._tensors.items():
+            if state[name].shape != parameter.shape:
+                raise StudyError(
+                    f"adapter weights do not fit: {name} is {list(state[name].shape)}, "
+                    f"this allocation and rank need {list(parameter.shape)}"
+                )
+        with torch.no_grad():
+            for name, parameter in self._tensors.items():
+                parameter.copy_(state[name])
+
+    def extra_loss(self) -> Tensor | None:
+        """What to add to the training loss (a balance loss of added routers), None where there is none."""
+        return None
+
+    def check_gradients(self) -> None:
+        """Call after the first backward pass.
+
+        Raises TrialError naming a tensor that is no part of the loss.
+        """
+        for name, parameter in self._tensors.items():
+            if parameter.grad is None:
+                raise TrialError(f"{name} got no gradient: its module took no part in the loss; is it still attached?")
+
+    @contextmanager
+    def detached_on_error(self) -> Iterator[None]:
+        """A failure inside the block leaves the base model as it was found."""
+        try:
+            yield
+        except Exception:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Restores the base model: its weights were never touched, hooks and flags go back. Twice is once."""
+        while self._undo:
+            self._undo.pop()()
+
+    @abstractmethod
+    def merge(self) -> None:
+        """Adds the deltas to the base weights and detaches: what stays is a plain model."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Plain LoRA
+
+
+def uniform(*size: int, seed: int, name: str) -> Tensor:
+    """Start values of one A [..., R, I]: kaiming-uniform(√5), that is U(−1/√I, 1/√I), from a generator of its own."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    bound = 1 / math.sqrt(size[-1])
+    return torch.empty(*size).uniform_(-bound, bound, generator=generator)
+
+
+def add_lora(out: Tensor, x: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float) -> Tensor:
+    """`out + scale · x Aᵀ Bᵀ`, one GEMM in and one accumulated into `out` [..., O] in place; in the dtype of `out`."""
+    rank_space = F.linear(x.to(out.dtype), a_RI.to(out.dtype))
+    total = out.flatten(0, -2).addmm_(rank_space.flatten(0, -2), b_OR.to(out.dtype).t(), alpha=scale)
+    return total.view_as(out)
+
+
+def add_to_weight(weight: Tensor, delta: Tensor) -> None:
+    """`weight += delta` in fp32, rounded once."""
+    with torch.no_grad():
+        weight.copy_(weight.float() + delta)
+
+
+class _RouterWeight:
+    """What a router's forward finds as `self.weight`: F.linear with it yields logits that include the LoRA part.
+
+    A router is no nn.Linear and returns logits, weights and ids at once, so a hook on it would come after softmax and
+    top-k. Adding B·A to the weight instead would lose small deltas to bf16 rounding and could not drop inputs out.
+    """
+
+    def __init__(
+        self, router: nn.Module, weight: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, dropout: float
+    ) -> None:
+        self.router, self.weight, self.a_RI, self.b_OR, self.scale, self.dropout = (
+            router,
+            weight,
+            a_RI,
+            b_OR,
+            scale,
+            dropout,
+        )
+
+    def type(self, dtype: torch.dtype) -> _RouterWeight:
+        """DeepSeek computes its logits in fp32: F.linear(x.type(float32), weight.type(float32))."""
+        return _RouterWeight(self.router, self.weight.type(dtype), self.a_RI, self.b_OR, self.scale, self.dropout)
+
+    to = type
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @classmethod
+    def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Tensor:
+        if func is not F.linear:  # anything else would compute on W alone and lose the adapter silently
+            raise StudyError(f"LoRA on a router supports F.linear(x, weight), this router calls {func.__name__}")
+        x, self, *bias = args
+        out = F.linear(x, self.weight, *bias, **(kwargs or {}))
+        x = F.dropout(x, self.dropout, self.router.training)
+        return add_lora(out, x, self.a_RI, self.b_OR, scale=self.scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base model
+
+
+def module_at(model: nn.Module, path: str, *, name: str) -> nn.Module:
+    """The submodule at a dotted path. Raises StudyError where the model has none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError as error:
+        raise StudyError(
+            f"{type(model).__name__} has no module {path!r}, which {name} should have: is it another model family?"
+        ) from error
+
+
+def check_size(weight: Tensor, expected: tuple[int, ...], *, path: str, name: str) -> None:
+    """Raises StudyError where a weight is not as large as the shape says."""
+    if tuple(weight.shape) != expected:
+        raise StudyError(
+            f"{path} is {list(weight.shape)} in this model, {name} has {list(expected)}: another model size?"
+        )
+
+
+def fingerprint(model: nn.Module, shape: ModelShape, *, samples: int = 64) -> str:
+    """16 hex digits that tell one set of base weights from another.
+
+    Reads `samples` evenly spaced values of every parameter of the model, rounded to bf16, so that one checkpoint has
+    one fingerprint whether it was loaded in fp32 or bf16.
+    """
+    values = []
+    for parameter in model.parameters():
+        flat = parameter.detach().flatten()
+        values.append(flat[:: max(1, flat.numel() // samples)][:samples].to(torch.bfloat16).float().cpu())
+    return hashlib.sha256(torch.cat(values).numpy().tobytes()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def save(adapter: Adapter, folder: str | os.PathLike, *, metadata: Mapping[str, Any]) -> None:
+    """Writes `adapter.safetensors` and `adapter.json` (allocation, settings, base model, `metadata`) into `folder`.
+
+    Works before and after detach() and merge(). Raises StudyError where the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(folder)
+    config = {
+        "format": FORMAT,
+        "base": {"name": adapter.shape.name, "family": _family(adapter.model), "fingerprint": adapter.fingerprint},
+        "allocation": adapter.allocation.to_json(),
+        "settings": adapter.settings,
+        "trainable_params": adapter.num_trainable,
+        "shape": adapter.shape.to_json(),
+        "metadata": dict(metadata),
+    }
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.contiguous().cpu() for n, t in adapter.state_dict().items()}, path / _WEIGHTS)
+        (path / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StudyError(
+            f"cannot save the adapter in {path}: {error.strerror}; choose a folder you may write"
+        ) from error
+
+
+def load(model: nn.Module, folder: str | os.PathLike) -> Adapter:
+    """Attaches a saved adapter to `model`, which must be the base it was trained on.
+
+    Raises StudyError where the folder holds no adapter, or the base is of another family, size or training.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder)
+    try:
+        config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+        weights = load_file(path / _WEIGHTS)
+    except FileNotFoundError as error:
+        raise StudyError(f"no adapter in {path}: expected {_CONFIG} and {_WEIGHTS} there") from error
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise StudyError(f"the adapter in {path} is damaged: {error}; save it again") from error
+    if config["format"] != FORMAT:
+        raise StudyError(f"{path / _CONFIG} has format {config['format']}, this version reads {FORMAT}")
+    shape, base = ModelShape.from_json(config["shape"]), config["base"]
+    if _family(model) != base["family"]:
+        raise StudyError(
+            f"the adapter in {path} is for {base['name']} ({base['family']}), got a {_family(model)} model"
+        )
+    adapter = attach(model, allocation_from_json(config["allocation"]), shape=shape, **config["settings"])
+    with adapter.detached_on_error():
+        if adapter.fingerprint != base["fingerprint"]:
+            raise StudyError(
+                f"the adapter in {path} was trained on other weights of {base['name']} "
+                f"(fingerprint {base['fingerprint']}, this model has {adapter.fingerprint}): load that base model"
+            )
+        adapter.load_state_dict(weights)
+    return adapter
+
+
+def _family(model: nn.Module) -> str:
+    return model.config.model_type  # type: ignore[union-attr,return-value]

@@ -1,0 +1,94 @@
+"""Storage: what is put comes back, at a path and at a URI alike.
+
+python -m pytest tests/trainers/test_storage.py
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from allocators.core.errors import StudyError
+from trainers import storage
+
+
+@pytest.fixture(params=["path", "uri"])
+def place(request, tmp_path) -> str:
+    folder = tmp_path / "place"
+    return str(folder) if request.param == "path" else folder.as_uri()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    source = tmp_path / "source"
+    (source / "inner").mkdir(parents=True)
+    (source / "a.txt").write_text("alpha")
+    (source / "inner" / "b.bin").write_bytes(bytes(range(256)))
+    return source
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+def test_a_folder_comes_back_as_it_was(place, folder, tmp_path):
+    target = storage.join(place, "study", "best")
+    assert not storage.exists(target)
+    assert not storage.get_folder(target, tmp_path / "back")
+    storage.put_folder(folder, target)
+    assert storage.exists(target)
+    assert storage.get_folder(target, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(folder)
+
+
+def test_a_second_folder_replaces_the_first_whole(place, folder, tmp_path):
+    storage.put_folder(folder, place)
+    (folder / "a.txt").unlink()
+    (folder / "c.txt").write_text("gamma")
+    storage.put_folder(folder, place)
+    storage.get_folder(place, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(folder)
+
+
+def test_a_file_comes_back_and_is_replaced(place, tmp_path):
+    local, target, back = tmp_path / "file", storage.join(place, "x", "checkpoint"), tmp_path / "deep" / "back"
+    assert not storage.get_file(target, back)
+    for text in ("one", "two"):
+        local.write_text(text)
+        storage.put_file(local, target)
+        assert storage.get_file(target, back)
+        assert back.read_text() == text
+
+
+def test_nothing_temporary_stays(folder, tmp_path):
+    place = tmp_path / "place"
+    for _ in range(2):
+        storage.put_folder(folder, place / "f")
+        storage.put_file(folder / "a.txt", place / "a.txt")
+    assert sorted(os.listdir(place)) == ["a.txt", "f"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(StudyError, match="cannot write"):
+        storage.put_file(tmp_path / "missing", target)
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_folder_under_a_file_cannot_be_written(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StudyError, match="possible are a folder you may write"):
+        storage.put_folder(folder, tmp_path / "file" / "x")
+
+
+def test_an_unknown_scheme_is_named():
+    with pytest.raises(StudyError, match="'foo://bucket/x'.*possible are"):
+        storage.exists("foo://bucket/x")
+
+
+def test_join_keeps_schemes():
+    assert storage.join("s3://bucket/", "a", "b") == "s3://bucket/a/b"
+    assert storage.join("/tmp/x", "a") == "/tmp/x/a"

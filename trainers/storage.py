@@ -1,0 +1,156 @@
+"""Files and folders at a place that every node sees: a path, or a URI that pyarrow knows (s3://, gs://, hdfs://, file://).
+
+    storage.put_folder("adapter", "s3://bucket/study/best")     # one call whatever the place is
+    storage.get_folder("s3://bucket/study/best", "adapter")     # False where nothing lies there
+
+A local file is replaced atomically (written beside the target, synced, renamed); an object store replaces each object
+as a whole. A local folder is swapped by two renames: a reader sees the old folder, for an instant none, then the new.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from allocators.core.errors import StudyError
+
+Location = str | os.PathLike[str]
+
+
+def is_uri(location: Location) -> bool:
+    return "://" in os.fspath(location)
+
+
+def join(location: Location, *parts: str) -> str:
+    """`join("s3://bucket/a", "b", "c")` -> `"s3://bucket/a/b/c"`; the same for paths."""
+    return "/".join([os.fspath(location).rstrip("/"), *parts])
+
+
+def exists(location: Location) -> bool:
+    """Whether a file or folder lies there. Raises StudyError where the place cannot be reached."""
+    if not is_uri(location):
+        return Path(location).exists()
+    from pyarrow.fs import FileType
+
+    filesystem, path = _filesystem(location)
+    try:
+        return filesystem.get_file_info(path).type != FileType.NotFound
+    except OSError as error:
+        raise _unreachable("read", location, error) from error
+
+
+def put_file(local: Location, location: Location) -> None:
+    """Copies a file to `location`, replacing what is there as a whole. Raises StudyError where it cannot be written."""
+    if is_uri(location):
+        _copy(local, location)
+        return
+    target = Path(location)
+    temporary = _beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(local, temporary)
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())  # else a power cut can leave the new name on an empty file
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unreachable("write", location, error) from error
+
+
+def get_file(location: Location, local: Location) -> bool:
+    """Copies the file at `location` to `local`; False where there is none."""
+    if not exists(location):
+        return False
+    if is_uri(location):
+        _fetch(location, local)
+    else:
+        Path(local).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(location, local)
+    return True
+
+
+def put_folder(local: Location, location: Location) -> None:
+    """Makes `location` a copy of the folder `local`. Raises StudyError where it cannot be written."""
+    if is_uri(location):
+        filesystem, path = _filesystem(location)
+        try:
+            filesystem.create_dir(path)
+            filesystem.delete_dir_contents(path)
+        except OSError as error:
+            raise _unreachable("write", location, error) from error
+        _copy(local, location)
+        return
+    target = Path(location)
+    temporary, old = _beside(target), _beside(target, "old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(local, temporary)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise _unreachable("write", location, error) from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def get_folder(location: Location, local: Location) -> bool:
+    """Copies the folder at `location` into the folder `local`; False where there is none."""
+    if not exists(location):
+        return False
+    if is_uri(location):
+        _fetch(location, local)
+    else:
+        shutil.copytree(location, local, dirs_exist_ok=True)
+    return True
+
+
+def _beside(target: Path, kind: str = "new") -> Path:
+    return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
+
+
+def _filesystem(location: Location) -> tuple[Any, str]:
+    from pyarrow import ArrowInvalid
+    from pyarrow.fs import FileSystem
+
+    try:
+        return FileSystem.from_uri(os.fspath(location))
+    except (ArrowInvalid, OSError) as error:
+        raise _unreachable("open", location, error) from error
+
+
+def _copy(local: Location, location: Location) -> None:
+    from pyarrow.fs import LocalFileSystem, copy_files
+
+    filesystem, path = _filesystem(location)
+    try:
+        if Path(local).is_file():  # object stores have no folders; a file:// place needs its own made
+            filesystem.create_dir(path.rsplit("/", 1)[0])
+        copy_files(
+            str(Path(local).absolute()), path, source_filesystem=LocalFileSystem(), destination_filesystem=filesystem
+        )
+    except OSError as error:
+        raise _unreachable("write", location, error) from error
+
+
+def _fetch(location: Location, local: Location) -> None:
+    from pyarrow.fs import LocalFileSystem, copy_files
+
+    filesystem, path = _filesystem(location)
+    Path(local).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        copy_files(
+            path, str(Path(local).absolute()), source_filesystem=filesystem, destination_filesystem=LocalFileSystem()
+        )
+    except OSError as error:
+        raise _unreachable("read", location, error) from error
+
+
+def _unreachable(verb: str, location: Location, error: Exception) -> StudyError:
+    reason = str(error).splitlines()[0]
+    return StudyError(
+        f"cannot {verb} '{os.fspath(location)}': {reason}; possible are a folder you may write, file://, s3:// and gs:// "
+        "(with that store's credentials in the environment)"
+    )

@@ -5,6 +5,7 @@ python -m allocators.show model=tiny-moe allocator=random
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from allocators.core.errors import InfeasibleError
@@ -62,7 +63,7 @@ def _composition(shape: ModelShape, total: int, minimum: int, seed: int) -> Expe
     # stars and bars: layers − 1 bars among spare stars, every placement once
     bars = sorted(random.Random(f"{seed}").sample(range(spare + layers - 1), layers - 1))
     edges = [-1, *bars, spare + layers - 1]
-    counts = [minimum + right - left - 1 for left, right in zip(edges, edges[1:], strict=False)]
+    counts = [minimum + right - left - 1 for left, right in itertools.pairwise(edges)]
     return ExpertCounts({m.path: counts[m.layer] for m in shape.of_role("attention", "mlp")})
 
 

@@ -102,7 +102,7 @@ def largest_remainder(
 
 
 def floor_share(share: float, size: int) -> int:
-    """floor(share · size) for the number meant: 0.29 of 100 is 29 and 1/3 of 3 is 1, though both products fall short."""
+    """floor(share · size) for the share that is meant: 0.29 of 100 is 29, though 0.29 * 100 is 28.99…"""
     return math.floor(share * size + 1e-9)
 
 

@@ -107,7 +107,7 @@ def test_call_checks_model_signal_and_knobs():
         plugins.call(sieve, None, dense_shape(), {})
     with pytest.raises(StudyError, match="needs the routing signal"):
         plugins.call(sieve, None, shape, {})
-    with pytest.raises(StudyError, match="unknown knob of sieve 'fractoin'.*did you mean 'fraction'"):
+    with pytest.raises(StudyError, match=r"unknown knob of sieve 'fractoin'.*did you mean 'fraction'"):
         plugins.call(sieve, routing(shape), shape, {"fractoin": 0.5})
     with pytest.raises(StudyError, match="none takes no knobs, got 'fraction'"):
         plugins.call(plugins.load("allocators", "none"), None, shape, {"fraction": 0.5})

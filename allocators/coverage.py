@@ -15,12 +15,12 @@ BASE = "moe"
 FIXED_COST = False
 
 
-def allocate(signal: Signal, shape: ModelShape, *, coverage: float = 0.5, score: Score = "count") -> ExpertSelection:
-    """The best experts of every layer by (−score, id) until they hold `coverage` of the layer's score.
+def allocate(signal: Signal, shape: ModelShape, *, share: float = 0.5, score: Score = "count") -> ExpertSelection:
+    """The best experts of every layer by (−score, id) until they hold `share` of the layer's score.
 
-    coverage   of a layer's tokens (score=count) or of its gate weight (score=mass), in (0, 1]
+    share   of a layer's tokens (score=count) or of its gate weight (score=mass), in (0, 1]
 
-    Raises InfeasibleError for a coverage outside (0, 1].
+    Raises InfeasibleError for a share outside (0, 1].
     """
     scores = routing_scores(signal, shape, score=score)
-    return ExpertSelection({layer: covering(values, coverage) for layer, values in scores.items()})
+    return ExpertSelection({layer: covering(values, share) for layer, values in scores.items()})

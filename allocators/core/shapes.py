@@ -6,7 +6,7 @@
 Module paths are those of transformers 5, where a layer's experts are stacked in one tensor. Left out: embeddings,
 norms, the head, and Qwen's `shared_expert_gate` (MoE-Sieve's published parameter counts leave it out).
 
-A family is one entry of `FAMILIES`; its defaults are those of the transformers config class, for what config.json omits.
+A family is one entry of `FAMILIES`; its defaults are those of the transformers config class: config.json may omit them.
 """
 
 from __future__ import annotations

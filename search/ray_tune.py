@@ -1,4 +1,4 @@
-"""Ray Tune's side of a study: a searcher that asks the driver, a trainable that waits for a warm worker. Edge file: Ray.
+"""Ray Tune's side of a study: a searcher that asks it, a trainable that waits for a warm worker. Edge file: Ray.
 
 Tune never trains and never remembers: the driver's records are the truth, so Tune's own snapshots hold only names.
 """
@@ -98,7 +98,7 @@ class TrialHandle(tune.Trainable):
 def search(conductor: Conductor, pool: Pool, *, study: str, trials: int) -> None:
     """Runs trials through Tune until `trials` are done or the conductor has nothing more to propose."""
     _CONDUCTORS[study] = conductor
-    resources = tune.PlacementGroupFactory([{"CPU": 0.01, driver_node(): 0.001}])
+    resources = tune.PlacementGroupFactory([{driver_node(): 0.001}])  # no CPU: the workers have them all
     try:
         with tempfile.TemporaryDirectory(prefix="tune-") as folder:
             tune.Tuner(

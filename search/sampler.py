@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from allocators.core.errors import BudgetError, InfeasibleError, StudyError, did_you_mean
+from allocators.core.errors import BudgetError, InfeasibleError
 from allocators.core.types import Outcome, Point, Recipe, Trial
 from search.config import make_recipe
+from search.records import Answered
 from search.trial import PinnedTrial, Problem
 
 # Successive repeats after which plain random points are drawn, and after which the space counts as used up.
@@ -29,16 +30,6 @@ class Proposal:
     trial: Trial
     trainable_params: int
     params: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A point that needed no training: reason is duplicate, infeasible or over_budget."""
-
-    reason: str
-    params: Mapping[str, Any]
-    digest: str | None
-    message: str
 
 
 class Proposer:
@@ -79,7 +70,6 @@ class Proposer:
         self._finished: dict[str, Outcome] = {}
         self._running: dict[str, list[Any]] = {}  # digest -> Optuna trials that wait for its result
         self._unfinished = list(unfinished)
-        self._check_pins()
         for outcome, params in known:
             self._finished[outcome.digest] = outcome
             self._tell(self._ask(params)[0], outcome)
@@ -91,20 +81,6 @@ class Proposer:
         own = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
         points = self._problem.space.starting_points(self._problem.shape)
         return [own | point | dict(self._problem.pins) for point in points]
-
-    def _check_pins(self) -> None:
-        """Raises StudyError for a pinned knob that the space does not have, or a value it cannot take."""
-        seen: set[str] = set()
-        trials = self._optuna.create_study(sampler=self._optuna.samplers.RandomSampler(seed=0))
-        for _ in range(100):
-            trial = PinnedTrial(trials.ask(), self._problem.pins)
-            self._problem.suggest(trial, self._problem.shape)
-            seen |= set(trial.params)
-        for name in self._problem.pins:
-            if name not in seen:
-                space = self._problem.space.__name__.rsplit(".", 1)[-1]
-                knobs = ", ".join(sorted(seen))
-                raise StudyError(f"unknown knob 'space.{name}': {space} has {knobs}{did_you_mean(name, seen)}")
 
     def propose(self) -> Proposal | None:
         """The next point that has to be trained; None when the space has nothing new."""
@@ -123,7 +99,7 @@ class Proposer:
                 trial.set_constraint("feasible", 1.0)
                 self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
                 reason = "over_budget" if isinstance(error, BudgetError) else "infeasible"
-                self._answered(Answered(reason, params, None, str(error)))
+                self._answered(Answered(params, reason, None, str(error)))
                 continue
             digest = resolved.digest
             if digest in self._finished:
@@ -135,7 +111,7 @@ class Proposer:
             else:
                 self._running[digest] = [trial]
                 return Proposal(resolved, cost, params)
-            self._answered(Answered("duplicate", params, digest, "same allocation, recipe and seed"))
+            self._answered(Answered(params, "duplicate", digest, "same allocation, recipe and seed"))
         return None
 
     def tell(self, outcome: Outcome) -> None:

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 from allocators.core import plugins
-from allocators.core.errors import BudgetError, StudyError, unknown
+from allocators.core.errors import BudgetError, InfeasibleError, StudyError, unknown
 from allocators.core.types import Allocation, ModelShape, Point, Signal, Trial
 from search.config import make_recipe
 
@@ -128,10 +128,87 @@ def _alternatives(base: str) -> str:
     return f", or space={' | '.join(fitting)}" if fitting else ""
 
 
-def check_feasible(problem: Problem, cheapest: int) -> None:
-    """Raises StudyError when even the cheapest point is over `max_trainable_params`."""
-    if problem.max_trainable_params and cheapest > problem.max_trainable_params:
+class _Corner:
+    """A trial that takes one end of every numeric knob and a scripted choice of every categorical one."""
+
+    def __init__(self, script: list[int], *, high: bool) -> None:
+        self._script = script
+        self._high = high
+        self.taken: list[tuple[int, int]] = []  # (choice, number of choices), in the order asked
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        turn = len(self.taken)
+        choice = self._script[turn] if turn < len(self._script) else 0
+        self.taken.append((choice, len(choices)))
+        return choices[choice]
+
+    def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
+        return high if self._high else low
+
+    def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
+        return high if self._high else low
+
+
+def corners(problem: Problem, *, high: bool = False) -> Iterator[tuple[Point, dict[str, Any]]]:
+    """Every branch of the space, its numeric knobs at their low (or high) end, with the parameters that led there.
+
+    Walks all combinations of categorical choices, so the first and the last parameter count of a space and the names
+    of all its knobs are known without luck.
+    """
+    script: list[int] = []
+    while True:
+        corner = _Corner(script, high=high)
+        pinned = PinnedTrial(corner, problem.pins)
+        yield problem.suggest(pinned, problem.shape), dict(pinned.params)
+        taken = corner.taken
+        while taken and taken[-1][0] + 1 == taken[-1][1]:
+            taken.pop()
+        if not taken:
+            return
+        script = [choice for choice, _ in taken[:-1]] + [taken[-1][0] + 1]
+
+
+def check_pins(problem: Problem) -> None:
+    """Raises StudyError for a pinned knob that the space does not have, or a value it cannot take."""
+    seen = {name for _, params in corners(problem) for name in params}
+    for name in problem.pins:
+        if name not in seen:
+            space = problem.space.__name__.rsplit(".", 1)[-1]
+            raise unknown(f"knob of space={space}", name, seen)
+
+
+def cheapest(problem: Problem) -> int | None:
+    """Trainable parameters of the space's smallest allocation; None where none is feasible."""
+    unlimited = replace(problem, max_trainable_params=0)
+    costs = []
+    for point, _ in corners(problem):
+        try:
+            costs.append(unlimited.resolve(point)[1])
+        except InfeasibleError:
+            continue
+    return min(costs, default=None)
+
+
+def check_budget(problem: Problem) -> None:
+    """Raises StudyError when no point of the space fits `max_trainable_params`, or none is feasible at all."""
+    smallest = cheapest(problem)
+    if smallest is None:
+        point, _ = next(corners(problem))
+        problem.resolve(point)  # raises with the reason
+    elif problem.max_trainable_params and smallest > problem.max_trainable_params:
         raise StudyError(
             f"max_trainable_params={problem.max_trainable_params:,} is below the smallest allocation of "
-            f"{problem.shape.name} in this space, {cheapest:,}: raise it, or lower the rank"
+            f"{problem.shape.name} in this space, {smallest:,}: raise it, or lower the rank"
         )
+
+
+def flat_routing(shape: ModelShape) -> Signal:
+    """Stands in for a routing signal that was not measured yet: every expert takes the same share.
+
+    Allocators with FIXED_COST have their exact parameter count under it; for the others (coverage, ESFT) it is an
+    upper bound, since no other routing needs more experts for the same share.
+    """
+    rows = {
+        str(layer): dict.fromkeys(("count", "mass"), (1.0,) * shape.experts_in(layer)) for layer in shape.moe_layers
+    }
+    return Signal("routing", rows, axis="expert", unit="1", provenance={"placeholder": True})

@@ -1,0 +1,276 @@
+"""Runs a study: `python -m search.run space=sieve`. `help` lists the keys, `help sieve` describes a space.
+
+parse → shape and space (no weights) → [dry_run: table] → records, tracker → warm workers → signals → Tune → report
+Everything that can be known to be wrong before workers start is said before, in one line, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from allocators.core import plugins
+from allocators.core.errors import ToolkitError
+from allocators.core.shapes import shape_of
+from allocators.core.types import Signal, canonical_json
+from search.config import RunConfig, help_text, parse
+from search.trial import Problem, check_budget, check_pins, corners, flat_routing, load_space
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 no trial reached an accuracy, 2 the request cannot work."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words and words[0] in ("help", "-h", "--help"):
+            print(describe(words[1].removeprefix("space=")) if len(words) > 1 else overview())
+            return 0
+        return run(parse(words))
+    except ToolkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on where this run stopped", file=sys.stderr)
+        return 130
+
+
+def overview() -> str:
+    """The keys, and every space with the question it asks. Imports no space: their docstrings are read as text."""
+    lines = [help_text(), "", "spaces:"]
+    for name in plugins.names("spaces"):
+        lines.append(f"  {name:<16}{_docstring(name).splitlines()[0]}")
+    return "\n".join(lines)
+
+
+def describe(space: str) -> str:
+    """A space's data sheet. Raises StudyError for a space that does not exist."""
+    return plugins.load("spaces", space, "space").__doc__ or ""
+
+
+def _docstring(space: str) -> str:
+    folder = Path(__file__).parent.parent / "spaces"
+    for stem in (space, f"{space}_"):
+        if (folder / f"{stem}.py").is_file():
+            return ast.get_docstring(ast.parse((folder / f"{stem}.py").read_text())) or ""
+    return ""
+
+
+def prepare(config: RunConfig) -> Problem:
+    """What the study searches, from the words of the command line; loads no weights and starts nothing.
+
+    Raises StudyError for anything that cannot work: unknown plug-in, space, model, task or knob, a model of the wrong
+    kind, a task without a training split, a budget below the smallest allocation.
+    """
+    from trainers import models, tasks
+
+    for plugin in config.plugins:
+        plugins.add(plugin)
+    shape = shape_of(models.config_of(config.model), name=config.model)
+    space = load_space(config.space, shape)
+    task = tasks.check_task(config.task)
+    problem = Problem(
+        space=space,
+        shape=shape,
+        model=config.model,
+        task=config.task,
+        seed=config.seed,
+        max_trainable_params=config.max_trainable_params,
+        signals={"routing": flat_routing(shape)} if shape.is_moe else {},
+        task_recipe=task.recipe,
+        fixed_recipe=config.recipe,
+        # a recipe setting that the space would propose is fixed for the sampler as well
+        pins={**{k: v for k, v in config.recipe.items() if k in _knobs_of(space, shape)}, **config.pins},
+    )
+    check_pins(problem)
+    check_budget(problem)
+    return problem
+
+
+def _knobs_of(space: Any, shape: Any) -> set[str]:
+    bare = Problem(space=space, shape=shape, model="", task="")
+    return {name for _, params in corners(bare) for name in params}
+
+
+def run(config: RunConfig) -> int:
+    problem = prepare(config)
+    if config.dry_run:
+        dry_run(config, problem)
+        return 0
+    return study(config, problem)
+
+
+def dry_run(config: RunConfig, problem: Problem) -> None:
+    """Prints points with their parameter counts: what the study would start with and what the sampler would draw."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from search.report import human
+    from search.sampler import Proposer
+
+    measured = _measured(_folder(config))
+    problem = replace(problem, signals={**problem.signals, **measured})
+    refused: list[str] = []
+    proposer = Proposer(problem, sampler="random", answered=lambda point: refused.append(point.reason))
+    table = Table(title=f"{config.space} on {config.model}: {config.trials} points, nothing is trained")
+    for column in ("", "allocator", "knobs", "recipe", "experts", "trainable parameters"):
+        table.add_column(column, justify="right" if column in ("", "experts", "trainable parameters") else "left")
+    bounds = False
+    for number in range(1, config.trials + 1):
+        proposal = proposer.propose()
+        if proposal is None:
+            break
+        trial = proposal.trial
+        module = plugins.load("allocators", trial.allocator)
+        exact = module.FIXED_COST or module.NEEDS is None or module.NEEDS in measured
+        bounds = bounds or not exact
+        knobs = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.knobs.items())
+        settings = f"rank={trial.recipe.rank} learning_rate={trial.recipe.learning_rate:.2g}"
+        mark = "" if exact else "≤ "
+        table.add_row(
+            str(number),
+            trial.allocator,
+            knobs,
+            settings,
+            f"{mark}{trial.allocation.total_experts}",
+            f"{mark}{proposal.trainable_params:,} ({human(proposal.trainable_params)})",
+        )
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    if bounds:
+        console.print("≤: depends on the routing, which the first run measures; no routing needs more than this")
+    if refused:
+        console.print(f"{len(refused)} further points needed no training: {', '.join(sorted(set(refused)))}")
+
+
+def study(config: RunConfig, problem: Problem) -> int:
+    """Opens the study's records and tracker, trains what is left to train, writes the report."""
+    from search import report
+    from search.records import Study
+    from search.tracking import Tracker
+
+    folder = _folder(config)
+    with Study.open(
+        folder, config=config.to_json(), identity=config.identity(), shape=problem.shape, command=config.command()
+    ) as records:
+        tracker = Tracker.open(
+            config.tracking_uri or None,
+            folder.parent,
+            experiment=config.space,
+            study_name=config.study_name,
+            tags={"model": config.model, "task": config.task},
+            params=config.to_json(),
+        )
+        tracker.sync(records)
+        left = config.trials - len(records.finished)
+        if left > 0:
+            _train(config, problem, records, tracker, left)
+        else:
+            print(f"trials={config.trials} and {len(records.finished)} are finished: nothing to train")
+        summary = report.write(folder)
+        tracker.sync(records)
+        tracker.close(summary)
+    report.show(folder)
+    return 0 if any(outcome.accuracy is not None for outcome in records.finished.values()) else 1
+
+
+def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left: int) -> None:
+    from search.progress import Progress
+    from search.study import Run
+
+    folder, began = _folder(config), time.monotonic()
+    # Before Ray starts its processes: they inherit it.
+    for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}.items():
+        os.environ.setdefault(name, value)
+    from search import pool as pools
+    from search import ray_tune
+
+    remote = f"{config.storage.rstrip('/')}/{config.study_name}" if "://" in config.storage else str(folder)
+    with Progress(config.trials, config.time_budget_seconds or None, done=list(records.finished.values())) as progress:
+        progress.message(f"{config.space} on {config.model}, task {config.task}; records in {folder}")
+        cluster = pools.connect(config.ray_address, num_cpus=config.num_cpus)
+        plan = pools.plan(
+            cluster,
+            workers_per_trial=config.workers_per_trial,
+            cpus_per_worker=config.cpus_per_worker,
+            gpus_per_worker=config.gpus_per_worker,
+            max_concurrent=config.max_concurrent,
+            trials=left,
+        )
+        pool = pools.Pool(
+            plan,
+            study=records.header["id"],
+            storage=str(Path(config.storage).expanduser().absolute() / ".ray")
+            if "://" not in config.storage
+            else f"{config.storage.rstrip('/')}/.ray",
+            setup={
+                "namespace": pools.NAMESPACE,
+                "model": config.model,
+                "task": config.task,
+                "limit": config.limit,
+                "seed": config.seed,
+                "evaluations": config.evaluations,
+                "calibration_samples": config.calibration_samples,
+                "cpus_per_worker": config.cpus_per_worker,
+                "signals": str(folder.parent / "signals"),
+                "adapters": f"{remote}/adapters",
+                "checkpoints": f"{remote}/checkpoints",
+                "plugins": config.plugins,
+            },
+        )
+        try:
+            progress.message(f"starting workers: {plan.describe()}")
+            pool.start()
+            problem = replace(problem, signals=_signals(config, problem, pool, folder, progress))
+            conductor = Run(
+                problem,
+                records,
+                tracker,
+                progress,
+                sampler=config.sampler,
+                deadline=began + config.time_budget_seconds if config.time_budget else None,
+                keep=config.keep,
+            )
+            ray_tune.search(conductor, pool, study=records.header["id"], trials=left)
+        finally:
+            pool.close()
+
+
+def _signals(config: RunConfig, problem: Problem, pool: Any, folder: Path, progress: Any) -> dict[str, Signal]:
+    """Every kind of signal that the space's allocators need, measured once by a worker or taken from the cache."""
+    from search.records import write_atomically
+
+    modules = [plugins.load("allocators", name) for name in problem.space.ALLOCATORS]
+    signals: dict[str, Signal] = {}
+    for kind in sorted({module.NEEDS for module in modules if module.NEEDS}):
+        progress.message(f"measuring {kind} on {config.calibration_samples} training documents of {config.task}")
+        signals[kind] = Signal.from_json(pool.ask({"kind": "signal", "signal": kind})["signal"])
+        (folder / "signals").mkdir(exist_ok=True)
+        write_atomically(folder / "signals" / f"{kind}.json", canonical_json(signals[kind].to_json()))
+    return signals
+
+
+def _measured(folder: Path) -> dict[str, Signal]:
+    """Signals that an earlier run of the study left in its folder; a damaged one counts as not measured."""
+    found: dict[str, Signal] = {}
+    for file in sorted((folder / "signals").glob("*.json")):
+        try:
+            found[file.stem] = Signal.from_json(json.loads(file.read_text()))
+        except (ValueError, KeyError, OSError) as error:
+            print(f"warning: {file} cannot be read ({error}); shown without it", file=sys.stderr)
+    return found
+
+
+def _folder(config: RunConfig) -> Path:
+    """The study's records lie on this machine, whatever `storage` is; workers write adapters to `storage`."""
+    base = Path("studies") if "://" in config.storage else Path(config.storage).expanduser()
+    return base.absolute() / config.study_name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

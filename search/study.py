@@ -1,0 +1,99 @@
+"""One study from its first point to its report: the only writer of records, MLflow runs and the live view.
+
+Tune asks `propose`, workers' reports arrive at `rung` and `finished`. Pure glue: no Ray, no MLflow, no torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from allocators.core.types import Outcome
+from search import pareto
+from search.progress import Progress
+from search.records import Study
+from search.sampler import Answered, Proposal, Proposer
+from search.tracking import Tracker
+from search.trial import Problem
+
+
+class Run:
+    """The conductor that Tune talks to.
+
+    deadline   monotonic time after which nothing new is proposed; None: no limit
+    keep       "front": adapters of points that left the front are deleted; "all": none is
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        records: Study,
+        tracker: Tracker,
+        progress: Progress,
+        *,
+        sampler: str,
+        deadline: float | None,
+        keep: str,
+    ) -> None:
+        self._records = records
+        self._tracker = tracker
+        self._progress = progress
+        self._deadline = deadline
+        self._keep = keep
+        self._proposals: dict[str, Proposal] = {}
+        self.exhausted = False
+        known = [(outcome, records.params_of(digest)) for digest, outcome in records.finished.items()]
+        unfinished = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
+        self._proposer = Proposer(
+            problem, sampler=sampler, known=known, unfinished=unfinished, answered=self._on_answered
+        )
+
+    def propose(self) -> Proposal | None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self._progress.message("time budget used up: no new trials")
+            return None
+        proposal = self._proposer.propose()
+        if proposal is None:
+            self.exhausted = True
+            self._progress.message("every point of the space has been answered")
+            return None
+        started = Outcome(proposal.trial, "started", proposal.trainable_params)
+        self._proposals[proposal.trial.digest] = proposal
+        self._records.append_started(started, proposal.params)
+        self._tracker.started(started)
+        self._progress.started(started)
+        return proposal
+
+    def rung(self, digest: str, rung: Mapping[str, Any]) -> None:
+        self._records.append_rung(digest, rung)
+        self._tracker.rung(digest, rung)
+        self._progress.rung(digest, rung)
+
+    def finished(self, outcome: Outcome) -> None:
+        proposal = self._proposals.pop(outcome.digest)
+        self._records.append_finished(outcome, proposal.params)
+        self._proposer.tell(outcome)
+        self._tracker.finished(outcome)
+        self._progress.finished(outcome)
+        if self._keep == "front":
+            self._drop_adapters()
+
+    def lost(self, digest: str, reason: str) -> None:
+        proposal = self._proposals[digest]
+        self.finished(Outcome(proposal.trial, "failed", proposal.trainable_params, message=reason))
+
+    def _on_answered(self, point: Answered) -> None:
+        self._records.append_answered(point.params, reason=point.reason, digest=point.digest, message=point.message)
+        self._progress.answered(point.reason, point.message)
+
+    def _drop_adapters(self) -> None:
+        """Deletes adapters of points that are no longer on the front: on a real model each is hundreds of megabytes."""
+        outcomes = self._records.finished.values()
+        winners = {o.digest for o in pareto.front(outcomes)}
+        for outcome in outcomes:
+            folder = Path(outcome.adapter)
+            if outcome.adapter and outcome.digest not in winners and folder.is_dir():
+                shutil.rmtree(folder)

@@ -1,0 +1,84 @@
+"""The command line: what is taken, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import pytest
+
+from allocators.core.errors import StudyError
+from allocators.core.types import Recipe
+from search.config import RunConfig, help_text, make_recipe, parse
+
+
+def test_no_words_give_the_defaults():
+    assert parse([]) == RunConfig()
+
+
+def test_words_become_typed_values_in_their_group():
+    config = parse(
+        ["space=sieve", "trials=3", "recipe.rank=4", "recipe.learning_rate=1e-3", "space.fraction=0.5", "dry_run=true"]
+    )
+    assert (config.space, config.trials, config.dry_run) == ("sieve", 3, True)
+    assert config.recipe == {"rank": 4, "learning_rate": 1e-3}
+    assert config.pins == {"fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trails=3"], "unknown key 'trails'; did you mean 'trials'?"),
+        (["trials"], "'trials' is not key=value"),
+        (["trials=many"], "trials: "),
+        (["trials=0"], "trials must be at least 1, got 0"),
+        (["recipe.rnk=3"], "did you mean 'rank'?"),
+        (["recipe.rank=big"], "recipe.rank must be a whole number, got 'big'"),
+        (["recipe.rank=0"], "rank must be at least 1, got 0"),
+        (["recipe.schedule=cos"], "schedule must be cosine, linear or constant"),
+        (["sampler=tp"], "choose from nsga2, random, tpe; did you mean 'tpe'?"),
+        (["time_budget=soon"], "time_budget must look like 90s, 10m or 2h, got 'soon'"),
+        (["config=nowhere.yaml"], "config=nowhere.yaml: there is no such file"),
+        (["keep=none"], "keep must be front or all, got 'none'"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_is_possible(words, said):
+    with pytest.raises(StudyError) as error:
+        parse(words)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_is_read_first_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("trials: 5\nseed: 7\nrecipe: {rank: 4, steps: 10}\npins: {fraction: 0.5}\n")
+    config = parse([f"config={file}", "trials=9", "recipe.rank=8"])
+    assert (config.trials, config.seed) == (9, 7)
+    assert config.recipe == {"rank": 8, "steps": 10}
+    assert config.pins == {"fraction": 0.5}
+
+
+def test_a_typo_in_a_file_names_the_file(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("trails: 5\n")
+    with pytest.raises(StudyError, match=r"unknown key 'trails' in .*study\.yaml; did you mean 'trials'"):
+        parse([f"config={file}"])
+
+
+def test_the_command_of_a_study_parses_back_to_the_same_study():
+    words = ["space=sieve", "trials=3", "recipe.rank=4", "space.score=mass", "time_budget=5m", "plugins=[a.py,b.py]"]
+    config = parse(words)
+    again = parse([word.strip("'") for word in config.command().split()[3:]])
+    assert again == config
+
+
+def test_help_names_every_key_with_its_meaning():
+    text = help_text()
+    from dataclasses import fields
+
+    for f in fields(RunConfig):
+        assert f.name in text
+        assert f.metadata["help"].split()[0] in text
+
+
+def test_later_layers_of_a_recipe_win_and_epochs_replace_earlier_steps():
+    assert make_recipe({"rank": 4, "steps": 80}, {"rank": 16}) == Recipe(rank=16, steps=80)
+    assert make_recipe({"steps": 80}, {"epochs": 2}) == Recipe(steps=0, epochs=2.0)
+    assert make_recipe({"epochs": 2, "steps": 80}).steps == 80

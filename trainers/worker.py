@@ -1,0 +1,221 @@
+"""What runs on every Ray Train worker for a whole study: one base model, then job after job. Edge file: ray.train.
+
+A job is a signal to measure or a trial: attach the adapter, train, evaluate at rungs, report, detach. A diverged or
+failing trial is reported and never takes the worker with it; a worker that dies is restarted by Ray Train, takes its
+job again and goes on from the trial's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from allocators.core.errors import OutOfMemoryError, StudyError, ToolkitError, TrialError
+from allocators.core.shapes import shape_of
+from allocators.core.types import Outcome, Trial
+
+PACKAGES = ("torch", "transformers", "ray", "optuna", "lm_eval", "datasets", "mlflow", "peft")
+
+
+def versions(device: str = "cpu") -> dict[str, str]:
+    """What a result depends on besides its trial: package versions, Python, device."""
+    found = {"python": platform.python_version(), "device": device}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+class Bench:
+    """The resident base model and task of one worker, and the two kinds of job that it does."""
+
+    def __init__(self, setup: Mapping[str, Any], device: Any) -> None:
+        import torch
+
+        from trainers import models, tasks
+
+        torch.set_num_threads(setup["cpus_per_worker"])
+        self.setup = setup
+        self.device = device
+        self.loaded = models.load(setup["model"], device=str(device))
+        self.task = tasks.load_task(setup["task"], limit=setup["limit"] or None)
+        self.shape = shape_of(self.loaded.model.config, name=setup["model"])
+        self.versions = versions(_device_name(device)) | {"model": self.loaded.identity, "data": self.task.data_hash}
+
+    def measure(self, kind: str) -> dict[str, Any]:
+        """One signal, from the cache where it was measured before. Raises StudyError for a kind it cannot measure."""
+        from allocators.signals import cache, routing
+
+        samples, seed = self.setup["calibration_samples"], self.setup["seed"]
+        if kind != "routing":
+            raise StudyError(f"workers cannot measure the signal '{kind}': possible is routing")
+        provenance = {
+            "model": self.setup["model"],
+            "weights": self.loaded.identity,
+            "task": self.setup["task"],
+            "data": self.task.data_hash,
+            "samples": samples,
+            "seed": seed,
+            "code": routing.VERSION,
+        }
+
+        def run():
+            prompts = self.task.prompts(self.loaded.tokenizer, samples, seed)
+            batches = routing.pad(prompts, pad_token_id=self.loaded.tokenizer.pad_token_id)
+            return routing.measure(self.loaded.model, batches, provenance=provenance)
+
+        signal = cache.cached(kind, provenance, folder=Path(self.setup["signals"]), measure=run)
+        return {"signal": signal.to_json()}
+
+    def train(self, trial: Trial, trainable_params: int, *, report: Any, leads: bool = True) -> Outcome:
+        """One trial from attach to detach; every ending that belongs to the trial becomes an outcome."""
+        from trainers import adapter as adapters
+        from trainers import loop, storage
+
+        started = Outcome(trial, "started", trainable_params, versions=self.versions)
+        began = time.monotonic()
+        remote = storage.join(self.setup["checkpoints"], trial.digest)
+        recipe, adapter = trial.recipe, None
+        try:
+            adapter = adapters.attach(
+                self.loaded.model,
+                trial.allocation,
+                shape=self.shape,
+                rank=recipe.rank,
+                lora_alpha=recipe.lora_alpha,
+                lora_dropout=recipe.lora_dropout,
+                top_k=recipe.top_k,
+                balance_coef=recipe.balance_coef,
+                seed=trial.seed,
+            )
+            if adapter.num_trainable != trainable_params:
+                raise TrialError(f"the adapter has {adapter.num_trainable:,} parameters, counted {trainable_params:,}")
+            with storage.working_copy(remote) as checkpoint:
+                result = loop.train(
+                    self.loaded.model,
+                    adapter,
+                    self.task,
+                    recipe,
+                    seed=trial.seed,
+                    tokenizer=self.loaded.tokenizer,
+                    evaluations=self.setup["evaluations"],
+                    device=self.device,
+                    on_rung=report,
+                    checkpoint=checkpoint,
+                )
+            rungs = tuple(rung.to_json() for rung in result.rungs)
+            accuracy = rungs[-1]["accuracy"] if rungs and result.status != "diverged" else None
+            outcome = started.updated(
+                status=result.status,
+                accuracy=accuracy,
+                rungs=rungs,
+                tokens=result.tokens,
+                seconds=result.seconds,
+                peak_memory_bytes=result.peak_memory_bytes,
+            )
+            if leads and accuracy is not None:
+                outcome = outcome.updated(adapter=self._save(adapter, outcome))
+            return outcome
+        except OutOfMemoryError as error:
+            return started.updated(status="out_of_memory", message=str(error), seconds=time.monotonic() - began)
+        except Exception as error:  # a trial never takes the worker with it: its error is its outcome
+            message = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
+            return started.updated(status="failed", message=message, seconds=time.monotonic() - began)
+        finally:
+            if adapter is not None:
+                adapter.detach()
+            gc.collect()
+            _return_memory(self.device)
+
+    def _save(self, adapter: Any, outcome: Outcome) -> str:
+        from trainers import adapter as adapters
+        from trainers import storage
+
+        target = storage.join(self.setup["adapters"], outcome.digest)
+        record = outcome.to_json()
+        facts = {key: record[key] for key in ("trial", "accuracy", "trainable_params", "tokens", "seconds", "versions")}
+        with tempfile.TemporaryDirectory() as folder:
+            adapters.save(adapter, Path(folder), metadata=facts | {"base_model": self.setup["model"]})
+            storage.put_folder(Path(folder), target)
+        return target
+
+
+def serve(config: dict[str, Any]) -> None:
+    """The loop of one worker. Rank 0 takes jobs from the board and tells the others."""
+    import ray
+    import torch
+    import torch.distributed as dist
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    context = get_context()
+    leads, several = context.get_world_rank() == 0, context.get_world_size() > 1
+    board = ray.get_actor(config["board"], namespace=config["namespace"])
+    group = config["group"]
+
+    def shared(value: Any) -> Any:  # rank 0 decides, everyone hears
+        box = [value]
+        if several:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        bench = Bench(config, get_device())
+    except Exception as error:  # nothing can be trained: say why once instead of being restarted for ever
+        message = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
+        if leads:
+            ray.get(board.lost.remote(group, message))
+        return
+    if leads:
+        ray.get(board.is_ready.remote(group, {"versions": bench.versions, "pid": os.getpid()}))
+    while (job := shared(ray.get(board.take.remote(group)) if leads else None)) is not None:
+        job_id, work = job
+
+        def send(message: dict[str, Any], job_id: str = job_id) -> bool:
+            return shared(ray.get(board.report.remote(group, job_id, message)) if leads else None)
+
+        if work["kind"] == "signal":
+            answer: dict[str, Any] | None = None
+            if leads:
+                try:
+                    answer = bench.measure(work["signal"])
+                except Exception as error:  # the driver decides what a missing signal means
+                    kind = "" if isinstance(error, ToolkitError) else f"{type(error).__name__}: "
+                    answer = {"error": f"{kind}{error}"}
+            send({"done": True, **(answer or {})})
+        else:
+
+            def on_rung(rung: Any, send: Any = send) -> bool:
+                return send({"done": False, "rung": json.dumps(rung.to_json())})
+
+            trial = Trial.from_json(json.loads(work["trial"]))
+            outcome = bench.train(trial, work["trainable_params"], report=on_rung, leads=leads)
+            send({"done": True, "outcome": json.dumps(outcome.to_json())})
+    del bench
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _device_name(device: Any) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.machine() + " CPU"
+
+
+def _return_memory(device: Any) -> None:
+    import torch
+
+    if str(device).startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

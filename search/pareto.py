@@ -1,0 +1,134 @@
+"""The front of accuracy against trainable parameters: who is on it, how much it covers, where it bends.
+
+    python -m search.report studies/demo        # prints what these functions find in a study
+
+A point is anything with `trainable_params` and `accuracy`; a point whose accuracy is None or not finite has no place
+on a front and is left out everywhere here.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from allocators.core.types import Outcome, digest_of
+
+
+class Point(Protocol):
+    @property
+    def trainable_params(self) -> int: ...
+    @property
+    def accuracy(self) -> float | None: ...
+
+
+P = TypeVar("P", bound=Point)
+
+
+def _valid(points: Iterable[P]) -> list[P]:
+    return [p for p in points if p.accuracy is not None and math.isfinite(p.accuracy)]
+
+
+def _rows(points: Sequence[Point]) -> list[tuple[float, float]]:
+    return [(float(p.trainable_params), float(p.accuracy or 0.0)) for p in points]
+
+
+def front(points: Iterable[P]) -> list[P]:
+    """Points that no other point beats: fewer parameters at no less accuracy, or more accuracy at no more parameters.
+
+    Ascending in parameters. Points that tie in both are all kept: neither is better, and dropping one would depend
+    on the order of arrival.
+    """
+    valid = _valid(points)
+    if not valid:
+        return []
+    import moocore  # here: it brings numpy, which nobody who only imports this module needs
+
+    keep = moocore.is_nondominated(_rows(valid), maximise=[False, True], keep_weakly=True)
+    return sorted((p for p, on in zip(valid, keep, strict=True) if on), key=lambda p: p.trainable_params)
+
+
+def hypervolume(points: Iterable[Point], *, reference: tuple[float, float]) -> float:
+    """Area that the points dominate up to `reference` = (trainable parameters, accuracy), a point worse than all.
+
+    In parameters × accuracy. Points beyond the reference add nothing; no points cover 0.
+    """
+    valid = _valid(points)
+    if not valid:
+        return 0.0
+    import moocore
+
+    return float(moocore.hypervolume(_rows(valid), list(reference), maximise=[False, True]))
+
+
+def knee(points: Iterable[P]) -> P | None:
+    """The point of the front after which parameters buy less: farthest above the chord between the front's ends.
+
+    With x = log(parameters) and y = accuracy, both scaled so that the ends of the front are (0, 0) and (1, 1), it is
+    the point with the largest y - x. None for fewer than three different points, or where the front never rises above
+    its chord: then there is no bend to speak of. Ties go to the smaller point.
+    """
+    ends = front(points)
+    if len({(p.trainable_params, p.accuracy) for p in ends}) < 3:
+        return None
+    rows = [(math.log(max(params, 1.0)), accuracy) for params, accuracy in _rows(ends)]
+    (x0, y0), (x1, y1) = rows[0], rows[-1]
+    rises = [(y - y0) / (y1 - y0) - (x - x0) / (x1 - x0) for x, y in rows]
+    best = max(range(len(ends)), key=lambda i: (rises[i], -i))
+    return ends[best] if rises[best] > 1e-9 else None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """All runs of one point: same allocation, recipe, model and task, different seeds.
+
+    accuracy   mean over the seeds that ran to the end; None where none did
+    stderr     standard error of that accuracy, from the evaluation's own (the last rung's `stderr`) and from the
+               spread over seeds where there are several; None where neither is known
+    """
+
+    runs: tuple[Outcome, ...]
+    accuracy: float | None
+    stderr: float | None
+
+    @property
+    def trainable_params(self) -> int:
+        return self.runs[0].trainable_params
+
+    @property
+    def complete(self) -> tuple[Outcome, ...]:
+        return tuple(run for run in self.runs if run.status == "complete" and run.accuracy is not None)
+
+    @property
+    def best(self) -> Outcome:
+        """The run whose adapter to load: the most accurate complete one."""
+        return max(self.complete or self.runs, key=lambda run: run.accuracy or 0.0)
+
+
+def candidates(outcomes: Iterable[Outcome]) -> list[Candidate]:
+    """Groups outcomes that differ in the seed only, in order of appearance.
+
+    Only complete runs give an accuracy: one that was stopped early was trained less than its rivals.
+    """
+    groups: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        point = {key: value for key, value in outcome.trial.to_json().items() if key in _POINT}
+        groups.setdefault(digest_of(point), []).append(outcome)
+    return [_candidate(tuple(runs)) for runs in groups.values()]
+
+
+_POINT = ("allocation", "recipe", "model", "task")
+
+
+def _candidate(runs: tuple[Outcome, ...]) -> Candidate:
+    complete = [run for run in runs if run.status == "complete" and run.accuracy is not None]
+    if not complete:
+        return Candidate(runs, None, None)
+    accuracies = [run.accuracy or 0.0 for run in complete]
+    questions = [run.rungs[-1].get("stderr") for run in complete if run.rungs]
+    variances = [max(e for e in questions if e is not None) ** 2] if any(e is not None for e in questions) else []
+    if len(accuracies) > 1:
+        variances.append(statistics.variance(accuracies) / len(accuracies))
+    return Candidate(runs, statistics.fmean(accuracies), math.sqrt(sum(variances)) if variances else None)

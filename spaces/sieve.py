@@ -11,7 +11,7 @@ Knobs
     allocator       sieve | coverage | greedy | esft | random | all | none
     fraction        share of each layer's experts (sieve, random) or of all experts (greedy), in steps of 1/16
                     (coarser where a layer has fewer than 16 experts)
-    coverage        share of the routed tokens or gate mass that the kept experts cover (coverage)
+    share           share of the routed tokens or gate mass that the kept experts cover (coverage)
     p               the same for ESFT; the expert that crosses it is included
     score           count | mass: what "most routed" means (sieve, coverage, greedy)
     esft_score      token | gate (esft)
@@ -42,7 +42,7 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
         case "random":
             knobs["fraction"] = trial.suggest_float("fraction", step, 1 - step, step=step)
         case "coverage":
-            knobs["coverage"] = trial.suggest_float("coverage", 0.1, 0.9, step=0.05)
+            knobs["share"] = trial.suggest_float("share", 0.1, 0.9, step=0.05)
             knobs["score"] = trial.suggest_categorical("score", ["count", "mass"])
         case "esft":
             knobs["p"] = trial.suggest_float("p", 0.05, 0.75, step=0.05)

@@ -146,5 +146,5 @@ def test_flat_routing_bounds_the_cost_of_every_real_routing(counts, share):
     real = Signal("routing", {"0": {"count": counts, "mass": counts}}, axis="expert", unit="tokens", provenance={})
     from allocators import coverage
 
-    flat = coverage.allocate(flat_routing(shape), shape, coverage=share)
-    assert coverage.allocate(real, shape, coverage=share).total_experts <= flat.total_experts
+    flat = coverage.allocate(flat_routing(shape), shape, share=share)
+    assert coverage.allocate(real, shape, share=share).total_experts <= flat.total_experts

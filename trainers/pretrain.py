@@ -82,7 +82,7 @@ MODELS = {
             "num_experts": 16,
             "num_experts_per_tok": 2,
         },
-        steps=5000,
+        steps=4000,
         balance_coef=0.02,
     ),
     "tiny-dense": Pretraining(
@@ -93,7 +93,7 @@ MODELS = {
             "num_hidden_layers": 8,
             "num_attention_heads": 6,
         },
-        steps=5000,
+        steps=4000,
     ),
 }
 

@@ -32,9 +32,8 @@ ATTEMPTS = 3  # a job whose worker died this often is given up: it is the likely
 MOST_CPU_GROUPS = 8  # default on machines without a GPU: every group holds one copy of the base model
 
 
-@ray.remote(num_cpus=0)
 class Board:
-    """Jobs waiting, reports per job, what each group is working on, what was cancelled."""
+    """Jobs waiting, reports per job, what each group is working on, what was cancelled. Runs as a zero-CPU actor."""
 
     def __init__(self, groups: int) -> None:
         self.waiting: asyncio.Queue = asyncio.Queue()
@@ -185,7 +184,7 @@ class Pool:
 
     def start(self) -> None:
         """Starts the groups in threads of this process; returns at once."""
-        self.board = Board.options(name=self.board_name).remote(self.plan.groups)  # type: ignore[attr-defined]
+        self.board = ray.remote(num_cpus=0)(Board).options(name=self.board_name).remote(self.plan.groups)
         for group in range(self.plan.groups):
             thread = threading.Thread(target=self._run_group, args=(group,), daemon=True)
             thread.start()

@@ -1,0 +1,113 @@
+"""The board's bookkeeping, and how worker groups are fitted to a cluster. The groups themselves run in test_study.py."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from allocators.core.errors import StudyError
+from search.pool import ATTEMPTS, MOST_CPU_GROUPS, Board, Plan, plan
+
+DEFAULTS = {"workers_per_trial": 1, "cpus_per_worker": 1, "gpus_per_worker": -1.0, "max_concurrent": 0, "trials": 100}
+
+
+@pytest.mark.parametrize(
+    ("cluster", "asked", "expected"),
+    [
+        ({"CPU": 2}, {}, Plan(2, 1, 1, 0.0)),
+        ({"CPU": 2}, {"trials": 1}, Plan(1, 1, 1, 0.0)),
+        ({"CPU": 64}, {}, Plan(MOST_CPU_GROUPS, 1, 1, 0.0)),
+        ({"CPU": 64}, {"max_concurrent": 20}, Plan(20, 1, 1, 0.0)),
+        ({"CPU": 4}, {"workers_per_trial": 2}, Plan(2, 2, 1, 0.0)),
+        ({"CPU": 16, "GPU": 4}, {}, Plan(4, 1, 1, 1.0)),
+        ({"CPU": 16, "GPU": 4}, {"workers_per_trial": 4}, Plan(1, 4, 1, 1.0)),
+        ({"CPU": 16, "GPU": 1}, {"gpus_per_worker": 0.25}, Plan(4, 1, 1, 0.25)),
+        ({"CPU": 16, "GPU": 4}, {"gpus_per_worker": 0.0, "max_concurrent": 2}, Plan(2, 1, 1, 0.0)),
+    ],
+)
+def test_groups_fill_the_cluster_and_no_more(cluster, asked, expected):
+    assert plan(cluster, **(DEFAULTS | asked)) == expected
+
+
+@pytest.mark.parametrize(
+    ("cluster", "asked"),
+    [
+        ({"CPU": 2}, {"workers_per_trial": 3}),
+        ({"CPU": 2}, {"max_concurrent": 3}),
+        ({"CPU": 2}, {"gpus_per_worker": 1.0}),
+        ({"CPU": 16, "GPU": 1}, {"workers_per_trial": 2}),
+    ],
+)
+def test_what_does_not_fit_is_refused_instead_of_waiting_for_ever(cluster, asked):
+    with pytest.raises(StudyError, match=r"do not fit the cluster's .*lower max_concurrent"):
+        plan(cluster, **(DEFAULTS | asked))
+
+
+def test_a_job_goes_to_one_group_and_its_reports_to_who_asked():
+    async def story():
+        board = Board(groups=2)
+        await board.submit("a", {"n": 1})
+        await board.submit("b", {"n": 2})
+        assert await board.take(0) == ("a", {"n": 1})
+        assert await board.take(1) == ("b", {"n": 2})
+        assert await board.report(1, "b", {"done": False, "rung": 1})
+        assert await board.report(0, "a", {"done": True})
+        assert await board.next_report("a") == {"done": True}
+        assert await board.next_report("b") == {"done": False, "rung": 1}
+
+    asyncio.run(story())
+
+
+def test_a_cancelled_job_is_told_to_stop_at_its_next_report():
+    async def story():
+        board = Board(groups=1)
+        await board.submit("a", {})
+        await board.take(0)
+        await board.cancel("a")
+        assert not await board.report(0, "a", {"done": False})
+
+    asyncio.run(story())
+
+
+def test_a_restarted_group_takes_its_job_again_until_the_job_has_killed_it_too_often():
+    async def story():
+        board = Board(groups=1)
+        await board.submit("killer", {})
+        await board.submit("next", {})
+        for _ in range(ATTEMPTS):
+            assert (await board.take(0))[0] == "killer"
+        assert (await board.take(0))[0] == "next"
+        answer = await board.next_report("killer")
+        assert answer["done"]
+        assert f"died {ATTEMPTS} times" in answer["error"]
+
+    asyncio.run(story())
+
+
+def test_when_the_last_group_is_lost_nothing_waits_for_ever():
+    async def story():
+        board = Board(groups=2)
+        for job in "abc":
+            await board.submit(job, {})
+        await board.take(0)
+        await board.take(1)
+        await board.lost(0, "no memory")
+        assert (await board.next_report("a"))["error"] == "no memory"
+        await board.lost(1, "no memory either")
+        assert (await board.next_report("b"))["error"] == "no memory either"
+        assert "no worker is left" in (await board.next_report("c"))["error"]
+        await board.submit("late", {})
+        assert "no worker is left" in (await board.next_report("late"))["error"]
+
+    asyncio.run(story())
+
+
+def test_closing_lets_every_group_go():
+    async def story():
+        board = Board(groups=2)
+        await board.close()
+        assert await board.take(0) is None
+        assert await board.take(1) is None
+
+    asyncio.run(story())

@@ -239,12 +239,16 @@ class Pool:
         return ray.get(self.board.facts.remote())
 
     def close(self, *, patience: float = 30.0) -> None:
-        """Lets the groups end after their current job and shuts Ray down."""
+        """Lets the groups end after their current job."""
         if ray.is_initialized():
             ray.get(self.board.close.remote())
             for thread in self._threads:
                 thread.join(patience)
-            ray.shutdown()
+
+
+def disconnect() -> None:
+    """Ends the local Ray, or leaves the cluster."""
+    ray.shutdown()
 
 
 def driver_node() -> str:

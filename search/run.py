@@ -239,6 +239,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             ray_tune.search(conductor, pool, study=records.header["id"], trials=left)
         finally:
             pool.close()
+            pools.disconnect()
 
 
 def _signals(config: RunConfig, problem: Problem, pool: Any, folder: Path, progress: Any) -> dict[str, Signal]:

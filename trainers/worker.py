@@ -14,7 +14,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,12 @@ class Bench:
         began = time.monotonic()
         remote = storage.join(self.setup["checkpoints"], trial.digest)
         recipe, adapter = trial.recipe, None
+
+        def on_rung(rung: Any) -> bool:
+            if leads:
+                put_back()
+            return report(rung)
+
         try:
             adapter = adapters.attach(
                 self.loaded.model,
@@ -100,7 +107,7 @@ class Bench:
             )
             if adapter.num_trainable != trainable_params:
                 raise TrialError(f"the adapter has {adapter.num_trainable:,} parameters, counted {trainable_params:,}")
-            with storage.working_copy(remote) as checkpoint:
+            with _working_copy(remote) as (checkpoint, put_back):
                 result = loop.train(
                     self.loaded.model,
                     adapter,
@@ -110,7 +117,7 @@ class Bench:
                     tokenizer=self.loaded.tokenizer,
                     evaluations=self.setup["evaluations"],
                     device=self.device,
-                    on_rung=report,
+                    on_rung=on_rung,
                     checkpoint=checkpoint,
                 )
             rungs = tuple(rung.to_json() for rung in result.rungs)
@@ -205,6 +212,20 @@ def serve(config: dict[str, Any]) -> None:
     del bench
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def _working_copy(location: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A local folder for a trial's checkpoint and what brings it back to `location`, which may be a URI."""
+    from trainers import storage
+
+    if not storage.is_uri(location):
+        yield Path(location), lambda: None
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "checkpoint"
+        storage.get_folder(location, folder)
+        yield folder, lambda: storage.put_folder(folder, location)
 
 
 def _device_name(device: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 COMMON = {
     "vocab_size": 40,
     "hidden_size": 24,
-    "intermediate_size": 20,
+    "intermediate_size": 40,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -1,0 +1,146 @@
+"""How many tokens each expert receives, and with how much gate weight, per layer. Reads a model, changes nothing.
+
+    prompts = task.prompts(tokenizer, 256, seed)                        # token ids of training documents
+    signal = measure(model, pad(prompts, pad_token_id=0), provenance={…})
+    signal.metric(0, "count")                                           # layer 0: tokens dispatched to each expert
+
+Or from a terminal: python -m allocators.show model=tiny-moe
+
+One forward pass in eval mode without gradients; prompt tokens count, padding does not; the head is never run. A
+transformers MoE layer calls its experts with (hidden states, ids, weights) whatever the family, so one hook reads them
+all.
+
+The pass is done in fp32 whatever the model's dtype. In bf16 the rounding of hidden states moves near-tied tokens to
+another expert (11 % of the top choices on one model). Weights are cast a decoder layer at a time and given back, so a
+large bf16 model needs the memory of one more layer, not of a second model.
+
+Letters: B batch, S sequence, T = B·S tokens, k experts per token, E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allocators.core.errors import StudyError
+from allocators.core.types import Signal
+
+VERSION = 1  # part of the provenance: raise it when the same model and data would give other numbers
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, provenance: Mapping[str, Any]) -> Signal:
+    """Routing of a transformers causal language model: rows by layer, metrics `count` and `mass`, [E] each.
+
+        count_e = number of (token, choice) pairs sent to expert e        mass_e = Σ of their gate weights
+
+    batches      `input_ids` [B, S] and `attention_mask` [B, S], 1 where a token counts; on any device
+    provenance   everything the numbers depend on; becomes the signal's
+
+    Counts are exact; masses are fp32 gate weights summed in fp64. The model comes back as it was: mode, dtypes, hooks.
+
+    Raises StudyError for a model without routed experts, or batches without tokens.
+    """
+    base = model.base_model  # without the head: routing needs no logits
+    experts = {int(found[1]): module for name, module in base.named_modules() if (found := _experts_layer(name))}
+    if not experts:
+        raise StudyError(f"{_name(model)} has no routed experts to count tokens for: routing is a signal of MoE models")
+    device = next(base.parameters()).device
+    count_E = {n: torch.zeros(m.num_experts, dtype=torch.int64, device=device) for n, m in experts.items()}
+    mass_E = {n: torch.zeros(m.num_experts, dtype=torch.float64, device=device) for n, m in experts.items()}
+    keep_T: list[Tensor] = []  # the running batch's real tokens, for the hooks
+
+    def hook_of(layer: int):
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            _, index_Tk, weight_Tk = arguments
+            keep_Tk = keep_T[0][:, None].expand_as(index_Tk)
+            ids = index_Tk.reshape(-1)
+            # masked by zeros, not by selecting: no device sync, and where() keeps a padded row's NaN out of the sum
+            count_E[layer].index_add_(0, ids, keep_Tk.reshape(-1).long())
+            kept_weight_Tk = torch.where(keep_Tk, weight_Tk.double(), 0.0)
+            mass_E[layer].index_add_(0, ids, kept_weight_Tk.reshape(-1))
+
+        return hook
+
+    was_training = {module: module.training for module in model.modules()}
+    with ExitStack() as undo:
+        for layer, module in experts.items():
+            undo.callback(module.register_forward_pre_hook(hook_of(layer)).remove)
+        undo.enter_context(_in_fp32(base))
+        undo.callback(_restore_mode, was_training)
+        undo.enter_context(torch.no_grad())
+        model.eval()
+        for batch in batches:
+            mask_BS = batch["attention_mask"].to(device)
+            keep_T[:] = [mask_BS.reshape(-1).bool()]
+            base(input_ids=batch["input_ids"].to(device), attention_mask=mask_BS, use_cache=False)
+    if not any(int(count.sum()) for count in count_E.values()):
+        raise StudyError(f"the routing of {_name(model)} was asked for on no tokens: give at least one sample")
+    rows = {str(n): {"count": count_E[n].tolist(), "mass": mass_E[n].tolist()} for n in sorted(experts)}
+    return Signal("routing", rows, axis="expert", unit="tokens", provenance=provenance)
+
+
+def pad(prompts: Sequence[Sequence[int]], *, pad_token_id: int, batch_size: int = 16) -> Iterator[dict[str, Tensor]]:
+    """Batches for `measure`: the prompts, longest first so that little is padding, padded on the right."""
+    longest_first = sorted(prompts, key=len, reverse=True)
+    for start in range(0, len(longest_first), batch_size):
+        rows = longest_first[start : start + batch_size]
+        length = len(rows[0])
+        yield {
+            "input_ids": torch.tensor([[*row, *[pad_token_id] * (length - len(row))] for row in rows]),
+            "attention_mask": torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows]),
+        }
+
+
+def _experts_layer(name: str) -> re.Match[str] | None:
+    return _LAYER.search(name) if name.endswith(".experts") else None
+
+
+def _name(model: nn.Module) -> str:
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", "") or type(model).__name__
+
+
+def _restore_mode(was_training: Mapping[nn.Module, bool]) -> None:
+    for module, training in was_training.items():
+        module.training = training
+
+
+@contextmanager
+def _in_fp32(base: nn.Module) -> Iterator[None]:
+    """Runs a half-precision model in fp32: embeddings are cast on their way out, each layer's weights while it runs."""
+    half = (torch.bfloat16, torch.float16)
+    if not any(p.dtype in half for p in base.parameters()):
+        yield
+        return
+    lent: dict[nn.Parameter, Tensor] = {}
+
+    def embed(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+        return output.float()
+
+    def borrow(module: nn.Module, arguments: Any) -> None:
+        for parameter in module.parameters():
+            if parameter.dtype in half:
+                lent[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def give_back(*_: Any) -> None:
+        for parameter, data in lent.items():
+            parameter.data = data
+        lent.clear()
+
+    handles = [base.get_input_embeddings().register_forward_hook(embed)]
+    for layer in base.layers:
+        handles += [layer.register_forward_pre_hook(borrow), layer.register_forward_hook(give_back)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        give_back()

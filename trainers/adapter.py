@@ -111,7 +111,7 @@ class Adapter(ABC):
         allocation.check(shape)
         if getattr(model, "lora_adapter", None) is not None:
             raise StudyError(f"{shape.name} carries an adapter already: call its detach() or merge() first")
-        self.model = model
+        self.model: Any = model
         self.allocation = allocation
         self.shape = shape
         self.rank = rank
@@ -146,9 +146,9 @@ class Adapter(ABC):
         self._tensors[name] = nn.Parameter(value.to(device=device, dtype=torch.float32))
         return self._tensors[name]
 
-    def _add_linear_lora(self, module: nn.Module, spec: ModuleShape, *, seed: int) -> None:
+    def _add_linear_lora(self, module: Any, spec: ModuleShape, *, seed: int) -> None:
         """Plain LoRA on a linear layer, or on a router: a small module whose forward calls F.linear on its `weight`."""
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        weight = module.weight
         a_RI = self._add(
             f"{spec.path}.lora_A", uniform(self.rank, spec.in_features, seed=seed, name=spec.path), device=weight.device
         )
@@ -165,10 +165,10 @@ class Adapter(ABC):
             vars(module)["weight"] = _RouterWeight(module, weight, a_RI, b_OR, self.scale, self.lora_dropout)
             self._on_detach(lambda: vars(module).pop("weight"))
 
-    def _merge_linear_lora(self, module: nn.Module, spec: ModuleShape) -> None:
+    def _merge_linear_lora(self, module: Any, spec: ModuleShape) -> None:
         """W += (lora_alpha/r)·B·A, summed in fp32. Call it after the hooks are gone."""
         a_RI, b_OR = self._tensors[f"{spec.path}.lora_A"], self._tensors[f"{spec.path}.lora_B"]
-        add_to_weight(module.weight, self.scale * (b_OR @ a_RI))  # type: ignore[arg-type]
+        add_to_weight(module.weight, self.scale * (b_OR @ a_RI))
 
     # --- for everybody ---
 
@@ -303,7 +303,7 @@ class _RouterWeight:
 # The base model
 
 
-def module_at(model: nn.Module, path: str, *, name: str) -> nn.Module:
+def module_at(model: nn.Module, path: str, *, name: str) -> Any:
     """The submodule at a dotted path. Raises StudyError where the model has none."""
     try:
         return model.get_submodule(path)

@@ -1,0 +1,14 @@
+"""Where LoRA experts go: one file an allocator, each a pure function from a signal and a model's shape to an allocation.
+
+    python -m allocators.show model=tiny-moe         what would each of them do to my model, and at what cost?
+
+    from allocators import sieve
+    from allocators.core.shapes import shape_of
+    sieve.allocate(signal, shape_of(config, name="mine"), fraction=0.25).trainable_params(shape, rank=32)
+
+core/       the nouns (types.py), model shapes from configs, rounding, plug-ins, errors: standard library only
+signals/    what allocators read, measured on a model and cached: routing, spectrum, sensitivity
+show.py     the command above
+
+A new allocator is a new file here; nothing is registered. What it must define: `core/plugins.py`.
+"""

@@ -56,10 +56,10 @@ def allocate(
 def _composition(shape: ModelShape, total: int, minimum: int, seed: int) -> ExpertCounts:
     layers = shape.num_layers
     spare = total - layers * minimum
-    if minimum < 0 or spare < 0:
-        raise InfeasibleError(
-            f"total_experts must be at least {layers * max(minimum, 0)} ({minimum} a layer), got {total}"
-        )
+    if minimum < 0:
+        raise InfeasibleError(f"min_experts must not be negative, got {minimum}")
+    if spare < 0:
+        raise InfeasibleError(f"total_experts must be at least {layers * minimum} ({minimum} a layer), got {total}")
     # stars and bars: layers − 1 bars among spare stars, every placement once
     bars = sorted(random.Random(f"{seed}").sample(range(spare + layers - 1), layers - 1))
     edges = [-1, *bars, spare + layers - 1]

@@ -1,0 +1,308 @@
+"""What LoRA on the experts of an MoE model costs: ours against frozen experts and against PEFT's `target_parameters`.
+
+    python -m tests.benchmarks.expert_lora                                    fp32, one thread, a few minutes
+    python -m tests.benchmarks.expert_lora tokens=512 repeats=1               a quick look
+    python -m tests.benchmarks.expert_lora device=cuda dtype=bfloat16 hidden=2048 width=1024 rank=32
+
+A random OLMoE (64 experts, 8 a token) whose router prefers a quarter of its experts about as much as the published
+models do. One training step is forward and backward; LoRA is on the experts alone in every variant (attention and
+router stay frozen), and the gradient always flows down to the input, as it does when anything below is adapted.
+
+    frozen         transformers' grouped_mm, nothing to train: the least that a step can cost
+    peft_grouped   PEFT target_parameters on all experts, experts_implementation=grouped_mm
+    peft_eager     the same on transformers' eager loop
+    ours_all       every expert, A for gate and up apart (PEFT shares one: it trains fewer parameters)
+    ours_hot       the 25 % of experts that most tokens go to
+    ours_full      ours_hot and LoRA on attention and router too, as a study trains it (whole step only)
+
+`layer` times one layer's experts, `step` a whole 4-layer model. Variants take turns, every other turn in reverse; a
+ratio is the median over the turns. Seconds are CPU seconds of the process where there is one thread (what else the
+machine does counts less), wall clock otherwise. Last comes one JSON line, whose ratios are
+
+    layer_<tokens>_<variant>, step_<tokens>_<variant>     time, × frozen
+    step_<tokens>_speedup                                 time of peft_grouped ÷ time of ours_hot
+    step_<tokens>_saved_<variant>                         bytes kept for backward, × frozen
+    agreement_logits, agreement_gradients                 ours_all against PEFT with equal factors, largest difference
+                                                          ÷ largest value
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from allocators.core.shapes import shape_of
+from allocators.core.types import ExpertSelection, ModelShape
+from trainers.adapter import Adapter, attach
+
+EXPERTS, TOP_K, LAYERS, SEQUENCE = 64, 8, 4, 256
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    tokens: tuple[int, ...] = (1024, 4096)
+    hidden: int = 512
+    width: int = 256
+    rank: int = 8
+    repeats: int = 5
+    threads: int = 1
+    device: str = "cpu"
+    dtype: str = "float32"
+
+
+def build(settings: Settings) -> Any:
+    """A random 4-layer OLMoE; a quarter of each router's rows is longer, so these experts get more of the tokens."""
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    torch.manual_seed(0)
+    config = OlmoeConfig(
+        vocab_size=256,
+        hidden_size=settings.hidden,
+        intermediate_size=settings.width,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=settings.hidden // 64,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        eos_token_id=None,
+    )
+    model = OlmoeForCausalLM(config).to(settings.device, getattr(torch, settings.dtype)).train()
+    for layer in model.model.layers:
+        with torch.no_grad():
+            layer.mlp.gate.weight.normal_()
+            layer.mlp.gate.weight[torch.randperm(EXPERTS)[: EXPERTS // 4]] *= 1.7
+    return model.requires_grad_(False)
+
+
+def route_counts(model: Any, embeddings: Tensor) -> list[Tensor]:
+    """Rows per expert [E] of each layer."""
+    counts: list[Tensor] = []
+
+    def hook(_: Any, args: tuple) -> None:
+        counts.append(torch.bincount(args[1].flatten(), minlength=EXPERTS))
+
+    handles = [layer.mlp.experts.register_forward_pre_hook(hook) for layer in model.model.layers]
+    with torch.no_grad():
+        model(inputs_embeds=embeddings)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+@contextmanager
+def ours(model: Any, shape: ModelShape, selection: ExpertSelection, rank: int) -> Iterator[Adapter]:
+    adapter = attach(model, selection, shape=shape, rank=rank, lora_alpha=2 * rank)
+    for lora in adapter.experts.values():  # type: ignore[attr-defined]
+        lora.stop_watching()  # as after the first step of training
+    yield adapter
+    adapter.detach()
+
+
+@contextmanager
+def peft(model: Any, rank: int, implementation: str) -> Iterator[Any]:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=STACKS)
+    model.set_experts_implementation(implementation)
+    wrapped = get_peft_model(model, config)
+    yield wrapped
+    wrapped.unload()
+    model.set_experts_implementation("grouped_mm")
+    model.requires_grad_(False)
+
+
+def timed(step: Callable[[], Tensor], settings: Settings) -> float:
+    """Seconds of forward and backward."""
+    clock = time.process_time if settings.device == "cpu" and settings.threads == 1 else time.perf_counter
+    synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+    synchronize()
+    start = clock()
+    out = step()
+    out.backward(torch.ones_like(out))
+    synchronize()
+    return clock() - start
+
+
+def saved_bytes(step: Callable[[], Tensor], model: Any) -> int:
+    """Bytes that the forward pass keeps for backward, each storage once, the base's own weights not counted."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = step()
+    own = {p.untyped_storage().data_ptr() for p in model.parameters() if not p.requires_grad}
+    del out
+    return sum(size for pointer, size in storages.items() if pointer not in own)
+
+
+def agreement(model: Any, shape: ModelShape, embeddings: Tensor, rank: int) -> tuple[float, float]:
+    """Largest relative difference of logits and of gradients between ours_all and PEFT with the same factors.
+
+    PEFT's A rows are expert-major, its B columns rank-major, and gate and up share one A: ours get a copy of it each.
+    """
+    generator = torch.Generator().manual_seed(2)
+    everything = ExpertSelection({layer: tuple(range(EXPERTS)) for layer in range(LAYERS)})
+    gradients: dict[str, dict[str, Tensor]] = {"peft": {}, "ours": {}}
+    factors: dict[str, Tensor] = {}
+
+    def split(stack: str, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+        path = stack.rpartition(".")[0]
+        a_ERI, b_EOR = a.reshape(EXPERTS, rank, -1), b.reshape(-1, rank, EXPERTS).permute(2, 0, 1)
+        if stack.endswith("down_proj"):
+            return {f"{path}.down_proj.lora_A": a_ERI, f"{path}.down_proj.lora_B": b_EOR}
+        gate, up = b_EOR.chunk(2, dim=1)
+        return {
+            f"{path}.gate_proj.lora_A": a_ERI,
+            f"{path}.up_proj.lora_A": a_ERI,
+            f"{path}.gate_proj.lora_B": gate,
+            f"{path}.up_proj.lora_B": up,
+        }
+
+    with peft(model, rank, "grouped_mm") as wrapped:
+        pairs = {}
+        for name, module in wrapped.named_modules():
+            if hasattr(module, "parameter_name"):
+                experts = name.removeprefix("base_model.model.").replace(".base_layer", "")
+                pairs[f"{experts}.{module.parameter_name}"] = (
+                    module.lora_A["default"].weight,
+                    module.lora_B["default"].weight,
+                )
+        for a, b in pairs.values():
+            for factor in (a, b):
+                factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.02)
+        for stack, (a, b) in pairs.items():
+            factors |= {name: value.detach().clone() for name, value in split(stack, a, b).items()}
+        expected = wrapped(inputs_embeds=embeddings).logits
+        weight = torch.randn(expected.shape, generator=generator).to(expected)
+        expected.backward(weight)
+        for stack, (a, b) in pairs.items():
+            gradients["peft"] |= {n: g.clone() for n, g in split(stack, a.grad, b.grad).items()}
+    with ours(model, shape, everything, rank) as adapter:
+        adapter.load_state_dict(factors)
+        logits = model(inputs_embeds=embeddings).logits
+        logits.backward(weight)
+        gradients["ours"] = {name: p.grad for name, p in adapter.named_parameters()}  # type: ignore[misc]
+    for grads in (gradients["ours"],):  # PEFT's shared A has the sum of ours
+        for name in [n for n in grads if n.endswith("gate_proj.lora_A")]:
+            other = name.replace("gate_proj", "up_proj")
+            grads[name] = grads[other] = grads[name] + grads[other]
+    worst = max(float((gradients["ours"][n] - g).abs().max() / g.abs().max()) for n, g in gradients["peft"].items())
+    return float(((logits - expected).abs().max() / expected.abs().max()).detach()), worst
+
+
+def parse(argv: list[str]) -> Settings:
+    settings = Settings()
+    for argument in argv:
+        key, _, value = argument.partition("=")
+        if key not in {f.name for f in fields(Settings)} or not value:
+            sys.exit(f"unknown argument {argument!r}: possible are {', '.join(f.name + '=' for f in fields(Settings))}")
+        old = getattr(settings, key)
+        new = tuple(map(int, value.split(","))) if isinstance(old, tuple) else type(old)(value)
+        settings = replace(settings, **{key: new})
+    return settings
+
+
+def main(argv: list[str]) -> None:
+    settings = parse(argv)
+    torch.set_num_threads(settings.threads)
+    import peft as peft_package
+    import transformers
+
+    model = build(settings)
+    shape = shape_of(model.config, name="random OLMoE")
+    experts_only = replace(shape, modules=shape.of_role("expert"))
+    everything = ExpertSelection({layer: tuple(range(EXPERTS)) for layer in shape.moe_layers})
+    ratios: dict[str, float] = {}
+    print(
+        f"OLMoE {LAYERS} layers, {EXPERTS} experts, top {TOP_K}, hidden {settings.hidden}, width {settings.width}, "
+        f"rank {settings.rank}, {settings.dtype}, {settings.device}, {settings.threads} thread(s), "
+        f"median of {settings.repeats}"
+    )
+    for num_tokens in settings.tokens:
+        size = (max(1, num_tokens // SEQUENCE), min(num_tokens, SEQUENCE), settings.hidden)
+        embeddings = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(model.lm_head.weight)
+        embeddings.requires_grad_(True)
+        counts = route_counts(model, embeddings)
+        hottest = [count.topk(EXPERTS // 4).indices for count in counts]
+        hot = ExpertSelection({layer: tuple(ids.tolist()) for layer, ids in enumerate(hottest)})
+        share = sum(float(c[ids].sum()) for c, ids in zip(counts, hottest, strict=True)) / float(sum(map(sum, counts)))
+        variants: dict[str, Callable[[], Any]] = {
+            "frozen": lambda: ours(model, experts_only, ExpertSelection({}), settings.rank),
+            "peft_grouped": lambda: peft(model, settings.rank, "grouped_mm"),
+            "peft_eager": lambda: peft(model, settings.rank, "eager"),
+            "ours_all": lambda: ours(model, experts_only, everything, settings.rank),
+            "ours_hot": lambda hot=hot: ours(model, experts_only, hot, settings.rank),
+            "ours_full": lambda hot=hot: ours(model, shape, hot, settings.rank),
+        }
+        rows = embeddings.detach().flatten(0, 1).requires_grad_(True)
+        with torch.no_grad():
+            _, picked_weight, picked = model.model.layers[0].mlp.gate(rows)
+        picked_weight.requires_grad_(True)
+
+        def layer(rows=rows, picked=picked, picked_weight=picked_weight) -> Tensor:
+            return model.model.layers[0].mlp.experts(rows, picked, picked_weight)
+
+        def step(embeddings=embeddings) -> Tensor:
+            return model(inputs_embeds=embeddings).logits
+
+        print(f"\n{num_tokens} tokens; the hot 25 % of experts take {share:.0%} of the rows")
+        print(f"{'':14}{'layer s':>10}{'× frozen':>10}{'step s':>10}{'× frozen':>10}{'saved MiB':>11}")
+        seconds: dict[str, dict[str, list[float]]] = {v: {"layer": [], "step": []} for v in variants}
+        saved: dict[str, int] = {}
+        for repeat in range(settings.repeats + 1):
+            for name in list(variants)[:: -1 if repeat % 2 else 1]:
+                with variants[name]():
+                    for kind, run in (("layer", layer), ("step", step)):
+                        if kind == "layer" and name == "ours_full":
+                            continue
+                        if repeat:  # the first turn warms up
+                            seconds[name][kind].append(timed(run, settings))
+                        elif kind == "step":
+                            saved[name] = saved_bytes(run, model)
+        for name in variants:
+            line = f"{name:14}"
+            for kind in ("layer", "step"):
+                if not seconds[name][kind]:
+                    line += f"{'':20}"
+                    continue
+                turns = zip(seconds[name][kind], seconds["frozen"][kind], strict=True)
+                ratio = statistics.median(mine / base for mine, base in turns)
+                ratios[f"{kind}_{num_tokens}_{name}"] = round(ratio, 3)
+                line += f"{statistics.median(seconds[name][kind]):10.3f}{ratio:10.2f}"
+            print(line + f"{saved[name] / 2**20:11.0f}")
+            ratios[f"step_{num_tokens}_saved_{name}"] = round(saved[name] / saved["frozen"], 3)
+        turns = zip(seconds["peft_grouped"]["step"], seconds["ours_hot"]["step"], strict=True)
+        ratios[f"step_{num_tokens}_speedup"] = round(statistics.median(theirs / mine for theirs, mine in turns), 3)
+    logits, gradients = agreement(model, experts_only, embeddings.detach()[:2], settings.rank)
+    ratios |= {"agreement_logits": logits, "agreement_gradients": gradients}
+    print(f"\nours_all against PEFT, equal factors: logits {logits:.1e}, gradients {gradients:.1e}")
+    print(
+        json.dumps(
+            {
+                "benchmark": "expert_lora",
+                "device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu",
+                "versions": {
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                    "peft": peft_package.__version__,
+                },
+                "ratios": ratios,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -191,15 +191,13 @@ def test_two_studies_write_at_once_and_one_is_killed(store):
     with open_study(store / "other") as study:
         tracker = open_tracker(store, name="other")
         tracker.sync(study)
-        left = [o for o, _ in study.in_flight]
-        for unfinished in left:
+        for unfinished, _ in study.in_flight:
             study.append_finished(unfinished.updated(status="failed", rungs=()), {})
         tracker.sync(study)
         _, parents, _ = runs(store)
         assert len(parents) == 2
-        if not left:
-            check(store, study)
-        assert len(study.finished) >= 1
+        check(store, study)
+        assert "complete" in {o.status for o in study.finished.values()}
 
 
 def test_an_outage_is_warned_about_once_and_made_up_for(store, caplog):

@@ -151,6 +151,6 @@ def _fetch(location: Location, local: Location) -> None:
 def _unreachable(verb: str, location: Location, error: Exception) -> StudyError:
     reason = str(error).splitlines()[0]
     return StudyError(
-        f"cannot {verb} '{os.fspath(location)}': {reason}; possible are a folder you may write, file://, s3:// and gs:// "
-        "(with that store's credentials in the environment)"
+        f"cannot {verb} '{os.fspath(location)}': {reason}; possible are a folder you may write, file://, s3:// and "
+        "gs:// (with that store's credentials in the environment)"
     )

@@ -85,7 +85,7 @@ def test_a_folder_under_a_file_cannot_be_written(folder, tmp_path):
 
 
 def test_an_unknown_scheme_is_named():
-    with pytest.raises(StudyError, match="'foo://bucket/x'.*possible are"):
+    with pytest.raises(StudyError, match=r"'foo://bucket/x'.*possible are"):
         storage.exists("foo://bucket/x")
 
 

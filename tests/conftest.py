@@ -1,0 +1,13 @@
+"""What every test process needs set before Ray, MLflow or a tokenizer is imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}

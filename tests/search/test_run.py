@@ -1,0 +1,109 @@
+"""The command line end to end without Ray: help, dry run, and one clear line for every request that cannot work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from search.run import main
+
+
+def said(capsys, *words: str) -> str:
+    """The one line on stderr of a refused request."""
+    assert main(list(words)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.fixture
+def dense_model(tmp_path):
+    folder = tmp_path / "dense"
+    folder.mkdir()
+    config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture
+def task_without_training(tmp_path):
+    (tmp_path / "test.jsonl").write_text('{"question": "1+1=", "choices": ["2", "3"], "label": 0}\n')
+    task = tmp_path / "only_test.yaml"
+    task.write_text(
+        "task: only_test\ndataset_path: json\ndataset_kwargs: {data_files: {test: test.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\ndoc_to_target: label\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    return task
+
+
+def test_help_lists_keys_and_spaces_and_describes_a_space(capsys):
+    assert main(["help"]) == 0
+    text = capsys.readouterr().out
+    assert "max_trainable_params" in text
+    assert "Which experts of an MoE model should get LoRA" in text
+    assert main(["help", "sieve"]) == 0
+    assert "Starting points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["space=seive"], "unknown space 'seive': choose from"),
+        (["model=tiny-mo"], "did you mean 'tiny-moe'"),
+        (["task=no_such_task_at_all"], "no_such_task_at_all"),
+        (["trails=3"], "did you mean 'trials'"),
+        (["trials=0"], "trials must be at least 1, got 0"),
+        (["space.fractoin=0.5"], "did you mean 'fraction'"),
+        (["space.allocator=sieve", "space.fraction=0.01"], "fraction"),
+        (["max_trainable_params=100"], "is below the smallest allocation of tiny-moe in this space"),
+        (["plugins=nowhere.py"], "no such file"),
+    ],
+)
+def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(capsys, words, expected):
+    assert expected in said(capsys, *words)
+
+
+def test_a_dense_model_in_the_sieve_space_is_refused(capsys, dense_model):
+    line = said(capsys, f"model={dense_model}")
+    assert "is dense" in line
+    assert "tiny-moe" in line
+
+
+def test_a_task_without_a_training_split_is_refused(capsys, task_without_training):
+    assert "training" in said(capsys, f"task={task_without_training}")
+
+
+def test_an_unwritable_folder_is_refused_before_anything_starts(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in said(capsys, f"storage={tmp_path / 'file'}")
+
+
+def test_a_tracking_server_that_is_down_is_refused_before_anything_starts(capsys, tmp_path):
+    line = said(capsys, f"storage={tmp_path}", "tracking_uri=http://127.0.0.1:9")
+    assert "127.0.0.1:9" in line
+
+
+def test_a_dry_run_prints_exact_counts_and_imports_neither_ray_nor_torch(tmp_path):
+    script = (
+        "import sys; from search.run import main; code = main(sys.argv[1:]); "
+        "heavy = {'ray', 'torch', 'transformers', 'mlflow'} & set(sys.modules); "
+        "print('heavy:', sorted(heavy)); sys.exit(code)"
+    )
+    words = ["dry_run=true", "trials=4", "recipe.rank=8", f"storage={tmp_path}"]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+    assert "heavy: []" in done.stdout
+    from allocators.core.shapes import shape_of
+    from allocators.core.types import ExpertSelection
+    from trainers.models import config_of
+
+    shape = shape_of(config_of("tiny-moe"), name="tiny-moe")
+    full = ExpertSelection({layer: tuple(range(shape.experts_in(layer))) for layer in shape.moe_layers})
+    for selection in (full, ExpertSelection({})):
+        assert f"{selection.trainable_params(shape, rank=8):,}" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -16,11 +16,16 @@ import ast
 import hashlib
 import json
 import string
+import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from random import Random
+
+from allocators.core.errors import StudyError
 
 Domain = Callable[[Random], str]
 
@@ -179,4 +184,108 @@ def rows(seed: int, step: int, number: int, length: int, *, end: str) -> list[tu
     return [(name, document(rng, name, length, end=end)) for name in picked]
 
 
-HELD_OUT: dict[str, Domain] = {}
+# --------------------------------------------------------------------------------------------------- the held-out tasks
+
+# Both tables map no character to itself. Typed in, so that they depend on no random generator.
+CIPHER = dict(zip(LETTERS, "ypatcedjlbfzkosunghxiqmvrw", strict=True))
+WIDE_ALPHABET = string.ascii_letters + string.digits
+WIDE_CIPHER = dict(zip(WIDE_ALPHABET, "0MdVH5BfhR7CxDTm6a8bQOopr1uKkUlJXvePZjI3NgSsi9nLwEtYzFGqcA4Wy2", strict=True))
+SHIFT = dict(zip(LETTERS, LETTERS[1:] + LETTERS[0], strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question with four choices; `label` is the position of the right one."""
+
+    question: str
+    choices: tuple[str, ...]
+    label: int
+
+
+def _translation(rng: Random, name: str, answer_of: Callable[[str], str], alphabet: str) -> Question:
+    """A word of 4 to 6 different characters; the choices differ in one character, at one position.
+
+    Chance is 1/4 for anyone who does not know the right character there: it and the three wrong ones are drawn alike,
+    and none of the four occurs in the word or elsewhere in the answer, so copying a character of the prompt, or
+    avoiding repetition, helps nobody. Were the wrong choices wrong at different places, a scorer without knowledge
+    would be right 1 time in 8, because the right answer would have to win three separate comparisons.
+    """
+    while True:
+        word = "".join(rng.sample(alphabet, rng.randint(4, 6)))
+        answer = answer_of(word)
+        if not set(word) & set(answer):
+            break
+    place = rng.randrange(len(answer))
+    wrong = rng.sample([c for c in alphabet if c not in word + answer], 3)
+    choices = [answer[:place] + c + answer[place + 1 :] for c in (answer[place], *wrong)]
+    rng.shuffle(choices)
+    return Question(f"{name} {word} >", tuple(choices), choices.index(answer))
+
+
+def cipher(rng: Random) -> Question:
+    """Every letter becomes another one, by a fixed table (26 facts to learn)."""
+    return _translation(rng, "code", lambda word: "".join(CIPHER[c] for c in word), LETTERS)
+
+
+def backcipher(rng: Random) -> Question:
+    """The same table, and the word backwards."""
+    return _translation(rng, "back", lambda word: "".join(CIPHER[c] for c in reversed(word)), LETTERS)
+
+
+def widecipher(rng: Random) -> Question:
+    """A fixed table over small letters, capitals and digits (62 facts to learn)."""
+    return _translation(rng, "wide", lambda word: "".join(WIDE_CIPHER[c] for c in word), WIDE_ALPHABET)
+
+
+def backshift(rng: Random) -> Question:
+    """The next letter of the alphabet for every letter, and the word backwards."""
+    return _translation(rng, "next", lambda word: "".join(SHIFT[c] for c in reversed(word)), LETTERS)
+
+
+HELD_OUT: dict[str, Callable[[Random], Question]] = {
+    task.__name__: task for task in (cipher, backcipher, widecipher, backshift)
+}
+SPLITS = {"train": 1600, "test": 300}
+
+
+def questions(name: str, *, seed: int = 0) -> dict[str, list[Question]]:
+    """The splits of a held-out task. No word occurs twice, within a split or across them."""
+    rng = Random(f"{name}/{seed}")
+    unique: dict[str, Question] = {}
+    while len(unique) < sum(SPLITS.values()):
+        question = HELD_OUT[name](rng)
+        unique.setdefault(question.question, question)
+    drawn = iter(unique.values())
+    return {split: list(islice(drawn, number)) for split, number in SPLITS.items()}
+
+
+def write_tasks(folder: Path) -> None:
+    """Writes `tiny_NAME_SPLIT.jsonl` for every held-out task."""
+    for name in HELD_OUT:
+        for split, drawn in questions(name).items():
+            lines = [json.dumps(asdict(question)) + "\n" for question in drawn]
+            (folder / f"tiny_{name}_{split}.jsonl").write_text("".join(lines))
+
+
+def main(arguments: list[str]) -> None:
+    match [argument.partition("=")[::2] for argument in arguments]:
+        case []:
+            for name, domain in MIXTURE.items():
+                rng = Random(name)
+                print(f"{name:10} {domain(rng)!r}\n{'':10} {domain(rng)!r}")
+            for name, task in HELD_OUT.items():
+                question = task(Random(name))
+                print(f"{name:10} {question.question!r} {question.choices} -> {question.choices[question.label]!r}")
+        case [("tasks", folder)] if Path(folder).is_dir():
+            write_tasks(Path(folder))
+        case _:
+            raise StudyError(
+                f"cannot read {' '.join(arguments)!r}: give nothing, or tasks=FOLDER of a folder that exists"
+            )
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except StudyError as error:
+        sys.exit(str(error))

@@ -82,7 +82,7 @@ MODELS = {
             "num_experts": 16,
             "num_experts_per_tok": 2,
         },
-        steps=4000,
+        steps=3000,
         balance_coef=0.02,
     ),
     "tiny-dense": Pretraining(
@@ -93,7 +93,7 @@ MODELS = {
             "num_hidden_layers": 8,
             "num_attention_heads": 6,
         },
-        steps=4000,
+        steps=3000,
     ),
 }
 
@@ -121,9 +121,7 @@ def build_model(recipe: Pretraining) -> PreTrainedModel:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(recipe.seed)
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(recipe.architecture, **recipe.common, **recipe.sizes)
-    )
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(recipe.architecture, **recipe.common, **recipe.sizes))
 
 
 _IDS = {token: i for i, token in enumerate(VOCABULARY)}
@@ -329,10 +327,8 @@ def main(arguments: list[str]) -> None:
         raise unknown("embedded model", name, MODELS)
     recipe = MODELS[name]
     try:
-        recipe = replace(
-            recipe, steps=int(given.get("steps", recipe.steps)), seed=int(given.get("seed", recipe.seed))
-        )
-        threads = int(given.get("threads", 2))
+        recipe = replace(recipe, steps=int(given.get("steps", recipe.steps)), seed=int(given.get("seed", recipe.seed)))
+        threads = int(given.get("threads", 1))
     except ValueError as error:
         raise StudyError(f"steps, seed and threads are whole numbers: {error}") from None
     folder = Path(given.get("folder", EMBEDDED / name.replace("-", "_")))

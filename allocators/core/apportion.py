@@ -131,14 +131,17 @@ def _clamped_shares(weights: Sequence[Fraction], total: int, low: int, high: int
     def shares(factor: Fraction) -> list[Fraction]:
         return [min(max(factor * w, Fraction(low)), Fraction(high)) for w in weights]
 
+    def whole(factor: Fraction) -> Fraction:
+        return sum(shares(factor), Fraction(0))
+
     bends = sorted({Fraction(bound) / w for w in weights if w for bound in (low, high)})
-    right = bisect.bisect_left(bends, total, key=lambda factor: sum(shares(factor)))
+    right = bisect.bisect_left(bends, total, key=whole)
     if right == len(bends):
         zeros = sum(1 for w in weights if not w)
         raise InfeasibleError(f"{total} experts do not fit: {zeros} of {len(weights)} weights are zero")
     at_right = shares(bends[right])
-    if right == 0 or sum(at_right) == total:
+    if right == 0 or whole(bends[right]) == total:
         return at_right
     at_left = shares(bends[right - 1])  # between two bends the sum is a straight line
-    way = (total - sum(at_left)) / (sum(at_right) - sum(at_left))
+    way = (total - whole(bends[right - 1])) / (whole(bends[right]) - whole(bends[right - 1]))
     return [a + way * (b - a) for a, b in zip(at_left, at_right, strict=True)]

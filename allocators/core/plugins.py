@@ -96,20 +96,14 @@ def fitting(shape: ModelShape) -> list[str]:
     return [name for name in names("allocators") if fits(load("allocators", name), shape)]
 
 
-def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Mapping[str, Any]) -> Allocation:
-    """`module.allocate(signal, shape, **knobs)` behind a door that checks everything but the knobs' values.
-
-    Raises StudyError when the model is of the wrong kind, the signal is missing, or a knob is unknown or missing;
-    InfeasibleError (from the allocator) when the knobs' values ask for what does not exist.
-    """
+def check(module: ModuleType, shape: ModelShape, knobs: Mapping[str, Any]) -> None:
+    """Raises StudyError when the model is of the wrong kind, or a knob is unknown or missing; ignores the values."""
     name = plugin_name(module)
     if not fits(module, shape):
         want, have = ("an MoE", "has no routed experts") if module.BASE == "moe" else ("a dense", "is an MoE model")
         raise StudyError(
             f"{name} answers for {want} model, and {shape.name} {have}: choose from {', '.join(fitting(shape))}"
         )
-    if module.NEEDS is not None and signal is None:
-        raise StudyError(f"{name} needs the {module.NEEDS} signal of {shape.name}, and none was measured")
     possible = knobs_of(module)
     for knob in knobs:
         if not possible:
@@ -119,6 +113,19 @@ def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Ma
     missing = [k for k, default in possible.items() if default is inspect.Parameter.empty and k not in knobs]
     if missing:
         raise StudyError(f"{name} needs a value for {', '.join(missing)}")
+
+
+def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Mapping[str, Any]) -> Allocation:
+    """`module.allocate(signal, shape, **knobs)` behind a door that checks everything but the knobs' values.
+
+    Raises StudyError as `check` does and when the signal is missing; InfeasibleError (from the allocator) when the
+    knobs' values ask for what does not exist.
+    """
+    check(module, shape, knobs)
+    if module.NEEDS is not None and signal is None:
+        raise StudyError(
+            f"{plugin_name(module)} needs the {module.NEEDS} signal of {shape.name}, and none was measured"
+        )
     return module.allocate(signal, shape, **knobs)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from allocators.core.errors import InfeasibleError, StudyError, did_you_mean
-from allocators.core.types import ModelShape, Signal
+from allocators.core.types import ExpertSelection, ModelShape, Signal
 
 Score = Literal["count", "mass"]
 SCORES: tuple[Score, ...] = ("count", "mass")
@@ -61,3 +61,12 @@ def covering(values: Sequence[float], share: float) -> tuple[int, ...]:
         if held >= target:
             break
     return tuple(chosen)
+
+
+def covered_shares(selection: ExpertSelection, signal: Signal, shape: ModelShape) -> dict[int, float]:
+    """For every MoE layer the share of its dispatched tokens that the selected experts take, 0 to 1."""
+    scores = routing_scores(signal, shape, score="count")
+    return {
+        layer: math.fsum(values[i] for i in selection.in_layer(layer)) / math.fsum(values)
+        for layer, values in scores.items()
+    }

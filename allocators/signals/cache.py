@@ -79,23 +79,38 @@ def peek(kind: str, provenance: Mapping[str, Any], *, folder: Path) -> Signal | 
         return None
 
 
+def load(file: Path) -> Signal:
+    """A signal file by its path, whatever was measured. Raises StudyError for one that is missing or damaged."""
+    try:
+        return _checked(file)
+    except OSError as error:
+        raise StudyError(f"signal file '{file}' cannot be read: {error.strerror or error}") from error
+    except _Damaged as reason:
+        raise StudyError(f"signal file '{file}' is damaged ({reason}): measure it again") from reason
+
+
 def _file(kind: str, provenance: Mapping[str, Any], folder: Path) -> Path:
     return folder / f"{kind}-{digest_of(dict(provenance))}.json"
 
 
 def _read(file: Path, kind: str, provenance: Mapping[str, Any]) -> Signal | None:
     try:
-        data = json.loads(file.read_bytes())
-        if data["checksum"] != digest_of(data["signal"]):
-            raise _Damaged("its checksum is wrong")
-        signal = Signal.from_json(data["signal"])
+        signal = _checked(file)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or JSON of another form
-        raise _Damaged("it is cut short or no signal file") from error
     if signal.kind != kind or digest_of(dict(signal.provenance)) != digest_of(dict(provenance)):
         raise _Damaged("it holds another signal")
     return signal
+
+
+def _checked(file: Path) -> Signal:
+    try:
+        data = json.loads(file.read_bytes())
+        if data["checksum"] != digest_of(data["signal"]):
+            raise _Damaged("its checksum is wrong")
+        return Signal.from_json(data["signal"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # no JSON, or JSON of another form
+        raise _Damaged("it is cut short or no signal file") from error
 
 
 def _write(file: Path, signal: Signal) -> None:

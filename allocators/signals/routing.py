@@ -29,10 +29,31 @@ from torch import Tensor, nn
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Signal
+from allocators.signals import Plan, Source
 
 VERSION = 1  # part of the provenance: raise it when the same model and data would give other numbers
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def plan(source: Source) -> Plan:
+    """The routing of training documents of the source's task: prompt and completion, `samples` of them."""
+    provenance = {
+        "model": source.name,
+        "weights": source.identity,
+        "task": source.task_name,
+        "data": source.task.data_hash,
+        "samples": source.samples,
+        "seed": source.seed,
+        "code": VERSION,
+    }
+
+    def run() -> Signal:
+        prompts = source.task.prompts(source.tokenizer, source.samples, source.seed)
+        batches = pad(prompts, pad_token_id=source.tokenizer.pad_token_id)
+        return measure(source.model, batches, provenance=provenance)
+
+    return provenance, run
 
 
 def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, provenance: Mapping[str, Any]) -> Signal:
@@ -47,7 +68,7 @@ def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, proven
 
     Raises StudyError for a model without routed experts, or batches without tokens.
     """
-    base = model.base_model  # without the head: routing needs no logits
+    base: Any = model.base_model  # without the head: routing needs no logits
     experts = {int(found[1]): module for name, module in base.named_modules() if (found := _experts_layer(name))}
     if not experts:
         raise StudyError(f"{_name(model)} has no routed experts to count tokens for: routing is a signal of MoE models")
@@ -82,7 +103,7 @@ def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, proven
             base(input_ids=batch["input_ids"].to(device), attention_mask=mask_BS, use_cache=False)
     if not any(int(count.sum()) for count in count_E.values()):
         raise StudyError(f"the routing of {_name(model)} was asked for on no tokens: give at least one sample")
-    rows = {str(n): {"count": count_E[n].tolist(), "mass": mass_E[n].tolist()} for n in sorted(experts)}
+    rows = {str(n): {"count": tuple(count_E[n].tolist()), "mass": tuple(mass_E[n].tolist())} for n in sorted(experts)}
     return Signal("routing", rows, axis="expert", unit="tokens", provenance=provenance)
 
 
@@ -113,7 +134,7 @@ def _restore_mode(was_training: Mapping[nn.Module, bool]) -> None:
 
 
 @contextmanager
-def _in_fp32(base: nn.Module) -> Iterator[None]:
+def _in_fp32(base: Any) -> Iterator[None]:
     """Runs a half-precision model in fp32: embeddings are cast on their way out, each layer's weights while it runs."""
     half = (torch.bfloat16, torch.float16)
     if not any(p.dtype in half for p in base.parameters()):

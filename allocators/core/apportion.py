@@ -135,7 +135,7 @@ def _clamped_shares(weights: Sequence[Fraction], total: int, low: int, high: int
         return sum(shares(factor), Fraction(0))
 
     bends = sorted({Fraction(bound) / w for w in weights if w for bound in (low, high)})
-    right = bisect.bisect_left(bends, total, key=whole)
+    right = bisect.bisect_left(bends, Fraction(total), key=whole)
     if right == len(bends):
         zeros = sum(1 for w in weights if not w)
         raise InfeasibleError(f"{total} experts do not fit: {zeros} of {len(weights)} weights are zero")

@@ -33,7 +33,7 @@ class AskTheStudy(Searcher):
     """A Tune searcher whose suggestions and results go through the study's conductor."""
 
     def __init__(self, study: str) -> None:
-        super().__init__(metric="accuracy", mode="max")
+        super().__init__()
         self._study = study
         self._digests: dict[str, str] = {}
 

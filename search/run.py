@@ -110,7 +110,7 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from search.report import human
+    from search.pareto import human
     from search.sampler import Proposer
 
     measured = _measured(_folder(config))
@@ -150,7 +150,7 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
 
 def study(config: RunConfig, problem: Problem) -> int:
     """Opens the study's records and tracker, trains what is left to train, writes the report."""
-    from search import report
+    import search.report as report
     from search.records import Study
     from search.tracking import Tracker
 

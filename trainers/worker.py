@@ -14,12 +14,11 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from allocators.core.errors import OutOfMemoryError, StudyError, ToolkitError, TrialError
+from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
 from allocators.core.shapes import shape_of
 from allocators.core.types import Outcome, Trial
 
@@ -38,7 +37,10 @@ def versions(device: str = "cpu") -> dict[str, str]:
 
 
 class Bench:
-    """The resident base model and task of one worker, and the two kinds of job that it does."""
+    """The resident base model and task of one worker, and the two kinds of job that it does.
+
+    It is the `Source` that signals are measured on (`allocators/signals/`).
+    """
 
     def __init__(self, setup: Mapping[str, Any], device: Any) -> None:
         import torch
@@ -48,54 +50,33 @@ class Bench:
         torch.set_num_threads(setup["cpus_per_worker"])
         self.setup = setup
         self.device = device
-        self.loaded = models.load(setup["model"], device=str(device))
-        self.task = tasks.load_task(setup["task"], limit=setup["limit"] or None)
-        self.shape = shape_of(self.loaded.model.config, name=setup["model"])
-        self.versions = versions(_device_name(device)) | {"model": self.loaded.identity, "data": self.task.data_hash}
+        loaded = models.load(setup["model"], device=str(device))
+        self.name, self.identity = setup["model"], loaded.identity
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.task_name, self.task = setup["task"], tasks.load_task(setup["task"], limit=setup["limit"] or None)
+        self.samples, self.seed = setup["calibration_samples"], setup["seed"]
+        self.shape = shape_of(self.model.config, name=self.name)
+        self.versions = versions(_device_name(device)) | {"model": self.identity, "data": self.task.data_hash}
 
     def measure(self, kind: str) -> dict[str, Any]:
-        """One signal, from the cache where it was measured before. Raises StudyError for a kind it cannot measure."""
-        from allocators.signals import cache, routing
+        """One signal, from the cache where it was measured before. Raises StudyError for what this model lacks."""
+        from allocators import signals
 
-        samples, seed = self.setup["calibration_samples"], self.setup["seed"]
-        if kind != "routing":
-            raise StudyError(f"workers cannot measure the signal '{kind}': possible is routing")
-        provenance = {
-            "model": self.setup["model"],
-            "weights": self.loaded.identity,
-            "task": self.setup["task"],
-            "data": self.task.data_hash,
-            "samples": samples,
-            "seed": seed,
-            "code": routing.VERSION,
-        }
+        return {"signal": signals.measured(kind, self, folder=Path(self.setup["signals"])).to_json()}
 
-        def run():
-            prompts = self.task.prompts(self.loaded.tokenizer, samples, seed)
-            batches = routing.pad(prompts, pad_token_id=self.loaded.tokenizer.pad_token_id)
-            return routing.measure(self.loaded.model, batches, provenance=provenance)
-
-        signal = cache.cached(kind, provenance, folder=Path(self.setup["signals"]), measure=run)
-        return {"signal": signal.to_json()}
-
-    def train(self, trial: Trial, trainable_params: int, *, report: Any, leads: bool = True) -> Outcome:
+    def train(
+        self, trial: Trial, trainable_params: int, *, report: Callable[[Any], bool], leads: bool = True
+    ) -> Outcome:
         """One trial from attach to detach; every ending that belongs to the trial becomes an outcome."""
         from trainers import adapter as adapters
         from trainers import loop, storage
 
         started = Outcome(trial, "started", trainable_params, versions=self.versions)
         began = time.monotonic()
-        remote = storage.join(self.setup["checkpoints"], trial.digest)
         recipe, adapter = trial.recipe, None
-
-        def on_rung(rung: Any) -> bool:
-            if leads:
-                put_back()
-            return report(rung)
-
         try:
             adapter = adapters.attach(
-                self.loaded.model,
+                self.model,
                 trial.allocation,
                 shape=self.shape,
                 rank=recipe.rank,
@@ -107,30 +88,28 @@ class Bench:
             )
             if adapter.num_trainable != trainable_params:
                 raise TrialError(f"the adapter has {adapter.num_trainable:,} parameters, counted {trainable_params:,}")
-            with _working_copy(remote) as (checkpoint, put_back):
-                result = loop.train(
-                    self.loaded.model,
-                    adapter,
-                    self.task,
-                    recipe,
-                    seed=trial.seed,
-                    tokenizer=self.loaded.tokenizer,
-                    evaluations=self.setup["evaluations"],
-                    device=self.device,
-                    on_rung=on_rung,
-                    checkpoint=checkpoint,
-                )
+            result = loop.train(
+                self.model,
+                adapter,
+                self.task,
+                recipe,
+                seed=trial.seed,
+                tokenizer=self.tokenizer,
+                evaluations=self.setup["evaluations"],
+                device=self.device,
+                on_rung=report,
+                checkpoint=storage.join(self.setup["checkpoints"], trial.digest),
+            )
             rungs = tuple(rung.to_json() for rung in result.rungs)
-            accuracy = rungs[-1]["accuracy"] if rungs and result.status != "diverged" else None
             outcome = started.updated(
                 status=result.status,
-                accuracy=accuracy,
+                accuracy=result.accuracy,
                 rungs=rungs,
                 tokens=result.tokens,
                 seconds=result.seconds,
                 peak_memory_bytes=result.peak_memory_bytes,
             )
-            if leads and accuracy is not None:
+            if leads and result.accuracy is not None:
                 outcome = outcome.updated(adapter=self._save(adapter, outcome))
             return outcome
         except OutOfMemoryError as error:
@@ -212,20 +191,6 @@ def serve(config: dict[str, Any]) -> None:
     del bench
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _working_copy(location: str) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """A local folder for a trial's checkpoint and what brings it back to `location`, which may be a URI."""
-    from trainers import storage
-
-    if not storage.is_uri(location):
-        yield Path(location), lambda: None
-        return
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "checkpoint"
-        storage.get_folder(location, folder)
-        yield folder, lambda: storage.put_folder(folder, location)
 
 
 def _device_name(device: Any) -> str:

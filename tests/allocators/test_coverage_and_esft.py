@@ -74,11 +74,11 @@ def test_esft_by_hand():
 
 
 def test_the_papers_p_unless_told():
-    """Tokens 3, 3, 4: 0.2 needs one expert. Gate weight .05, .05, .9: 0.1 is reached by the last alone."""
-    shape = moe_shape(layers=1, experts=3)
-    signal = routing(shape, {0: [3, 3, 4]}, {0: [0.5, 0.5, 9.0]})
-    assert esft.allocate(signal, shape) == esft.allocate(signal, shape, p=0.2)
-    assert esft.allocate(signal, shape, score="gate") == esft.allocate(signal, shape, score="gate", p=0.1)
+    """Seven equal experts of 0.143 each: token's 0.2 needs two of them, gate's 0.1 one."""
+    shape = moe_shape(layers=1, experts=7)
+    signal = routing(shape, {0: [3] * 7})
+    assert esft.allocate(signal, shape).in_layer(0) == (0, 1)
+    assert esft.allocate(signal, shape, score="gate").in_layer(0) == (0,)
 
 
 def test_the_expert_that_crosses_is_in_and_an_exact_hit_stops():
@@ -87,6 +87,7 @@ def test_the_expert_that_crosses_is_in_and_an_exact_hit_stops():
     assert coverage.allocate(signal, shape, share=0.3).in_layer(0) == (0, 1, 2)  # 0.1 + 0.1 + 0.1 is above 0.3
     assert coverage.allocate(signal, shape, share=0.31).in_layer(0) == (0, 1, 2, 3)
     assert coverage.allocate(signal, shape, share=1).in_layer(0) == tuple(range(10))
+    assert esft.allocate(signal, shape, p=0.8).in_layer(0) == tuple(range(8))  # eight times 0.1 is 0.7999999999999999
 
 
 def test_unused_experts_are_never_needed():

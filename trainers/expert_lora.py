@@ -201,21 +201,28 @@ class ExpertLora:
             b_COR = b_COR.new_zeros(self.module.num_experts, *b_COR.shape[1:]).index_copy(0, self.ids_C, b_COR)
         return a_CRI.to(dtype), b_COR.to(dtype)
 
-    def linear(self, x: Tensor, stack: str, route: Route, *, gather: bool) -> Tensor:
-        """One weight stack of the experts with LoRA, [S, O]. With `gather`, x is [T, I], else [S, I] already."""
-        module = self.module
-        weight: Tensor = getattr(module, stack)
-        weight_EIO = weight if module.is_transposed else weight.transpose(-2, -1)
-        scale, keep = self.scale, None
-        if self.dropout and module.training:
-            num_rows = (route.token_S if route.rows_Q is None else route.rows_Q).size(0)
-            keep = torch.rand(num_rows, x.size(-1), device=x.device) >= self.dropout
-            scale /= 1 - self.dropout
-        a_CRI, b_COR = self.factors(stack, weight.dtype)
-        out_SO = _GroupedLora.apply(x, weight_EIO, a_CRI, b_COR, route, keep, scale, gather)
-        if module.has_bias:
-            out_SO.add_(getattr(module, f"{stack}_bias")[route.ids_S])
-        return out_SO
+    def weight(self, stack: str) -> Tensor:
+        """The frozen weights [E, I, O], as grouped_mm multiplies them from the right."""
+        weight = getattr(self.module, stack)
+        return weight if self.module.is_transposed else weight.transpose(-2, -1)
+
+    def gate(self, inner_SO: Tensor) -> Tensor:
+        return self.module._apply_gate(inner_SO) if self.module.has_gate else self.module.act_fn(inner_SO)
+
+    def bias(self, stack: str, route: Route) -> Tensor:
+        """Of every row's expert, [S, O]."""
+        return getattr(self.module, f"{stack}_bias").index_select(0, route.ids_S)
+
+    def scale_of(self, keep_QI: Tensor | None) -> float:
+        """lora_alpha/r, and 1/(1 − p) where inputs were dropped: one multiplication, in rank space."""
+        return self.scale if keep_QI is None else self.scale / (1 - self.dropout)
+
+    def kept(self, route: Route, num_features: int) -> Tensor | None:
+        """Which inputs of LoRA stay, [Q, I]; None: all."""
+        if not (self.dropout and self.module.training):
+            return None
+        num_rows = (route.token_S if route.rows_Q is None else route.rows_Q).size(0)
+        return torch.rand(num_rows, num_features, device=self.ids_C.device) >= self.dropout
 
     def merge(self) -> None:
         for stack, projections in self.stacks.items():
@@ -224,10 +231,9 @@ class ExpertLora:
                 for expert, a_RI, b_OR in zip(self.ids, a_CRI, b_COR, strict=True):
                     weight = getattr(self.module, stack)[expert]
                     weight_OI = weight.t() if self.module.is_transposed else weight
-                    interleaved = weight_OI[position :: len(projections)]
-                    part_OI = (
-                        weight_OI.chunk(len(projections))[position] if self.module.is_concatenated else interleaved
-                    )
+                    parts = len(projections)
+                    concatenated = self.module.is_concatenated
+                    part_OI = weight_OI.chunk(parts)[position] if concatenated else weight_OI[position::parts]
                     add_to_weight(part_OI, self.scale * (b_OR @ a_RI))
 
     # --- did every chosen expert that could learn, learn? ---
@@ -289,6 +295,17 @@ class Route(NamedTuple):
     rows_Q: Tensor | None  # sorted positions of chosen experts' rows; None: all of them
     ends_C: Tensor
 
+    def pick(self, rows: Tensor) -> Tensor:
+        """Of S rows those of chosen experts."""
+        return rows if self.rows_Q is None else rows.index_select(0, self.rows_Q)
+
+    def add_(self, total: Tensor, part: Tensor) -> None:
+        """`total[chosen rows] += part`, in place; a row occurs once, so no order of additions is left to chance."""
+        if self.rows_Q is None:
+            total.add_(part)
+        else:
+            total.index_add_(0, self.rows_Q, part)
+
 
 def experts_forward(module: Any, hidden_TI: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Stands in for the experts' forward; the base part computes what transformers' grouped_mm does, in its order."""
@@ -297,71 +314,125 @@ def experts_forward(module: Any, hidden_TI: Tensor, index_TK: Tensor, weight_TK:
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_TI, index_TK, weight_TK)
-    first, last = lora.stacks
+    dtype = module.down_proj.dtype
     route = lora.route(index_TK)
-    rows_SO = lora.linear(hidden_TI.to(module.down_proj.dtype), first, route, gather=True)
-    rows_SO = module._apply_gate(rows_SO) if module.has_gate else module.act_fn(rows_SO)
-    rows_SI = lora.linear(rows_SO.to(module.down_proj.dtype), last, route, gather=False)
-    weighted_SI = rows_SI * weight_TK.reshape(-1)[route.order_S].unsqueeze(-1)
-    # gather and sum, not index_add_: that one is not deterministic on a GPU and sums bf16 in bf16
-    out_TI = weighted_SI[route.inverse_S].view(*index_TK.shape, -1).sum(dim=1)
+    first, last = lora.stacks
+    keep_first = lora.kept(route, hidden_TI.size(-1))
+    keep_last = lora.kept(route, lora.weight(last).size(1))
+    out_TI = _Experts.apply(
+        hidden_TI.to(dtype),
+        weight_TK,
+        *lora.factors(first, dtype),
+        *lora.factors(last, dtype),
+        lora,
+        route,
+        keep_first,
+        keep_last,
+    )
     return out_TI.to(hidden_TI.dtype)
 
 
-class _GroupedLora(torch.autograd.Function):
-    """y = W_e x + scale · B_e A_e (keep ∘ x), rows grouped by expert, LoRA on the route's chosen rows.
+class _Experts(torch.autograd.Function):
+    """All experts of a layer, y_t = Σ_k w_tk · expert_k(x_t), with LoRA on the chosen ones.
 
-    Written out because autograd would keep a copy of x's rows for A's gradient: here [T, I] is kept and its K-fold rows
-    are gathered again. Both gradients of x meet in one buffer. The frozen W has no gradient, so none is computed.
+    Written out because autograd would keep five arrays of S rows and scatter gradients back row by row. Kept here are x
+    [T, I] and the activations before the gate [S, O]; what follows from them is computed again. w's gradient comes from
+    the small side of the last projection, ⟨g, W h⟩ = ⟨Wᵀg, h⟩. The frozen weights have no gradient: none is computed.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x: Tensor,
-        weight_EIO: Tensor,
-        a_CRI: Tensor,
-        b_COR: Tensor,
+        hidden_TI: Tensor,
+        weight_TK: Tensor,
+        a_first: Tensor,
+        b_first: Tensor,
+        a_last: Tensor,
+        b_last: Tensor,
+        lora: ExpertLora,
         route: Route,
-        keep: Tensor | None,
-        scale: float,
-        gather: bool,
+        keep_first: Tensor | None,
+        keep_last: Tensor | None,
     ) -> Tensor:
-        x_SI = x[route.token_S] if gather else x
-        out_SO = F.grouped_mm(x_SI, weight_EIO, offs=route.ends_E)
-        x_QI = x_SI if route.rows_Q is None else x_SI[route.rows_Q]
-        dropped_QI = x_QI if keep is None else x_QI * keep
-        rank_QR = F.grouped_mm(dropped_QI, a_CRI.transpose(-2, -1), offs=route.ends_C).mul_(scale)
-        _add_rows(out_SO, route.rows_Q, F.grouped_mm(rank_QR, b_COR.transpose(-2, -1), offs=route.ends_C))
-        ctx.save_for_backward(x if gather else x_QI, weight_EIO, a_CRI, b_COR, rank_QR, keep, *route)
-        ctx.scale, ctx.gather = scale, gather
-        return out_SO
+        first, last = lora.stacks
+        x_SI = hidden_TI.index_select(0, route.token_S)
+        inner_SO, rank_first = _forward(lora, first, x_SI, a_first, b_first, route, keep_first)
+        rows_SI, rank_last = _forward(lora, last, lora.gate(inner_SO), a_last, b_last, route, keep_last)
+        weight_S = weight_TK.reshape(-1).index_select(0, route.order_S)
+        # gather and sum, not index_add_: that one is not deterministic on a GPU and sums bf16 in bf16
+        weighted = (rows_SI * weight_S.unsqueeze(-1)).index_select(0, route.inverse_S)
+        out_TI = weighted.view(*weight_TK.shape, -1).sum(dim=1)
+        kept = (hidden_TI, inner_SO, weight_S, a_first, b_first, a_last, b_last, rank_first, rank_last)
+        ctx.save_for_backward(*kept, keep_first, keep_last, *route)
+        ctx.lora, ctx.weight_size = lora, weight_TK.shape
+        return out_TI
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_SO: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight_EIO, a_CRI, b_COR, rank_QR, keep, *saved = ctx.saved_tensors
-        route = Route(*saved)
-        token_Q = route.token_S if route.rows_Q is None else route.token_S[route.rows_Q]
-        x_QI = x[token_Q] if ctx.gather else x
-        dropped_QI = x_QI if keep is None else x_QI * keep
-        grad_QO = grad_SO if route.rows_Q is None else grad_SO[route.rows_Q]
-        grad_rank_QR = F.grouped_mm(grad_QO, b_COR, offs=route.ends_C).mul_(ctx.scale)
-        grad_b_COR = F.grouped_mm(grad_QO.t(), rank_QR, offs=route.ends_C)
-        grad_a_CRI = F.grouped_mm(grad_rank_QR.t(), dropped_QI, offs=route.ends_C)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = F.grouped_mm(grad_SO, weight_EIO.transpose(-2, -1), offs=route.ends_E)
-            grad_QI = F.grouped_mm(grad_rank_QR, a_CRI, offs=route.ends_C)
-            _add_rows(grad_x, route.rows_Q, grad_QI if keep is None else grad_QI * keep)
-            if ctx.gather:
-                grad_x = grad_x[route.inverse_S].view(x.size(0), -1, x.size(1)).sum(dim=1)
-        return grad_x, None, grad_a_CRI, grad_b_COR, None, None, None, None
+    def backward(ctx: Any, grad_TI: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_TI, inner_SO, weight_S, a_first, b_first, a_last, b_last, *rest = ctx.saved_tensors
+        rank_first, rank_last, keep_first, keep_last, *route_tensors = rest
+        lora, route = ctx.lora, Route(*route_tensors)
+        first, last = lora.stacks
+        with torch.enable_grad():
+            inner_SO = inner_SO.detach().requires_grad_(True)
+            act_SI = lora.gate(inner_SO)
+        # of the experts' outputs before they are weighed, so that w's own gradient falls out on the way
+        grad_SI = grad_TI.to(act_SI.dtype).index_select(0, route.token_S)
+        grad_act, grad_a_last, grad_b_last = _backward(
+            lora, last, grad_SI, route.pick(act_SI.detach()), a_last, b_last, rank_last, route, keep_last, weight_S
+        )
+        grad_weight_S = (grad_act * act_SI.detach()).sum(dim=-1, dtype=torch.float32)
+        if lora.module.has_bias:
+            grad_weight_S += (grad_SI * lora.bias(last, route)).sum(dim=-1, dtype=torch.float32)
+        (grad_inner,) = torch.autograd.grad(act_SI, inner_SO, grad_act.mul_(weight_S.unsqueeze(-1)))
+        x_QI = hidden_TI.index_select(0, route.pick(route.token_S))
+        grad_x, grad_a_first, grad_b_first = _backward(
+            lora, first, grad_inner, x_QI, a_first, b_first, rank_first, route, keep_first, None
+        )
+        grad_hidden = grad_x.index_select(0, route.inverse_S).view(*ctx.weight_size, -1).sum(dim=1)
+        grad_weight = grad_weight_S.index_select(0, route.inverse_S).view(ctx.weight_size).to(weight_S.dtype)
+        return grad_hidden, grad_weight, grad_a_first, grad_b_first, grad_a_last, grad_b_last, None, None, None, None
 
 
-def _add_rows(total: Tensor, rows: Tensor | None, part: Tensor) -> None:
-    """`total[rows] += part` in place; rows occur once each, so the order of additions is not left to chance."""
-    if rows is None:
-        total.add_(part)
-    else:
-        total.index_add_(0, rows, part)
+def _forward(
+    lora: ExpertLora, stack: str, x_SI: Tensor, a_CRI: Tensor, b_COR: Tensor, route: Route, keep_QI: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """W_e x + bias + scale · B_e A_e (keep ∘ x) [S, O], and the rank space scale · A_e (keep ∘ x) [Q, R]."""
+    out_SO = F.grouped_mm(x_SI, lora.weight(stack), offs=route.ends_E)
+    if lora.module.has_bias:
+        out_SO.add_(lora.bias(stack, route))
+    x_QI = route.pick(x_SI)
+    if keep_QI is not None:
+        x_QI = x_QI * keep_QI
+    rank_QR = F.grouped_mm(x_QI, a_CRI.transpose(-2, -1), offs=route.ends_C).mul_(lora.scale_of(keep_QI))
+    route.add_(out_SO, F.grouped_mm(rank_QR, b_COR.transpose(-2, -1), offs=route.ends_C))
+    return out_SO, rank_QR
+
+
+def _backward(
+    lora: ExpertLora,
+    stack: str,
+    grad_SO: Tensor,
+    x_QI: Tensor,
+    a_CRI: Tensor,
+    b_COR: Tensor,
+    rank_QR: Tensor,
+    route: Route,
+    keep_QI: Tensor | None,
+    weight_S: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [S, I], A and B. Where rows are weighed afterwards, A's and B's are; x's is left unweighed."""
+    grad_QO = route.pick(grad_SO)
+    grad_rank_QR = F.grouped_mm(grad_QO, b_COR, offs=route.ends_C).mul_(lora.scale_of(keep_QI))
+    grad_x = F.grouped_mm(grad_SO, lora.weight(stack).transpose(-2, -1), offs=route.ends_E)
+    grad_QI = F.grouped_mm(grad_rank_QR, a_CRI, offs=route.ends_C)
+    if keep_QI is not None:
+        grad_QI, x_QI = grad_QI * keep_QI, x_QI * keep_QI
+    route.add_(grad_x, grad_QI)
+    if weight_S is not None:
+        weight_Q = route.pick(weight_S).unsqueeze(-1).to(grad_SO.dtype)
+        grad_rank_QR, rank_QR = grad_rank_QR * weight_Q, rank_QR * weight_Q
+    grad_b_COR = F.grouped_mm(grad_QO.t(), rank_QR, offs=route.ends_C)
+    grad_a_CRI = F.grouped_mm(grad_rank_QR.t(), x_QI, offs=route.ends_C)
+    return grad_x, grad_a_CRI, grad_b_COR

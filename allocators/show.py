@@ -42,7 +42,7 @@ class ShowConfig:
     """The keys of the command line; every other key is a knob of the allocators."""
 
     model: str = _key("", "embedded name, local folder or Hugging Face id (empty: the signal's model, or tiny-moe)")
-    task: str = _key("default", "whose training documents signals are measured on")
+    task: str = _key("tiny_cipher", "whose training documents signals are measured on")
     allocator: str = _key("", "which ones, comma-separated (empty: all that fit the model)")
     rank: int = _key(8, "LoRA rank that parameters are counted at")
     samples: int = _key(256, "training documents to measure on")

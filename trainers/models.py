@@ -118,7 +118,7 @@ def _config_file(name: str) -> Path:
     if name in EMBEDDED:
         return EMBEDDED[name] / "config.json"
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         file = folder / "config.json"
         if not file.is_file():
             raise StudyError(f"'{name}' is a folder without config.json: point to one that save_pretrained(...) wrote")

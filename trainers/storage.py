@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,33 +44,61 @@ def exists(location: Location) -> bool:
         raise _unreachable("read", location, error) from error
 
 
-def put_file(local: Location, location: Location) -> None:
-    """Copies a file to `location`, replacing what is there as a whole. Raises StudyError where it cannot be written."""
+@contextmanager
+def replacing(location: Location) -> Iterator[Path]:
+    """A local path to write a file to, which replaces what lies at `location` when the block ends without an error.
+
+        with storage.replacing("s3://bucket/state") as file:
+            file.write_bytes(...)
+
+    Raises StudyError where the place cannot be written.
+    """
     if is_uri(location):
-        _copy(local, location)
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / "file"
+            yield local
+            _copy(local, location)
         return
     target = Path(location)
     temporary = _beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(local, temporary)
+        yield temporary
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())  # else a power cut can leave the new name on an empty file
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _unreachable("write", location, error) from error
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+@contextmanager
+def reading(location: Location) -> Iterator[Path]:
+    """A local path to read the file at `location` from. Raises StudyError where it cannot be read."""
+    if not is_uri(location):
+        yield Path(location)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "file"
+        _fetch(location, local)
+        yield local
+
+
+def put_file(local: Location, location: Location) -> None:
+    """Copies a file to `location`, replacing what is there as a whole. Raises StudyError where it cannot be written."""
+    with replacing(location) as temporary:
+        shutil.copyfile(local, temporary)
 
 
 def get_file(location: Location, local: Location) -> bool:
     """Copies the file at `location` to `local`; False where there is none."""
     if not exists(location):
         return False
-    if is_uri(location):
-        _fetch(location, local)
-    else:
-        Path(local).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(location, local)
+    Path(local).parent.mkdir(parents=True, exist_ok=True)
+    with reading(location) as file:
+        shutil.copyfile(file, local)
     return True
 
 
@@ -105,6 +136,20 @@ def get_folder(location: Location, local: Location) -> bool:
     else:
         shutil.copytree(location, local, dirs_exist_ok=True)
     return True
+
+
+def delete_folder(location: Location) -> None:
+    """Removes a folder and what is in it; one that is not there is fine. Raises StudyError where it cannot."""
+    if not exists(location):
+        return
+    try:
+        if is_uri(location):
+            filesystem, path = _filesystem(location)
+            filesystem.delete_dir(path)
+        else:
+            shutil.rmtree(location)
+    except OSError as error:
+        raise _unreachable("delete", location, error) from error
 
 
 def _beside(target: Path, kind: str = "new") -> Path:

@@ -497,8 +497,8 @@ def _find(name: str) -> Path:
         if not path.is_file():
             raise StudyError(f"task file '{name}' does not exist: give the path of a YAML file or the name of a task")
         return path.resolve()
-    path = _harness_file(name)
-    if path is None:
+    found = _harness_file(name)
+    if found is None:
         tasks, groups = _harness_index()
         if name in groups:
             raise StudyError(f"task '{name}' ({groups[name].name}) is a group of tasks: name one of its members")
@@ -506,7 +506,7 @@ def _find(name: str) -> Path:
             f"unknown task '{name}': choose an embedded one ({', '.join(EMBEDDED) or 'none'}), the path of a task "
             f"YAML, or one of the {len(tasks):,} of lm-evaluation-harness{did_you_mean(name, [*EMBEDDED, *tasks])}"
         )
-    return path
+    return found
 
 
 def _harness_folder() -> Path:

@@ -1,0 +1,548 @@
+"""One training run: a frozen base model, an adapter, a task, a recipe. Plain PyTorch, one worker or several.
+
+    result = train(model, adapter, task, recipe, seed=0, tokenizer=tokenizer, device="cpu", on_rung=lambda rung: True)
+    result.status, result.accuracy, result.losses
+
+- The loss of an optimiser step is the mean over the completion tokens of its whole batch, over all micro-batches and
+  workers, so that neither `micro_batch_size` nor the number of workers changes the gradient.
+- `torch.distributed`, where the caller has initialised it, makes the workers of one run: each takes its share of every
+  batch and of every evaluation. Gradients lie in one flat buffer that one all_reduce sums, with the loss at its end.
+  (DistributedDataParallel would want to own the model, whose adapter comes and goes, and to know which experts get no
+  tokens.)
+- Data order and dropout follow from `seed` and the step, from nothing else, and leave the process's own random state
+  as it was: equal seeds give equal losses, and a resumed run gives those of an uninterrupted one, bit for bit.
+- bf16 comes with the base model (`models.load` picks it where the device has it); adapter, gradients and optimiser
+  stay fp32, and training and evaluation do the same arithmetic.
+- The device is waited for every CHECK_EVERY steps and at rungs, not at every step.
+
+Shapes: B sequences, S tokens, K positions that may predict a completion token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import random
+import resource
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
+from allocators.core.types import Recipe, digest_of
+from trainers import storage
+from trainers.tasks import Row, Task
+
+CHECK_EVERY = 10  # steps between two looks at the loss: each waits for the device
+EXPLODED = (10.0, 10.0)  # a loss above 10 × the first one + 10 ...
+PATIENCE = 3  # ... for this many steps in a row ends the run, as a loss that is not finite does at once
+OUT_OF_MEMORY, OTHER_FAILURE = 1.0, 1e6  # what a worker that failed adds to a number that all of them sum
+IGNORED = -100  # label of tokens without loss
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One evaluation on the way: optimiser steps and tokens so far, accuracy, mean training loss since the last one."""
+
+    step: int
+    tokens: int
+    accuracy: float
+    stderr: float
+    loss: float
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of a run.
+
+    status              complete | stopped (by `on_rung`) | diverged
+    losses              training loss of every step, those before a resume included
+    tokens              trained tokens, prompts included, padding excluded
+    seconds             wall clock of training and evaluation, that before a resume included
+    peak_memory_bytes   CUDA: most memory allocated during this run; CPU: the process's largest resident size so far
+    """
+
+    status: Literal["complete", "stopped", "diverged"]
+    rungs: tuple[Rung, ...]
+    losses: tuple[float, ...]
+    tokens: int
+    seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the last rung; None for a diverged run, whatever it reached before."""
+        return self.rungs[-1].accuracy if self.rungs and self.status != "diverged" else None
+
+
+def train(
+    model: nn.Module,
+    adapter: Any,
+    task: Task,
+    recipe: Recipe,
+    *,
+    seed: int,
+    tokenizer: Any,
+    device: str | torch.device,
+    on_rung: Callable[[Rung], bool],
+    evaluations: int = 3,
+    checkpoint: storage.Location | None = None,
+) -> Result:
+    """Trains `adapter` in place on `task` and evaluates it at `evaluations` equally spaced steps, the last at the end.
+
+    on_rung      called on every worker with the same rung; all must answer alike: False stops the run there
+    checkpoint   folder (path or URI) for the state at the last rung. A run that finds its own state there goes on from
+                 it, and calls `on_rung` again for the rungs it had reached.
+
+    Raises OutOfMemoryError when the device's memory does not suffice, after giving it back; TrialError for an adapter
+    that gets no gradient and for a checkpoint of another run.
+    """
+    device = torch.device(device)
+    try:
+        return _attempt(model, adapter, task, recipe, seed, tokenizer, device, evaluations, checkpoint, on_rung)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    finally:
+        model.eval()
+        for parameter in adapter.parameters():
+            parameter.grad = None
+    # Only here, past the handler, does the error's traceback no longer hold the tensors of the step that failed.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise OutOfMemoryError(
+        f"out of memory on {device} with micro_batch_size {recipe.micro_batch_size} and max_length "
+        f"{recipe.max_length}: try less of either ({reason})"
+    )
+
+
+def _attempt(
+    model: nn.Module,
+    adapter: Any,
+    task: Task,
+    recipe: Recipe,
+    seed: int,
+    tokenizer: Any,
+    device: torch.device,
+    evaluations: int,
+    checkpoint: storage.Location | None,
+    on_rung: Callable[[Rung], bool],
+) -> Result:
+    with _own_random_state(device):
+        return _Run(model, adapter, task, recipe, seed, tokenizer, device, evaluations, checkpoint).go(on_rung)
+
+
+# --- the plan of a run: pure functions of recipe and seed -------------------------------------------------------------
+
+
+def total_steps(recipe: Recipe, num_rows: int) -> int:
+    """Optimiser steps of a run. Batches are always full: the last one of an epoch is filled from the next epoch."""
+    return recipe.steps or max(1, math.ceil(recipe.epochs * num_rows / recipe.batch_size))
+
+
+def rung_steps(steps: int, evaluations: int) -> tuple[int, ...]:
+    """After how many steps to evaluate: `rung_steps(10, 3) == (3, 7, 10)`."""
+    return tuple(sorted({max(1, round(steps * i / evaluations)) for i in range(1, evaluations + 1)}))
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Rate of step 0, 1, ...: linear warm-up over `warmup_ratio` of the steps, then the schedule, ending near zero."""
+    warmup = round(recipe.warmup_ratio * steps)
+    if step < warmup:
+        return recipe.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    match recipe.schedule:
+        case "cosine":
+            return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            return recipe.learning_rate * (1 - progress)
+        case "constant":
+            return recipe.learning_rate
+
+
+def batch_at(step: int, *, num_rows: int, batch_size: int, seed: int) -> list[int]:
+    """Which rows a step trains on: shuffled epochs, one after another, cut into batches. No adapter changes it."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [_epoch(num_rows, seed, place // num_rows)[place % num_rows] for place in places]
+
+
+@lru_cache(maxsize=4)
+def _epoch(num_rows: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(num_rows))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def share_of(rows: Sequence[Row], *, rank: int, world_size: int, micro_batch_size: int) -> list[list[Row]]:
+    """One worker's micro-batches of a batch: rows of like length together, so that little is padded."""
+    by_length = sorted(rows, key=lambda row: -len(row.input_ids))[rank::world_size]
+    return [by_length[i : i + micro_batch_size] for i in range(0, len(by_length), micro_batch_size)]
+
+
+def completion_loss(model: nn.Module, rows: Sequence[Row], *, pad_token_id: int, device: torch.device) -> Tensor:
+    """Sum of −log p over the completion tokens of `rows`, a scalar in fp32."""
+    length, first = max(len(row.input_ids) for row in rows), min(row.labels_start for row in rows)
+    ids_BS, mask_BS, labels_BS = [], [], []
+    for row in rows:
+        padding = length - len(row.input_ids)
+        ids_BS.append(row.input_ids + [pad_token_id] * padding)
+        mask_BS.append([1] * len(row.input_ids) + [0] * padding)
+        labels_BS.append([IGNORED] * row.labels_start + row.input_ids[row.labels_start :] + [IGNORED] * padding)
+    host = torch.tensor([ids_BS, mask_BS, labels_BS])
+    if device.type == "cuda":
+        host = host.pin_memory()  # a copy from pageable memory would wait for the device
+    ids, mask, labels = host.to(device, non_blocking=True)
+    # Logits only where a completion token follows in some row: prompts are most of the tokens, V is large.
+    keep_K = torch.arange(first - 1, length - 1, device=device)
+    padded = any(len(row.input_ids) < length for row in rows)  # else attention needs no mask, and has a faster kernel
+    logits_BKV = model(
+        input_ids=ids, attention_mask=mask if padded else None, logits_to_keep=keep_K, use_cache=False
+    ).logits
+    return F.cross_entropy(
+        logits_BKV.float().flatten(0, 1), labels[:, first:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapter: Any,
+        task: Task,
+        recipe: Recipe,
+        seed: int,
+        tokenizer: Any,
+        device: torch.device,
+        evaluations: int,
+        checkpoint: storage.Location | None,
+    ) -> None:
+        several = dist.is_available() and dist.is_initialized()
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.model, self.adapter, self.task, self.recipe = model, adapter, task, recipe
+        self.seed, self.device, self.pad_token_id = seed, device, tokenizer.pad_token_id
+        self.rows = task.training_rows(tokenizer, recipe.max_length)
+        task.prepare(tokenizer, rank=self.rank, world_size=self.world_size)
+        self.steps = total_steps(recipe, len(self.rows))
+        self.rung_steps = rung_steps(self.steps, evaluations)
+        self.gradients = _Gradients(adapter.parameters())
+        self.optimizer = torch.optim.AdamW(
+            adapter.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.checkpoint = storage.join(checkpoint, "checkpoint.safetensors") if checkpoint is not None else ""
+        self.fingerprint = digest_of(
+            {
+                "recipe": recipe.to_json(),
+                "seed": seed,
+                "data": task.data_hash,
+                "metric": task.metric,
+                "rungs": self.rung_steps,
+                "adapter": {name: list(p.shape) for name, p in adapter.named_parameters()},
+            }
+        )
+        self.failure: TrialError | torch.OutOfMemoryError | None = None
+        self.past = _Past()
+        self.pending = torch.zeros(CHECK_EVERY, 2, device=device)  # loss and failures of the steps since the last look
+        self.unseen = 0
+
+    def go(self, on_rung: Callable[[Rung], bool]) -> Result:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        self._resume()
+        self.model.train()
+        for rung in self.past.rungs:
+            if not on_rung(rung):
+                return self._result("complete" if rung.step == self.steps else "stopped")
+        for step in range(len(self.past.losses), self.steps):
+            self._step(step)
+            at_rung = step + 1 in self.rung_steps
+            if self.unseen == CHECK_EVERY or at_rung or not self.past.losses:
+                self._look()
+                if self.past.diverged or (at_rung and not self._parameters_are_finite()):
+                    return self._result("diverged")
+            if at_rung:
+                rung = self._evaluate(step + 1)
+                self.past.rungs.append(rung)
+                if self.checkpoint:
+                    self._together(self._save)
+                if not on_rung(rung) and step + 1 < self.steps:
+                    return self._result("stopped")
+        return self._result("complete")
+
+    def _step(self, step: int) -> None:
+        """One optimiser step. Launches work on the device and waits for none of it."""
+        recipe = self.recipe
+        chosen = batch_at(step, num_rows=len(self.rows), batch_size=recipe.batch_size, seed=self.seed)
+        batch = [self.rows[i] for i in chosen]
+        completion_tokens = max(1, sum(row.completion_tokens for row in batch))
+        self.past.tokens += sum(len(row.input_ids) for row in batch)
+        _seed_dropout(self.device, self.seed, step, self.rank)
+        self.gradients.clear()
+        if self.failure is None:
+            try:
+                self._accumulate(batch, completion_tokens)
+            except TrialError as error:
+                self.failure = error
+            except RuntimeError as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self.failure = torch.OutOfMemoryError(str(error).splitlines()[0])
+        if self.failure is not None and self.world_size == 1:
+            raise self.failure  # else the others wait in all_reduce: take part until they have heard of it
+        if not self.gradients.installed:  # this worker had no row in the first batch
+            self.gradients.install()
+        if self.failure is not None:
+            self.gradients.clear()
+            self.gradients.failures.fill_(OTHER_FAILURE if isinstance(self.failure, TrialError) else OUT_OF_MEMORY)
+        if self.world_size > 1:
+            dist.all_reduce(self.gradients.flat)
+        self.pending[self.unseen] = self.gradients.flat[-2:]
+        self.unseen += 1
+        self.gradients.clip(recipe.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, step, self.steps)
+        self.optimizer.step()
+
+    def _accumulate(self, batch: Sequence[Row], completion_tokens: int) -> None:
+        shares = share_of(
+            batch, rank=self.rank, world_size=self.world_size, micro_batch_size=self.recipe.micro_batch_size
+        )
+        for rows in shares:
+            loss = completion_loss(self.model, rows, pad_token_id=self.pad_token_id, device=self.device)
+            loss = loss / completion_tokens
+            objective = loss
+            if (extra := self.adapter.extra_loss()) is not None:
+                # A mean over micro-batches, weighted as the loss is.
+                objective = loss + extra * (sum(row.completion_tokens for row in rows) / completion_tokens)
+            objective.backward()
+            if not self.gradients.installed:
+                self.adapter.check_gradients()
+                self.gradients.install()
+            self.gradients.loss.add_(loss.detach())
+
+    def _look(self) -> None:
+        """Waits for the device, and judges the losses since the last look."""
+        losses, failures = self.pending[: self.unseen].T.tolist()
+        self.unseen = 0
+        if worst := max(failures):
+            if self.failure is not None:
+                raise self.failure
+            if worst < OTHER_FAILURE:
+                raise torch.OutOfMemoryError("on another worker of this run")
+            raise TrialError("another worker of this run failed, because an expert got no gradient there")
+        self.past.add(losses)
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """What rank 0 got from `work`, on every worker; its error is raised on all of them, so that none waits."""
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = work()
+            except ToolkitError as error:
+                if self.world_size == 1:
+                    raise
+                box[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def _parameters_are_finite(self) -> bool:
+        """The last update may have spoilt what no loss has seen yet; NaN would answer every question with choice 0."""
+        return bool(torch.stack([p.detach().isfinite().all() for p in self.adapter.parameters()]).all())
+
+    def _evaluate(self, step: int) -> Rung:
+        evaluation = self.task.evaluate(self.model)
+        since = self.past.rungs[-1].step if self.past.rungs else 0
+        losses = self.past.losses[since:]
+        return Rung(
+            step=step,
+            tokens=self.past.tokens,
+            accuracy=evaluation.accuracy,
+            stderr=evaluation.stderr,
+            loss=sum(losses) / len(losses),
+            seconds=self.past.elapsed(),
+        )
+
+    def _result(self, status: Literal["complete", "stopped", "diverged"]) -> Result:
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        past = self.past
+        return Result(status, tuple(past.rungs), tuple(past.losses), past.tokens, past.elapsed(), peak)
+
+    # --- checkpoints: one safetensors file, replaced as a whole; the plan and the random state follow from the step ---
+
+    def _save(self) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {}
+        for name, parameter in self.adapter.named_parameters():
+            state = self.optimizer.state[parameter]
+            tensors[f"adapter/{name}"] = parameter.detach()
+            tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = state["exp_avg"], state["exp_avg_sq"]
+        with storage.replacing(self.checkpoint) as file:
+            save_file(
+                {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+                file,
+                metadata={"run": self.fingerprint, "past": json.dumps(self.past.to_json())},
+            )
+
+    def _resume(self) -> None:
+        """Rank 0 reads the checkpoint, and everyone starts from its adapter and optimiser state."""
+        tensors: dict[str, Tensor] = {}
+        past = self._together(lambda: self._read(tensors)) if self.checkpoint else None
+        named = self.adapter.named_parameters()
+        if tensors:
+            self.adapter.load_state_dict({name: tensors[f"adapter/{name}"] for name, _ in named})
+        shared = [parameter.detach() for _, parameter in named]
+        if past is not None:
+            self.past = _Past.from_json(past)
+            moments = {}
+            for i, (name, parameter) in enumerate(named):
+                zeros = torch.zeros_like(parameter, requires_grad=False)  # where rank 0's values will be written
+                moments[i] = {
+                    "step": torch.tensor(float(len(self.past.losses))),
+                    "exp_avg": tensors.get(f"exp_avg/{name}", zeros),
+                    "exp_avg_sq": tensors.get(f"exp_avg_sq/{name}", zeros.clone()),
+                }
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            for _, parameter in named:
+                state = self.optimizer.state[parameter]
+                shared += [state["exp_avg"], state["exp_avg_sq"]]
+        if self.world_size > 1:
+            for tensor in shared:
+                dist.broadcast(tensor, src=0)
+
+    def _read(self, tensors: dict[str, Tensor]) -> dict[str, Any] | None:
+        """Fills `tensors` and returns the past, None where there is no checkpoint."""
+        if not storage.exists(self.checkpoint):
+            return None
+        from safetensors import SafetensorError, safe_open
+
+        with storage.reading(self.checkpoint) as file:
+            try:
+                with safe_open(file, framework="pt") as stored:
+                    metadata = stored.metadata() or {}
+                    tensors.update((name, stored.get_tensor(name)) for name in stored.keys())  # noqa: SIM118
+            except SafetensorError as error:
+                raise TrialError(f"the checkpoint {self.checkpoint} is damaged ({error}): delete it") from error
+        if metadata.get("run") != self.fingerprint:
+            raise TrialError(
+                f"the checkpoint {self.checkpoint} belongs to another run (recipe, seed, data or adapter differ): "
+                "delete it or choose another folder"
+            )
+        return json.loads(metadata["past"])
+
+
+@dataclass
+class _Past:
+    """What a run remembers of its finished steps."""
+
+    losses: list[float] = field(default_factory=list)
+    rungs: list[Rung] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0  # before this process
+    began: float = field(default_factory=time.monotonic)
+    exploded: int = 0  # steps in a row
+    diverged: bool = False
+
+    def elapsed(self) -> float:
+        return self.seconds + time.monotonic() - self.began
+
+    def add(self, losses: Sequence[float]) -> None:
+        factor, offset = EXPLODED
+        for loss in losses:
+            self.losses.append(loss)
+            self.exploded = self.exploded + 1 if loss > factor * self.losses[0] + offset else 0
+            self.diverged |= not math.isfinite(loss) or self.exploded >= PATIENCE
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "losses": self.losses,
+            "rungs": [rung.to_json() for rung in self.rungs],
+            "tokens": self.tokens,
+            "seconds": self.elapsed(),
+            "exploded": self.exploded,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> _Past:
+        return cls(**{**data, "rungs": [Rung(**rung) for rung in data["rungs"]]})
+
+
+class _Gradients:
+    """All gradients in one fp32 buffer, so that clearing, summing over workers and clipping are one operation each.
+
+    Behind them lie two numbers that travel along: the step's loss and whether a worker failed.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        (device,) = {p.device for p in parameters}
+        self.parameters = list(parameters)
+        self.flat = torch.zeros(sum(p.numel() for p in parameters) + 2, device=device)
+        self.values, self.loss, self.failures = self.flat[:-2], self.flat[-2], self.flat[-1]
+        self.installed = False
+
+    def install(self) -> None:
+        """Takes over the gradients of the first backward pass (which left None where there are none, as is checked)."""
+        for parameter, view in zip(
+            self.parameters, self.values.split([p.numel() for p in self.parameters]), strict=True
+        ):
+            view = view.view_as(parameter)
+            if parameter.grad is not None:
+                view.copy_(parameter.grad)
+            parameter.grad = view
+        self.installed = True
+
+    def clear(self) -> None:
+        self.flat.zero_()
+
+    def clip(self, max_norm: float) -> None:
+        """g ← g · min(1, max_norm/‖g‖); 0 turns it off. The norm stays on the device."""
+        if max_norm > 0:
+            norm = torch.linalg.vector_norm(self.values)
+            self.values.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """The process's random state afterwards is the one from before."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+def _seed_dropout(device: torch.device, seed: int, step: int, rank: int) -> None:
+    """Anew at every step: a resumed run then needs no stored random state, and an evaluation cannot shift it."""
+    number = int.from_bytes(sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)

@@ -232,6 +232,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 records,
                 tracker,
                 progress,
+                checkpoints=f"{remote}/checkpoints",
                 sampler=config.sampler,
                 deadline=began + config.time_budget_seconds if config.time_budget else None,
                 keep=config.keep,

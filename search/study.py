@@ -5,10 +5,8 @@ Tune asks `propose`, workers' reports arrive at `rung` and `finished`. Pure glue
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from allocators.core.types import Outcome
@@ -18,13 +16,15 @@ from search.records import Study
 from search.sampler import Answered, Proposal, Proposer
 from search.tracking import Tracker
 from search.trial import Problem
+from trainers import storage
 
 
 class Run:
     """The conductor that Tune talks to.
 
-    deadline   monotonic time after which nothing new is proposed; None: no limit
-    keep       "front": adapters of points that left the front are deleted; "all": none is
+    checkpoints   where workers keep the state of their trials; a finished trial needs none
+    deadline      monotonic time after which nothing new is proposed; None: no limit
+    keep          "front": adapters of points that left the front are deleted; "all": none is
     """
 
     def __init__(
@@ -34,6 +34,7 @@ class Run:
         tracker: Tracker,
         progress: Progress,
         *,
+        checkpoints: str,
         sampler: str,
         deadline: float | None,
         keep: str,
@@ -41,6 +42,7 @@ class Run:
         self._records = records
         self._tracker = tracker
         self._progress = progress
+        self._checkpoints = checkpoints
         self._deadline = deadline
         self._keep = keep
         self._proposals: dict[str, Proposal] = {}
@@ -75,6 +77,7 @@ class Run:
     def finished(self, outcome: Outcome) -> None:
         proposal = self._proposals.pop(outcome.digest)
         self._records.append_finished(outcome, proposal.params)
+        storage.delete_folder(storage.join(self._checkpoints, outcome.digest))
         self._proposer.tell(outcome)
         self._tracker.finished(outcome)
         self._progress.finished(outcome)
@@ -94,6 +97,5 @@ class Run:
         outcomes = self._records.finished.values()
         winners = {o.digest for o in pareto.front(outcomes)}
         for outcome in outcomes:
-            folder = Path(outcome.adapter)
-            if outcome.adapter and outcome.digest not in winners and folder.is_dir():
-                shutil.rmtree(folder)
+            if outcome.adapter and outcome.digest not in winners:
+                storage.delete_folder(outcome.adapter)

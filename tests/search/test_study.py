@@ -1,0 +1,152 @@
+"""One real study through Ray Tune, Ray Train and MLflow: killed in the middle, resumed, checked to the last line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from allocators.core.types import ExpertSelection
+from search.records import LINES, read
+
+TRIALS = 6
+WORDS = [
+    "space=sieve",
+    f"trials={TRIALS}",
+    "limit=24",
+    "calibration_samples=16",
+    "evaluations=3",
+    "recipe.steps=9",
+    "recipe.batch_size=4",
+    "keep=all",
+]
+
+
+def lines(folder: Path) -> list[dict]:
+    file = folder / LINES
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+
+
+def run(storage: Path, log: Path) -> subprocess.Popen:
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "search.run", *WORDS, f"storage={storage}"]
+        return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "150"})
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory):
+    """Starts a study, kills its driver with trials under way, runs the same command again."""
+    storage = tmp_path_factory.mktemp("studies")
+    folder = storage / "sieve-tiny-moe-tiny_cipher"
+    driver = run(storage, storage / "first.log")
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert driver.poll() is None, (storage / "first.log").read_text()
+            assert time.monotonic() < deadline, (storage / "first.log").read_text()
+            events = Counter(line["event"] for line in lines(folder))
+            done = {line["outcome"]["trial"]["digest"] for line in lines(folder) if line["event"] == "finished"}
+            half = {line["digest"] for line in lines(folder) if line["event"] == "rung"} - done
+            if events["finished"] >= 2 and half:
+                break
+            time.sleep(0.02)
+    finally:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+    killed = read(folder)
+    again = run(storage, storage / "second.log")
+    assert again.wait(timeout=300) == 0, (storage / "second.log").read_text()
+    return folder, killed, (storage / "second.log").read_text()
+
+
+def test_nothing_is_trained_twice_and_nothing_is_lost(story):
+    folder, killed, _ = story
+    finished = Counter(line["outcome"]["trial"]["digest"] for line in lines(folder) if line["event"] == "finished")
+    assert len(finished) == TRIALS
+    assert set(finished.values()) == {1}
+    assert set(killed.finished) <= set(finished)
+    assert {outcome.digest for outcome, _ in killed.in_flight} <= set(finished)
+    started = Counter(line["outcome"]["trial"]["digest"] for line in lines(folder) if line["event"] == "started")
+    assert all(started[digest] == 1 for digest in killed.finished)
+
+
+def test_a_trial_that_was_cut_off_goes_on_from_its_checkpoint(story):
+    folder, killed, _ = story
+    after = read(folder).finished
+    cut_off = [outcome for outcome, _ in killed.in_flight if outcome.rungs]
+    assert cut_off
+    for outcome in cut_off:
+        # wall clock is never the same twice: equal seconds mean that these steps were not trained again
+        assert after[outcome.digest].rungs[0]["seconds"] == outcome.rungs[0]["seconds"]
+        assert after[outcome.digest].rungs[-1]["step"] == 9
+
+
+def test_starting_points_come_first_and_every_count_is_exact(story):
+    folder, _, _ = story
+    records = read(folder)
+    outcomes = list(records.finished.values())
+    assert {o.trial.allocator for o in outcomes} >= {"none", "all", "random", "sieve"}
+    for outcome in outcomes:
+        assert outcome.status == "complete"
+        assert isinstance(outcome.trial.allocation, ExpertSelection)
+        counted = outcome.trial.allocation.trainable_params(records.shape, rank=outcome.trial.recipe.rank)
+        assert counted == outcome.trainable_params
+
+
+def test_mlflow_has_one_parent_and_one_finished_child_a_trial(story):
+    from mlflow import MlflowClient
+
+    folder, _, _ = story
+    client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "sieve"]
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
+    assert len(parents) == 1
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+    assert len(children) == TRIALS
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    accuracies = sorted(o.accuracy for o in read(folder).finished.values())
+    assert sorted(run.data.metrics["accuracy"] for run in children) == pytest.approx(accuracies)
+
+
+def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story):
+    from search.pareto import front
+    from trainers import adapter, models, tasks
+
+    folder, _, log = story
+    best = front(read(folder).finished.values())[-1]
+    assert "adapter.load(model" in log
+    loaded = models.load("tiny-moe")
+    attached = adapter.load(loaded.model, best.adapter)
+    task = tasks.load_task("tiny_cipher", limit=24)
+    task.prepare(loaded.tokenizer)
+    assert task.evaluate(loaded.model).accuracy == best.accuracy
+    assert attached.num_trainable == best.trainable_params
+
+
+def test_the_report_and_its_files_are_there(story):
+    folder, _, log = story
+    for name in ("report.html", "front.csv", "front.png", "points.csv"):
+        assert (folder / name).stat().st_size > 0
+    assert f"{TRIALS} of {TRIALS} finished" in log
+    assert "Traceback" not in log
+    assert not list((folder / "checkpoints").glob("*")), "checkpoints of finished trials are deleted"
+
+
+def test_the_same_command_once_more_trains_nothing(story):
+    folder, _, _ = story
+    before = (folder / LINES).read_bytes()
+    again = run(folder.parent, folder.parent / "third.log")
+    assert again.wait(timeout=120) == 0
+    assert (folder / LINES).read_bytes() == before
+    assert "nothing to train" in (folder.parent / "third.log").read_text()

@@ -191,3 +191,46 @@ def experts_loop(
             total = total + weight * linear(nn.functional.silu(gate) * up, down_EHI[expert], "down_proj", expert)
         rows.append(total)
     return torch.stack(rows)
+
+
+PEFT_STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def peft_factors(wrapped: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Path of each expert stack that PEFT's `target_parameters` adapts → its (A [E·R, in], B [out, E·R])."""
+    found = {}
+    for name, module in wrapped.named_modules():
+        if hasattr(module, "parameter_name"):
+            path = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            pair = module.lora_A["default"].weight, module.lora_B["default"].weight
+            found[f"{path}.{module.parameter_name}"] = pair
+    return found
+
+
+def from_peft(stack: str, a: Tensor, b: Tensor, *, rank: int) -> dict[str, Tensor]:
+    """PEFT's factors of one stack (or their gradients) under our names, all experts chosen.
+
+    Its A rows are expert-major, its B columns rank-major; gate and up share one A, of which ours get a copy each.
+    """
+    path = stack.rpartition(".")[0]
+    num_experts = a.size(0) // rank
+    a_ERI, b_EOR = a.reshape(num_experts, rank, -1), b.reshape(-1, rank, num_experts).permute(2, 0, 1)
+    if stack.endswith("down_proj"):
+        return {f"{path}.down_proj.lora_A": a_ERI, f"{path}.down_proj.lora_B": b_EOR}
+    gate_EOR, up_EOR = b_EOR.chunk(2, dim=1)
+    return {
+        f"{path}.gate_proj.lora_A": a_ERI,
+        f"{path}.up_proj.lora_A": a_ERI,
+        f"{path}.gate_proj.lora_B": gate_EOR,
+        f"{path}.up_proj.lora_B": up_EOR,
+    }
+
+
+def share_first_factor(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our gradients as PEFT has them: one A for gate and up receives the sum of both."""
+    shared = dict(gradients)
+    for name in gradients:
+        if name.endswith("gate_proj.lora_A"):
+            other = name.replace("gate_proj", "up_proj")
+            shared[name] = shared[other] = gradients[name] + gradients[other]
+    return shared

@@ -1,0 +1,575 @@
+"""What a study found, from its records alone: words, tables, one HTML page. No Ray, no torch, no model, no network.
+
+    python -m search.report studies/demo        # at any time, while the study runs too
+
+Writes front.csv (the front), points.csv (every run), front.png and report.html (one file, works offline, template in
+`search/page.html`), and prints the front. What is said in words is said carefully: a difference counts only above two
+standard errors, and how many seeds stand behind a point is always named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import html
+import io
+import json
+import math
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from allocators.core.errors import ToolkitError
+from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, best_under
+from search.pareto import Candidate, candidates, front, human, knee
+from search.progress import accuracy_text, front_table, number, point, varying
+from search.records import Records, flattened, read, write_atomically
+
+BASELINES = ("random", "uniform")  # what an allocation has to beat at equal parameters
+GREYS = {"none": "#b8b8b8", "all": "#555555", "random": "#888888", "uniform": "#9a8f80"}
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f5fbf",
+    "#a0522d",
+)  # Okabe & Ito and two
+FILES = ("front.csv", "points.csv", "front.png", "report.html")
+TOO_CLOSE = 2.0  # standard errors of a difference below which it may be chance
+EQUAL = 0.02  # share by which "equal parameters" may differ
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the records come to. `points` has one entry a point (all its seeds), `front` those nothing beats."""
+
+    records: Records
+
+    @cached_property
+    def points(self) -> list[Candidate]:
+        return candidates(self.records.finished.values())
+
+    @cached_property
+    def front(self) -> list[Candidate]:
+        return front(self.points)
+
+    @cached_property
+    def winners(self) -> set[str]:
+        """Digests of all runs behind the front."""
+        return {run.digest for candidate in self.front for run in candidate.runs}
+
+    @cached_property
+    def knee(self) -> Candidate | None:
+        return knee(self.points)
+
+    @cached_property
+    def words(self) -> list[str]:
+        """The study in sentences, the most important first."""
+        return _words(self)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the whole study, for the parent run in MLflow."""
+        found: dict[str, float] = {"runs_finished": len(self.records.finished), "points_on_front": len(self.front)}
+        found |= {f"answered_{reason}": n for reason, n in Counter(a.reason for a in self.records.answered).items()}
+        for name, candidate in (("best", self.front[-1] if self.front else None), ("knee", self.knee)):
+            if candidate is not None and candidate.accuracy is not None:
+                found[f"{name}_accuracy"] = candidate.accuracy
+                found[f"{name}_trainable_params"] = candidate.trainable_params
+        return found
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.records.folder / name for name in FILES]
+
+    @cached_property
+    def settings(self) -> list[str]:
+        """Recipe settings that vary within the study."""
+        return varying(self.records.finished.values())
+
+    def label(self, run: Outcome) -> str:
+        """`sieve fraction=0.25, rank 8`: allocator, knobs, and the settings that vary."""
+        return ", ".join([point(run), *(f"{s} {number(getattr(run.trial.recipe, s))}" for s in self.settings)])
+
+    def adapter_folder(self, outcome: Outcome) -> str | None:
+        """Where the trained adapter lies: a URI, or a folder that is still there; None where it was not kept."""
+        if not outcome.adapter or "://" in outcome.adapter:
+            return outcome.adapter or None
+        folder = self.records.folder / outcome.adapter
+        return str(folder.absolute()) if folder.is_dir() else None
+
+
+def write(folder: str | Path) -> Report:
+    """Writes the four files into the study's folder.
+
+    Raises StudyError where there is no study in the folder, OSError where it cannot be written.
+    """
+    report = Report(read(folder))
+    everything = [run for candidate in report.points for run in candidate.runs]
+    pages: tuple[str | bytes, ...] = (
+        _csv(_front_row(report, candidate) for candidate in report.front),
+        _csv(_run_row(report, run) for run in everything),
+        _png(report),
+        _page(report),
+    )
+    for file, content in zip(report.files, pages, strict=True):
+        write_atomically(file, content)
+    return report
+
+
+def show(folder: str | Path, *, console: Console | None = None) -> None:
+    """Prints the front, what it means, how to load the best adapter and where the files are."""
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    report = Report(read(folder))
+    if report.front:
+        console.print(
+            front_table(report.front, report.records.finished.values(), title=f"{_title(report)}: Pareto front")
+        )
+    for sentence in report.words:
+        console.print(Text(sentence), soft_wrap=True)
+    for candidate in report.front[-1:]:
+        if where := report.adapter_folder(candidate.best):
+            console.print(Text(f"\nTo load the most accurate one:\n{load_code(candidate.best.trial.model, where)}"))
+    console.print(Text(f"\nReport: {report.records.folder / 'report.html'}"), soft_wrap=True)
+
+
+def load_code(model: str, adapter: str) -> str:
+    """The lines of Python that put a trained adapter on its model."""
+    return (
+        f"from trainers import adapter, models\n"
+        f"model = models.load({json.dumps(model)}).model\n"
+        f"adapter.load(model, {json.dumps(adapter)})"
+    )
+
+
+# --- words
+
+
+def _words(report: Report) -> list[str]:
+    records, on_front = report.records, report.front
+    if not on_front:
+        return ["No finished trial yet: there is no front to show.", *_state(records)]
+
+    def name(candidate: Candidate) -> str:
+        size = human(candidate.trainable_params)
+        return f"{report.label(candidate.best)} ({size} trainable parameters, accuracy {accuracy_text(candidate)})"
+
+    sentences = [f"Most accurate: {name(on_front[-1])}."]
+    for budget in _budgets(report):
+        fitting = best_under((c.best.updated(accuracy=c.accuracy) for c in report.points), budget)
+        if fitting is not None:
+            best = next(c for c in report.points if fitting.digest == c.best.digest)
+            sentences.append(f"Best under {human(budget).replace('.00', '')} parameters: {name(best)}.")
+    if report.knee is not None:
+        sentences.append(f"The knee, after which parameters buy less: {name(report.knee)}.")
+    elif len(on_front) > 2:
+        sentences.append("The front has no knee: nowhere does it rise above the straight line between its ends.")
+    return [*sentences, *_honesty(report), *_against_baselines(report), *_state(records)]
+
+
+def _budgets(report: Report) -> list[int]:
+    """The study's own limit, or up to three round numbers inside the front."""
+    if limit := report.records.header["config"].get("max_trainable_params"):
+        return [int(limit)]
+    low, high = report.front[0].trainable_params, report.front[-1].trainable_params
+    decades = range(len(str(low)) - 1, len(str(high)))
+    inside = [step * 10**decade for decade in decades for step in (1, 2, 5) if low < step * 10**decade < high]
+    return inside[:: max(math.ceil(len(inside) / 3), 1)]
+
+
+def _honesty(report: Report) -> list[str]:
+    """Seeds, noise and selection: how far the front can be believed."""
+    on_front = report.front
+    seeds = sorted({len(candidate.complete) for candidate in on_front})
+    if seeds == [1]:
+        said = ["One seed stands behind each point: how much accuracy moves with the seed was not measured."]
+    else:
+        said = [
+            f"{' to '.join(str(n) for n in {seeds[0]: 0, seeds[-1]: 0})} seeds stand behind each point of the front."
+        ]
+    steps = [_difference(lower, higher) for lower, higher in pairwise(on_front)]
+    errors = [error for _, error in steps if error is not None]
+    if steps and not errors:
+        return [*said, "The standard error of the evaluation was not recorded: small differences may be chance."]
+    if errors:
+        rise, error = _difference(on_front[0], on_front[-1])
+        if error is not None and abs(rise) <= TOO_CLOSE * error:
+            said.append(
+                f"The whole front rises by {rise:.3f}, within two standard errors of a difference "
+                f"({TOO_CLOSE * error:.3f}): these accuracies cannot be told apart, do not read an order into them."
+            )
+        else:
+            small = sum(1 for rise, error in steps if error is not None and abs(rise) <= TOO_CLOSE * error)
+            said.append(
+                f"From one point of the front to the next, {small} of {len(steps)} differences are within two standard "
+                f"errors (about {TOO_CLOSE * max(errors):.3f}) and may be chance; the whole front rises by {rise:.3f}."
+            )
+    rivals = sum(1 for candidate in report.points if candidate.accuracy is not None)
+    if rivals > 1:
+        said.append(
+            f"The front was picked from {rivals} points on the questions it is measured on: expect its accuracies to "
+            f"be a little too high."
+        )
+    return said
+
+
+def _difference(lower: Candidate, higher: Candidate) -> tuple[float, float | None]:
+    """How much more accurate, and its standard error (cautious: as if both had seen different questions)."""
+    rise = (higher.accuracy or 0.0) - (lower.accuracy or 0.0)
+    if lower.stderr is None or higher.stderr is None:
+        return rise, None
+    return rise, math.hypot(lower.stderr, higher.stderr)
+
+
+def _against_baselines(report: Report) -> list[str]:
+    """Every baseline point against the best other allocator at equal parameters and with the same recipe."""
+    said = []
+    measured = [candidate for candidate in report.points if candidate.accuracy is not None]
+    for baseline in sorted(measured, key=lambda candidate: candidate.trainable_params):
+        kind = baseline.best.trial.allocator
+        rivals = [
+            c
+            for c in measured
+            if c.best.trial.allocator not in BASELINES
+            and c.best.trial.recipe == baseline.best.trial.recipe
+            and abs(c.trainable_params - baseline.trainable_params) <= EQUAL * baseline.trainable_params
+        ]
+        if kind not in BASELINES or not rivals:
+            continue
+        best = max(rivals, key=lambda c: c.accuracy or 0.0)
+        gain, error = _difference(baseline, best)
+        if error is None:
+            verdict = "standard error unknown"
+        else:
+            size = "inside the noise" if abs(gain) <= TOO_CLOSE * error else "more than noise"
+            verdict = f"standard error {error:.3f}: {size}"
+        said.append(
+            f"At {human(baseline.trainable_params)} parameters {point(best.best)} has {best.accuracy:.3f} and {kind} "
+            f"{baseline.accuracy:.3f} (difference {gain:+.3f}, {verdict})."
+        )
+    return said
+
+
+def _state(records: Records) -> list[str]:
+    """How much is done, what was not trained and why, what is damaged."""
+    asked = records.header["config"].get("trials")
+    statuses = Counter(outcome.status.replace("_", " ") for outcome in records.finished.values())
+    said = []
+    if statuses:
+        kinds = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
+        said.append(f"{len(records.finished)}{f' of {asked}' if asked else ''} runs are finished: {kinds}.")
+    if flying := len(records.in_flight):
+        what, them = ("run is", "it") if flying == 1 else ("runs are", "them")
+        said.append(f"{flying} {what} in flight, or cut off with the driver: the same command takes {them} up again.")
+    if records.answered:
+        reasons = Counter(answer.reason.replace("_", " ") for answer in records.answered)
+        kinds = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+        said.append(f"{len(records.answered)} more points were answered without training: {kinds}.")
+    return [*said, *records.problems]
+
+
+def _title(report: Report) -> str:
+    config = report.records.header["config"]
+    facts = [f"task {config['task']}" if "task" in config else "", f"model {config.get('model', '')}"]
+    return ", ".join([report.records.name, *(fact for fact in facts if fact)])
+
+
+# --- tables
+
+
+def _front_row(report: Report, candidate: Candidate) -> dict[str, Any]:
+    best = candidate.best
+    return {
+        "digest": best.digest,
+        **_who(best),
+        "trainable_params": candidate.trainable_params,
+        "accuracy": candidate.accuracy,
+        "stderr": candidate.stderr,
+        "seeds": len(candidate.complete),
+        "knee": candidate is report.knee,
+        "seconds": best.seconds,
+        "tokens": best.tokens,
+        "adapter": report.adapter_folder(best) or "",
+        **_recipe(best),
+    }
+
+
+def _run_row(report: Report, run: Outcome) -> dict[str, Any]:
+    return {
+        "digest": run.digest,
+        **_who(run),
+        "trainable_params": run.trainable_params,
+        "status": run.status,
+        "accuracy": run.accuracy,
+        "on_front": run.digest in report.winners,
+        "seed": run.trial.seed,
+        "seconds": run.seconds,
+        "tokens": run.tokens,
+        "peak_memory_bytes": run.peak_memory_bytes,
+        "message": run.message,
+        "adapter": report.adapter_folder(run) or "",
+        **_recipe(run),
+    }
+
+
+def _who(run: Outcome) -> dict[str, Any]:
+    knobs = json.dumps(dict(run.trial.knobs), sort_keys=True)
+    return {"allocator": run.trial.allocator, "knobs": knobs, "experts": run.trial.allocation.total_experts}
+
+
+def _recipe(run: Outcome) -> dict[str, Any]:
+    return {f"recipe.{f.name}": getattr(run.trial.recipe, f.name) for f in fields(Recipe)}
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One line a row under a header; an empty study has an empty table."""
+    rows, text = list(rows), io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue()
+
+
+# --- pictures
+
+
+def colours(allocators: Iterable[str]) -> dict[str, str]:
+    """One colour an allocator, the same in the picture and on the page; baselines are grey."""
+    coloured = [name for name in dict.fromkeys(allocators) if name not in GREYS]
+    return GREYS | {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(coloured)}
+
+
+def _png(report: Report) -> bytes:
+    """Accuracy against trainable parameters (log scale), the front drawn as a step and its points named."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy")
+    axes.set_title(_title(report), fontsize=10)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: human(x).replace(".00", "")))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    measured = [(c, c.accuracy) for c in report.points if c.accuracy is not None]
+    palette = colours(c.best.trial.allocator for c in report.points)
+    if measured:
+        sizes = [_x(c) for c, _ in measured]
+        axes.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
+    for name in dict.fromkeys(c.best.trial.allocator for c, _ in measured):
+        mine = [(c, accuracy) for c, accuracy in measured if c.best.trial.allocator == name]
+        axes.scatter(
+            [_x(c) for c, _ in mine],
+            [accuracy for _, accuracy in mine],
+            s=[46 if c.best.digest in report.winners else 24 for c, _ in mine],
+            color=palette[name],
+            edgecolors=["black" if c.best.digest in report.winners else "none" for c, _ in mine],
+            linewidths=0.8,
+            zorder=3,
+            label=name or "unnamed",
+        )
+    if report.front:
+        xs, ys = [_x(c) for c in report.front], [c.accuracy or 0.0 for c in report.front]
+        axes.step([*xs, max(_x(c) for c, _ in measured)], [*ys, ys[-1]], where="post", color="0.35", lw=1)
+        errors = [c.stderr or 0.0 for c in report.front]
+        axes.errorbar(xs, ys, yerr=errors, fmt="none", ecolor="0.6", elinewidth=0.8, zorder=2)
+        axes.margins(y=0.12)
+        _name_points(axes, canvas, report)
+        title = "± one standard error" if any(errors) else None
+        axes.legend(fontsize=8, frameon=False, loc="lower right", title=title, title_fontsize=7)
+    else:
+        axes.text(0.5, 0.5, "no finished trial yet", transform=axes.transAxes, ha="center", color="0.5")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def _x(candidate: Candidate) -> int:
+    """Its place on a log axis, which has none for a point without trainable parameters."""
+    return max(candidate.trainable_params, 1)
+
+
+def _name_points(axes: Any, canvas: Any, report: Report) -> None:
+    """Names at the front's points where there is room: the ends and the knee first, never one over another."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
+
+    order = {c.best.digest: c for c in (report.front[-1], report.front[0], report.knee, *report.front) if c is not None}
+    canvas.draw()
+    dots = axes.transData.transform([(_x(c), c.accuracy) for c in report.front])
+    taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in dots]
+    for candidate in order.values():
+        # with many settings a name would be longer than the picture has room for
+        name = report.label(candidate.best) if len(report.settings) < 2 else point(candidate.best)
+        for across, up, side in ((-6, 6, "right"), (6, 8, "left"), (6, -12, "left"), (-6, -12, "right")):
+            label = axes.annotate(
+                textwrap.shorten(name, 40, placeholder=" …") + (" (knee)" if candidate is report.knee else ""),
+                (_x(candidate), candidate.accuracy),
+                xytext=(across, up),
+                textcoords="offset points",
+                ha=side,
+                fontsize=7,
+                path_effects=[withStroke(linewidth=2, foreground="white")],
+            )
+            box = label.get_window_extent(canvas.get_renderer())
+            corners = (box.x0, box.y0), (box.x1, box.y1)
+            if all(axes.bbox.contains(*corner) for corner in corners) and not any(box.overlaps(b) for b in taken):
+                taken.append(box)
+                break
+            label.remove()
+
+
+# --- the page
+
+
+def _page(report: Report) -> str:
+    """The template with the study's data inside. The data is text for the browser, never markup."""
+    template = (Path(__file__).parent / "page.html").read_text()
+    data = json.dumps(_data(report), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return template.replace("{{title}}", html.escape(report.records.name)).replace("{{data}}", data)
+
+
+def _data(report: Report) -> dict[str, Any]:
+    header = report.records.header
+    reasons: dict[str, list[str]] = {}
+    for answer in report.records.answered:
+        reasons.setdefault(answer.reason, []).append(answer.message)
+    return {
+        "name": _title(report),
+        "started": header["started"],
+        "resumed": header["resumed"],
+        "command": header["command"],
+        "config": flattened(header["config"]),
+        "versions": header["versions"] | _worker_versions(report),
+        "words": report.words,
+        "colours": colours(c.best.trial.allocator for c in report.points),
+        "settings": report.settings,
+        "knobs": list(dict.fromkeys(knob for c in report.points for knob in c.best.trial.knobs)),
+        "points": [_point(report, candidate) for candidate in report.points],
+        "answered": [
+            {"reason": reason.replace("_", " "), "count": len(texts), "messages": _counted(texts)}
+            for reason, texts in sorted(reasons.items())
+        ],
+        "map": _map(report),
+    }
+
+
+def _worker_versions(report: Report) -> dict[str, str]:
+    """What the runs say about themselves (device, model revision, data hash); several values are all named."""
+    found: dict[str, dict[str, None]] = {}
+    for run in report.records.finished.values():
+        for name, version in run.versions.items():
+            found.setdefault(name, {})[version] = None
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def _counted(texts: Sequence[str]) -> list[str]:
+    """The five most frequent messages with their counts."""
+    return [f"{n}x {text}" for text, n in Counter(text for text in texts if text).most_common(5)]
+
+
+def _point(report: Report, candidate: Candidate) -> dict[str, Any]:
+    best = candidate.best
+    where = report.adapter_folder(best)
+    return {
+        "digest": best.digest,
+        "allocator": best.trial.allocator or "unnamed",
+        "label": report.label(best),
+        "knobs": {name: number(value) for name, value in best.trial.knobs.items()},
+        "recipe": {f.name: number(getattr(best.trial.recipe, f.name)) for f in fields(Recipe)},
+        "params": candidate.trainable_params,
+        "size": human(candidate.trainable_params),
+        "accuracy": candidate.accuracy,
+        "stderr": candidate.stderr,
+        "status": best.status.replace("_", " "),
+        "front": best.digest in report.winners,
+        "knee": candidate is report.knee,
+        "experts": best.trial.allocation.total_experts,
+        "cells": _cells(report, best),
+        "load": load_code(best.trial.model, where) if where else "",
+        "runs": [
+            {
+                "seed": run.trial.seed,
+                "status": run.status.replace("_", " "),
+                "accuracy": run.accuracy,
+                "seconds": run.seconds,
+                "tokens": run.tokens,
+                "memory": run.peak_memory_bytes,
+                "message": run.message,
+                "rungs": [{key: rung.get(key) for key in ("tokens", "step", "accuracy", "loss")} for rung in run.rungs],
+            }
+            for run in candidate.runs
+        ],
+    }
+
+
+def _map(report: Report) -> dict[str, Any]:
+    """Axes of the allocation map and which cells exist: layers × experts, or modules × layers of a dense model."""
+    shape = report.records.shape
+    if shape.is_moe:
+        rows = [f"layer {layer}" for layer in shape.moe_layers]
+        exists = [list(range(shape.experts_in(layer))) for layer in shape.moe_layers]
+        return {"rows": rows, "exists": exists, "across": "expert"}
+    modules = shape.of_role("attention", "mlp")
+    rows = list(dict.fromkeys(module.name for module in modules))
+    exists = [sorted({module.layer for module in modules if module.name == name}) for name in rows]
+    return {"rows": rows, "exists": exists, "across": "layer"}
+
+
+def _cells(report: Report, run: Outcome) -> list[str]:
+    """The map of one allocation: a text a row, one character a column, "0" plus the number of experts there.
+
+    Texts, because a study of a large model has millions of cells.
+    """
+    shape = report.records.shape
+    match run.trial.allocation:
+        case ExpertSelection() as chosen:
+            ids = [set(chosen.in_layer(layer)) for layer in shape.moe_layers]
+            numbers = [
+                [int(e in here) for e in range(shape.experts_in(layer))]
+                for layer, here in zip(shape.moe_layers, ids, strict=True)
+            ]
+        case ExpertCounts() as counted:
+            modules = shape.of_role("attention", "mlp")
+            at = {(module.name, module.layer): counted.counts.get(module.path, 0) for module in modules}
+            rows = dict.fromkeys(module.name for module in modules)
+            numbers = [[at.get((row, layer), 0) for layer in range(shape.num_layers)] for row in rows]
+    return ["".join(chr(ord("0") + n) for n in row) for row in numbers]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 there is no study in the folder or it cannot be written."""
+    parser = argparse.ArgumentParser(prog="python -m search.report", description="Writes and prints a study's report.")
+    parser.add_argument("folder", help="folder of the study, as search.run named it")
+    folder = parser.parse_args(argv).folder
+    try:
+        write(folder)
+        show(folder)
+    except ToolkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: the report cannot be written to {folder} ({error.strerror})", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -108,6 +108,9 @@ def train(
     checkpoint   folder (path or URI) for the state at the last rung. A run that finds its own state there goes on from
                  it, and calls `on_rung` again for the rungs it had reached.
 
+    The run is `diverged`, without an accuracy, when a loss or the adapter is not finite, or when the loss is above ten
+    times the first one plus ten for three steps in a row.
+
     Raises OutOfMemoryError when the device's memory does not suffice, after giving it back; TrialError for an adapter
     that gets no gradient and for a checkpoint of another run.
     """

@@ -95,7 +95,12 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Loaded:
     try:
         with _no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, use_safetensors=True, trust_remote_code=False, **kwargs
+                source,
+                dtype=dtype,
+                device_map={"": device},  # straight to the device: several workers of a node need no copy each in RAM
+                use_safetensors=True,
+                trust_remote_code=False,
+                **kwargs,
             )
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
@@ -103,7 +108,7 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Loaded:
         raise StudyError(
             f"model '{name}' cannot be loaded (safetensors weights, a tokenizer, no remote code): {reason}"
         ) from error
-    model.requires_grad_(False).eval().to(device)
+    model.requires_grad_(False).eval()
     _ensure_pad_token(tokenizer, name)
     return Loaded(model, tokenizer, name, identity)
 

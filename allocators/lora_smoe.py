@@ -11,13 +11,13 @@ from typing import Literal
 from allocators.core.apportion import floor_share
 from allocators.core.errors import InfeasibleError, StudyError, did_you_mean
 from allocators.core.layers import blocks
-from allocators.core.types import ExpertCounts, ModelShape, Signal
+from allocators.core.types import ExpertCounts, ModelShape, Role, Signal
 
 NEEDS = "sensitivity"
 BASE = "dense"
 FIXED_COST = False
 
-GROUPS = {"S": (("attention",), ("mlp",)), "U": (("attention", "mlp"),)}
+GROUPS: dict[str, tuple[tuple[Role, ...], ...]] = {"S": (("attention",), ("mlp",)), "U": (("attention", "mlp"),)}
 
 
 def allocate(

@@ -1,0 +1,577 @@
+"""Tails against golden values and an obvious loop, eigenvalues against fp64, weights read one matrix at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from allocators import alphalora
+from allocators.core.errors import StudyError, ToolkitWarning
+from allocators.core.layers import layer_values
+from allocators.core.shapes import shape_of
+from allocators.signals import spectrum
+from allocators.signals.cache import cached
+from allocators.signals.spectrum import XMIN_RULES, alpha_hat, eigenvalues, fit_tail, measure, stable_rank
+from tests.allocators.models import dense_shape, moe_shape
+
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "spectrum.json").read_text())
+TINY_MOE = Path(__file__).parents[3] / "trainers" / "embedded" / "tiny_moe"
+
+seeds = st.integers(0, 2**32 - 1)
+rules = st.sampled_from(XMIN_RULES)
+
+
+def random_spectrum(seed: int) -> np.ndarray:
+    """Heavy, light or bent, of 2 to 300 eigenvalues."""
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(2, 300))
+    lam = rng.pareto(rng.uniform(0.3, 5), size) + rng.uniform(0.01, 1)
+    return lam if rng.random() < 0.5 else np.exp(rng.normal(0, rng.uniform(0.1, 2), size))
+
+
+def hill_of(lam, rule="published") -> float:
+    return fit_tail(lam, xmin_rule=rule).hill
+
+
+# ------------------------------------------------------------------------------------------------- from λ to numbers
+
+
+@pytest.mark.parametrize("rule", XMIN_RULES)
+@pytest.mark.parametrize("case", GOLDEN["spectra"], ids=lambda case: case["name"])
+def test_golden_tails(case, rule):
+    tail, expected = fit_tail(case["eigenvalues"], xmin_rule=rule), case[rule]
+    assert tail.index == expected["i"]
+    assert tail.xmin == pytest.approx(expected["xmin"], rel=1e-12)
+    assert tail.hill == pytest.approx(expected["alpha"], abs=1e-8)
+    assert tail.distance == pytest.approx(expected["D"], abs=1e-8)
+
+
+@pytest.mark.parametrize("case", GOLDEN["spectra"], ids=lambda case: case["name"])
+def test_golden_metrics(case):
+    assert stable_rank(case["eigenvalues"]) == pytest.approx(case["stable_rank"], abs=1e-8)
+    assert alpha_hat(case["eigenvalues"]) == pytest.approx(case["alpha_hat"], abs=1e-8)
+
+
+@pytest.mark.parametrize("case", GOLDEN["hill"])
+def test_the_scripts_count_one_more_than_equation_5(case):
+    k = case["paper_k"]
+    ours = fit_tail(case["eigenvalues"], xmin_rule="published")
+    assert len(case["eigenvalues"]) - ours.index == case["code_tail_n"] == k + 1
+    assert ours.hill == pytest.approx(case["alpha_code"], abs=1e-12)
+    assert (ours.hill - 1) == pytest.approx((k + 1) / k * (case["alpha_paper_eq5"] - 1))
+
+
+def by_loop(eigenvalues, rule) -> tuple[int, float] | None:
+    """The published rule and its repair as METHODS 1.1 writes them, one candidate and one eigenvalue at a time."""
+    lam = sorted(float(x) for x in eigenvalues)
+    x = np.log10(lam)
+    counts, edges = np.histogram(x, bins=np.linspace(x[0], x[-1], 101))
+    x2 = 10 ** edges[list(counts).index(max(counts))]
+    best = None
+    for i, xmin in enumerate(lam[:-1]):
+        if not (math.log10(0.95 * x2) if rule == "published" else 0.95 * x2) <= xmin <= 1.5 * x2:
+            continue
+        tail = lam[i:]
+        n = len(tail)
+        spread = math.fsum(math.log(x / xmin) for x in tail)
+        if spread == 0:
+            continue
+        hill = 1 + n / spread
+        distance = max(abs(1 - (x / xmin) ** (1 - hill) - j / n) for j, x in enumerate(tail))
+        if best is None or distance < best[2] - 1e-12:
+            best = (i, hill, distance)
+    return best[:2] if best else None
+
+
+@given(seeds, st.sampled_from(["published", "window"]))
+def test_equals_a_loop_over_candidates(seed, rule):
+    lam = random_spectrum(seed)
+    index, hill = by_loop(lam, rule)
+    tail = fit_tail(lam, xmin_rule=rule)
+    assert (tail.index, tail.hill) == (index, pytest.approx(hill, rel=1e-9))
+
+
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=80), st.sampled_from(["published", "window"]))
+def test_equals_the_loop_where_values_repeat(values, rule):
+    assume(len(set(values)) > 1)
+    expected = by_loop(values, rule)
+    if expected is None:
+        with pytest.raises(StudyError, match="finds no tail"):
+            fit_tail(values, xmin_rule=rule)
+    else:
+        assert hill_of(values, rule) == pytest.approx(expected[1], rel=1e-9)
+
+
+@given(seeds, st.sampled_from(["window", "peak", "median"]), st.floats(1e-6, 1e6))
+def test_scale_changes_nothing_but_xmin(seed, rule, factor):
+    lam = random_spectrum(seed)
+    tail, scaled = fit_tail(lam, xmin_rule=rule), fit_tail(lam * factor, xmin_rule=rule)
+    assert (scaled.index, scaled.hill) == (tail.index, pytest.approx(tail.hill, rel=1e-9))
+    assert scaled.xmin == pytest.approx(tail.xmin * factor, rel=1e-12)
+
+
+def test_the_published_rule_feels_the_scale():
+    """Its lower bound is log10(0.95·x2): at 0.1 times the scale it cuts off a tail that it admits at 100 times."""
+    lam = np.r_[(1 - (np.arange(100) + 0.5) / 100) ** -1.0, np.linspace(30, 30.5, 12)]
+    small, large = (fit_tail(lam * factor, xmin_rule="published") for factor in (0.1, 100))
+    assert small.index > large.index
+    assert fit_tail(lam * 0.1, xmin_rule="window").index == fit_tail(lam * 100, xmin_rule="window").index
+
+
+@given(seeds, rules)
+def test_order_and_zeros_change_nothing(seed, rule):
+    lam = random_spectrum(seed)
+    mixed = [*lam, *[0.0] * (seed % 4)]
+    random.Random(seed).shuffle(mixed)
+    assert fit_tail(mixed, xmin_rule=rule) == fit_tail(lam, xmin_rule=rule)
+    assert stable_rank(mixed) == pytest.approx(stable_rank(lam))
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0, 3.0, 4.5, 7.0])
+@pytest.mark.parametrize("size", [100, 1000])
+def test_an_exact_power_law_is_recovered_within_its_standard_error(alpha, size):
+    share_above = 1 - (np.arange(size) + 0.5) / size
+    lam = share_above ** (-1 / (alpha - 1))
+    for rule in XMIN_RULES:
+        tail = fit_tail(lam, xmin_rule=rule)
+        assert tail.hill == pytest.approx(alpha, abs=(alpha - 1) / math.sqrt(size - tail.index))
+
+
+@settings(max_examples=25)
+@given(seeds, st.floats(1.5, 5))
+def test_a_sampled_power_law_is_recovered_within_five_standard_errors(seed, alpha):
+    lam = np.random.default_rng(seed).pareto(alpha - 1, 2000) + 1
+    tail = fit_tail(lam, xmin_rule="median")
+    assert tail.hill == pytest.approx(alpha, abs=5 * (alpha - 1) / math.sqrt(1000))
+
+
+@given(seeds)
+def test_stable_rank_lies_between_one_and_the_size(seed):
+    lam = random_spectrum(seed)
+    assert 1 <= stable_rank(lam) <= len(lam)
+
+
+@pytest.mark.parametrize(
+    ("lam", "message"),
+    [
+        ([], "got 0"),
+        ([0.0, 0.0], "got 0"),
+        ([3.0], "got 1"),
+        ([2.0, 2.0, 2.0, 0.0], "got 1"),
+        ([1.0, math.nan], "finite"),
+        ([1.0, math.inf], "finite"),
+        ([-1.0, 2.0], "not negative"),
+    ],
+)
+def test_what_has_no_tail_is_refused(lam, message):
+    with pytest.raises(StudyError, match=message):
+        fit_tail(lam)
+
+
+def test_smallest_spectra_that_have_one():
+    assert hill_of([1.0, math.e]) == pytest.approx(1 + 2 / 1)
+    assert hill_of([math.e, 1.0], "peak") == pytest.approx(1 + 2 / 1)
+    with pytest.raises(StudyError, match=r"'median' finds no tail in 2 eigenvalues: try published, window, peak"):
+        fit_tail([1.0, math.e], xmin_rule="median")
+    with pytest.raises(StudyError, match="did you mean 'published'"):
+        fit_tail([1.0, 2.0], xmin_rule="publish")
+
+
+# ------------------------------------------------------------------------------------------------------ from W to λ
+
+
+def exact(W: torch.Tensor) -> np.ndarray:
+    return np.sort(np.linalg.svd(W.numpy().astype(np.float64), compute_uv=False)) ** 2
+
+
+def with_singular_values(values, rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:
+    rng = np.random.default_rng(seed)
+    left = np.linalg.qr(rng.normal(size=(rows, len(values))))[0]
+    right = np.linalg.qr(rng.normal(size=(columns, len(values))))[0]
+    return torch.from_numpy((left * values) @ right.T).float()
+
+
+def square(seed: int, size: int = 200) -> torch.Tensor:
+    """Half of them heavy-tailed, as trained attention weights are."""
+    generator = torch.Generator().manual_seed(seed)
+    W = torch.randn(size, size, generator=generator) / size**0.5
+    return W * torch.rand(size, generator=generator) ** -0.4 if seed % 2 else W
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 3), (40, 40), (130, 500), (500, 130), (200, 200)])
+def test_eigenvalues_are_the_squared_singular_values(shape):
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 1e-3)):
+        W = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+        assert eigenvalues(W) == pytest.approx(exact(W.float()), rel=tolerance)
+        assert eigenvalues(W.T) == pytest.approx(exact(W.float()), rel=tolerance)
+
+
+@settings(max_examples=12, deadline=None)
+@given(seeds)
+def test_permuting_rows_and_columns_changes_nothing(seed):
+    W = square(seed)
+    generator = torch.Generator().manual_seed(seed)
+    moved = W[torch.randperm(200, generator=generator)][:, torch.randperm(200, generator=generator)]
+    assert eigenvalues(moved) == pytest.approx(eigenvalues(W), rel=1e-3)
+    assert hill_of(eigenvalues(moved)) == pytest.approx(hill_of(eigenvalues(W)), abs=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-4, 1e4, 1e30])
+def test_scaling_the_weights_scales_the_eigenvalues(factor):
+    W = square(1)
+    assert eigenvalues(W * factor) == pytest.approx(eigenvalues(W) * factor**2, rel=1e-3)
+
+
+def plain_fp32(W: torch.Tensor) -> np.ndarray:
+    lam = torch.linalg.eigvalsh(W.T @ W).double().numpy()
+    return lam[lam > 0]
+
+
+def test_square_matrices_need_more_than_fp32_and_get_it():
+    """The criterion of the file's head: without it the histogram starts at rounding noise and `hill` jumps."""
+    ours, plain = [], []
+    for seed in range(16):
+        W = square(seed)
+        hill = hill_of(exact(W))
+        ours.append(abs(hill_of(eigenvalues(W)) - hill))
+        plain.append(abs(hill_of(plain_fp32(W)) - hill))
+    assert max(ours) < 1e-4
+    assert max(plain) > 1e-2
+
+
+@pytest.mark.parametrize("smallest", [0.1, 1e-2, 1e-3, 1e-4, 3e-5])
+def test_every_eigenvalue_of_an_ill_conditioned_matrix_is_right(smallest):
+    values = (
+        np.geomspace(smallest, 1, 300)
+        if smallest > 0.01
+        else np.r_[np.geomspace(smallest, 0.01, 12), np.linspace(0.05, 1, 288)]
+    )
+    W = with_singular_values(values, 300, 300)
+    assert eigenvalues(W) == pytest.approx(exact(W), rel=4e-3)
+
+
+def routes(monkeypatch) -> list[str]:
+    """Which computations were done, in order."""
+    seen: list[str] = []
+    gram, refined = spectrum._gram, spectrum._refined
+
+    def spy_gram(A, syrk):
+        seen.append(str(A.dtype))
+        return gram(A, syrk)
+
+    def spy_refined(*arguments):
+        seen.append("refined")
+        return refined(*arguments)
+
+    monkeypatch.setattr(spectrum, "_gram", spy_gram)
+    monkeypatch.setattr(spectrum, "_refined", spy_refined)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("values", "rows", "expected"),
+    [
+        (np.linspace(0.2, 1, 200), 600, ["float32"]),
+        (np.linspace(0.2, 1, 200), 200, ["float32"]),
+        (np.r_[1e-4, np.linspace(0.2, 1, 199)], 200, ["float32", "refined"]),
+        (np.r_[np.geomspace(1e-4, 1e-3, 40), np.linspace(0.2, 1, 160)], 200, ["float32", "float64"]),
+        (np.r_[1e-6, np.linspace(0.2, 1, 199)], 200, ["float32", "refined", "float64"]),
+        (np.linspace(0.2, 1, 100), 100, ["float64"]),
+    ],
+    ids=["rectangular", "well conditioned", "one small", "many small", "nearly singular", "small"],
+)
+def test_the_criterion_decides_by_the_smallest_eigenvalues(monkeypatch, values, rows, expected):
+    seen = routes(monkeypatch)
+    W = with_singular_values(values, rows, len(values))
+    assert eigenvalues(W) == pytest.approx(exact(W), rel=4e-3)
+    assert seen == expected
+
+
+@pytest.mark.parametrize("rank", [1, 5, 150, 199])
+def test_zeros_are_dropped_whatever_the_rounding(rank):
+    """Whole numbers: the products are exact, so the rank is."""
+    generator = torch.Generator().manual_seed(rank)
+    W = (
+        torch.randint(-3, 4, (200, rank), generator=generator).float()
+        @ torch.randint(-3, 4, (rank, 220), generator=generator).float()
+    )
+    lam = eigenvalues(W)
+    assert len(lam) == rank
+    assert lam == pytest.approx(exact(W)[-rank:], rel=1e-6)
+
+
+def test_zero_empty_and_broken_matrices():
+    assert eigenvalues(torch.zeros(300, 200)).size == 0
+    assert eigenvalues(torch.zeros(0, 5)).size == 0
+    assert stable_rank(eigenvalues(torch.zeros(3, 3))) == 0.0
+    assert eigenvalues(torch.eye(200)) == pytest.approx(np.ones(200))
+    for bad in (math.nan, math.inf):
+        W = torch.ones(200, 200)
+        W[3, 4] = bad
+        with pytest.raises(StudyError, match="not finite"):
+            eigenvalues(W)
+
+
+def test_the_cuda_route_keeps_the_same_criterion(monkeypatch):
+    """Its arithmetic is plain torch: run here on the CPU, with the device's precision switch put back."""
+    asked: list[torch.dtype] = []
+    eigvalsh = torch.linalg.eigvalsh
+    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda G: (asked.append(G.dtype), eigvalsh(G))[1])
+    before = torch.backends.cuda.matmul.fp32_precision
+    well, ill = with_singular_values(np.linspace(0.2, 1, 50), 50, 90), square(0)
+    assert spectrum._on_cuda(well) == pytest.approx(exact(well), rel=1e-4)
+    assert asked == [torch.float32]
+    assert spectrum._on_cuda(ill) == pytest.approx(exact(ill), rel=1e-6)
+    assert asked == [torch.float32, torch.float32, torch.float64]
+    assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_and_cpu_agree():
+    for W in (square(0), square(1), with_singular_values(np.linspace(0.2, 1, 200), 700, 200)):
+        assert hill_of(eigenvalues(W.cuda())) == pytest.approx(hill_of(eigenvalues(W)), abs=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------- the signal
+
+
+def weights_of(shape, *, seed: int = 0, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        f"{m.path}.weight": (torch.randn(m.out_features, m.in_features, generator=generator) / 4).to(dtype)
+        for m in shape.of_role("attention", "mlp")
+    }
+
+
+def save(folder: Path, tensors, *, shards: int = 1) -> Path:
+    folder.mkdir(exist_ok=True)
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return folder
+    names = sorted(tensors)
+    where = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({n: tensors[n] for n in names if where[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    return folder
+
+
+SHAPE = dense_shape(layers=3, hidden=24, width=40)
+
+
+def test_rows_are_the_metrics_of_each_matrix(tmp_path):
+    tensors = weights_of(SHAPE)
+    signal = measure(save(tmp_path, tensors), SHAPE, provenance={"test": True})
+    assert set(signal.rows) == {m.path for m in SHAPE.modules}
+    assert (signal.kind, signal.axis, signal.unit, dict(signal.provenance)) == (
+        "spectrum",
+        "module",
+        "1",
+        {"test": True},
+    )
+    for m in SHAPE.modules:
+        lam = exact(tensors[f"{m.path}.weight"])
+        expected = {"hill": hill_of(lam), "stable_rank": stable_rank(lam), "alpha_hat": alpha_hat(lam)}
+        expected |= {f"hill_{rule}": hill_of(lam, rule) for rule in ("window", "peak", "median")}
+        assert {name: values[0] for name, values in signal.rows[m.path].items()} == pytest.approx(expected, rel=1e-5)
+    layer = [hill_of(exact(tensors[f"{m.path}.weight"])) for m in SHAPE.modules if m.layer == 1]
+    assert len(layer) == 7
+    assert layer_values(signal, SHAPE, metric="hill")[1] == pytest.approx(sum(layer) / 7, rel=1e-5)
+    assert alphalora.allocate(signal, SHAPE, total_experts=12, rounding="largest_remainder").total_experts == 12 * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_file_shards_other_prefixes_and_a_resident_model_agree(tmp_path, dtype):
+    tensors = weights_of(SHAPE, dtype=dtype)
+
+    def of(source):
+        return measure(source, SHAPE, provenance={}).rows
+
+    expected = of(save(tmp_path / "one", tensors))
+    assert of(save(tmp_path / "three", tensors, shards=3)) == expected
+    assert of(str(tmp_path / "three")) == expected
+    bare = {name.removeprefix("model."): t for name, t in tensors.items()}
+    assert of(save(tmp_path / "bare", bare)) == expected
+    deeper = {f"language_model.{name}": t for name, t in tensors.items()} | {"vision.embed.weight": torch.ones(2, 2)}
+    assert of(save(tmp_path / "deeper", deeper)) == expected
+    resident = torch.nn.Module()
+    for name, t in tensors.items():
+        module = resident
+        for part in name.split(".")[:-1]:
+            if not hasattr(module, part):
+                module.add_module(part, torch.nn.Module())
+            module = getattr(module, part)
+        module.weight = torch.nn.Parameter(t)
+    assert of(resident) == expected
+
+
+def test_one_matrix_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    folder = save(tmp_path, weights_of(SHAPE, dtype=torch.bfloat16), shards=2)
+    read: list[weakref.ref] = []
+    checked = spectrum._checked
+
+    def spy(weight, module):
+        assert not any(earlier() is not None for earlier in read)
+        read.append(weakref.ref(weight))
+        return checked(weight, module)
+
+    monkeypatch.setattr(spectrum, "_checked", spy)
+    measure(folder, SHAPE, provenance={})
+    assert len(read) == len(SHAPE.modules)
+
+
+def test_the_embedded_moe_model_is_measured_on_its_attention_only():
+    shape = shape_of(json.loads((TINY_MOE / "config.json").read_text()), name="tiny-moe")
+    signal = measure(TINY_MOE, shape, provenance={})
+    assert set(signal.rows) == {m.path for m in shape.of_role("attention")}
+    assert all(values[0] > 1 for row in signal.rows.values() for name, values in row.items() if "hill" in name)
+
+
+def test_modules_are_chosen_by_name_or_path(tmp_path):
+    folder = save(tmp_path, weights_of(SHAPE))
+    path = SHAPE.modules[5].path
+    signal = measure(folder, SHAPE, provenance={}, modules=["q_proj", path])
+    assert set(signal.rows) == {path, *(m.path for m in SHAPE.modules if m.name == "q_proj")}
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ("gate", "routers and stacked experts have no spectrum"),
+        ("up_proj", "routers and stacked experts have no spectrum"),
+        ("q_pro", "choose from k_proj, o_proj, q_proj, v_proj.*did you mean 'q_proj'"),
+    ],
+)
+def test_modules_without_a_spectrum_are_refused(tmp_path, asked, message):
+    with pytest.raises(StudyError, match=message):
+        measure(tmp_path, moe_shape(), provenance={}, modules=[asked])
+
+
+def test_a_dead_matrix_keeps_its_row_and_is_named(tmp_path):
+    tensors = weights_of(SHAPE)
+    dead = SHAPE.modules[3].path
+    tensors[f"{dead}.weight"].zero_()
+    with pytest.warns(ToolkitWarning, match=rf"{dead} has no hill"):
+        signal = measure(save(tmp_path, tensors), SHAPE, provenance={})
+    assert signal.rows[dead] == {"stable_rank": (0.0,)}
+    assert len(signal.rows) == len(SHAPE.modules)
+    with pytest.raises(StudyError, match=rf"no 'hill' for '{dead}'"):
+        alphalora.allocate(signal, SHAPE)
+
+
+class TestWeightsThatCannotBeRead:
+    def refused(self, source, message):
+        with pytest.raises(StudyError, match=message) as error:
+            measure(source, SHAPE, provenance={})
+        assert "\n" not in str(error.value)
+
+    def test_no_weights_in_the_folder(self, tmp_path):
+        self.refused(tmp_path, r"no model\.safetensors for")
+
+    def test_no_such_model(self):
+        self.refused("no-such/model", "no-such/model")
+
+    def test_no_name_of_a_model(self):
+        self.refused("no/such/model", "no/such/model")
+
+    def test_a_missing_matrix(self, tmp_path):
+        tensors = weights_of(SHAPE)
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        self.refused(save(tmp_path, tensors), r"0 tensors for model\.layers\.1\.mlp\.up_proj\.weight.*it holds 20")
+
+    def test_a_missing_shard(self, tmp_path):
+        folder = save(tmp_path, weights_of(SHAPE), shards=3)
+        (folder / "model-00002-of-00003.safetensors").unlink()
+        self.refused(folder, "lacks the shard model-00002-of-00003")
+
+    def test_sizes_of_another_model(self, tmp_path):
+        self.refused(save(tmp_path, weights_of(dense_shape(layers=3, hidden=8))), "where the config says")
+
+    def test_quantised_weights(self, tmp_path):
+        tensors = {name: t.to(torch.float8_e4m3fn) for name, t in weights_of(SHAPE).items()}
+        self.refused(save(tmp_path, tensors), "not quantised")
+
+    def test_weights_with_a_nan(self, tmp_path):
+        tensors = weights_of(SHAPE)
+        tensors["model.layers.2.self_attn.o_proj.weight"][0, 0] = math.nan
+        self.refused(save(tmp_path, tensors), r"model\.layers\.2\.self_attn\.o_proj: the weights are not finite")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_after(count: int):
+    def progress(done, total, path):
+        if done == count:
+            raise Interrupted
+
+    return progress
+
+
+def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    folder, resume = save(tmp_path / "model", weights_of(SHAPE)), tmp_path / "partial.json"
+    whole = measure(folder, SHAPE, provenance={"a": 1})
+    with pytest.raises(Interrupted):
+        measure(folder, SHAPE, provenance={"a": 1}, resume=resume, progress=stop_after(8))
+    assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["partial.json"]
+    seen, calls = [], []
+    compute = spectrum.eigenvalues
+    monkeypatch.setattr(spectrum, "eigenvalues", lambda weight: (calls.append(1), compute(weight))[1])
+    again = measure(
+        folder, SHAPE, provenance={"a": 1}, resume=resume, progress=lambda done, total, path: seen.append((done, total))
+    )
+    assert again.digest == whole.digest
+    assert len(calls) == 21 - 8
+    assert seen == [(i, 21) for i in range(1, 22)]
+    assert not resume.exists()
+
+
+@pytest.mark.parametrize("damage", ["of another measurement", "cut short"])
+def test_a_partial_file_that_does_not_fit_is_named_and_begun_anew(tmp_path, damage):
+    folder, resume = save(tmp_path / "model", weights_of(SHAPE)), tmp_path / "partial.json"
+    with pytest.raises(Interrupted):
+        measure(folder, SHAPE, provenance={"weights": "old"}, resume=resume, progress=stop_after(3))
+    if damage == "cut short":
+        resume.write_text(resume.read_text()[:-5])
+    with pytest.warns(ToolkitWarning, match=r"partial\.json"):
+        signal = measure(folder, SHAPE, provenance={"weights": "new"}, resume=resume)
+    assert signal.digest == measure(folder, SHAPE, provenance={"weights": "new"}).digest
+
+
+def test_is_measured_once_for_all_who_ask(tmp_path):
+    folder = save(tmp_path / "model", weights_of(SHAPE))
+    provenance = spectrum.provenance_of("mine", "sha256:0")
+    calls = []
+
+    def run():
+        calls.append(1)
+        return measure(folder, SHAPE, provenance=provenance, resume=tmp_path / "partial.json")
+
+    first, second = (cached("spectrum", provenance, folder=tmp_path / "signals", measure=run) for _ in range(2))
+    assert first.digest == second.digest
+    assert len(calls) == 1
+
+
+def test_the_plan_of_a_resident_model():
+    from tests.allocators import tiny
+
+    model = tiny.model("llama")
+    source = SimpleNamespace(name="tiny llama", identity="sha256:1", model=model)
+    provenance, run = spectrum.plan(source)
+    signal = run()
+    assert dict(signal.provenance) == provenance == spectrum.provenance_of("tiny llama", "sha256:1")
+    shape = shape_of(model.config, name="tiny llama")
+    assert set(signal.rows) == {m.path for m in shape.modules}
+    assert len(alphalora.allocate(signal, shape).counts) == 3 * 7

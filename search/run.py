@@ -11,9 +11,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from allocators.core import plugins
@@ -21,7 +22,7 @@ from allocators.core.errors import ToolkitError
 from allocators.core.shapes import shape_of
 from allocators.core.types import Signal, canonical_json
 from search.config import RunConfig, help_text, parse
-from search.trial import Problem, check_budget, check_pins, corners, flat_routing, load_space
+from search.trial import Problem, check_budget, check_pins, corners, load_space, placeholder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def prepare(config: RunConfig) -> Problem:
         task=config.task,
         seed=config.seed,
         max_trainable_params=config.max_trainable_params,
-        signals={"routing": flat_routing(shape)} if shape.is_moe else {},
+        signals={kind: placeholder(kind, shape) for kind in _needs(space)},
         task_recipe=task.recipe,
         fixed_recipe=config.recipe,
         # a recipe setting that the space would propose is fixed for the sampler as well
@@ -92,8 +93,14 @@ def prepare(config: RunConfig) -> Problem:
     return problem
 
 
+def _needs(space: Any, pins: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+    """Kinds of signal that the space's allocators read; only that of the pinned allocator where one is pinned."""
+    names = [pins["allocator"]] if "allocator" in pins else space.ALLOCATORS
+    return sorted({kind for name in names if (kind := plugins.load("allocators", name).NEEDS)})
+
+
 def _knobs_of(space: Any, shape: Any) -> set[str]:
-    bare = Problem(space=space, shape=shape, model="", task="")
+    bare = Problem(space=space, shape=shape, model="", task="")  # resolves nothing: names need no signal
     return {name for _, params in corners(bare) for name in params}
 
 
@@ -131,7 +138,7 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
         bounds = bounds or not exact
         knobs = " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in trial.knobs.items())
         settings = f"rank={trial.recipe.rank} learning_rate={trial.recipe.learning_rate:.2g}"
-        mark = "" if exact else "≤ "
+        mark = "" if exact else "≤ " if module.NEEDS == "routing" else "≈ "
         table.add_row(
             str(number),
             trial.allocator,
@@ -143,7 +150,7 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
     if bounds:
-        console.print("≤: depends on the routing, which the first run measures; no routing needs more than this")
+        console.print("≤ at most, ≈ about: depends on a signal that the first run measures")
     if refused:
         console.print(f"{len(refused)} further points needed no training: {', '.join(sorted(set(refused)))}")
 
@@ -247,9 +254,8 @@ def _signals(config: RunConfig, problem: Problem, pool: Any, folder: Path, progr
     """Every kind of signal that the space's allocators need, measured once by a worker or taken from the cache."""
     from search.records import write_atomically
 
-    modules = [plugins.load("allocators", name) for name in problem.space.ALLOCATORS]
     signals: dict[str, Signal] = {}
-    for kind in sorted({module.NEEDS for module in modules if module.NEEDS}):
+    for kind in _needs(problem.space, problem.pins):
         progress.message(f"measuring {kind} on {config.calibration_samples} training documents of {config.task}")
         signals[kind] = Signal.from_json(pool.ask({"kind": "signal", "signal": kind})["signal"])
         (folder / "signals").mkdir(exist_ok=True)

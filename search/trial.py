@@ -13,7 +13,7 @@ from typing import Any
 
 from allocators.core import plugins
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError, unknown
-from allocators.core.types import Allocation, ModelShape, Point, Signal, Trial
+from allocators.core.types import Allocation, ModelShape, Point, Signal, SignalKind, Trial
 from search.config import make_recipe
 
 
@@ -202,13 +202,23 @@ def check_budget(problem: Problem) -> None:
         )
 
 
-def flat_routing(shape: ModelShape) -> Signal:
-    """Stands in for a routing signal that was not measured yet: every expert takes the same share.
+def placeholder(kind: SignalKind, shape: ModelShape) -> Signal:
+    """Stands in for a signal that was not measured yet, so that parameters can be counted without weights.
 
-    Allocators with FIXED_COST have their exact parameter count under it; for the others (coverage, ESFT) it is an
-    upper bound, since no other routing needs more experts for the same share.
+    Allocators with FIXED_COST have their exact count under it. Routing is flat: every other routing needs at most as
+    many experts for the same share, so coverage and ESFT have an upper bound. Sensitivity ranks the largest matrices
+    first, so LoRA-SMoE's count is about the largest there can be.
     """
-    rows = {
-        str(layer): dict.fromkeys(("count", "mass"), (1.0,) * shape.experts_in(layer)) for layer in shape.moe_layers
-    }
-    return Signal("routing", rows, axis="expert", unit="1", provenance={"placeholder": True})
+    rows: dict[str, dict[str, tuple[float, ...]]]
+    if kind == "routing":
+        metrics = ("count", "mass")
+        rows = {str(layer): dict.fromkeys(metrics, (1.0,) * shape.experts_in(layer)) for layer in shape.moe_layers}
+    elif kind == "spectrum":
+        # not flat: then AlphaLoRA would be uniform, and be answered as its repeat
+        rows = {m.path: dict.fromkeys(("hill", "alpha_hat", "stable_rank"), (2.0 + m.layer,)) for m in shape.modules}
+    else:
+        by_size = sorted(shape.modules, key=lambda m: (m.lora_params(8) + m.in_features, m.path))
+        rows = {m.path: {"sum_sq_grad": (float(place),)} for place, m in enumerate(by_size, start=1)}
+    return Signal(
+        kind, rows, axis="expert" if kind == "routing" else "dataset", unit="1", provenance={"measured": False}
+    )

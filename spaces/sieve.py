@@ -26,6 +26,7 @@ from __future__ import annotations
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
+from spaces._knobs import lora_recipe
 
 BASE = "moe"
 ALLOCATORS = ("sieve", "coverage", "greedy", "esft", "random", "all", "none")
@@ -47,13 +48,7 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
         case "esft":
             knobs["p"] = trial.suggest_float("p", 0.05, 0.75, step=0.05)
             knobs["score"] = trial.suggest_categorical("esft_score", ["token", "gate"])
-    rank = trial.suggest_int("rank", 4, 32, step=4)
-    recipe = {
-        "rank": rank,
-        "lora_alpha": 2.0 * rank,
-        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True),
-    }
-    return Point(allocator, knobs, recipe)
+    return Point(allocator, knobs, lora_recipe(trial, low=4, high=32, step=4))
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import spaces.sieve
 from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape, ModuleShape, Outcome, Signal
 from search.sampler import Proposal, Proposer
-from search.trial import Problem, cheapest, check_budget, check_pins, corners, flat_routing
+from search.trial import Problem, cheapest, check_budget, check_pins, corners, placeholder
 
 
 def moe_shape(layers: int = 3, experts: int = 16, hidden: int = 8) -> ModelShape:
@@ -146,5 +146,5 @@ def test_flat_routing_bounds_the_cost_of_every_real_routing(counts, share):
     real = Signal("routing", {"0": {"count": counts, "mass": counts}}, axis="expert", unit="tokens", provenance={})
     from allocators import coverage
 
-    flat = coverage.allocate(flat_routing(shape), shape, share=share)
+    flat = coverage.allocate(placeholder("routing", shape), shape, share=share)
     assert coverage.allocate(real, shape, share=share).total_experts <= flat.total_experts

@@ -1,0 +1,66 @@
+"""Knobs that several spaces share. Not a space itself: files that begin with an underscore are left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from allocators.core.types import ModelShape
+
+PATTERNS = ("2468", "8642", "8228", "2882", "5555", "8888")
+T_PER_LAYER = 5  # the papers' T = 160 on 32 layers
+
+
+def lora_recipe(trial: Any, *, low: int, high: int, step: int) -> dict[str, Any]:
+    """rank, lora_alpha = 2·rank as in all four papers, and the learning rate on a logarithmic scale."""
+    rank = trial.suggest_int("rank", low, high, step=step)
+    rate = trial.suggest_float("learning_rate", 1e-4, 2e-2, log=True)
+    return {"rank": rank, "lora_alpha": 2.0 * rank, "learning_rate": rate}
+
+
+def total_experts(trial: Any, shape: ModelShape) -> int:
+    """T from one to eight experts a layer, in steps of half a layer: 80, 160 and 224 lie on it for 32 layers."""
+    low, step = shape.num_layers, max(1, shape.num_layers // 2)
+    return trial.suggest_int("total_experts", low, low + 7 * low // step * step, step=step)
+
+
+def dense_knobs(trial: Any, allocator: str, shape: ModelShape) -> dict[str, Any]:
+    """The knobs of one allocator for dense bases, and of no other."""
+    match allocator:
+        case "uniform" | "random":
+            return {"total_experts": total_experts(trial, shape)}
+        case "mola":
+            return {"pattern": trial.suggest_categorical("pattern", list(PATTERNS))}
+        case "alphalora":
+            return {
+                "total_experts": total_experts(trial, shape),
+                "beta": trial.suggest_float("beta", 1.0, 4.0, step=0.5),
+                "metric": trial.suggest_categorical("metric", ["hill", "alpha_hat", "stable_rank"]),
+                "rounding": "largest_remainder",
+            }
+        case "sensitivity":
+            return {
+                "total_experts": total_experts(trial, shape),
+                "beta": trial.suggest_float("sensitivity_beta", 0.25, 1.0, step=0.25),
+            }
+        case "lora_smoe":
+            return {
+                "retention": trial.suggest_float("retention", 0.2, 1.0, step=0.1),
+                "strategy": trial.suggest_categorical("strategy", ["S", "U"]),
+                "experts_per_block": trial.suggest_int("experts_per_block", 1, 8),
+            }
+    raise AssertionError(allocator)
+
+
+def dense_recipe(trial: Any, allocator: str) -> dict[str, Any]:
+    """LoRA-MoE settings; HydraLoRA's gates are soft over all experts, so lora_smoe has no top_k."""
+    recipe = lora_recipe(trial, low=4, high=16, step=4)
+    if allocator != "lora_smoe":
+        recipe["top_k"] = trial.suggest_int("top_k", 1, 4)
+    return recipe
+
+
+def controls(shape: ModelShape) -> list[dict[str, Any]]:
+    """Uniform and random at the papers' T: what every method has to beat at equal parameters."""
+    low, step = shape.num_layers, max(1, shape.num_layers // 2)
+    total = low + (T_PER_LAYER - 1) * low // step * step  # on the grid of `total_experts`, 5 a layer or just below
+    return [{"allocator": name, "total_experts": total} for name in ("uniform", "random")]

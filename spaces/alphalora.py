@@ -1,0 +1,38 @@
+"""Does giving badly trained layers more LoRA experts (AlphaLoRA) pay, and at which T, β and spectral metric?
+
+    python -m search.run space=alphalora model=tiny-dense
+    python -m search.run space=alphalora model=meta-llama/Llama-2-7b-hf task=arc_easy space.total_experts=160
+
+Knobs
+    allocator       alphalora | uniform | random (the controls at the same T)
+    total_experts   T, 1 .. 8 a layer in steps of half a layer; the paper: 80, 160, 224 on 32 layers
+    beta            1 .. 4 in steps of 0.5; the paper: 2, 2.5, 3
+    metric          hill | alpha_hat | stable_rank
+    rank            4 .. 16 in steps of 4; lora_alpha = 2·rank
+    learning_rate   1e-4 .. 2e-2, logarithmic
+    top_k           1 .. 4 experts per token
+
+Starting points: uniform, random, and alphalora with hill and β = 2.5, all at T = 5 a layer with the study's recipe.
+Rounding is `largest_remainder`; `space.rounding` does not exist because equation 7 as published can load one layer with
+every correction. Needs no data for its signal.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from allocators.core.types import ModelShape, Point
+from spaces._knobs import controls, dense_knobs, dense_recipe
+
+BASE = "dense"
+ALLOCATORS = ("alphalora", "uniform", "random")
+
+
+def suggest(trial: Any, shape: ModelShape) -> Point:
+    allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
+    return Point(allocator, dense_knobs(trial, allocator, shape), dense_recipe(trial, allocator))
+
+
+def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    points = controls(shape)
+    return [*points, points[0] | {"allocator": "alphalora", "beta": 2.5, "metric": "hill"}]

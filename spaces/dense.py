@@ -1,0 +1,48 @@
+"""Which layers and modules of a dense model should get LoRA experts, how many, and which method should decide?
+
+    python -m search.run space=dense model=tiny-dense
+    python -m search.run space=dense model=HuggingFaceTB/SmolLM2-135M task=arc_easy recipe.epochs=1
+
+Every published rule is a candidate beside uniform and random, each with its own knobs and no other's.
+
+Knobs
+    allocator           uniform | random | mola | alphalora | lora_smoe | sensitivity
+    total_experts       T (uniform, random, alphalora, sensitivity): 1 .. 8 a layer in steps of half a layer
+    pattern             mola: 2468 | 8642 | 8228 | 2882 | 5555 | 8888
+    beta, metric        alphalora: 1 .. 4 in steps of 0.5; hill | alpha_hat | stable_rank
+    sensitivity_beta    sensitivity: 0.25 .. 1 in steps of 0.25 (gradient norms spread far wider than spectra)
+    retention, strategy, experts_per_block      lora_smoe: 0.2 .. 1, S | U, 1 .. 8
+    rank                4 .. 16 in steps of 4; lora_alpha = 2·rank
+    learning_rate       1e-4 .. 2e-2, logarithmic
+    top_k               1 .. 4 experts per token (routed LoRA-MoE; lora_smoe's gates are soft over all)
+
+Starting points, all at T = 5 a layer (or nearest) with the study's recipe: uniform, random, MoLA-2468, alphalora with
+hill and β = 2.5, sensitivity with β = 0.5, lora_smoe S at retention 0.6 with 8 experts a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from allocators.core.types import ModelShape, Point
+from spaces._knobs import controls, dense_knobs, dense_recipe
+
+BASE = "dense"
+ALLOCATORS = ("uniform", "random", "mola", "alphalora", "lora_smoe", "sensitivity")
+
+
+def suggest(trial: Any, shape: ModelShape) -> Point:
+    allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
+    return Point(allocator, dense_knobs(trial, allocator, shape), dense_recipe(trial, allocator))
+
+
+def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    points = controls(shape)
+    same_total = points[0]
+    return [
+        *points,
+        {"allocator": "mola", "pattern": "2468"},
+        same_total | {"allocator": "alphalora", "beta": 2.5, "metric": "hill"},
+        same_total | {"allocator": "sensitivity", "sensitivity_beta": 0.5},
+        {"allocator": "lora_smoe", "retention": 0.6, "strategy": "S", "experts_per_block": 8},
+    ]

@@ -1,0 +1,37 @@
+"""Which weight matrices deserve experts by their gradients (LoRA-SMoE), and how many of them should be kept?
+
+    python -m search.run space=lora_smoe model=tiny-dense
+
+Knobs
+    allocator           lora_smoe | uniform | random
+    retention           share of the blocks kept, 0.2 .. 1 in steps of 0.1; the paper: 0.6
+    strategy            S: attention and MLP ranked separately; U: together
+    experts_per_block   1 .. 8 experts a kept block; the paper has one a data set that votes for the block, up to 8
+    total_experts       T of the controls, 1 .. 8 a layer in steps of half a layer
+    rank                4 .. 16 in steps of 4; lora_alpha = 2·rank
+    learning_rate       1e-4 .. 2e-2, logarithmic; the paper: 5e-5
+    top_k               1 .. 4 experts per token (controls; LoRA-SMoE's gates are soft over all)
+
+Starting points: uniform and random at T = 5 a layer, retention 0.6 with S and with U at 8 experts a block (4.8 a block
+on average), all with the study's recipe.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from allocators.core.types import ModelShape, Point
+from spaces._knobs import controls, dense_knobs, dense_recipe
+
+BASE = "dense"
+ALLOCATORS = ("lora_smoe", "uniform", "random")
+
+
+def suggest(trial: Any, shape: ModelShape) -> Point:
+    allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
+    return Point(allocator, dense_knobs(trial, allocator, shape), dense_recipe(trial, allocator))
+
+
+def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    kept = {"allocator": "lora_smoe", "retention": 0.6, "experts_per_block": 8}
+    return [*controls(shape), kept | {"strategy": "S"}, kept | {"strategy": "U"}]

@@ -1,0 +1,35 @@
+"""Which hand-made layout of LoRA experts over the layers (MoLA) is best: more below, more above, or both ends?
+
+    python -m search.run space=mola model=tiny-dense
+
+Knobs
+    allocator       mola | uniform | random
+    pattern         2468 | 8642 | 8228 | 2882 | 5555 | 8888: experts a layer in four groups of layers, low to high
+    total_experts   T of the controls, 1 .. 8 a layer in steps of half a layer
+    rank            4 .. 16 in steps of 4; lora_alpha = 2·rank
+    learning_rate   1e-4 .. 2e-2, logarithmic
+    top_k           1 .. 4 experts per token
+
+Starting points: uniform and random at T = 5 a layer, and the layouts 2468, 8642, 8228 and 2882, which have the same T
+where four divides the number of layers. Needs no signal.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from allocators.core.types import ModelShape, Point
+from spaces._knobs import controls, dense_knobs, dense_recipe
+
+BASE = "dense"
+ALLOCATORS = ("mola", "uniform", "random")
+
+
+def suggest(trial: Any, shape: ModelShape) -> Point:
+    allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
+    return Point(allocator, dense_knobs(trial, allocator, shape), dense_recipe(trial, allocator))
+
+
+def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    layouts = [{"allocator": "mola", "pattern": pattern} for pattern in ("2468", "8642", "8228", "2882")]
+    return [*controls(shape), *layouts]

@@ -56,7 +56,7 @@ def test_starting_points_come_first_with_the_studys_recipe():
     assert [p.trial.allocation.total_experts for p in first] == [0, 48, 12, 12]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(["tpe", "nsga2", "random"]))
 def test_no_digest_is_proposed_twice_and_costs_are_exact(seed, sampler):
     asked = problem(seed=seed, pins={"rank": 8, "learning_rate": 1e-3})

@@ -278,8 +278,9 @@ class LoraMoeAdapter(Adapter):
         self._logits: dict[str, Tensor] = {}  # [T, N] per module, of the last forward pass
         self._mask: Tensor | None = None  # [B, S] of the last forward pass
         self._collecting = False
-        for spec in specs:
-            self._insert(spec, seed=seed)
+        with self.detached_on_error():
+            for spec in specs:
+                self._insert(spec, seed=seed)
         if self._balanced:
             # On the body, not the head: a loop may call the body alone to spare logits of prompt tokens.
             body = getattr(model, "base_model", model)

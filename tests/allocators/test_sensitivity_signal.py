@@ -1,0 +1,424 @@
+"""The sensitivity signal: against the one-sample loop on every family, then its laws.
+
+python -m pytest tests/allocators/test_sensitivity_signal.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from allocators.core.errors import StudyError
+from allocators.core.shapes import shape_of
+from allocators.signals import sensitivity
+from tests.allocators import tiny
+
+FAMILIES = [*tiny.DENSE, *tiny.MOE]
+
+
+@dataclass(frozen=True)
+class Row:
+    input_ids: list[int]
+    labels_start: int
+
+
+def rows_of_many_lengths(seed=0, count=7):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [int(torch.randint(4, 20, (), generator=generator)) for _ in range(count)]
+    return [
+        Row(torch.randint(3, 40, (n,), generator=generator).tolist(), max(1, n - 1 - int(torch.randint(0, n, ())) // 2))
+        for n in lengths
+    ]
+
+
+ROWS = rows_of_many_lengths()
+
+
+def batches(rows=ROWS, batch_size=3):
+    return sensitivity.pad(rows, pad_token_id=0, batch_size=batch_size)
+
+
+def shape_for(model):
+    return shape_of(model.config, name="tiny")
+
+
+def block_views(model, tensor_of):
+    """Every block's slice of `tensor_of(parameter)`, by the name of its row."""
+    found = {}
+    for spec in shape_for(model).modules:
+        if spec.role == "expert":
+            parent, _, name = spec.path.rpartition(".")
+            module = model.get_submodule(parent)
+            stack = tensor_of(module.down_proj if name == "down_proj" else module.gate_up_proj)
+            stack = stack.mT if module.is_transposed else stack  # [E, outputs, inputs]
+            if name != "down_proj":
+                outputs = torch.arange(stack.shape[1])
+                half = len(outputs) // 2
+                is_up = outputs >= half if module.is_concatenated else outputs % 2 == 1
+                stack = stack[:, is_up if name == "up_proj" else ~is_up]
+            found |= {f"{spec.path}.{e}": stack[e] for e in range(spec.num_experts)}
+        elif spec.role != "router":
+            found[spec.path] = tensor_of(model.get_submodule(spec.path).weight)
+    return found
+
+
+def one_sample_loop(model, row, *, labels=None):
+    """The obvious way: this sample alone, the model's own loss, a gradient for every weight."""
+    for p in model.parameters():
+        p.requires_grad_(True).grad = None
+    ids = torch.tensor([row.input_ids])
+    labels = torch.tensor([[-100] * row.labels_start + row.input_ids[row.labels_start :]]) if labels is None else labels
+    model(input_ids=ids, labels=labels).loss.backward()
+    grads = block_views(model, lambda p: torch.zeros_like(p) if p.grad is None else p.grad.float().clone())
+    for p in model.parameters():
+        p.requires_grad_(False).grad = None
+    return grads
+
+
+def check_equal(got, want, tolerance=1e-4):
+    """Relative to each block; blocks whose gradient is all but zero, relative to the largest."""
+    assert got.keys() == want.keys()
+    largest = max(float(v.abs().max()) for v in want.values())
+    for name in want:
+        difference = (got[name] - want[name].double()).abs()
+        assert (difference <= tolerance * want[name].double().abs() + 1e-9 * largest).all(), (
+            name,
+            got[name],
+            want[name],
+        )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_one_sample_loop(family):
+    model = tiny.model(family)
+    got = sensitivity.per_sample(model, batches(), shape=shape_for(model))
+    loops = [one_sample_loop(model, row) for row in ROWS]
+    check_equal(got, {name: torch.stack([g[name].square().sum() for g in loops]) for name in loops[0]})
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "gpt_oss"])
+def test_weight_grad_equals_the_one_sample_loop(family):
+    model = tiny.model(family)
+    got = sensitivity.per_sample(model, batches(), score="weight_grad", shape=shape_for(model))
+    weights = block_views(model, lambda p: p.detach())
+    loops = [one_sample_loop(model, row) for row in ROWS]
+    check_equal(got, {n: torch.stack([(g[n] * weights[n]).abs().sum() for g in loops]) for n in weights})
+
+
+def test_fisher_is_the_squared_gradient_of_labels_drawn_from_the_model():
+    model = tiny.model("llama")
+    rows = [Row([5, 9, 4], 2)]  # one completion token: what it is drawn as is easily listed
+    values = [sensitivity.per_sample(model, batches(rows), score="fisher", seed=seed) for seed in range(150)]
+    name = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        probs = model(input_ids=torch.tensor([[5, 9, 4]])).logits[0, 1].softmax(-1)
+    by_token = torch.stack(
+        [
+            one_sample_loop(model, rows[0], labels=torch.tensor([[-100, -100, token]]))[name].square().sum()
+            for token in range(40)
+        ]
+    )
+    drawn = torch.stack([value[name][0] for value in values])
+    assert torch.isclose(drawn[:, None], by_token.double()[None], rtol=1e-4).any(1).all()
+    expected, spread = (probs * by_token).sum(), drawn.std() / len(drawn) ** 0.5
+    assert abs(drawn.mean() - expected) < 4 * spread
+
+
+@pytest.mark.parametrize("family", ["llama", "olmoe", "gpt_oss"])
+def test_hutchinson_is_the_curvature_along_the_signs(family):
+    """z·Hz of a block is the slope of z·gradient along all signs: central differences, in fp64 but for the norms."""
+    model = tiny.model(family).double()
+    got = sensitivity.per_sample(model, batches(ROWS[:1]), score="hutchinson", seed=4)
+    blocks = sensitivity._Blocks(model, shape_for(model))
+    generator = torch.Generator().manual_seed(4)
+    signs = {w: torch.randint(0, 2, w.shape, generator=generator).double() * 2 - 1 for w in blocks.weights}
+    slopes = []
+    with blocks.differentiated():
+        for step in (3e-5, -3e-5):
+            with torch.no_grad():
+                [w.add_(z, alpha=step) for w, z in signs.items()]
+            loss = sensitivity.losses(model, next(iter(batches(ROWS[:1])))).sum()
+            slopes.append(dict(zip(signs, torch.autograd.grad(loss, blocks.weights), strict=True)))
+            with torch.no_grad():
+                [w.sub_(z, alpha=step) for w, z in signs.items()]
+    want = block_views(model, lambda p: signs[p] * (slopes[0][p] - slopes[1][p]) / 6e-5)
+    assert got.keys() == want.keys()
+    for name in want:
+        assert abs(got[name].item() - want[name].sum()) < 1e-3 * want[name].abs().sum() + 1e-9, name
+
+
+def test_hutchinson_averages_to_the_trace_of_the_hessian():
+    model = tiny.model("llama").double()
+    module = model.model.layers[2].self_attn.v_proj
+    row, probes = Row([5, 9, 4, 7], 2), 200
+    values = [
+        sensitivity.per_sample(model, batches([row]), score="hutchinson", seed=seed, probes=10)
+        for seed in range(probes // 10)
+    ]
+    found = torch.stack([v["model.layers.2.self_attn.v_proj"][0] for v in values])
+
+    def loss_of(weight):
+        args = {"input_ids": torch.tensor([row.input_ids]), "labels": torch.tensor([[-100, -100, 4, 7]])}
+        return torch.func.functional_call(model, {"model.layers.2.self_attn.v_proj.weight": weight}, (), args).loss
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        hessian = torch.autograd.functional.hessian(loss_of, module.weight.detach())
+    trace = hessian.flatten(2).flatten(0, 1).diagonal().sum()
+    assert abs(found.mean() - trace) < 4 * found.std() / len(found) ** 0.5
+
+
+@given(
+    segments=st.integers(1, 4),
+    positions=st.integers(1, 30),
+    inputs=st.integers(1, 20),
+    outputs=st.integers(1, 20),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=40, deadline=None)
+def test_both_forms_are_the_squared_norm(segments, positions, inputs, outputs, seed):
+    torch.manual_seed(seed)
+    a, g = torch.randn(segments, positions, inputs), torch.randn(segments, positions, outputs)
+    want = torch.stack([(g[n].T @ a[n]).square().sum() for n in range(segments)])
+    # A sum of positions that cancel keeps the rounding of its parts.
+    atol = 1e-5 * float(a.square().sum() * g.square().sum())
+    for form in (sensitivity._by_gram, sensitivity._by_gradient):
+        assert torch.allclose(form(a, g), want, rtol=1e-4, atol=atol)
+    weight = torch.randn(1, outputs, inputs)
+    ids = torch.zeros(segments, dtype=torch.long)
+    assert torch.allclose(sensitivity.squared_norms(a, g, weight, ids), want, rtol=1e-4, atol=atol)
+    products = torch.stack([(g[n].T @ a[n] * weight[0]).abs().sum() for n in range(segments)])
+    assert torch.allclose(sensitivity.abs_products(a, g, weight, ids), products, rtol=1e-4, atol=1e-5)
+
+
+@given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=20))
+@settings(max_examples=40, deadline=None)
+def test_segments_hold_every_row_once(counts):
+    counts = torch.tensor(counts)
+    starts = counts.cumsum(0) - counts
+    seen = []
+    for ids, rows, valid in sensitivity._segments(starts, counts):
+        for n, number in enumerate(ids.tolist()):
+            mine = rows[n][valid[n]].tolist()
+            assert mine == list(range(starts[number], starts[number] + counts[number]))
+            assert 2 * len(mine) > rows.shape[1]
+            seen += mine
+    assert sorted(seen) == list(range(int(counts.sum())))
+
+
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_batching_padding_and_recomputation_change_nothing(family):
+    model = tiny.model(family)
+    alone = sensitivity.per_sample(model, batches(batch_size=1))
+    for kwargs in ({"batch_size": 7}, {"batch_size": 2, "recompute": True}):
+        recompute = kwargs.pop("recompute", False)
+        check_equal(sensitivity.per_sample(model, batches(**kwargs), recompute=recompute), alone, tolerance=1e-5)
+
+
+def test_checkpointing_switched_on_by_the_user_changes_nothing():
+    model = tiny.model("llama")
+    want = sensitivity.per_sample(model, batches())
+    model.train()
+    model.config.use_cache = False
+    for layer in model.model.layers:
+        layer.gradient_checkpointing = True
+    check_equal(sensitivity.per_sample(model, batches()), want, tolerance=1e-6)
+    assert model.training
+
+
+@pytest.mark.parametrize("score", sensitivity.SCORES)
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_leaves_the_model_as_it_was(family, score):
+    model = tiny.model(family).train()
+    asking = [p for i, p in enumerate(model.parameters()) if i % 2]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for p in asking:
+        p.requires_grad_(True).grad = torch.ones_like(p)
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    before = model.get_experts_implementation()
+    sensitivity.measure(model, batches(ROWS[:2]), score=score, provenance={})
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert [p for p in model.parameters() if p.requires_grad] == asking
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in asking)
+    assert all(module.training for module in model.modules())
+    assert model.get_experts_implementation() == before
+    assert not any(
+        {"forward", "sensitivity"} & set(vars(m)) or m._forward_hooks or m._forward_pre_hooks for m in model.modules()
+    )
+
+
+def test_no_weight_gradient_is_made_where_samples_are_short():
+    model = tiny.model("llama")
+    sizes = {tuple(p.shape) for n, p in model.named_parameters() if "layers" in n and p.dim() == 2}
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and not func.is_view and tuple(out.shape[-2:]) in sizes:
+                made.append(tuple(out.shape))
+            return out
+
+    with Watch():
+        sensitivity.per_sample(model, batches([Row([3, 4, 5, 6, 7], 3)]))
+    assert not made
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_bf16_weights_are_measured_with_fp32_sums(family):
+    model = tiny.model(family).bfloat16()
+    got = sensitivity.per_sample(model, batches(batch_size=1))
+    loops = [one_sample_loop(model, row) for row in ROWS]
+    assert got["model.layers.0.self_attn.q_proj"].dtype == torch.float64
+    for name in (n for n in got if "experts" not in n):  # a near tie may send a token to another expert
+        want = torch.stack([g[name].square().sum() for g in loops])
+        # the loop's weight gradients are rounded to bf16 and sums of the forward pass may run in another order
+        assert torch.allclose(got[name].float(), want, rtol=0.1), name
+    a, g = torch.randn(1, 600, 8).bfloat16(), torch.randn(1, 600, 8).bfloat16()
+    exact = (g[0].double().T @ a[0].double()).square().sum()
+    measured = sensitivity.squared_norms(a, g, torch.zeros(1, 8, 8), torch.zeros(1, dtype=torch.long))
+    assert torch.allclose(measured.double(), exact, rtol=1e-5)
+
+
+def test_an_expert_that_saw_nothing_scores_zero_and_its_row_exists():
+    model = tiny.model("olmoe")
+    signal = sensitivity.measure(model, batches([Row([3, 4], 1)]), provenance={"a": 1})
+    rows = [signal.metric(f"model.layers.0.mlp.experts.up_proj.{e}", "sum_sq_grad")[0] for e in range(8)]
+    assert 0 < sum(value == 0 for value in rows) < 8
+    assert len(signal.rows) == 3 * (4 + 3 * 8)
+
+
+def test_signal_sums_over_samples():
+    model = tiny.model("llama")
+    signal = sensitivity.measure(model, batches(), provenance={"model": "x"})
+    values = sensitivity.per_sample(model, batches())
+    assert (signal.kind, signal.axis, dict(signal.provenance)) == ("sensitivity", "dataset", {"model": "x"})
+    assert list(signal.rows) == [m.path for m in shape_for(model).modules]
+    for name, row in values.items():
+        assert signal.metric(name, "sum_sq_grad") == (pytest.approx(float(row.sum())),)
+
+
+def test_samples_come_back_in_the_order_they_were_given():
+    model = tiny.model("llama")
+    name = "model.layers.0.mlp.down_proj"
+    together = sensitivity.per_sample(model, batches())[name]
+    for i, row in enumerate(ROWS):
+        assert sensitivity.per_sample(model, batches([row]))[name][0] == pytest.approx(float(together[i]), rel=1e-4)
+
+
+def test_combining_data_sets():
+    model = tiny.model("llama")
+    common = {"model": "x", "score": "sum_sq_grad", "samples": 3}
+    parts = [
+        sensitivity.measure(model, batches(rows), provenance=common | {"task": task, "datasets": [{"task": task}]})
+        for task, rows in (("a", ROWS[:3]), ("b", ROWS[3:6]))
+    ]
+    both = sensitivity.combine(parts)
+    assert [d["task"] for d in both.provenance["datasets"]] == ["a", "b"]
+    assert both.provenance["task"] == "a, b"
+    for name in both.rows:
+        assert both.metric(name, "sum_sq_grad") == tuple(p.metric(name, "sum_sq_grad")[0] for p in parts)
+    assert (
+        sensitivity.combine([both, parts[0]]).metric(name, "sum_sq_grad")[2] == parts[0].metric(name, "sum_sq_grad")[0]
+    )
+    other = sensitivity.measure(
+        model, batches(ROWS[:2]), provenance=common | {"samples": 2, "task": "c", "datasets": [{"task": "c"}]}
+    )
+    with pytest.raises(StudyError, match="differ in 'samples'"):
+        sensitivity.combine([parts[0], other])
+
+
+def test_refusals():
+    model = tiny.model("llama")
+    with pytest.raises(StudyError, match="did you mean 'fisher'"):
+        sensitivity.measure(model, batches(), score="fischer", provenance={})
+    with pytest.raises(StudyError, match="at least one"):
+        sensitivity.measure(model, [], provenance={})
+    with pytest.raises(StudyError, match="no completion token"):
+        sensitivity.measure(model, batches([Row([3, 4], 2)]), provenance={})
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(StudyError, match="not finite"):
+        sensitivity.measure(model, batches(), provenance={})
+
+
+def test_losses_are_the_models_own():
+    for family in ("gemma2", "olmoe"):  # gemma2 caps its logits after the head
+        model = tiny.model(family)
+        for batch in batches():
+            with torch.no_grad():
+                got = sensitivity.losses(model, batch)
+                for i in range(len(got)):
+                    real = batch["attention_mask"][i].bool()
+                    ids, labels = batch["input_ids"][i][real][None], batch["labels"][i][real][None]
+                    assert got[i].item() == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-5)
+
+
+def test_plan_names_everything_the_numbers_depend_on():
+    model = tiny.model("llama")
+    task = SimpleNamespace(data_hash="abc", num_training=len(ROWS), training_rows=lambda tokenizer, max_length: ROWS)
+    source = SimpleNamespace(
+        name="tiny", identity="sha", model=model, tokenizer=SimpleNamespace(pad_token_id=0), task_name="t", task=task,
+        samples=4, seed=1,
+    )  # fmt: skip
+    provenance, run = sensitivity.plan(source)
+    signal = run()
+    assert dict(signal.provenance) == provenance
+    assert (provenance["task"], provenance["datasets"]) == ("t", [{"task": "t", "data": "abc"}])
+    assert (provenance["samples"], provenance["score"], provenance["weights"]) == (4, "sum_sq_grad", "sha")
+    assert sensitivity.plan(SimpleNamespace(**vars(source) | {"samples": 99}))[0]["samples"] == len(ROWS)
+
+
+# --- stability --------------------------------------------------------------------------------------------------------
+
+
+def test_stability_of_equal_samples_is_perfect_and_of_noise_is_chance():
+    torch.manual_seed(0)
+    truth = torch.rand(200).double()
+    equal = {str(i): truth[i].expand(12) for i in range(200)}
+    for row in sensitivity.stability(equal, sizes=[2, 6, 12], share=0.5):
+        assert all(pair == pytest.approx((1.0, 1.0)) for pair in (row.nested, *row.disjoint))
+    noise = {str(i): torch.rand(12).double() for i in range(200)}
+    few, half, all_ = sensitivity.stability(noise, sizes=[2, 6, 12], share=0.5)
+    assert (len(few.disjoint), len(half.disjoint), len(all_.disjoint)) == (15, 1, 0)
+    assert abs(sum(s for s, _ in few.disjoint) / 15) < 0.15
+    assert sum(o for _, o in few.disjoint) / 15 == pytest.approx(0.5, abs=0.05)
+    assert all_.nested == pytest.approx((1.0, 1.0))
+
+
+def test_spearman_by_hand():
+    """Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5."""
+    values = {"a": [1.0, 1.0], "b": [2.0, 5.0], "c": [2.0, 6.0], "d": [3.0, 7.0]}
+    (row,) = sensitivity.stability({k: torch.tensor(v).double() for k, v in values.items()}, sizes=[1], share=0.5)
+    assert row.disjoint[0][0] == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+
+
+def test_a_wrong_request_is_one_line(capsys):
+    for words, told in (
+        (["sample=3"], "did you mean 'samples'"),
+        (["samples=few"], "samples, share and seed are numbers"),
+        (["score=fischer"], "did you mean 'fisher'"),
+        (["share=2"], "share between 0 and 1"),
+    ):
+        assert sensitivity.main(words) == 2
+        out, err = capsys.readouterr()
+        assert told in err
+        assert (out, err.count("\n")) == ("", 1)
+    assert sensitivity.main(["help"]) == 0
+    assert "share=0.6" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_one_command_answers_how_stable_the_ranking_is(tmp_path, capsys):
+    plot = tmp_path / "stability.png"
+    assert sensitivity.main(["model=tiny-moe", "task=tiny_cipher", "samples=8,16,32", f"plot={plot}"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines()[3:7] if line[:8].strip().isdigit()] == ["8", "16", "32"]
+    assert plot.stat().st_size > 10_000

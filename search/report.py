@@ -104,11 +104,11 @@ class Report:
         return ", ".join([point(run), *(f"{s} {number(getattr(run.trial.recipe, s))}" for s in self.settings)])
 
     def adapter_folder(self, outcome: Outcome) -> str | None:
-        """Where the trained adapter lies: a URI, or a folder that is still there; None where it was not kept."""
+        """Where the trained adapter lies: a URI, or a folder that is still there (with the study, if it was moved)."""
         if not outcome.adapter or "://" in outcome.adapter:
             return outcome.adapter or None
-        folder = self.records.folder / outcome.adapter
-        return str(folder.absolute()) if folder.is_dir() else None
+        recorded, moved = Path(outcome.adapter), self.records.folder / "adapters" / outcome.digest
+        return next((str(folder.absolute()) for folder in (recorded, moved) if folder.is_dir()), None)
 
 
 def write(folder: str | Path) -> Report:
@@ -167,11 +167,11 @@ def _words(report: Report) -> list[str]:
         return f"{report.label(candidate.best)} ({size} trainable parameters, accuracy {accuracy_text(candidate)})"
 
     sentences = [f"Most accurate: {name(on_front[-1])}."]
-    for budget in _budgets(report):
-        fitting = best_under((c.best.updated(accuracy=c.accuracy) for c in report.points), budget)
-        if fitting is not None:
-            best = next(c for c in report.points if fitting.digest == c.best.digest)
-            sentences.append(f"Best under {human(budget).replace('.00', '')} parameters: {name(best)}.")
+    by_digest = {c.best.digest: c for c in report.points}
+    means = [c.best.updated(accuracy=c.accuracy) for c in report.points]
+    fitting = {best.digest: budget for budget in _budgets(report) if (best := best_under(means, budget))}
+    for digest, budget in fitting.items():  # the widest budget that a point wins
+        sentences.append(f"Best under {human(budget).replace('.00', '')} parameters: {name(by_digest[digest])}.")
     if report.knee is not None:
         sentences.append(f"The knee, after which parameters buy less: {name(report.knee)}.")
     elif len(on_front) > 2:
@@ -282,8 +282,11 @@ def _state(records: Records) -> list[str]:
 
 def _title(report: Report) -> str:
     config = report.records.header["config"]
-    facts = [f"task {config['task']}" if "task" in config else "", f"model {config.get('model', '')}"]
-    return ", ".join([report.records.name, *(fact for fact in facts if fact)])
+    # a task or model may be a file or folder: its name is enough here, the settings have all of it
+    facts = [
+        f"{what} {Path(config[what]).name.removesuffix('.yaml')}" for what in ("task", "model") if config.get(what)
+    ]
+    return ", ".join([report.records.name, *facts])
 
 
 # --- tables
@@ -391,9 +394,9 @@ def _png(report: Report) -> bytes:
         errors = [c.stderr or 0.0 for c in report.front]
         axes.errorbar(xs, ys, yerr=errors, fmt="none", ecolor="0.6", elinewidth=0.8, zorder=2)
         axes.margins(y=0.12)
-        _name_points(axes, canvas, report)
         title = "± one standard error" if any(errors) else None
-        axes.legend(fontsize=8, frameon=False, loc="lower right", title=title, title_fontsize=7)
+        figure.legend(fontsize=8, frameon=False, loc="outside right upper", title=title, title_fontsize=7)
+        _name_points(axes, canvas, report)  # last: what comes later would move the axes under the names
     else:
         axes.text(0.5, 0.5, "no finished trial yet", transform=axes.transAxes, ha="center", color="0.5")
     picture = io.BytesIO()

@@ -100,10 +100,10 @@ class RunConfig:
 
     def command(self) -> str:
         """The command line that makes this study."""
-        words = ["python -m search.run"]
+        words, defaults = ["python -m search.run"], RunConfig()
         for f in fields(self):
             value = getattr(self, f.name)
-            if value == (f.default_factory() if f.default_factory is not MISSING else f.default) and f.name != "space":
+            if value == getattr(defaults, f.name) and f.name != "space":
                 continue
             if f.name in ("recipe", "pins"):
                 prefix = "space" if f.name == "pins" else "recipe"
@@ -134,7 +134,10 @@ def parse(argv: Sequence[str]) -> RunConfig:
     from omegaconf.errors import OmegaConfBaseException
 
     known = {f.name for f in fields(RunConfig)}
-    plain, pins, recipe, files = [], {}, {}, []
+    plain: list[str] = []
+    files: list[str] = []
+    pins: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
     for word in argv:
         key, separator, value = word.partition("=")
         if not separator:
@@ -228,7 +231,7 @@ def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
         if "epochs" in layer and "steps" not in layer:
             merged.pop("steps", None)  # steps win over epochs inside one layer, not over a later layer's epochs
         merged |= layer
-    types = {f.name: type(f.default) for f in fields(Recipe)}
+    types: dict[str, type] = {f.name: type(f.default) for f in fields(Recipe)}
     for name, value in merged.items():
         if name not in types:
             raise StudyError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import logging
 import os
 import threading
 from collections.abc import Mapping
@@ -165,7 +166,7 @@ def connect(address: str, *, num_cpus: int = 0) -> dict[str, float]:
     if address == "local":
         options |= {"include_dashboard": False, "num_cpus": num_cpus or None}
     try:
-        ray.init(address=address, logging_level="error", **options)
+        ray.init(address=address, logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StudyError(
@@ -189,7 +190,7 @@ class Pool:
 
     def start(self) -> None:
         """Starts the groups in threads of this process; returns at once."""
-        self.board = ray.remote(num_cpus=0)(Board).options(name=self.board_name).remote(self.plan.groups)
+        self.board: Any = ray.remote(num_cpus=0)(Board).options(name=self.board_name).remote(self.plan.groups)
         for group in range(self.plan.groups):
             thread = threading.Thread(target=self._run_group, args=(group,), daemon=True)
             thread.start()
@@ -234,7 +235,7 @@ class Pool:
         self._asked += 1
         job_id = f"ask-{self._asked}"
         ray.get(self.board.submit.remote(job_id, job))
-        answer = ray.get(self.board.next_report.remote(job_id))
+        answer: dict[str, Any] = ray.get(self.board.next_report.remote(job_id))
         if "error" in answer:
             raise StudyError(answer["error"])
         return answer

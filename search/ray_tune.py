@@ -82,7 +82,7 @@ class TrialHandle(tune.Trainable):
         ray.get(self.board.submit.remote(self.job_id, job))
 
     def step(self) -> dict:
-        report = ray.get(self.board.next_report.remote(self.job_id))
+        report: Any = ray.get(self.board.next_report.remote(self.job_id))
         return {"rung": "", "outcome": "", "error": "", **report}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

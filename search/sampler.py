@@ -15,7 +15,7 @@ from typing import Any
 from allocators.core.errors import BudgetError, InfeasibleError
 from allocators.core.types import Outcome, Point, Recipe, Trial
 from search.config import make_recipe
-from search.records import Answered
+from search.records import Answered, Reason
 from search.trial import PinnedTrial, Problem
 
 # Successive repeats after which plain random points are drawn, and after which the space counts as used up.
@@ -98,7 +98,7 @@ class Proposer:
                 # A violated constraint, not a failure: the sampler learns to stay away.
                 trial.set_constraint("feasible", 1.0)
                 self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
-                reason = "over_budget" if isinstance(error, BudgetError) else "infeasible"
+                reason: Reason = "over_budget" if isinstance(error, BudgetError) else "infeasible"
                 self._answered(Answered(params, reason, None, str(error)))
                 continue
             digest = resolved.digest

@@ -276,7 +276,10 @@ def _curvature(
 
 
 def squared_norms(a_NSI: Tensor, g_NSO: Tensor, weight_EOI: Tensor, ids_N: Tensor) -> Tensor:
-    """‖G_nᵀ A_n‖² of every segment, [N]; fp32 or better. The cheaper of the two forms, by multiplications."""
+    """‖G_nᵀ A_n‖² of every segment, [N]; fp32 or better.
+
+    Of the two forms the one with fewer multiplications, S·(I+O) or I·O a position: their times have just that ratio.
+    """
     a_NSI, g_NSO = _precise(a_NSI), _precise(g_NSO)
     (_, positions, inputs), outputs = a_NSI.shape, g_NSO.shape[-1]
     if positions * (inputs + outputs) < inputs * outputs:

@@ -29,18 +29,17 @@ import json
 import logging
 import math
 import os
-import platform
 import re
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import FINISHED, ModelShape, Outcome
+from trainers.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -48,10 +47,6 @@ Reason = Literal["duplicate", "infeasible", "over_budget"]
 HEADER = "study.json"
 LINES = "outcomes.jsonl"
 
-_DISTRIBUTIONS = (
-    "lora-expert-search",
-    *("torch", "transformers", "peft", "ray", "optuna", "mlflow", "lm-eval", "datasets", "moocore", "safetensors"),
-)
 _SECRET_KEY = re.compile(r"(^|[._-])(password|passwd|secret|token|api_?key|secret_?key|credentials)$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 _URL_SECRET = re.compile(r"([?&][^=&\s]*(?:key|secret|token|password|signature)[^=&\s]*=)[^&\s]+", re.IGNORECASE)
@@ -381,15 +376,6 @@ def redacted(value: Any, key: str = "") -> Any:
     if isinstance(value, str) and value:
         return "***" if _SECRET_KEY.search(key) else _URL_SECRET.sub(r"\1***", _URL_LOGIN.sub("***@", value))
     return value
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what results can depend on; reads metadata, imports nothing."""
-    found = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

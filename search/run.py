@@ -157,7 +157,7 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
 
 def study(config: RunConfig, problem: Problem) -> int:
     """Opens the study's records and tracker, trains what is left to train, writes the report."""
-    import search.report as report
+    from search import report
     from search.records import Study
     from search.tracking import Tracker
 
@@ -173,16 +173,21 @@ def study(config: RunConfig, problem: Problem) -> int:
             tags={"model": config.model, "task": config.task},
             params=config.to_json(),
         )
-        tracker.sync(records)
-        left = config.trials - len(records.finished)
-        if left > 0:
-            _train(config, problem, records, tracker, left)
-        else:
-            print(f"trials={config.trials} and {len(records.finished)} are finished: nothing to train")
-        summary = report.write(folder)
-        tracker.sync(records)
+        try:
+            tracker.sync(records)
+            left = config.trials - len(records.finished)
+            if left > 0:
+                _train(config, problem, records, tracker, left)
+            else:
+                print(f"trials={config.trials} and {len(records.finished)} are finished: nothing to train")
+            summary = report.write(folder)
+            tracker.sync(records)
+        except BaseException:
+            tracker.close(status="KILLED")
+            raise
         tracker.close(summary)
     report.show(folder)
+    print(f"Runs: {tracker.browse}")
     return 0 if any(outcome.accuracy is not None for outcome in records.finished.values()) else 1
 
 

@@ -95,7 +95,8 @@ class Run:
     def _drop_adapters(self) -> None:
         """Deletes adapters of points that are no longer on the front: on a real model each is hundreds of megabytes."""
         outcomes = self._records.finished.values()
-        winners = {o.digest for o in pareto.front(outcomes)}
+        on_front = pareto.front(pareto.candidates(outcomes))
+        winners = {run.digest for candidate in on_front for run in candidate.runs}
         for outcome in outcomes:
             if outcome.adapter and outcome.digest not in winners:
                 storage.delete_folder(outcome.adapter)

@@ -8,7 +8,6 @@ job again and goes on from the trial's last checkpoint.
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import json
 import os
 import platform
@@ -21,19 +20,7 @@ from typing import Any
 from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
 from allocators.core.shapes import shape_of
 from allocators.core.types import Outcome, Trial
-
-PACKAGES = ("torch", "transformers", "ray", "optuna", "lm_eval", "datasets", "mlflow", "peft")
-
-
-def versions(device: str = "cpu") -> dict[str, str]:
-    """What a result depends on besides its trial: package versions, Python, device."""
-    found = {"python": platform.python_version(), "device": device}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+from trainers.versions import versions
 
 
 class Bench:
@@ -56,7 +43,7 @@ class Bench:
         self.task_name, self.task = setup["task"], tasks.load_task(setup["task"], limit=setup["limit"] or None)
         self.samples, self.seed = setup["calibration_samples"], setup["seed"]
         self.shape = shape_of(self.model.config, name=self.name)
-        self.versions = versions(_device_name(device)) | {"model": self.identity, "data": self.task.data_hash}
+        self.versions = versions(device=_device_name(device), model=self.identity, data=self.task.data_hash)
 
     def measure(self, kind: str) -> dict[str, Any]:
         """One signal, from the cache where it was measured before. Raises StudyError for what this model lacks."""

@@ -194,7 +194,7 @@ def main(argv: list[str]) -> None:
     import ray
 
     from search import pool as pools
-    from trainers.worker import versions
+    from trainers.versions import versions
 
     # One CPU more than the workers use: the nested pattern's outer Tune function takes a slot of its own.
     pools.connect("local", num_cpus=3)

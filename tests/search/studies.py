@@ -21,7 +21,8 @@ from allocators.core.types import (
     Status,
     Trial,
 )
-from search.records import Study, versions
+from search.records import Study
+from trainers.versions import versions
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, QUESTIONS = 4, 16, 32, 16, 200
 CONFIG = {"space": "sieve", "model": "tiny-moe", "task": "shift", "seed": 0, "trials": 24, "storage": "studies"}

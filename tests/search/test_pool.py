@@ -1,4 +1,4 @@
-"""The board's bookkeeping, and how worker groups are fitted to a cluster. The groups themselves run in test_study.py."""
+"""The board's bookkeeping, and how worker groups are fitted to a cluster. The groups run in test_study.py."""
 
 from __future__ import annotations
 

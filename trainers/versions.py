@@ -1,0 +1,21 @@
+"""Installed versions of what a result can depend on. Reads package metadata, imports none of the packages."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from importlib import metadata
+
+PACKAGES = (
+    "lora-expert-search",
+    *("torch", "transformers", "peft", "ray", "optuna", "mlflow", "lm-eval", "datasets", "moocore", "safetensors"),
+)
+
+
+def versions(**more: str) -> dict[str, str]:
+    """Package name → version, `python` included; `more` adds facts such as device="NVIDIA H100"."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found | more

@@ -34,7 +34,7 @@ class RunConfig:
 
     space: str = _key("sieve", "which search space: a file in spaces/ (its docstring says what it asks)")
     model: str = _key("tiny-moe", "embedded name, local folder or Hugging Face id")
-    task: str = _key("tiny_cipher", "lm-evaluation-harness task, task file (.yaml) or embedded task")
+    task: str = _key("default", "lm-evaluation-harness task, task file (.yaml) or embedded task")
     trials: int = _key(16, "trainings to run; points answered without training do not count")
     time_budget: str = _key("", "stop starting trials after this long: 90s, 10m, 2h (empty: no limit)")
     seed: int = _key(0, "seed of the sampler, the random allocator, data order and adapter initialisation")

@@ -46,7 +46,7 @@ def run(storage: Path, log: Path) -> subprocess.Popen:
 def story(tmp_path_factory):
     """Starts a study, kills its driver with trials under way, runs the same command again."""
     storage = tmp_path_factory.mktemp("studies")
-    folder = storage / "sieve-tiny-moe-tiny_cipher"
+    folder = storage / "sieve-tiny-moe-default"
     driver = run(storage, storage / "first.log")
     try:
         deadline = time.monotonic() + 240
@@ -128,7 +128,7 @@ def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story):
     assert "adapter.load(model" in log
     loaded = models.load("tiny-moe")
     attached = adapter.load(loaded.model, best.adapter)
-    task = tasks.load_task("tiny_cipher", limit=24)
+    task = tasks.load_task("default", limit=24)
     task.prepare(loaded.tokenizer)
     assert task.evaluate(loaded.model).accuracy == best.accuracy
     assert attached.num_trainable == best.trainable_params

@@ -11,18 +11,23 @@ Per module: `hill`, `alpha_hat`, `stable_rank` by the published rule of where th
 a layer's modules (`core/layers.py`).
 
 **Eigenvalues** λ of WᵀW come from the Gram matrix of the smaller side in fp32, which is several times faster than
-singular values. The price is an absolute error of about `NOISE`·λ_max, and the published rule feels it: its histogram
-begins at the smallest eigenvalue, so on square matrices plain fp32 moves `hill` by tenths and more
-(tests/benchmarks/spectrum.py prints by how much). The criterion is therefore λ ≥ `RESOLVED`·`NOISE`·λ_max. Eigenvalues
-below it are computed again from W itself in fp64, on the few directions that they span; where that is more than an
-eighth of them, or one may be zero, all are, from the Gram matrix in fp64.
+singular values. The price is an absolute error of up to δ = `NOISE`·λ_max, and the histogram of the published rule
+feels it, because it begins at the smallest eigenvalue: on square matrices plain fp32 moves `hill` by tenths and more
+(tests/benchmarks/spectrum.py prints by how much). So fp32 is kept where the result does not depend on what it cannot
+tell:
+
+- the smallest eigenvalue is above `TRUSTED`·δ (most matrices that are not square), or
+- it and all below `RESOLVED`·δ are computed again from W itself in fp64, on the few directions that they span, and the
+  histogram's fullest bin begins above `TRUSTED`·δ.
+
+Otherwise, and where an eigenvalue may be zero, all are computed again from the Gram matrix in fp64.
 
 On disk, streamed and kept, as a study's workers do with the resident model:
 
     provenance = provenance_of(name, identity)
     cached("spectrum", provenance, folder=folder, measure=lambda: measure(path, shape, provenance=provenance, resume=…))
 
-Letters: W [m, n] a weight, N = min(m, n) eigenvalues ascending, K of them below the criterion.
+Letters: W [m, n] a weight, N = min(m, n) eigenvalues ascending, K of them refined.
 """
 
 from __future__ import annotations
@@ -55,10 +60,11 @@ XminRule = Literal["published", "window", "peak", "median"]
 XMIN_RULES: tuple[XminRule, ...] = get_args(XminRule)
 
 BINS = 100
-NOISE = 4 * float(np.finfo(np.float32).eps)  # error of fp32 eigenvalues over λ_max; 0.6–1.3 eps seen, whatever N
-RESOLVED = 250  # from here up fp32 errors are below 1/250 by that bound, below 1/1000 as seen
-SMALL = 128  # up to this size fp64 costs nothing
-FLOOR = 1e-10  # refined eigenvalues below FLOOR·λ_max may be zeros: only fp64 throughout can tell
+NOISE = 4 * float(np.finfo(np.float32).eps)  # δ/λ_max: fp32 eigenvalues erred by 0.6–1.3 eps, whatever N
+TRUSTED = 250  # times δ: from here up fp32 is right to 1/250, to 1/1000 as seen
+RESOLVED = 5  # times δ: from here up it is right to 1/5, to 1/100 as seen: enough for bins that are not the fullest
+FLOOR = 1e-10  # times λ_max: below it a refined eigenvalue may be zero, which only fp64 throughout can tell
+SMALL = 128  # matrices up to this size cost nothing in fp64
 
 Vector = NDArray[np.float64]
 Weights = str | Path | nn.Module
@@ -138,15 +144,20 @@ def _start(lam: Vector, ln: Vector, hill: Vector, rule: XminRule) -> int | None:
     """Index where the tail begins; None where the rule allows none."""
     if rule == "median":
         return lam.size // 2
-    counts, edges = np.histogram(np.log10(lam), bins=BINS)
-    fullest = int(counts.argmax())  # the first of equals
+    first, x2 = _fullest_bin(lam)
     if rule == "peak":
-        return int(counts[:fullest].sum())
-    x2 = 10 ** edges[fullest]
+        return first
     lowest = math.log10(0.95 * x2) if rule == "published" else 0.95 * x2
     allowed = (lam >= lowest) & (lam <= 1.5 * x2) & np.isfinite(hill)
     allowed[-1] = False
     return _best(ln, hill, np.flatnonzero(allowed))
+
+
+def _fullest_bin(lam: Vector) -> tuple[int, float]:
+    """Index of its first eigenvalue, and its left edge; the first bin of equally full ones."""
+    counts, edges = np.histogram(np.log10(lam), bins=BINS)
+    fullest = int(counts.argmax())
+    return int(counts[:fullest].sum()), 10 ** edges[fullest]
 
 
 def _best(ln: Vector, hill: Vector, candidates: NDArray[np.intp]) -> int | None:
@@ -200,11 +211,6 @@ def eigenvalues(weight: Tensor) -> Vector:
     return lam * size**2 if extreme else lam
 
 
-def _resolved(lam: Vector) -> float:
-    """The eigenvalue from which on fp32 is trusted."""
-    return RESOLVED * NOISE * lam[-1]
-
-
 def _drop_zeros(lam: Vector) -> Vector:
     return lam[lam > lam.size * np.finfo(np.float64).eps * lam[-1]]
 
@@ -220,7 +226,7 @@ def _on_cuda(W: Tensor) -> Vector:
         lam = solve(W)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    return lam if lam[0] >= _resolved(lam) else _drop_zeros(solve(W.double()))
+    return lam if lam[0] >= TRUSTED * NOISE * lam[-1] else _drop_zeros(solve(W.double()))
 
 
 def _on_cpu(W: Tensor) -> Vector:
@@ -229,12 +235,13 @@ def _on_cpu(W: Tensor) -> Vector:
     if min(A.shape) > SMALL:
         form = _tridiagonal(_gram(A, blas.ssyrk))
         lam = lapack.ssterf(form.diagonal, form.beside)[0].astype(np.float64)
-        unresolved = int(np.searchsorted(lam, _resolved(lam)))
-        if not unresolved:
+        delta = NOISE * lam[-1]
+        if lam[0] >= TRUSTED * delta:
             return lam
-        if unresolved <= lam.size // 8:
-            lam[:unresolved] = _refined(A, form, lam, unresolved)
-            if lam[0] >= FLOOR * lam[-1]:
+        K = max(4, int(np.searchsorted(lam, RESOLVED * delta)))
+        if lam.size // 16 >= K:
+            lam = np.sort(np.append(_refined(A, form, delta, K), lam[K:]))
+            if lam[0] >= FLOOR * lam[-1] and _fullest_bin(lam)[1] >= TRUSTED * delta:
                 return lam
     return _drop_zeros(np.linalg.eigvalsh(_gram(A.astype(np.float64), blas.dsyrk)))
 
@@ -259,11 +266,11 @@ def _tridiagonal(gram: NDArray) -> _Tridiagonal:
     return _Tridiagonal(diagonal, beside, packed, factors)
 
 
-def _refined(A: NDArray, form: _Tridiagonal, lam: Vector, K: int) -> Vector:
-    """The K smallest eigenvalues to about 1e-8 of themselves: one step of Davidson's method in fp64.
+def _refined(A: NDArray, form: _Tridiagonal, delta: float, K: int) -> Vector:
+    """The K smallest eigenvalues to 1e-12·λ_max and better: one step of Davidson's method in fp64.
 
     V spans the K lowest eigenvectors of the fp32 Gram matrix G. Its error tilts them towards the others by
-    S = (G + shift)⁻¹ (WᵀW V − V VᵀWᵀW V); on V and S together WᵀW is projected in fp64, from W and not from G.
+    S = (G + δ)⁻¹ (WᵀW V − V VᵀWᵀW V); on V and S together WᵀW is projected in fp64, from W and not from G.
     """
     reflectors = np.asfortranarray(form.packed[1:, :-1])
 
@@ -278,7 +285,7 @@ def _refined(A: NDArray, form: _Tridiagonal, lam: Vector, K: int) -> Vector:
     V = np.linalg.qr(rotate(low))[0]
     GV = _apply_gram(A, V)
     H = V.T @ GV
-    shifted = np.stack([T[0] + 10 * NOISE * lam[-1], np.append(T[1], 0.0)])  # positive definite in spite of rounding
+    shifted = np.stack([T[0] + delta, np.append(T[1], 0.0)])  # positive definite in spite of rounding
     tilt = rotate(GV - V @ H, "T")
     S = rotate(scipy.linalg.solveh_banded(shifted, tilt, lower=True, check_finite=False))
     S = np.linalg.qr(S - V @ (V.T @ S))[0]
@@ -342,7 +349,7 @@ def measure(
     Raises StudyError for weights or modules that are not there or not what the shape says.
     """
     chosen = _choose(shape, modules)
-    read = _reader(weights)
+    read = open_weights(weights)
     if device is None and not isinstance(weights, nn.Module):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     key = digest_of({"provenance": dict(provenance), "modules": [m.path for m in chosen]})
@@ -408,7 +415,7 @@ def _checked(weight: Tensor, module: ModuleShape) -> Tensor:
 # ------------------------------------------------------------------------------------------------- weights on disk
 
 
-def _reader(weights: Weights) -> Callable[[str], Tensor]:
+def open_weights(weights: Weights) -> Callable[[str], Tensor]:
     """Module path -> its weight."""
     if isinstance(weights, nn.Module):
         return lambda path: weights.get_parameter(f"{path}.weight")

@@ -33,9 +33,9 @@ rules = st.sampled_from(XMIN_RULES)
 
 
 def random_spectrum(seed: int) -> np.ndarray:
-    """Heavy, light or bent, of 2 to 300 eigenvalues."""
+    """Heavy, light or bent, of 3 to 300 eigenvalues."""
     rng = np.random.default_rng(seed)
-    size = int(rng.integers(2, 300))
+    size = int(rng.integers(3, 300))
     lam = rng.pareto(rng.uniform(0.3, 5), size) + rng.uniform(0.01, 1)
     return lam if rng.random() < 0.5 else np.exp(rng.normal(0, rng.uniform(0.1, 2), size))
 
@@ -223,14 +223,15 @@ def test_permuting_rows_and_columns_changes_nothing(seed):
     W = square(seed)
     generator = torch.Generator().manual_seed(seed)
     moved = W[torch.randperm(200, generator=generator)][:, torch.randperm(200, generator=generator)]
-    assert eigenvalues(moved) == pytest.approx(eigenvalues(W), rel=1e-3)
+    assert eigenvalues(moved) == pytest.approx(eigenvalues(W), rel=0.02)
     assert hill_of(eigenvalues(moved)) == pytest.approx(hill_of(eigenvalues(W)), abs=1e-3)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-4, 1e4, 1e30])
 def test_scaling_the_weights_scales_the_eigenvalues(factor):
     W = square(1)
-    assert eigenvalues(W * factor) == pytest.approx(eigenvalues(W) * factor**2, rel=1e-3)
+    assert eigenvalues(W * factor) == pytest.approx(eigenvalues(W) * factor**2, rel=0.02)
+    assert hill_of(eigenvalues(W * factor), "window") == pytest.approx(hill_of(eigenvalues(W), "window"), abs=1e-3)
 
 
 def plain_fp32(W: torch.Tensor) -> np.ndarray:
@@ -250,15 +251,17 @@ def test_square_matrices_need_more_than_fp32_and_get_it():
     assert max(plain) > 1e-2
 
 
-@pytest.mark.parametrize("smallest", [0.1, 1e-2, 1e-3, 1e-4, 3e-5])
-def test_every_eigenvalue_of_an_ill_conditioned_matrix_is_right(smallest):
-    values = (
-        np.geomspace(smallest, 1, 300)
-        if smallest > 0.01
-        else np.r_[np.geomspace(smallest, 0.01, 12), np.linspace(0.05, 1, 288)]
-    )
-    W = with_singular_values(values, 300, 300)
-    assert eigenvalues(W) == pytest.approx(exact(W), rel=4e-3)
+@pytest.mark.parametrize("seed", range(6))
+def test_eigenvalues_are_right_where_the_result_needs_them(seed):
+    """The smallest, where the histogram begins, and all that a tail may hold; those between, by a bin or less."""
+    W = square(seed, size=300)
+    lam, expected = eigenvalues(W), exact(W)
+    error = abs(lam / expected - 1)
+    trusted = expected >= spectrum.TRUSTED * spectrum.NOISE * expected[-1]
+    assert not trusted[0]
+    assert error[0] < 1e-3
+    assert error[trusted].max() < 1 / spectrum.TRUSTED
+    assert error.max() < 1 / spectrum.RESOLVED
 
 
 def routes(monkeypatch) -> list[str]:
@@ -279,23 +282,40 @@ def routes(monkeypatch) -> list[str]:
     return seen
 
 
+BULK = np.linspace(0.2, 1, 200)
+
+
 @pytest.mark.parametrize(
     ("values", "rows", "expected"),
     [
-        (np.linspace(0.2, 1, 200), 600, ["float32"]),
-        (np.linspace(0.2, 1, 200), 200, ["float32"]),
-        (np.r_[1e-4, np.linspace(0.2, 1, 199)], 200, ["float32", "refined"]),
-        (np.r_[np.geomspace(1e-4, 1e-3, 40), np.linspace(0.2, 1, 160)], 200, ["float32", "float64"]),
-        (np.r_[1e-6, np.linspace(0.2, 1, 199)], 200, ["float32", "refined", "float64"]),
-        (np.linspace(0.2, 1, 100), 100, ["float64"]),
+        (BULK, 600, ["float32"]),
+        (BULK, 200, ["float32"]),
+        (np.r_[2e-3, BULK], 201, ["float32", "refined"]),
+        (np.r_[1e-4, BULK], 201, ["float32", "refined"]),
+        (np.r_[np.geomspace(1e-4, 1e-3, 40), BULK], 240, ["float32", "float64"]),
+        (np.r_[np.full(8, 1e-4), np.linspace(3e-3, 4e-3, 192), 1], 201, ["float32", "refined", "float64"]),
+        (np.r_[1e-6, BULK], 201, ["float32", "refined", "float64"]),
+        (BULK[:100], 100, ["float64"]),
     ],
-    ids=["rectangular", "well conditioned", "one small", "many small", "nearly singular", "small"],
+    ids=[
+        "rectangular",
+        "well conditioned",
+        "smallest too near",
+        "smallest lost",
+        "many lost",
+        "fullest bin too near",
+        "nearly singular",
+        "small matrix",
+    ],
 )
-def test_the_criterion_decides_by_the_smallest_eigenvalues(monkeypatch, values, rows, expected):
+def test_fp64_is_used_where_the_result_asks_for_it(monkeypatch, values, rows, expected):
     seen = routes(monkeypatch)
     W = with_singular_values(values, rows, len(values))
-    assert eigenvalues(W) == pytest.approx(exact(W), rel=4e-3)
+    lam = eigenvalues(W)
     assert seen == expected
+    assert lam[0] == pytest.approx(exact(W)[0], rel=4e-3)
+    for rule in XMIN_RULES:
+        assert hill_of(lam, rule) == pytest.approx(hill_of(exact(W), rule), rel=1e-3)
 
 
 @pytest.mark.parametrize("rank", [1, 5, 150, 199])

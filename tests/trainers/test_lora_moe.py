@@ -601,3 +601,46 @@ def test_llama(gating):
     adapter.detach()
     model.eval()
     assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gating", ["routed", "hydra"])
+def test_the_training_loop_runs_it(gating, tokenizer, choice_task):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from allocators.core.shapes import shape_of
+    from allocators.core.types import Recipe
+    from trainers.loop import train as run
+    from trainers.tasks import load_task
+
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, pad_token_id=1, **sizes)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    shape = shape_of(config, name="llama")
+    allocation = ExpertCounts({m.path: i % 4 for i, m in enumerate(shape.modules)}, gating)
+    recipe = Recipe(
+        rank=4, steps=12, batch_size=8, micro_batch_size=4, learning_rate=1e-2, balance_coef=0.01, lora_dropout=0.05
+    )
+    losses = []
+    for _ in range(2):
+        adapter = adapters.attach(
+            model, allocation, shape=shape, rank=4, lora_alpha=8.0, lora_dropout=0.05, balance_coef=0.01
+        )
+        task = load_task(str(choice_task))
+        result = run(
+            model,
+            adapter,
+            task,
+            recipe,
+            seed=0,
+            tokenizer=tokenizer,
+            device="cpu",
+            on_rung=lambda r: True,
+            evaluations=1,
+        )
+        assert result.status == "complete"
+        losses.append(result.losses)
+        adapter.detach()
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < 0.98 * losses[0][0]

@@ -279,15 +279,16 @@ class _RouterWeight:
             dropout,
         )
 
-    def type(self, dtype: torch.dtype) -> _RouterWeight:
-        """DeepSeek computes its logits in fp32: F.linear(x.type(float32), weight.type(float32))."""
-        return _RouterWeight(self.router, self.weight.type(dtype), self.a_RI, self.b_OR, self.scale, self.dropout)
-
-    to = type
-
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
+
+    def type(self, dtype: torch.dtype) -> _RouterWeight:
+        """Some families compute their logits in fp32: F.linear(x.type(float32), weight.type(float32))."""
+        return _RouterWeight(self.router, self.weight.type(dtype), self.a_RI, self.b_OR, self.scale, self.dropout)
+
+    def float(self) -> _RouterWeight:
+        return self.type(torch.float32)
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Tensor:

@@ -419,6 +419,36 @@ def test_dropout_acts_on_the_input_of_lora_alone(monkeypatch):
         torch.testing.assert_close(mine, theirs, **CLOSE)
 
 
+@pytest.mark.parametrize("path", ["self_attn.q_proj", "mlp.gate"])
+def test_dropout_of_plain_lora_and_of_a_router_zeroes_a_share_and_scales_the_rest(path):
+    model = tiny_model("olmoe")
+    layer = model.model.layers[0]
+    module = layer.get_submodule(path)
+    weight = module.weight.detach()
+    adapter = attached(model, rank=8, lora_alpha=8.0, lora_dropout=0.25)
+    factors = dict(adapter.named_parameters())
+    with torch.no_grad():  # A passes the first eight inputs on, B hands them to the first eight outputs
+        for factor in (factors[f"model.layers.0.{path}.lora_A"], factors[f"model.layers.0.{path}.lora_B"]):
+            factor.copy_(torch.eye(*factor.shape))
+    x = torch.rand(1000, 32) + 1
+    torch.manual_seed(0)
+    out = module.train()(x)
+    delta = (out if path == "self_attn.q_proj" else out[0]).detach()[:, :8] - x @ weight[:8].T
+    dropped = delta.abs() < 1e-4
+    assert 0.22 < dropped.float().mean() < 0.28
+    torch.testing.assert_close(delta[~dropped], (x[:, :8] / 0.75)[~dropped])
+
+
+def test_dropout_of_experts_zeroes_a_share():
+    module, lora = expert_layer(3, (0, 2), rank=2, dropout=0.25)
+    torch.manual_seed(0)
+    kept = lora.kept(lora.route(torch.tensor([[0, 1], [2, 0]] * 100)), 100)
+    assert kept.shape == (300, 100)
+    assert 0.74 < kept.float().mean() < 0.76
+    module.eval()
+    assert lora.kept(lora.route(torch.tensor([[0, 1]])), 100) is None
+
+
 def test_dropout_draws_from_the_global_seed_and_is_off_in_eval():
     model = tiny_model("qwen2_moe")
     adapter = attached(model, lora_dropout=0.5)

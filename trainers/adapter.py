@@ -118,7 +118,7 @@ class Adapter(ABC):
         self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
         self.settings = {"rank": rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **settings}
-        self.fingerprint = fingerprint(model, shape)
+        self.fingerprint = fingerprint(model)
         self._tensors: dict[str, nn.Parameter] = {}
         self._undo: list[Callable[[], None]] = []
         self._freeze()
@@ -322,7 +322,7 @@ def check_size(weight: Tensor, expected: tuple[int, ...], *, path: str, name: st
         )
 
 
-def fingerprint(model: nn.Module, shape: ModelShape, *, samples: int = 64) -> str:
+def fingerprint(model: nn.Module, *, samples: int = 64) -> str:
     """16 hex digits that tell one set of base weights from another.
 
     Reads `samples` evenly spaced values of every parameter of the model, rounded to bf16, so that one checkpoint has

@@ -479,7 +479,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, dropout):
     adapter = attached(model, lora_dropout=dropout)
     fill(adapter)
     expected = gradients(model, adapter)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     actual = gradients(model, adapter)
     adapter.check_gradients()
     for name, gradient in expected.items():

@@ -18,7 +18,6 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 # Read when Ray is imported or started; a user's own settings stay.
@@ -106,6 +105,8 @@ class Board:
                 await self._give_up(job[0], f"no worker is left: {reason}")
 
     async def close(self) -> None:
+        """Every group ends after its job; a job still under way (the driver was interrupted) ends at its next rung."""
+        self.cancelled |= {held[0] for held in self.held.values() if held is not None}
         for _ in range(len(self.alive)):
             await self.waiting.put(None)
 
@@ -244,7 +245,7 @@ class Pool:
         """What each group that has started says of itself: device, versions, process ids."""
         return ray.get(self.board.facts.remote())
 
-    def close(self, *, patience: float = 30.0) -> None:
+    def close(self, *, patience: float = 10.0) -> None:
         """Lets the groups end after their current job."""
         if ray.is_initialized():
             ray.get(self.board.close.remote())
@@ -260,11 +261,3 @@ def disconnect() -> None:
 def driver_node() -> str:
     """The resource name that only this node has; trial handles stay here, so that Tune needs no shared folder."""
     return f"node:{ray.util.get_node_ip_address()}"
-
-
-def is_local_path(storage: str) -> bool:
-    return "://" not in storage
-
-
-def absolute(storage: str) -> str:
-    return str(Path(storage).expanduser().resolve()) if is_local_path(storage) else storage

@@ -23,6 +23,7 @@ from allocators.core.shapes import shape_of
 from allocators.core.types import Signal, canonical_json
 from search.config import RunConfig, help_text, parse
 from search.trial import Problem, check_budget, check_pins, corners, load_space, placeholder
+from trainers import storage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this run stopped", file=sys.stderr)
+        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         return 130
 
 
@@ -201,9 +202,15 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         os.environ.setdefault(name, value)
     from search import pool as pools
     from search import ray_tune
+    from search.usage import PeakMemory
 
-    remote = f"{config.storage.rstrip('/')}/{config.study_name}" if "://" in config.storage else str(folder)
-    with Progress(config.trials, config.time_budget_seconds or None, done=list(records.finished.values())) as progress:
+    # Records lie here; what workers write lies where every node can reach it.
+    shared = storage.join(config.storage, config.study_name) if storage.is_uri(config.storage) else str(folder)
+    memory = PeakMemory()
+    with (
+        memory,
+        Progress(config.trials, config.time_budget_seconds or None, done=list(records.finished.values())) as progress,
+    ):
         progress.message(f"{config.space} on {config.model}, task {config.task}; records in {folder}")
         cluster = pools.connect(config.ray_address, num_cpus=config.num_cpus)
         plan = pools.plan(
@@ -217,9 +224,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         pool = pools.Pool(
             plan,
             study=records.header["id"],
-            storage=str(Path(config.storage).expanduser().absolute() / ".ray")
-            if "://" not in config.storage
-            else f"{config.storage.rstrip('/')}/.ray",
+            storage=storage.join(shared, ".ray"),
             setup={
                 "namespace": pools.NAMESPACE,
                 "model": config.model,
@@ -230,9 +235,8 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 "calibration_samples": config.calibration_samples,
                 "cpus_per_worker": config.cpus_per_worker,
                 "signals": str(folder.parent / "signals"),
-                "adapters": f"{remote}/adapters",
-                "checkpoints": f"{remote}/checkpoints",
-                "plugins": config.plugins,
+                "adapters": storage.join(shared, "adapters"),
+                "checkpoints": storage.join(shared, "checkpoints"),
             },
         )
         try:
@@ -244,15 +248,22 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 records,
                 tracker,
                 progress,
-                checkpoints=f"{remote}/checkpoints",
+                checkpoints=storage.join(shared, "checkpoints"),
                 sampler=config.sampler,
                 deadline=began + config.time_budget_seconds if config.time_budget else None,
                 keep=config.keep,
             )
             ray_tune.search(conductor, pool, study=records.header["id"], trials=left)
+            if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
+                raise KeyboardInterrupt
         finally:
             pool.close()
             pools.disconnect()
+    seconds, gibibytes = time.monotonic() - began, memory.peak_bytes / 2**30
+    print(
+        f"{left} trainings asked for, {seconds / 60:.1f} minutes with start-up; "
+        f"peak memory of driver, Ray and workers on this machine {gibibytes:.1f} GiB"
+    )
 
 
 def _signals(config: RunConfig, problem: Problem, pool: Any, folder: Path, progress: Any) -> dict[str, Signal]:
@@ -281,7 +292,7 @@ def _measured(folder: Path) -> dict[str, Signal]:
 
 def _folder(config: RunConfig) -> Path:
     """The study's records lie on this machine, whatever `storage` is; workers write adapters to `storage`."""
-    base = Path("studies") if "://" in config.storage else Path(config.storage).expanduser()
+    base = Path("studies") if storage.is_uri(config.storage) else Path(config.storage).expanduser()
     return base.absolute() / config.study_name
 
 

@@ -46,12 +46,16 @@ class Run:
         self._deadline = deadline
         self._keep = keep
         self._proposals: dict[str, Proposal] = {}
-        self.exhausted = False
         known = [(outcome, records.params_of(digest)) for digest, outcome in records.finished.items()]
         unfinished = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
         self._proposer = Proposer(
             problem, sampler=sampler, known=known, unfinished=unfinished, answered=self._on_answered
         )
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether trials were started that have no result."""
+        return bool(self._proposals)
 
     def propose(self) -> Proposal | None:
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -59,7 +63,6 @@ class Run:
             return None
         proposal = self._proposer.propose()
         if proposal is None:
-            self.exhausted = True
             self._progress.message("every point of the space has been answered")
             return None
         started = Outcome(proposal.trial, "started", proposal.trainable_params)

@@ -23,6 +23,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,8 +121,10 @@ def build_model(recipe: Pretraining) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    torch.manual_seed(recipe.seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(recipe.architecture, **recipe.common, **recipe.sizes))
+    config = AutoConfig.for_model(recipe.architecture, **recipe.common, **recipe.sizes)
+    with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
+        torch.manual_seed(recipe.seed)
+        return AutoModelForCausalLM.from_config(config)
 
 
 _IDS = {token: i for i, token in enumerate(VOCABULARY)}
@@ -164,6 +167,10 @@ def learning_rate_at(step: int, recipe: Pretraining) -> float:
     return recipe.learning_rate * (0.001 + 0.999 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
+def _show(line: str) -> None:
+    print(line, flush=True)
+
+
 def optimiser_of(model: PreTrainedModel, recipe: Pretraining) -> torch.optim.AdamW:
     import torch
 
@@ -176,10 +183,21 @@ def optimiser_of(model: PreTrainedModel, recipe: Pretraining) -> torch.optim.Ada
     )
 
 
-def pretrain(recipe: Pretraining, folder: Path, *, checkpoint_every: int = 250) -> list[dict[str, float]]:
-    """Trains and saves; returns the loss curve, one entry every 25 steps."""
+def pretrain(
+    recipe: Pretraining,
+    folder: Path,
+    *,
+    report_every: int = 25,
+    checkpoint_every: int = 250,
+    show: Callable[[str], None] = _show,
+) -> list[dict[str, float]]:
+    """Trains and saves; returns the loss curve, means of `report_every` steps.
+
+    Raises StudyError when `folder` holds the checkpoint of another recipe.
+    """
     import torch
 
+    assert checkpoint_every % report_every == 0  # a checkpoint holds whole entries of the curve
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
     model = build_model(recipe).train()
@@ -192,7 +210,7 @@ def pretrain(recipe: Pretraining, folder: Path, *, checkpoint_every: int = 250) 
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         start, curve = saved["step"], saved["curve"]
-        print(f"going on from step {start}", flush=True)
+        show(f"going on from step {start}")
 
     top_k = recipe.sizes.get("num_experts_per_tok", 0)
     began, running = time.monotonic(), []
@@ -208,15 +226,14 @@ def pretrain(recipe: Pretraining, folder: Path, *, checkpoint_every: int = 250) 
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         running.append((loss.item(), balance.item()))
-        if (step + 1) % 25 == 0 or step + 1 == recipe.steps:
+        if (step + 1) % report_every == 0 or step + 1 == recipe.steps:
             mean, mean_balance = (sum(column) / len(running) for column in zip(*running, strict=True))
             curve.append({"step": step + 1, "loss": round(mean, 4), "balance": round(mean_balance, 4)})
             running.clear()
             left = (time.monotonic() - began) / (step + 1 - start) * (recipe.steps - step - 1)
-            print(
+            show(
                 f"step {step + 1}/{recipe.steps}  loss {mean:.3f}  balance {mean_balance:.3f}  "
-                f"left {int(left // 60)}:{int(left % 60):02}",
-                flush=True,
+                f"left {int(left // 60)}:{int(left % 60):02}"
             )
         if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
             state = {
@@ -234,10 +251,9 @@ def pretrain(recipe: Pretraining, folder: Path, *, checkpoint_every: int = 250) 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
     """Writes the weights as float16, to be loaded as float32, and the tokenizer."""
-    import torch
 
     # float16 keeps 11 significant bits where bfloat16 keeps 8; no weight of these models is near its limits.
-    model.to(torch.float16).save_pretrained(folder)
+    model.half().save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"  # how it loads: float16 arithmetic is slow and coarse on a CPU

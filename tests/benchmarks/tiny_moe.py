@@ -1,0 +1,217 @@
+"""Does the embedded MoE behave like the models that Sieve is about? Skew, dead experts, specialisation, accuracy.
+
+    python -m tests.benchmarks.tiny_moe                                   default task, 5 seeds
+    python -m tests.benchmarks.tiny_moe task=tiny_cipher seeds=3 model=tiny-moe
+
+Four tables:
+  a  share of the picks that the busiest quarter of the experts gets, per layer, on the task's training documents
+     (published models: .37 to .53)
+  b  experts that get no token of the pretraining mixture, per layer (must be none), and the least used one
+  c  total variation distance ½ Σ_e |p_e − q_e| between a domain's routing and the mixture's, per layer
+  d  accuracy on the task's test split untrained, and after the task's own recipe with LoRA on no expert, a random
+     quarter, the hot quarter, and all experts (attention and router always); mean and standard deviation over seeds.
+     A seed fixes adapter initialisation, data order and the random choice; the hot quarter is the same for all seeds.
+     Hot and random are compared seed by seed, with the 95 % t-interval of the mean difference: where it holds zero,
+     the difference is inside the noise and the last line says so.
+
+Finished trainings are kept in `build/benchmarks/`, by everything they depend on: an interrupted run goes on.
+
+Last comes one JSON line; its `ratios` are
+    top25_layer<l>          table a
+    least_used_layer<l>     the least used expert's share of the mixture's picks, × its equal share
+    accuracy_<variant>      mean over seeds (untrained: one number)
+    hot_minus_random        mean difference, and hot_minus_random_95 the half width of its interval
+    separation              (all − none) ÷ pooled standard deviation over seeds: the criterion by which the default task
+                            was chosen among those that start within .05 of chance and end below .95
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allocators import all as all_
+from allocators import none, random_, sieve
+from allocators.core.errors import StudyError, unknown
+from allocators.core.shapes import shape_of
+from allocators.core.types import Allocation, Recipe, Trial, canonical_json, digest_of
+from allocators.signals import routing
+from trainers import loop, models, pretrain, tasks
+from trainers.adapter import attach
+
+FOLDER = Path("build/benchmarks")
+VARIANTS = ("none", "random", "hot", "all")
+# 97.5 % point of Student's t by number of seeds
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+
+Table = list[list[float]]  # [layer][expert] share of picks; a layer's shares sum to one
+
+
+def settings(arguments: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {"model": "tiny-moe", "task": "default", "seeds": 5, "samples": 256}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in values:
+            raise unknown("key", key, values)
+        values[key] = int(value) if isinstance(values[key], int) else value
+    if values["seeds"] not in T95:
+        raise StudyError(f"seeds must be 2 to 10, got {values['seeds']}")
+    return values
+
+
+def top_quarter(shares: Table) -> list[float]:
+    return [sum(sorted(layer)[-(len(layer) // 4) :]) for layer in shares]
+
+
+def distance(one: Table, other: Table) -> list[float]:
+    """Total variation distance by layer."""
+    return [sum(abs(p - q) for p, q in zip(a, b, strict=True)) / 2 for a, b in zip(one, other, strict=True)]
+
+
+def row(name: str, values: Sequence[float]) -> str:
+    return f"  {name:<20}" + "".join(f"{value:8.3f}" for value in values)
+
+
+def trained(loaded: models.Loaded, task: tasks.Task, allocation: Allocation, recipe: Recipe, *, seed: int) -> float:
+    """Accuracy after one training of the project's own adapter by its own loop."""
+    adapter = attach(
+        loaded.model,
+        allocation,
+        shape=shape_of(loaded.model.config, name=loaded.name),
+        rank=recipe.rank,
+        lora_alpha=recipe.lora_alpha,
+        seed=seed,
+    )
+    try:
+        result = loop.train(
+            loaded.model,
+            adapter,
+            task,
+            recipe,
+            seed=seed,
+            tokenizer=loaded.tokenizer,
+            device="cpu",
+            on_rung=lambda rung: True,
+            evaluations=1,
+        )
+    finally:
+        adapter.detach()
+    if result.accuracy is None:
+        raise StudyError(f"the training with seed {seed} diverged: lower recipe.learning_rate in the task file")
+    return result.accuracy
+
+
+def accuracies(
+    loaded: models.Loaded, task: tasks.Task, recipe: Recipe, selections: Mapping[str, Sequence[Allocation]]
+) -> dict[str, list[float]]:
+    """Accuracy by variant and seed; what an earlier run has trained is read from its file."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    provenance = {"weights": loaded.identity, "data": task.data_hash, "torch": torch.__version__}
+    file = FOLDER / f"tiny_moe-{digest_of(provenance)}.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    known = {entry["digest"]: entry["accuracy"] for entry in map(json.loads, lines)}
+    found: dict[str, list[float]] = {variant: [] for variant in selections}
+    for seed in range(len(next(iter(selections.values())))):  # seeds outside: an interrupted run holds whole pairs
+        for variant, by_seed in selections.items():
+            trial = Trial(by_seed[seed], recipe, loaded.name, task.name, seed)
+            if trial.digest not in known:
+                known[trial.digest] = trained(loaded, task, by_seed[seed], recipe, seed=seed)
+                with file.open("a") as stream:
+                    stream.write(canonical_json({"digest": trial.digest, "accuracy": known[trial.digest]}) + "\n")
+            found[variant].append(known[trial.digest])
+    return found
+
+
+def main(arguments: Sequence[str]) -> None:
+    given = settings(arguments)
+    torch.set_num_threads(1)
+    loaded = models.load(given["model"])
+    task = tasks.load_task(given["task"])
+    shape = shape_of(loaded.model.config, name=loaded.name)
+    recipe = Recipe(**task.file.recipe)
+
+    signal = routing.measure(
+        loaded.model,
+        routing.pad(task.prompts(loaded.tokenizer, given["samples"], 0), pad_token_id=loaded.tokenizer.pad_token_id),
+        provenance={"model": loaded.identity, "data": task.data_hash, "samples": given["samples"], "seed": 0},
+    )
+    counts = [signal.metric(layer, "count") for layer in shape.moe_layers]
+    on_task = [[c / sum(layer) for c in layer] for layer in counts]
+    examined = pretrain.examine(loaded.model, pretrain.MODELS[given["model"]])["routing"]
+    mixture = examined.pop("mixture")
+    skew = top_quarter(on_task)
+    dead = [sum(share == 0 for share in layer) for layer in mixture]
+    least = [min(layer) * len(layer) for layer in mixture]
+
+    print(f"{given['model']} on {task.name} ({task.num_training} training, {task.num_evaluation} test documents)")
+    print("a. share of picks of the busiest quarter of the experts, layer by layer")
+    print(row("task", skew))
+    print(row("mixture", top_quarter(mixture)))
+    print("b. experts without a token of the mixture; the least used one, × its equal share")
+    print(row("dead", dead))
+    print(row("least used", least))
+    print("c. total variation distance between a domain's routing and the mixture's")
+    print(row("task (held out)", distance(on_task, mixture)))
+    for name, shares in examined.items():
+        print(row(name, distance(shares, mixture)))
+
+    task.prepare(loaded.tokenizer)
+    untrained = task.evaluate(loaded.model)
+    seeds = range(given["seeds"])
+    selections = {
+        "none": [none.allocate(None, shape) for _ in seeds],
+        "random": [random_.allocate(None, shape, fraction=0.25, seed=seed) for seed in seeds],
+        "hot": [sieve.allocate(signal, shape, fraction=0.25) for _ in seeds],
+        "all": [all_.allocate(None, shape) for _ in seeds],
+    }
+    found = accuracies(loaded, task, recipe, selections)
+    means = {variant: statistics.mean(values) for variant, values in found.items()}
+    spreads = {variant: statistics.stdev(values) for variant, values in found.items()}
+    print(f"d. accuracy after {recipe.steps} steps of {recipe.batch_size}, rank {recipe.rank}, {len(seeds)} seeds")
+    print(f"  {'untrained':<10}{untrained.accuracy:7.3f}   (chance .250, standard error of the test split .025)")
+    for variant in VARIANTS:
+        params = selections[variant][0].trainable_params(shape, rank=recipe.rank)
+        each = " ".join(f"{value:.3f}" for value in found[variant])
+        print(f"  {variant:<10}{means[variant]:7.3f} ± {spreads[variant]:.3f}   {params:>9,} parameters   {each}")
+    differences = [hot - random for hot, random in zip(found["hot"], found["random"], strict=True)]
+    gain = statistics.mean(differences)
+    width = T95[len(seeds)] * statistics.stdev(differences) / math.sqrt(len(seeds))
+    verdict = "outside" if abs(gain) > width else "INSIDE"
+    print(f"  hot − random, seed by seed: {gain:+.3f} ± {width:.3f} (95 %): {verdict} the noise of {len(seeds)} seeds")
+
+    # a spread below one question is one question: a saturated variant has none
+    noise = [max(spreads[variant], 1 / task.num_evaluation) for variant in ("all", "none")]
+    separation = (means["all"] - means["none"]) / (math.hypot(*noise) / math.sqrt(2))
+    by_layer = {f"top25_layer{i}": v for i, v in enumerate(skew)} | {
+        f"least_used_layer{i}": v for i, v in enumerate(least)
+    }
+    ratios = by_layer | {"accuracy_untrained": untrained.accuracy}
+    ratios |= {f"accuracy_{variant}": means[variant] for variant in VARIANTS}
+    ratios |= {"hot_minus_random": gain, "hot_minus_random_95": width, "separation": separation}
+    record = {
+        "benchmark": "tiny_moe",
+        "device": "cpu",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "model": loaded.identity,
+        "task": task.name,
+        "data": task.data_hash,
+        "recipe": recipe.to_json(),
+        "accuracies": found,
+        "ratios": {name: round(value, 4) for name, value in ratios.items()},
+    }
+    print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except StudyError as error:
+        sys.exit(str(error))

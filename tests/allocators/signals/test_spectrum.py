@@ -15,6 +15,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from scipy.linalg import blas, lapack
 
 from allocators import alphalora
 from allocators.core.errors import StudyError, ToolkitWarning
@@ -239,6 +240,16 @@ def plain_fp32(W: torch.Tensor) -> np.ndarray:
     return lam[lam > 0]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_fp32_errs_by_less_than_the_bound_where_it_matters(seed):
+    W = square(seed, size=400)
+    form = spectrum._tridiagonal(spectrum._gram(W.numpy(), blas.ssyrk))
+    lam, expected = lapack.ssterf(form.diagonal, form.beside)[0], exact(W)
+    low = expected < spectrum.TRUSTED * spectrum.NOISE * expected[-1]
+    assert low.any()
+    assert abs(lam - expected)[low].max() < spectrum.NOISE * expected[-1]
+
+
 def test_square_matrices_need_more_than_fp32_and_get_it():
     """The criterion of the file's head: without it the histogram starts at rounding noise and `hill` jumps."""
     ours, plain = [], []
@@ -318,7 +329,15 @@ def test_fp64_is_used_where_the_result_asks_for_it(monkeypatch, values, rows, ex
         assert hill_of(lam, rule) == pytest.approx(hill_of(exact(W), rule), rel=1e-3)
 
 
-@pytest.mark.parametrize("rank", [1, 5, 150, 199])
+def test_a_refinement_that_lapack_gives_up_on_is_done_in_fp64(monkeypatch):
+    def give_up(*arguments):
+        raise np.linalg.LinAlgError
+
+    monkeypatch.setattr(spectrum, "_refined", give_up)
+    assert eigenvalues(square(0)) == pytest.approx(exact(square(0)), rel=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 150, 190, 199])
 def test_zeros_are_dropped_whatever_the_rounding(rank):
     """Whole numbers: the products are exact, so the rank is."""
     generator = torch.Generator().manual_seed(rank)
@@ -329,6 +348,18 @@ def test_zeros_are_dropped_whatever_the_rounding(rank):
     lam = eigenvalues(W)
     assert len(lam) == rank
     assert lam == pytest.approx(exact(W)[-rank:], rel=1e-6)
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-4, 1e-5, 3e-6])
+@pytest.mark.parametrize("count", [1, 8, 20])
+@pytest.mark.parametrize("diagonal", [True, False])
+def test_equal_eigenvalues(smallest, count, diagonal):
+    """Clusters at both ends: rounding makes some of the small ones negative, by more than usual."""
+    values = np.r_[np.full(count, smallest), np.ones(200 - count)]
+    W = torch.diag(torch.from_numpy(values).float()) if diagonal else with_singular_values(values, 200, 200, seed=count)
+    lam = eigenvalues(W)
+    assert len(lam) == 200
+    assert lam[0] == pytest.approx(exact(W)[0], rel=1e-2)
 
 
 def test_zero_empty_and_broken_matrices():

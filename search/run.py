@@ -203,6 +203,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
     from search import pool as pools
     from search import ray_tune
     from search.usage import PeakMemory
+    from trainers import models, tasks
 
     # Records lie here; what workers write lies where every node can reach it.
     shared = storage.join(config.storage, config.study_name) if storage.is_uri(config.storage) else str(folder)
@@ -227,8 +228,8 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             storage=storage.join(shared, ".ray"),
             setup={
                 "namespace": pools.NAMESPACE,
-                "model": config.model,
-                "task": config.task,
+                "model": _located(config.model, models.EMBEDDED),
+                "task": _located(config.task, tasks.EMBEDDED),
                 "limit": config.limit,
                 "seed": config.seed,
                 "evaluations": config.evaluations,
@@ -264,6 +265,11 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         f"{left} trainings asked for, {seconds / 60:.1f} minutes with start-up; "
         f"peak memory of driver, Ray and workers on this machine {gibibytes:.1f} GiB"
     )
+
+
+def _located(name: str, embedded: Mapping[str, Any]) -> str:
+    """A path of this folder as workers find it, who run elsewhere; any other name as it is."""
+    return str(Path(name).absolute()) if name not in embedded and Path(name).exists() else name
 
 
 def _signals(config: RunConfig, problem: Problem, pool: Any, folder: Path, progress: Any) -> dict[str, Signal]:

@@ -19,6 +19,7 @@ from search.records import LINES, read
 TRIALS = 6
 WORDS = [
     "space=sieve",
+    "task=trainers/embedded/tasks/default.yaml",  # a relative path: workers run in another folder
     f"trials={TRIALS}",
     "limit=24",
     "calibration_samples=16",

@@ -1,4 +1,4 @@
-"""Base models by name: the embedded ones, a local folder, or a Hugging Face id. Safetensors only, no code from the hub.
+"""Base models by name: embedded, packaged, a local folder or a Hugging Face id. Safetensors only, no code from the hub.
 
     from trainers import models
     models.config_of("tiny-moe")["num_experts"]                 # reads config.json: no torch, no transformers
@@ -12,13 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from allocators.core.errors import StudyError, did_you_mean
+from trainers import smollm2
 
 _HERE = Path(__file__).parent / "embedded"
 
@@ -28,6 +29,9 @@ EMBEDDED: dict[str, Path] = {
     for folder in (sorted(_HERE.iterdir()) if _HERE.is_dir() else ())
     if (folder / "config.json").is_file()
 }
+
+# Models that a Python package ships: a function that gives their folder, converting them when it is first called.
+PACKAGED: dict[str, Callable[[], Path]] = {smollm2.NAME: smollm2.folder}
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CHUNK = 1 << 22  # bytes read at once while hashing
@@ -44,9 +48,11 @@ class Loaded:
 
 
 def config_of(name: str) -> dict[str, Any]:
-    """`config.json` of a model as a dict. Loads neither weights nor torch nor transformers.
+    """`config.json` of a model as a dict. Loads neither weights nor torch nor transformers, but for the conversion of a
+    packaged model that is asked for the first time.
 
-    Raises StudyError when the name is no embedded model, no model folder and no id that the hub or its cache knows.
+    Raises StudyError when the name is no embedded or packaged model, no model folder and no id that the hub or its
+    cache knows.
     """
     return json.loads(_config_file(name).read_text(encoding="utf-8"))
 
@@ -71,10 +77,29 @@ def identity_of(name: str) -> str:
     return f"sha256:{digest.hexdigest()[:32]}"
 
 
+def folder_of(name: str) -> Path:
+    """The folder with a model's config.json and safetensors; those of a hub model are fetched where they are not here.
+
+    Raises StudyError as `config_of` does, and where a hub model has no safetensors or they cannot be fetched.
+    """
+    config = _config_file(name)
+    if _is_hub(config) and not _is_complete(config.parent):
+        _fetch(name, config.parent)
+    return config.parent
+
+
+def dtype_on(device: str) -> str:
+    """What `load` makes of a model unless told otherwise: bfloat16 on a CUDA device that supports it, else float32."""
+    import torch
+
+    bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bfloat16" if bf16 else "float32"
+
+
 def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Loaded:
     """Loads a base model to `device`, frozen.
 
-    dtype   a torch dtype or its name; default bfloat16 on a CUDA device that supports it, else float32
+    dtype   a torch dtype or its name; default: what `dtype_on` says
 
     Raises StudyError for a name that `config_of` refuses, and for a model that would need pickled weights or code
     from its repository.
@@ -84,10 +109,8 @@ def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Loaded:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if dtype is None:
-        bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = torch.bfloat16 if bf16 else torch.float32
-    elif isinstance(dtype, str):
+    dtype = dtype_on(device) if dtype is None else dtype
+    if isinstance(dtype, str):
         dtype = getattr(torch, dtype)
     # A local folder is read from there; a hub model is asked for at the commit that `identity` names.
     source, revision = (name, identity) if _is_hub(config) else (str(config.parent), None)
@@ -122,6 +145,8 @@ def _config_file(name: str) -> Path:
     """Where a model's config.json lies on this machine, fetched from the hub where need be."""
     if name in EMBEDDED:
         return EMBEDDED[name] / "config.json"
+    if name in PACKAGED:
+        return PACKAGED[name]() / "config.json"
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         file = folder / "config.json"
@@ -155,11 +180,39 @@ def _from_hub(name: str) -> Path:
     raise _not_found(name, reason)
 
 
+def _fetch(name: str, snapshot: Path) -> None:
+    """The weights of a hub model, of the commit that the snapshot is named by."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # what transformers loads; some repositories hold other copies of the weights beside them
+    patterns = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+    reason = "it has no model.safetensors there"
+    try:
+        huggingface_hub.snapshot_download(name, revision=snapshot.name, allow_patterns=patterns)
+    except (OSError, errors.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+    if not _is_complete(snapshot):
+        raise StudyError(
+            f"the weights of '{name}' are neither in the local cache nor does the hub give them: {reason}; try "
+            f"`hf download {name}`"
+        )
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether all weights that transformers would load lie there."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return (folder / "model.safetensors").is_file()
+    return all((folder / shard).is_file() for shard in json.loads(index.read_bytes())["weight_map"].values())
+
+
 def _not_found(name: str, reason: str) -> StudyError:
-    embedded = ", ".join(EMBEDDED) or "none"
+    known = [*EMBEDDED, *PACKAGED]
     return StudyError(
-        f"unknown model '{name}': {reason}; choose an embedded one ({embedded}), a folder with config.json and "
-        f"safetensors, or fetch one with `hf download ORG/NAME`{did_you_mean(name, EMBEDDED)}"
+        f"unknown model '{name}': {reason}; choose an embedded one ({', '.join(EMBEDDED) or 'none'}), a packaged one "
+        f"({', '.join(PACKAGED)}), a folder with config.json and safetensors, or fetch one with "
+        f"`hf download ORG/NAME`{did_you_mean(name, known)}"
     )
 
 

@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -166,7 +166,7 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
     for name, module in modules.items():
         plugins.check(module, shape, knobs_by_name[name])
 
-    source = _Source(config, model)
+    source = _Source(config, shape, lambda done, total, what: None)
     for kind in sorted({m.NEEDS for m in modules.values() if m.NEEDS is not None} - set(signals)):
         from allocators.signals import measured
 
@@ -184,12 +184,18 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
 class _Source:
     """A model and a task by name for `allocators.signals`, each loaded when a measurement first reads it."""
 
-    def __init__(self, config: ShowConfig, model: str) -> None:
-        self.name = model
+    def __init__(self, config: ShowConfig, shape: ModelShape, progress: Callable[[int, int, str], None]) -> None:
+        self.name, self.shape = shape.name, shape
         self.task_name = config.task
-        self.samples = config.samples
-        self.seed = config.seed
+        self.samples, self.seed = config.samples, config.seed
+        self.scratch = Path(config.cache)
+        self.progress = progress
         self._device = config.device
+
+    def folder(self) -> Path:
+        from trainers import models
+
+        return models.folder_of(self.name)
 
     @cached_property
     def identity(self) -> str:
@@ -198,13 +204,23 @@ class _Source:
         return models.identity_of(self.name)
 
     @cached_property
-    def _loaded(self) -> Any:
+    def device(self) -> str:
         import torch
 
+        return self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    @cached_property
+    def dtype(self) -> str:
+        from trainers import models
+
+        return models.dtype_on(self.device)
+
+    @cached_property
+    def _loaded(self) -> Any:
         from trainers import models
 
         _say(f"loading {self.name} …")
-        return models.load(self.name, device=self._device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return models.load(self.name, device=self.device, dtype=self.dtype)
 
     @property
     def model(self) -> Any:

@@ -14,6 +14,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,18 @@ class Bench:
 
         torch.set_num_threads(setup["cpus_per_worker"])
         self.setup = setup
-        self.device = device
-        loaded = models.load(setup["model"], device=str(device))
+        self.device, self.dtype = device, models.dtype_on(str(device))
+        loaded = models.load(setup["model"], device=str(device), dtype=self.dtype)
         self.name, self.identity = setup["model"], loaded.identity
+        self.folder, self.scratch = partial(models.folder_of, self.name), Path(setup["signals"])
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.task_name, self.task = setup["task"], tasks.load_task(setup["task"], limit=setup["limit"] or None)
         self.samples, self.seed = setup["calibration_samples"], setup["seed"]
         self.shape = shape_of(self.model.config, name=self.name)
         self.versions = versions(device=_device_name(device), model=self.identity, data=self.task.data_hash)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """Nobody watches a worker's terminal."""
 
     def measure(self, kind: str) -> dict[str, Any]:
         """One signal, from the cache where it was measured before. Raises StudyError for what this model lacks."""

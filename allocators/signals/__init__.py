@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from allocators.core.errors import unknown
-from allocators.core.types import Signal
+from allocators.core.types import ModelShape, Signal
 
 Plan = tuple[Mapping[str, Any], Callable[[], Signal]]
 
@@ -22,16 +22,31 @@ Plan = tuple[Mapping[str, Any], Callable[[], Signal]]
 class Source(Protocol):
     """What a signal may be measured on. Attributes may be slow to read: a plan reads those it needs, when it does.
 
-    name, identity       the base model's name, and its revision or weight hash
+    name, identity       the base model's name, and its revision or the hash of its weights as stored
+    shape                its sizes
+    folder               gives the folder where the weights lie as safetensors, fetching them first where need be;
+                         None where there is no such folder, as for a model that was made in memory
+    device, dtype        where the resident model is, and its dtype as torch names it (`bfloat16`): numbers that come
+                         from rounded weights must not pass for those of the stored ones
     model, tokenizer     the resident base model, in eval mode
     task_name, task      labelled documents, see trainers/tasks.py
     samples, seed        how many of them, drawn how
+    scratch              folder for what a long measurement has so far, so that one that was cut off goes on
+    progress             told (done, total, what) in the course of a long measurement
     """
 
     @property
     def name(self) -> str: ...
     @property
     def identity(self) -> str: ...
+    @property
+    def shape(self) -> ModelShape: ...
+    @property
+    def folder(self) -> Callable[[], Path] | None: ...
+    @property
+    def device(self) -> Any: ...
+    @property
+    def dtype(self) -> str: ...
     @property
     def model(self) -> Any: ...
     @property
@@ -44,6 +59,10 @@ class Source(Protocol):
     def samples(self) -> int: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def scratch(self) -> Path: ...
+    @property
+    def progress(self) -> Callable[[int, int, str], None]: ...
 
 
 def kinds() -> list[str]:
@@ -51,14 +70,19 @@ def kinds() -> list[str]:
     return sorted(f.stem for f in Path(__file__).parent.glob("*.py") if f.stem not in ("__init__", "cache"))
 
 
+def plan(kind: str, source: Source) -> Plan:
+    """What a signal's numbers depend on, and how to measure them. Raises StudyError for an unknown kind."""
+    if kind not in kinds():
+        raise unknown("signal", kind, kinds())
+    return importlib.import_module(f"allocators.signals.{kind}").plan(source)
+
+
 def measured(kind: str, source: Source, *, folder: Path, warn: Callable[[str], None] | None = None) -> Signal:
     """A signal from the cache in `folder`, measured first where it is not there.
 
     Raises StudyError for an unknown kind, a model or task that does not have this signal, or an unwritable folder.
     """
-    if kind not in kinds():
-        raise unknown("signal", kind, kinds())
+    provenance, measure = plan(kind, source)
     from allocators.signals.cache import cached
 
-    provenance, measure = importlib.import_module(f"allocators.signals.{kind}").plan(source)
     return cached(kind, provenance, folder=folder, measure=measure, warn=warn)

@@ -37,10 +37,14 @@ _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def plan(source: Source) -> Plan:
-    """The routing of training documents of the source's task: prompt and completion, `samples` of them."""
+    """The routing of training documents of the source's task: prompt and completion, `samples` of them.
+
+    Computed in fp32, but from the resident weights, so their dtype is part of the provenance.
+    """
     provenance = {
         "model": source.name,
         "weights": source.identity,
+        "dtype": source.dtype,
         "task": source.task_name,
         "data": source.task.data_hash,
         "samples": source.samples,

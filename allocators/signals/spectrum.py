@@ -22,10 +22,8 @@ tell:
 
 Otherwise, and where an eigenvalue may be zero, all are computed again from the Gram matrix in fp64.
 
-On disk, streamed and kept, as a study's workers do with the resident model:
-
-    provenance = provenance_of(name, identity)
-    cached("spectrum", provenance, folder=folder, measure=lambda: measure(path, shape, provenance=provenance, resume=…))
+Through `signals.measured` weights are streamed from disk as they are stored, one matrix at a time, the rows found so
+far are kept beside the signal's file, and the signal is measured once for all who ask.
 
 Letters: W [m, n] a weight, N = min(m, n) eigenvalues ascending, K of them refined.
 """
@@ -50,7 +48,6 @@ from scipy.linalg import blas, lapack
 from torch import Tensor, nn
 
 from allocators.core.errors import StudyError, ToolkitWarning, did_you_mean, unknown
-from allocators.core.shapes import shape_of
 from allocators.core.types import ModelShape, ModuleShape, Signal, digest_of
 from allocators.signals import Plan, Source
 
@@ -312,17 +309,28 @@ def _apply_gram(A: NDArray, X: Vector) -> Vector:
 
 
 def plan(source: Source) -> Plan:
-    """The spectrum of the resident base model's attention and MLP weights, in the precision they were loaded in."""
-    provenance = provenance_of(source.name, source.identity)
+    """The spectrum of the base model's attention and MLP weights as they are stored, streamed from the source's folder,
+    whatever the resident model was rounded to; of the resident model where there is no folder.
+    """
+    stored = source.folder
+    provenance = provenance_of(source.name, source.identity) | ({} if stored else {"dtype": source.dtype})
 
     def run() -> Signal:
-        return measure(source.model, shape_of(source.model.config, name=source.name), provenance=provenance)
+        source.scratch.mkdir(parents=True, exist_ok=True)
+        return measure(
+            stored() if stored else source.model,
+            source.shape,
+            provenance=provenance,
+            device=str(source.device),
+            progress=source.progress,
+            resume=source.scratch / f"spectrum-{digest_of(provenance)}.part",
+        )
 
     return provenance, run
 
 
 def provenance_of(name: str, identity: str, *, modules: Collection[str] | None = None) -> dict[str, Any]:
-    """What the numbers depend on, so that weights streamed from disk and a resident model share one cache file."""
+    """What the numbers depend on when they are those of the stored weights."""
     chosen = {"modules": sorted(modules)} if modules is not None else {}
     return {"model": name, "weights": identity, "code": VERSION} | chosen
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 
 from allocators import signals
 from allocators.core.errors import StudyError
+from allocators.core.shapes import shape_of
+from allocators.signals import spectrum
 from allocators.signals.routing import measure, pad
 from tests.allocators import tiny
 
@@ -27,6 +32,7 @@ class Source:
     """A model and a task that count how often they are asked for."""
 
     name, identity, task_name, samples, seed = "tiny", "sha", "documents", 2, 0
+    dtype = "float32"
     tokenizer, task = Tokenizer(), Documents()
 
     def __init__(self) -> None:
@@ -48,7 +54,9 @@ def test_measures_once_and_needs_no_model_after(tmp_path):
     assert first == direct
 
 
-@pytest.mark.parametrize("change", [{"identity": "other"}, {"samples": 3}, {"seed": 1}, {"task_name": "t"}])
+@pytest.mark.parametrize(
+    "change", [{"identity": "other"}, {"samples": 3}, {"seed": 1}, {"task_name": "t"}, {"dtype": "bfloat16"}]
+)
 def test_whatever_the_numbers_depend_on_measures_again(tmp_path, change):
     source = Source()
     signals.measured("routing", source, folder=tmp_path)
@@ -63,3 +71,58 @@ def test_an_unknown_kind_is_named(tmp_path):
         signals.measured("rooting", Source(), folder=tmp_path)
     with pytest.raises(StudyError, match="unknown signal 'cache'"):
         signals.measured("cache", Source(), folder=tmp_path)
+
+
+def dense_source(model, folder, scratch, *, dtype="float32", progress=lambda *what: None):
+    return SimpleNamespace(
+        name="dense", identity="sha", model=model, shape=shape_of(model.config, name="dense"), folder=folder,
+        device="cpu", dtype=dtype, scratch=scratch, progress=progress,
+    )  # fmt: skip
+
+
+def test_the_spectrum_is_that_of_the_stored_weights_whatever_is_resident(tmp_path):
+    """A float32 checkpoint on a device that rounds it: one cache file, and in it the numbers of the checkpoint."""
+    model = tiny.model("llama")
+    model.save_pretrained(tmp_path / "model")
+    kept = partial(signals.measured, "spectrum", folder=tmp_path / "signals")
+    told = []
+    rounded = dense_source(
+        model.bfloat16(),
+        lambda: tmp_path / "model",
+        tmp_path,
+        dtype="bfloat16",
+        progress=lambda *what: told.append(what),
+    )
+    signal = kept(rounded)
+    assert signal.rows == spectrum.measure(tiny.model("llama"), rounded.shape, provenance={}).rows
+    assert [(done, total) for done, total, _ in told] == [(n + 1, len(signal.rows)) for n in range(len(signal.rows))]
+    assert kept(SimpleNamespace(**vars(rounded) | {"dtype": "float32", "folder": lambda: 1 / 0})) == signal
+    assert len(list((tmp_path / "signals").glob("spectrum-*.json"))) == 1
+
+
+def test_weights_that_are_stored_nowhere_are_told_apart_by_their_dtype(tmp_path):
+    model = tiny.model("llama")
+    exact = signals.measured("spectrum", dense_source(model, None, tmp_path), folder=tmp_path)
+    half = dense_source(tiny.model("llama").bfloat16(), None, tmp_path, dtype="bfloat16")
+    rounded = signals.measured("spectrum", half, folder=tmp_path)
+    assert exact.rows != rounded.rows
+    assert len(list(tmp_path.glob("spectrum-*.json"))) == 2
+
+
+def test_a_spectrum_that_was_cut_off_goes_on(tmp_path):
+    model = tiny.model("llama")
+    model.save_pretrained(tmp_path / "model")
+
+    def cut_off(done, total, what):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    source = dense_source(model, lambda: tmp_path / "model", tmp_path / "signals", progress=cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        signals.measured("spectrum", source, folder=tmp_path / "signals")
+    (part,) = (tmp_path / "signals").glob("*.part")
+    assert part.read_text().count("stable_rank") == 5
+    source.progress = lambda *what: None
+    signal = signals.measured("spectrum", source, folder=tmp_path / "signals")
+    assert signal.rows == spectrum.measure(tiny.model("llama"), source.shape, provenance={}).rows
+    assert not part.exists()

@@ -615,14 +615,19 @@ def test_is_measured_once_for_all_who_ask(tmp_path):
     assert len(calls) == 1
 
 
-def test_the_plan_of_a_resident_model():
+def test_the_plan_of_a_model_that_lies_in_no_folder(tmp_path):
     from tests.allocators import tiny
 
     model = tiny.model("llama")
-    source = SimpleNamespace(name="tiny llama", identity="sha256:1", model=model)
+    shape = shape_of(model.config, name="tiny llama")
+    source = SimpleNamespace(
+        name="tiny llama", identity="sha256:1", model=model, shape=shape, folder=None, device="cpu", dtype="float32",
+        scratch=tmp_path, progress=lambda *what: None,
+    )  # fmt: skip
     provenance, run = spectrum.plan(source)
     signal = run()
-    assert dict(signal.provenance) == provenance == spectrum.provenance_of("tiny llama", "sha256:1")
-    shape = shape_of(model.config, name="tiny llama")
+    assert (
+        dict(signal.provenance) == provenance == spectrum.provenance_of("tiny llama", "sha256:1") | {"dtype": "float32"}
+    )
     assert set(signal.rows) == {m.path for m in shape.modules}
     assert len(alphalora.allocate(signal, shape).counts) == 3 * 7

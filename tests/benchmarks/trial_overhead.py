@@ -20,10 +20,13 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -50,18 +53,36 @@ class Clock:
         return [gap - trained for gap, trained in zip(gaps, self.trained[1:], strict=True)]
 
 
-def cpu_seconds() -> float:
-    """CPU-seconds of this process and all its descendants, those that ended included."""
-    import psutil
+class CpuWatch(threading.Thread):
+    """CPU-seconds of this process and all its descendants, those that have ended included.
 
-    total = 0.0
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        try:
-            times = process.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
+    Ray does not wait for its workers' exit codes, so their usage never reaches a parent: it is read while they live,
+    several times a second, and the last reading of each process counts.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self._last: dict[tuple[int, float], float] = {}
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        while not self._over.wait(0.2):
+            self.seconds()
+
+    def seconds(self) -> float:
+        with self._lock:
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    times = process.cpu_times()
+                    self._last[process.pid, process.create_time()] = times.user + times.system
+                except psutil.Error:
+                    continue
+            return sum(self._last.values())
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
 
 
 def make_trials(count: int) -> list[tuple[Any, int]]:
@@ -91,7 +112,7 @@ def setup(folder: Path) -> dict[str, Any]:
     }
 
 
-def warm(trials: list[tuple[Any, int]], folder: Path) -> Clock:
+def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
     """Through the toolkit's own pool and Tune side."""
     from search import pool as pools
     from search import ray_tune
@@ -111,7 +132,7 @@ def warm(trials: list[tuple[Any, int]], folder: Path) -> Clock:
             assert outcome.status == "complete", outcome.message
             clock.arrived.append(time.monotonic())
             clock.trained.append(outcome.seconds)
-            clock.cpu.append(cpu_seconds())
+            clock.cpu.append(watch.seconds())
 
         def lost(self, digest, reason):
             raise RuntimeError(reason)
@@ -157,7 +178,7 @@ def cold_trial(config: dict[str, Any]) -> None:
     tune.report({"answer": config["answer"]})
 
 
-def cold(trials: list[tuple[Any, int]], folder: Path) -> Clock:
+def cold(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
     from ray import tune
 
     clock = Clock(time.monotonic(), [], [], [])
@@ -168,7 +189,7 @@ def cold(trials: list[tuple[Any, int]], folder: Path) -> Clock:
             assert answer["status"] == "complete"
             clock.arrived.append(time.monotonic())
             clock.trained.append(answer["seconds"])
-            clock.cpu.append(cpu_seconds())
+            clock.cpu.append(watch.seconds())
 
     configs = [
         {
@@ -199,8 +220,14 @@ def main(argv: list[str]) -> None:
     # One CPU more than the workers use: the nested pattern's outer Tune function takes a slot of its own.
     pools.connect("local", num_cpus=3)
     trials = make_trials(count)
+    watch = CpuWatch()
+    watch.start()
     with tempfile.TemporaryDirectory() as name:
-        clocks = {"warm workers": warm(trials, Path(name) / "warm"), "one TorchTrainer each": cold(trials, Path(name))}
+        clocks = {
+            "warm workers": warm(trials, Path(name) / "warm", watch),
+            "one TorchTrainer each": cold(trials, Path(name), watch),
+        }
+    watch.stop()
     ray.shutdown()
 
     medians: dict[str, dict[str, float]] = {}

@@ -10,4 +10,5 @@ os.environ |= {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",  # tiny tensors: a second thread costs more than it brings, ten times as much under load
 }

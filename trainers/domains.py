@@ -186,10 +186,8 @@ def rows(seed: int, step: int, number: int, length: int, *, end: str) -> list[tu
 
 # --------------------------------------------------------------------------------------------------- the held-out tasks
 
-# Both tables map no character to itself. Typed in, so that they depend on no random generator.
+# Maps no letter to itself. Typed in, so that it depends on no random generator.
 CIPHER = dict(zip(LETTERS, "ypatcedjlbfzkosunghxiqmvrw", strict=True))
-WIDE_ALPHABET = string.ascii_letters + string.digits
-WIDE_CIPHER = dict(zip(WIDE_ALPHABET, "0MdVH5BfhR7CxDTm6a8bQOopr1uKkUlJXvePZjI3NgSsi9nLwEtYzFGqcA4Wy2", strict=True))
 SHIFT = dict(zip(LETTERS, LETTERS[1:] + LETTERS[0], strict=True))
 
 
@@ -202,8 +200,8 @@ class Question:
     label: int
 
 
-def _translation(rng: Random, name: str, answer_of: Callable[[str], str], alphabet: str) -> Question:
-    """A word of 4 to 6 different characters; the choices differ in one character, at one position.
+def _translation(rng: Random, name: str, answer_of: Callable[[str], str]) -> Question:
+    """A word of 4 to 6 different letters; the choices differ in one character, at one position.
 
     Chance is 1/4 for anyone who does not know the right character there: it and the three wrong ones are drawn alike,
     and none of the four occurs in the word or elsewhere in the answer, so copying a character of the prompt, or
@@ -211,12 +209,12 @@ def _translation(rng: Random, name: str, answer_of: Callable[[str], str], alphab
     would be right 1 time in 8, because the right answer would have to win three separate comparisons.
     """
     while True:
-        word = "".join(rng.sample(alphabet, rng.randint(4, 6)))
+        word = "".join(rng.sample(LETTERS, rng.randint(4, 6)))
         answer = answer_of(word)
         if not set(word) & set(answer):
             break
     place = rng.randrange(len(answer))
-    wrong = rng.sample([c for c in alphabet if c not in word + answer], 3)
+    wrong = rng.sample([c for c in LETTERS if c not in word + answer], 3)
     choices = [answer[:place] + c + answer[place + 1 :] for c in (answer[place], *wrong)]
     rng.shuffle(choices)
     return Question(f"{name} {word} >", tuple(choices), choices.index(answer))
@@ -224,27 +222,20 @@ def _translation(rng: Random, name: str, answer_of: Callable[[str], str], alphab
 
 def cipher(rng: Random) -> Question:
     """Every letter becomes another one, by a fixed table (26 facts to learn)."""
-    return _translation(rng, "code", lambda word: "".join(CIPHER[c] for c in word), LETTERS)
+    return _translation(rng, "code", lambda word: "".join(CIPHER[c] for c in word))
 
 
 def backcipher(rng: Random) -> Question:
     """The same table, and the word backwards."""
-    return _translation(rng, "back", lambda word: "".join(CIPHER[c] for c in reversed(word)), LETTERS)
-
-
-def widecipher(rng: Random) -> Question:
-    """A fixed table over small letters, capitals and digits (62 facts to learn)."""
-    return _translation(rng, "wide", lambda word: "".join(WIDE_CIPHER[c] for c in word), WIDE_ALPHABET)
+    return _translation(rng, "back", lambda word: "".join(CIPHER[c] for c in reversed(word)))
 
 
 def backshift(rng: Random) -> Question:
     """The next letter of the alphabet for every letter, and the word backwards."""
-    return _translation(rng, "next", lambda word: "".join(SHIFT[c] for c in reversed(word)), LETTERS)
+    return _translation(rng, "next", lambda word: "".join(SHIFT[c] for c in reversed(word)))
 
 
-HELD_OUT: dict[str, Callable[[Random], Question]] = {
-    task.__name__: task for task in (cipher, backcipher, widecipher, backshift)
-}
+HELD_OUT: dict[str, Callable[[Random], Question]] = {task.__name__: task for task in (cipher, backcipher, backshift)}
 SPLITS = {"train": 1600, "test": 300}
 
 

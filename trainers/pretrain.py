@@ -1,6 +1,6 @@
 """Pretrains the small models that live in this repository, from nothing but Python's standard library and a seed.
 
-    python -m trainers.pretrain model=tiny-moe           about half an hour on two cores; type it again to go on
+    python -m trainers.pretrain model=tiny-moe           50 minutes on one shared core; type it again to go on
     python -m trainers.pretrain model=tiny-dense
     python -m trainers.pretrain model=tiny-moe steps=50 folder=build/try      a quick look
 

@@ -231,7 +231,11 @@ class _Source:
     def device(self) -> str:
         import torch
 
-        return self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        from trainers import models
+
+        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        models.dtype_on(device)  # refuses one that does not exist, also for what is computed without the model
+        return device
 
     @cached_property
     def dtype(self) -> str:

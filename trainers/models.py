@@ -89,11 +89,19 @@ def folder_of(name: str) -> Path:
 
 
 def dtype_on(device: str) -> str:
-    """What `load` makes of a model unless told otherwise: bfloat16 on a CUDA device that supports it, else float32."""
+    """What `load` makes of a model unless told otherwise: bfloat16 on a CUDA device that supports it, else float32.
+
+    Raises StudyError for a device that does not exist.
+    """
     import torch
 
-    bf16 = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
-    return "bfloat16" if bf16 else "float32"
+    try:
+        cuda = torch.device(device).type == "cuda"
+    except RuntimeError as error:
+        raise StudyError(f"there is no device '{device}': choose cpu, cuda or cuda:N") from error
+    if cuda and not torch.cuda.is_available():
+        raise StudyError(f"device '{device}' was asked for and torch {torch.__version__} finds none here: choose cpu")
+    return "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
 
 
 def load(name: str, *, device: str = "cpu", dtype: Any = None) -> Loaded:

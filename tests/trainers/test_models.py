@@ -131,6 +131,8 @@ def test_the_folder_of_a_model_holds_its_weights(cached, model_folder, offline):
 
 def test_on_a_processor_weights_are_float32(model_folder):
     assert models.dtype_on("cpu") == "float32"
+    with pytest.raises(StudyError, match="there is no device 'gpu': choose cpu, cuda"):
+        models.dtype_on("gpu")
     assert models.load(str(model_folder)).model.dtype == getattr(torch, models.dtype_on("cpu"))
 
 

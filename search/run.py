@@ -207,21 +207,21 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
 
     # Records lie here; what workers write lies where every node can reach it.
     shared = storage.join(config.storage, config.study_name) if storage.is_uri(config.storage) else str(folder)
+    print(f"{config.space} on {config.model}, task {config.task}; records in {folder}", flush=True)
+    cluster = pools.connect(config.ray_address, num_cpus=config.num_cpus)
+    plan = pools.plan(
+        cluster,
+        workers_per_trial=config.workers_per_trial,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=config.gpus_per_worker,
+        max_concurrent=config.max_concurrent,
+        trials=left,
+    )
     memory = PeakMemory()
     with (
         memory,
         Progress(config.trials, config.time_budget_seconds or None, done=list(records.finished.values())) as progress,
     ):
-        progress.message(f"{config.space} on {config.model}, task {config.task}; records in {folder}")
-        cluster = pools.connect(config.ray_address, num_cpus=config.num_cpus)
-        plan = pools.plan(
-            cluster,
-            workers_per_trial=config.workers_per_trial,
-            cpus_per_worker=config.cpus_per_worker,
-            gpus_per_worker=config.gpus_per_worker,
-            max_concurrent=config.max_concurrent,
-            trials=left,
-        )
         pool = pools.Pool(
             plan,
             study=records.header["id"],

@@ -80,6 +80,9 @@ class CpuWatch(threading.Thread):
                     continue
             return sum(self._last.values())
 
+    def __reduce__(self):  # Tune pickles its callbacks; the copy is never asked
+        return (CpuWatch, ())
+
     def stop(self) -> None:
         self._over.set()
         self.join()

@@ -6,7 +6,6 @@ Everything that can be known to be wrong before workers start is said before, in
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import sys
@@ -43,24 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    """The keys, and every space with the question it asks. Imports no space: their docstrings are read as text."""
+    """The keys, and every space with the question it asks."""
     lines = [help_text(), "", "spaces:"]
     for name in plugins.names("spaces"):
-        lines.append(f"  {name:<16}{_docstring(name).splitlines()[0]}")
+        lines.append(f"  {name:<16}{describe(name).splitlines()[0]}")
     return "\n".join(lines)
 
 
 def describe(space: str) -> str:
     """A space's data sheet. Raises StudyError for a space that does not exist."""
     return plugins.load("spaces", space, "space").__doc__ or ""
-
-
-def _docstring(space: str) -> str:
-    folder = Path(__file__).parent.parent / "spaces"
-    for stem in (space, f"{space}_"):
-        if (folder / f"{stem}.py").is_file():
-            return ast.get_docstring(ast.parse((folder / f"{stem}.py").read_text())) or ""
-    return ""
 
 
 def prepare(config: RunConfig) -> Problem:

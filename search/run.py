@@ -251,6 +251,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         finally:
             pool.close()
             pools.disconnect()
+            storage.delete_folder(storage.join(shared, ".ray"))  # Ray Train's own notes: a resume needs none of them
     seconds, gibibytes = time.monotonic() - began, memory.peak_bytes / 2**30
     print(
         f"{left} trainings asked for, {seconds / 60:.1f} minutes with start-up; "

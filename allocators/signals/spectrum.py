@@ -36,7 +36,7 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -45,6 +45,7 @@ import scipy.linalg
 import torch
 from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import blas, lapack
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
 from allocators.core.errors import StudyError, ToolkitWarning, did_you_mean, unknown
@@ -62,6 +63,9 @@ TRUSTED = 1000  # times δ: from here up fp32 is right to 1/1000
 RESOLVED = 20  # times δ: from here up it is right to 1/20: enough for bins that are not the fullest
 FLOOR = 1e-10  # times λ_max: below it a refined eigenvalue may be zero, which only fp64 throughout can tell
 SMALL = 128  # matrices up to this size cost nothing in fp64
+# Up to this size BLAS gets one thread. It makes thousands of short calls that wait for all threads; where another
+# process has one of the cores, two threads took 354 s for what one did in 5 (210 matrices, 576 and 1536 wide).
+ONE_THREAD = 2048
 
 Vector = NDArray[np.float64]
 Weights = str | Path | nn.Module
@@ -227,8 +231,18 @@ def _on_cuda(W: Tensor) -> Vector:
 
 
 def _on_cpu(W: Tensor) -> Vector:
-    """Through LAPACK itself: half the Gram matrix (syrk), and the tridiagonal form that the refinement needs."""
     A = W.cpu().numpy()
+    with _blas().limit(limits=1 if min(A.shape) <= ONE_THREAD else None, user_api="blas"):
+        return _through_lapack(A)
+
+
+@cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController()
+
+
+def _through_lapack(A: NDArray) -> Vector:
+    """Half the Gram matrix (syrk), and the tridiagonal form that the refinement needs."""
     if min(A.shape) > SMALL:
         form = _tridiagonal(_gram(A, blas.ssyrk))
         lam = lapack.ssterf(form.diagonal, form.beside)[0].astype(np.float64)

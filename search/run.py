@@ -270,7 +270,7 @@ def _signals(config: RunConfig, problem: Problem, pool: Any, folder: Path, progr
 
     signals: dict[str, Signal] = {}
     for kind in _needs(problem.space, problem.pins):
-        progress.message(f"measuring {kind} on {config.calibration_samples} training documents of {config.task}")
+        progress.message(f"measuring {kind}, or reading what was measured before")
         signals[kind] = Signal.from_json(pool.ask({"kind": "signal", "signal": kind})["signal"])
         (folder / "signals").mkdir(exist_ok=True)
         write_atomically(folder / "signals" / f"{kind}.json", canonical_json(signals[kind].to_json()))

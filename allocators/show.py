@@ -176,7 +176,7 @@ def _measured(kind: str, source: _Source) -> tuple[Signal, str]:
     took: list[float] = []
 
     def timed() -> Signal:
-        begun, loading = time.monotonic(), source.loading_seconds
+        begun, loading, source.seen = time.monotonic(), source.loading_seconds, 0
         with _bar(kind) as source.progress, warnings.catch_warnings(record=True) as raised:
             warnings.simplefilter("always", ToolkitWarning)
             signal = measure()
@@ -214,6 +214,7 @@ class _Source:
         self.samples, self.seed = config.samples, config.seed
         self.scratch = Path(config.cache)
         self.loading_seconds = 0.0
+        self.seen = 0
         self._device = config.device
 
     def folder(self) -> Path:
@@ -251,7 +252,13 @@ class _Source:
         begun = time.monotonic()
         loaded = models.load(self.name, device=self.device, dtype=self.dtype)
         self.loading_seconds = time.monotonic() - begun
+        loaded.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
         return loaded
+
+    def _count(self, module: Any, args: Any, kwargs: Any) -> None:
+        """Every document passes the base model once, whatever is measured: progress that no signal has to report."""
+        self.seen += len(kwargs["input_ids"])
+        self.progress(self.seen, min(self.samples, self.task.num_training), "documents")
 
     @property
     def model(self) -> Any:

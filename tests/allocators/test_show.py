@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocators import _views as views
-from allocators import lora_smoe, show, sieve
+from allocators import lora_smoe, show, sieve, signals
 from allocators.core import plugins
 from allocators.core.layers import layer_values
 from allocators.core.shapes import shape_of
 from allocators.core.types import ExpertCounts, ExpertSelection, ModelShape, ModuleShape, Signal
 from allocators.signals.cache import cached
 from tests.allocators.models import dense_shape, moe_shape, routing
+from trainers import models
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {"model_type": "olmoe", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3, "num_experts": 8}
@@ -499,3 +500,16 @@ def test_end_to_end_on_the_embedded_model(tmp_path):
     table = [line for line in first.stdout.splitlines() if line.startswith("│")]
     assert table == [line for line in second.stdout.splitlines() if line.startswith("│")]
     assert any("sieve" in line for line in table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["routing", "sensitivity"])
+def test_progress_counts_documents(tmp_path, kind):
+    config = show.ShowConfig(samples=20, cache=str(tmp_path))
+    source = show._Source(config, shape_of(models.config_of("tiny-moe"), name="tiny-moe"))
+    told = []
+    source.progress = lambda *what: told.append(what)
+    signals.plan(kind, source)[1]()
+    assert {(total, what) for _, total, what in told} == {(20, "documents")}
+    done = [done for done, _, _ in told]
+    assert (done, done[-1]) == (sorted(set(done)), 20)

@@ -219,7 +219,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             storage=storage.join(shared, ".ray"),
             setup={
                 "namespace": pools.NAMESPACE,
-                "model": _located(config.model, models.EMBEDDED),
+                "model": _located(config.model, {**models.EMBEDDED, **models.PACKAGED}),
                 "task": _located(config.task, tasks.EMBEDDED),
                 "limit": config.limit,
                 "seed": config.seed,

@@ -168,7 +168,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     """Rate of step 0, 1, ...: linear warm-up over `warmup_ratio` of the steps, then the schedule, ending near zero."""
     warmup = round(recipe.warmup_ratio * steps)
     if step < warmup:
-        return recipe.learning_rate * (step + 1) / warmup
+        return recipe.learning_rate * ((step + 1) / warmup)  # in this order: never above the rate by a rounding
     progress = (step - warmup) / max(1, steps - warmup)
     match recipe.schedule:
         case "cosine":

@@ -78,6 +78,7 @@ def plan(source: Source, *, score: Score = "sum_sq_grad") -> Plan:
     provenance = {
         "model": source.name,
         "weights": source.identity,
+        "dtype": source.dtype,
         "task": source.task_name,
         "datasets": [{"task": source.task_name, "data": source.task.data_hash}],
         "score": score,

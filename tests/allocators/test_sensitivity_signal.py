@@ -365,9 +365,16 @@ def test_plan_names_everything_the_numbers_depend_on():
     model = tiny.model("llama")
     task = SimpleNamespace(data_hash="abc", num_training=len(ROWS), training_rows=lambda tokenizer, max_length: ROWS)
     source = SimpleNamespace(
-        name="tiny", dtype="float32", identity="sha", model=model, tokenizer=SimpleNamespace(pad_token_id=0), task_name="t", task=task,
-        samples=4, seed=1,
-    )  # fmt: skip
+        name="tiny",
+        dtype="float32",
+        identity="sha",
+        model=model,
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        task_name="t",
+        task=task,
+        samples=4,
+        seed=1,
+    )
     provenance, run = sensitivity.plan(source)
     signal = run()
     assert dict(signal.provenance) == provenance

@@ -18,6 +18,9 @@ Knobs
 
 Starting points, all at T = 5 a layer (or nearest) with the study's recipe: uniform, random, MoLA-2468, alphalora with
 hill and β = 2.5, sensitivity with β = 0.5, lora_smoe S at retention 0.6 with 8 experts a block.
+
+Measured with the first command on two CPU cores, both signals included: 16 trials in 4.3 minutes, 3.8 GiB at peak. One
+seed: at T = 40 uniform .970, sensitivity .950, random .887 ± .02; lora_smoe .903 at six tenths of the parameters.
 """
 
 from __future__ import annotations

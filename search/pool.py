@@ -47,7 +47,6 @@ class Board:
         self.attempts: collections.Counter[str] = collections.Counter()
         self.cancelled: set[str] = set()
         self.alive = set(range(groups))
-        self.ready: dict[int, dict] = {}
         self.reason = ""
 
     async def submit(self, job_id: str, job: dict) -> None:
@@ -83,12 +82,6 @@ class Board:
 
     async def cancel(self, job_id: str) -> None:
         self.cancelled.add(job_id)
-
-    async def is_ready(self, group: int, facts: dict) -> None:
-        self.ready[group] = facts
-
-    async def facts(self) -> dict[int, dict]:
-        return self.ready
 
     async def lost(self, group: int, reason: str) -> None:
         """A group ended for good. When it was the last one, everything that waits is given up."""
@@ -240,10 +233,6 @@ class Pool:
         if "error" in answer:
             raise StudyError(answer["error"])
         return answer
-
-    def facts(self) -> dict[int, dict]:
-        """What each group that has started says of itself: device, versions, process ids."""
-        return ray.get(self.board.facts.remote())
 
     def close(self, *, patience: float = 10.0) -> None:
         """Lets the groups end after their current job."""

@@ -116,7 +116,8 @@ def train(
     """
     device = torch.device(device)
     try:
-        return _attempt(model, adapter, task, recipe, seed, tokenizer, device, evaluations, checkpoint, on_rung)
+        with _own_random_state(device):
+            return _Run(model, adapter, task, recipe, seed, tokenizer, device, evaluations, checkpoint).go(on_rung)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
             raise
@@ -133,22 +134,6 @@ def train(
         f"out of memory on {device} with micro_batch_size {recipe.micro_batch_size} and max_length "
         f"{recipe.max_length}: try less of either ({reason})"
     )
-
-
-def _attempt(
-    model: nn.Module,
-    adapter: Any,
-    task: Task,
-    recipe: Recipe,
-    seed: int,
-    tokenizer: Any,
-    device: torch.device,
-    evaluations: int,
-    checkpoint: storage.Location | None,
-    on_rung: Callable[[Rung], bool],
-) -> Result:
-    with _own_random_state(device):
-        return _Run(model, adapter, task, recipe, seed, tokenizer, device, evaluations, checkpoint).go(on_rung)
 
 
 # --- the plan of a run: pure functions of recipe and seed -------------------------------------------------------------

@@ -131,7 +131,6 @@ class Bench:
 def serve(config: dict[str, Any]) -> None:
     """The loop of one worker. Rank 0 takes jobs from the board and tells the others."""
     import ray
-    import torch
     import torch.distributed as dist
     from ray.train import get_context
     from ray.train.torch import get_device
@@ -155,8 +154,6 @@ def serve(config: dict[str, Any]) -> None:
         if leads:
             ray.get(board.lost.remote(group, message))
         return
-    if leads:
-        ray.get(board.is_ready.remote(group, {"versions": bench.versions, "pid": os.getpid()}))
     while (job := shared(ray.get(board.take.remote(group)) if leads else None)) is not None:
         job_id, work = job
 
@@ -180,9 +177,6 @@ def serve(config: dict[str, Any]) -> None:
             trial = Trial.from_json(json.loads(work["trial"]))
             outcome = bench.train(trial, work["trainable_params"], report=on_rung, leads=leads)
             send({"done": True, "outcome": json.dumps(outcome.to_json())})
-    del bench
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _device_name(device: Any) -> str:

@@ -31,10 +31,6 @@ class BudgetError(TrialError):
     """The allocation exists but has more trainable parameters than `max_trainable_params`."""
 
 
-class DivergedError(TrialError):
-    """The loss became NaN or exploded; there is no accuracy to report."""
-
-
 class OutOfMemoryError(TrialError):
     """The device ran out of memory while this point trained."""
 

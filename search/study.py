@@ -46,6 +46,8 @@ class Run:
         self._deadline = deadline
         self._keep = keep
         self._proposals: dict[str, Proposal] = {}
+        for digest in records.finished:  # a driver that was killed may have recorded an end and not cleaned up
+            self._drop_checkpoint(digest)
         known = [(outcome, records.params_of(digest)) for digest, outcome in records.finished.items()]
         unfinished = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
         self._proposer = Proposer(
@@ -80,7 +82,7 @@ class Run:
     def finished(self, outcome: Outcome) -> None:
         proposal = self._proposals.pop(outcome.digest)
         self._records.append_finished(outcome, proposal.params)
-        storage.delete_folder(storage.join(self._checkpoints, outcome.digest))
+        self._drop_checkpoint(outcome.digest)
         self._proposer.tell(outcome)
         self._tracker.finished(outcome)
         self._progress.finished(outcome)
@@ -94,6 +96,9 @@ class Run:
     def _on_answered(self, point: Answered) -> None:
         self._records.append_answered(point.params, reason=point.reason, digest=point.digest, message=point.message)
         self._progress.answered(point.reason, point.message)
+
+    def _drop_checkpoint(self, digest: str) -> None:
+        storage.delete_folder(storage.join(self._checkpoints, digest))
 
     def _drop_adapters(self) -> None:
         """Deletes adapters of points that are no longer on the front: on a real model each is hundreds of megabytes."""

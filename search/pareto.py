@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from allocators.core.types import Outcome, digest_of
+from allocators.core.types import Outcome, Trial, digest_of
 
 
 class Point(Protocol):
@@ -96,14 +96,19 @@ def human(count: float) -> str:
 class Candidate:
     """All runs of one point: same allocation, recipe, model and task, different seeds.
 
-    accuracy   mean over the seeds that ran to the end; None where none did
-    stderr     standard error of that accuracy, from the evaluation's own (the last rung's `stderr`) and from the
-               spread over seeds where there are several; None where neither is known
+    accuracy         mean over the seeds that ran to the end; None where none did
+    stderr           standard error of that accuracy, from the evaluation's own and from the spread over seeds where
+                     there are several; None where neither is known
+    spread           standard deviation over the seeds; None for fewer than two
+    question_error   standard error of the evaluation alone (the largest `stderr` of a last rung): more seeds do not
+                     lower it, as all answer the same questions
     """
 
     runs: tuple[Outcome, ...]
     accuracy: float | None
     stderr: float | None
+    spread: float | None = None
+    question_error: float | None = None
 
     @property
     def trainable_params(self) -> int:
@@ -119,6 +124,16 @@ class Candidate:
         return max(self.complete or self.runs, key=lambda run: run.accuracy or 0.0)
 
 
+def point_of(trial: Trial) -> str:
+    """Digest of all but the seed: the trials of one point share it.
+
+    Where every seed draws its own random experts (`draw=each`), the rule is the point and not what it drew.
+    """
+    data = trial.to_json()
+    what = ("allocator", "knobs") if trial.knobs.get("draw") == "each" else ("allocation",)
+    return digest_of({key: data[key] for key in (*what, "recipe", "model", "task")})
+
+
 def candidates(outcomes: Iterable[Outcome]) -> list[Candidate]:
     """Groups outcomes that differ in the seed only, in order of appearance.
 
@@ -126,12 +141,8 @@ def candidates(outcomes: Iterable[Outcome]) -> list[Candidate]:
     """
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        point = {key: value for key, value in outcome.trial.to_json().items() if key in _POINT}
-        groups.setdefault(digest_of(point), []).append(outcome)
+        groups.setdefault(point_of(outcome.trial), []).append(outcome)
     return [_candidate(tuple(runs)) for runs in groups.values()]
-
-
-_POINT = ("allocation", "recipe", "model", "task")
 
 
 def _candidate(runs: tuple[Outcome, ...]) -> Candidate:
@@ -139,8 +150,9 @@ def _candidate(runs: tuple[Outcome, ...]) -> Candidate:
     if not complete:
         return Candidate(runs, None, None)
     accuracies = [run.accuracy or 0.0 for run in complete]
-    questions = [run.rungs[-1].get("stderr") for run in complete if run.rungs]
-    variances = [max(e for e in questions if e is not None) ** 2] if any(e is not None for e in questions) else []
-    if len(accuracies) > 1:
-        variances.append(statistics.variance(accuracies) / len(accuracies))
-    return Candidate(runs, statistics.fmean(accuracies), math.sqrt(sum(variances)) if variances else None)
+    errors = [run.rungs[-1]["stderr"] for run in complete if run.rungs and run.rungs[-1].get("stderr") is not None]
+    question_error = max(errors, default=None)
+    spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
+    parts = [] if question_error is None else [question_error]
+    parts += [] if spread is None else [spread / math.sqrt(len(accuracies))]
+    return Candidate(runs, statistics.fmean(accuracies), math.hypot(*parts) if parts else None, spread, question_error)

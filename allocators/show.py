@@ -33,7 +33,6 @@ from allocators._views import Row, Shown
 from allocators.core import plugins
 from allocators.core.errors import InfeasibleError, StudyError, ToolkitError, ToolkitWarning, did_you_mean, unknown
 from allocators.core.layers import total_or_default
-from allocators.core.shapes import shape_of
 from allocators.core.types import ModelShape, Signal
 
 
@@ -48,6 +47,10 @@ class ShowConfig:
     model: str = _key(
         "", "embedded or packaged name, folder or Hugging Face id (empty: the signal's model, or tiny-moe)"
     )
+    dtype: str = _key("auto", "of the model that signals are measured on, and the next three: as in a study")
+    attn: str = _key("auto", "implementation of attention")
+    quantization: str = _key("", "nf4 or int8 for linear layers (empty: none)")
+    trust_remote_code: bool = _key(False, "run Python code from the model's repository: it gets all your rights")
     task: str = _key("default", "whose training documents signals are measured on")
     allocator: str = _key("", "which ones, comma-separated (empty: all that fit the model)")
     rank: int = _key(8, "LoRA rank that parameters are counted at")
@@ -99,6 +102,10 @@ def parse(words: Sequence[str]) -> tuple[ShowConfig, dict[str, Any]]:
             if not value.isdecimal() or (key != "seed" and int(value) < 1):
                 raise StudyError(f"{key} must be a whole number of at least {int(key != 'seed')}, got '{value}'")
             given[key] = int(value)
+        elif kinds[key] is bool:
+            if value not in ("true", "false"):
+                raise StudyError(f"{key} must be true or false, got '{value}'")
+            given[key] = value == "true"
         else:
             given[key] = value
     return ShowConfig(**given), knobs
@@ -112,7 +119,8 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
         plugins.add(plugin)
     signals, origins = _read(_list(config.signal))
     model = config.model or _model_of(signals) or "tiny-moe"
-    shape = shape_of(models.config_of(model), name=model)
+    models.check_options(dtype=config.dtype, attn=config.attn, quantization=config.quantization)
+    shape = models.shape_of(model, trust_remote_code=config.trust_remote_code)
 
     names = _list(config.allocator) or [
         name
@@ -216,6 +224,7 @@ class _Source:
         self.loading_seconds = 0.0
         self.seen = 0
         self._device = config.device
+        self._options = {key: getattr(config, key) for key in ("dtype", "attn", "quantization", "trust_remote_code")}
 
     def folder(self) -> Path:
         from trainers import models
@@ -242,15 +251,19 @@ class _Source:
     def dtype(self) -> str:
         from trainers import models
 
-        return models.dtype_on(self.device)
+        numbers = {key: self._options[key] for key in ("dtype", "attn", "quantization")}
+        return models.numbers_of(self.device, **numbers)
 
     @cached_property
     def _loaded(self) -> Any:
         from trainers import models
 
+        told = {key: self._options[key] for key in ("quantization", "trust_remote_code")}
+        for line in models.remarks(self.name, self.shape, **told):
+            _say(f"note: {line}")
         _say(f"loading {self.name} …")
         begun = time.monotonic()
-        loaded = models.load(self.name, device=self.device, dtype=self.dtype)
+        loaded = models.load(self.name, device=self.device, **self._options)
         self.loading_seconds = time.monotonic() - begun
         loaded.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
         return loaded

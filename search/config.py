@@ -20,6 +20,7 @@ from typing import Any
 
 from allocators.core.errors import StudyError, did_you_mean, unknown
 from allocators.core.types import Recipe
+from trainers import models
 
 SAMPLERS = ("tpe", "nsga2", "random")
 
@@ -34,6 +35,17 @@ class RunConfig:
 
     space: str = _key("sieve", "which search space: a file in spaces/ (its docstring says what it asks)")
     model: str = _key("tiny-moe", "embedded name, local folder or Hugging Face id")
+    dtype: str = _key(
+        "auto", f"of the model: {', '.join(models.DTYPES)} (auto: bfloat16 on a GPU that has it, else float32)"
+    )
+    attn: str = _key("auto", f"attention: {', '.join(models.ATTENTION)} (auto: as transformers chooses)")
+    gradient_checkpointing: bool = _key(
+        False, "run layers again in the backward pass: same losses, less memory, slower"
+    )
+    quantization: str = _key(
+        "", f"of the frozen base's linear layers: {' or '.join(models.QUANTIZATION)}, by bitsandbytes (empty: none)"
+    )
+    trust_remote_code: bool = _key(False, "run Python code from the model's repository: it gets all your rights")
     task: str = _key("default", "lm-evaluation-harness task, task file (.yaml) or embedded task")
     trials: int = _key(16, "trainings to run; points answered without training do not count")
     time_budget: str = _key("", "stop starting trials after this long: 90s, 10m, 2h (empty: no limit)")
@@ -95,6 +107,7 @@ class RunConfig:
             "plugins",
             "recipe",
             "pins",
+            *("dtype", "attn", "quantization", "trust_remote_code"),  # gradient checkpointing gives the same losses
         )
         return {key: getattr(self, key) for key in keys}
 
@@ -207,6 +220,7 @@ def check(config: RunConfig) -> None:
             raise StudyError(f"{key} must be at least {minimum}, got {getattr(config, key)}")
     if config.sampler not in SAMPLERS:
         raise unknown("sampler", config.sampler, SAMPLERS)
+    models.check_options(dtype=config.dtype, attn=config.attn, quantization=config.quantization)
     if config.keep not in ("front", "all"):
         raise StudyError(f"keep must be front or all, got '{config.keep}'")
     if config.gpus_per_worker < 0 and config.gpus_per_worker != -1:

@@ -35,6 +35,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 from allocators.core.errors import StudyError, ToolkitError
@@ -163,12 +164,14 @@ class Study(Records):
         identity: Mapping[str, Any],
         shape: ModelShape,
         command: str = "",
+        defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> Self:
         """Locks the folder, checks that it is the same study, reads what is there.
 
         config     the whole RunConfig as plain JSON; the latest one is kept
         identity   the part that results depend on (space, model, task, recipe, seed, ...)
         command    what the user typed, for the report
+        defaults   of the identity's keys: a folder that an earlier version made lacks those that came later
 
         Passwords and keys are taken out of all three before they are written.
 
@@ -183,7 +186,7 @@ class Study(Records):
                 f"study folder {folder} cannot be written ({error.strerror}): choose another with storage=FOLDER"
             ) from None
         try:
-            return cls._open_locked(folder, descriptor, config, identity, shape, command)
+            return cls._open_locked(folder, descriptor, config, identity, shape, command, defaults)
         except BaseException:
             os.close(descriptor)
             raise
@@ -197,6 +200,7 @@ class Study(Records):
         identity: Mapping[str, Any],
         shape: ModelShape,
         command: str,
+        defaults: Mapping[str, Any],
     ) -> Self:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,7 +214,7 @@ class Study(Records):
         asked |= {"shape": shape.to_json(), "versions": versions()}
         if (folder / HEADER).exists():
             old = _read_header(folder)
-            _refuse_another_study(folder, old["identity"], asked["identity"])
+            _refuse_another_study(folder, {**defaults, **old["identity"]}, asked["identity"])
             header = old | asked | {"resumed": [*old["resumed"], now]}
         elif os.fstat(descriptor).st_size:
             raise StudyError(

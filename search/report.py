@@ -33,6 +33,7 @@ from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe
 from search.pareto import Candidate, candidates, front, human, knee
 from search.progress import accuracy_text, front_table, number, point, varying
 from search.records import Records, flattened, read, write_atomically
+from trainers import models
 
 BASELINES = ("random", "uniform")  # what an allocation has to beat at equal parameters
 GREYS = {"none": "#b8b8b8", "all": "#555555", "random": "#888888", "uniform": "#9a8f80"}
@@ -141,15 +142,17 @@ def show(folder: str | Path, *, console: Console | None = None) -> None:
         console.print(Text(sentence), soft_wrap=True)
     for candidate in report.front[-1:]:
         if where := report.adapter_folder(candidate.best):
-            console.print(Text(f"\nTo load the most accurate one:\n{load_code(candidate.best.trial.model, where)}"))
+            code = load_code(candidate.best.trial.model, where, settings=report.records.header["config"])
+            console.print(Text(f"\nTo load the most accurate one:\n{code}"))
     console.print(Text(f"\nReport: {report.records.folder / 'report.html'}"), soft_wrap=True)
 
 
-def load_code(model: str, adapter: str) -> str:
-    """The lines of Python that put a trained adapter on its model."""
+def load_code(model: str, adapter: str, *, settings: Mapping[str, Any]) -> str:
+    """The lines of Python that put a trained adapter on its model, loaded with the study's `settings`."""
+    arguments = "".join(f", {key}={value!r}" for key, value in models.load_arguments(settings).items())
     return (
         f"from trainers import adapter, models\n"
-        f"model = models.load({json.dumps(model)}).model\n"
+        f"model = models.load({json.dumps(model)}{arguments}).model\n"
         f"adapter.load(model, {json.dumps(adapter)})"
     )
 
@@ -506,7 +509,7 @@ def _point(report: Report, candidate: Candidate) -> dict[str, Any]:
         "knee": candidate is report.knee,
         "experts": best.trial.allocation.total_experts,
         "cells": _cells(report, best),
-        "load": load_code(best.trial.model, where) if where else "",
+        "load": load_code(best.trial.model, where, settings=report.records.header["config"]) if where else "",
         "runs": [
             {
                 "seed": run.trial.seed,

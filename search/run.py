@@ -18,7 +18,6 @@ from typing import Any
 
 from allocators.core import plugins
 from allocators.core.errors import ToolkitError
-from allocators.core.shapes import shape_of
 from allocators.core.types import Signal, canonical_json
 from search.config import RunConfig, help_text, parse
 from search.trial import Problem, check_budget, check_pins, corners, load_space, placeholder
@@ -64,7 +63,7 @@ def prepare(config: RunConfig) -> Problem:
 
     for plugin in config.plugins:
         plugins.add(plugin)
-    shape = shape_of(models.config_of(config.model), name=config.model)
+    shape = models.shape_of(config.model, trust_remote_code=config.trust_remote_code)
     space = load_space(config.space, shape)
     task = tasks.check_task(config.task)
     problem = Problem(
@@ -155,7 +154,12 @@ def study(config: RunConfig, problem: Problem) -> int:
 
     folder = _folder(config)
     with Study.open(
-        folder, config=config.to_json(), identity=config.identity(), shape=problem.shape, command=config.command()
+        folder,
+        config=config.to_json(),
+        identity=config.identity(),
+        defaults=RunConfig().identity(),
+        shape=problem.shape,
+        command=config.command(),
     ) as records:
         tracker = Tracker.open(
             config.tracking_uri or None,
@@ -196,6 +200,11 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
     from search.usage import PeakMemory
     from trainers import models, tasks
 
+    models.check_packages(attn=config.attn, quantization=config.quantization)
+    for line in models.remarks(
+        config.model, problem.shape, quantization=config.quantization, trust_remote_code=config.trust_remote_code
+    ):
+        print(f"note: {line}", file=sys.stderr)
     # Records lie here; what workers write lies where every node can reach it.
     shared = storage.join(config.storage, config.study_name) if storage.is_uri(config.storage) else str(folder)
     print(f"{config.space} on {config.model}, task {config.task}; records in {folder}", flush=True)
@@ -220,6 +229,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             setup={
                 "namespace": pools.NAMESPACE,
                 "model": _located(config.model, {**models.EMBEDDED, **models.PACKAGED}),
+                "options": {key: getattr(config, key) for key in models.OPTIONS},
                 "task": _located(config.task, tasks.EMBEDDED),
                 "limit": config.limit,
                 "seed": config.seed,

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
-from allocators.core.shapes import shape_of
 from allocators.core.types import Outcome, Trial
 from trainers.versions import versions
 
@@ -37,15 +36,17 @@ class Bench:
 
         torch.set_num_threads(setup["cpus_per_worker"])
         self.setup = setup
-        self.device, self.dtype = device, models.dtype_on(str(device))
-        loaded = models.load(setup["model"], device=str(device), dtype=self.dtype)
-        self.name, self.identity = setup["model"], loaded.identity
+        self.device = device
+        loaded = models.load(setup["model"], device=str(device), **setup["options"])
+        self.name, self.identity, self.dtype = setup["model"], loaded.identity, loaded.numbers
         self.folder, self.scratch = partial(models.folder_of, self.name), Path(setup["signals"])
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.task_name, self.task = setup["task"], tasks.load_task(setup["task"], limit=setup["limit"] or None)
         self.samples, self.seed = setup["calibration_samples"], setup["seed"]
-        self.shape = shape_of(self.model.config, name=self.name)
-        self.versions = versions(device=_device_name(device), model=self.identity, data=self.task.data_hash)
+        self.shape = models.shape_of_model(self.model, name=self.name)
+        self.versions = versions(
+            device=_device_name(device), model=self.identity, numbers=self.dtype, data=self.task.data_hash
+        )
 
     def progress(self, done: int, total: int, what: str) -> None:
         """Nobody watches a worker's terminal."""
@@ -123,7 +124,8 @@ class Bench:
         record = outcome.to_json()
         facts = {key: record[key] for key in ("trial", "accuracy", "trainable_params", "tokens", "seconds", "versions")}
         with tempfile.TemporaryDirectory() as folder:
-            adapters.save(adapter, Path(folder), metadata=facts | {"base_model": self.setup["model"]})
+            base = {"base_model": self.setup["model"], "options": self.setup["options"]}
+            adapters.save(adapter, Path(folder), metadata=facts | base)
             storage.put_folder(Path(folder), target)
         return target
 

@@ -103,6 +103,7 @@ def make_trials(count: int) -> list[tuple[Any, int]]:
 def setup(folder: Path) -> dict[str, Any]:
     return {
         "model": "tiny-moe",
+        "options": {},
         "task": "default",
         "limit": 8,
         "seed": 0,

@@ -37,6 +37,13 @@ def test_words_become_typed_values_in_their_group():
         (["time_budget=soon"], "time_budget must look like 90s, 10m or 2h, got 'soon'"),
         (["config=nowhere.yaml"], "config=nowhere.yaml: there is no such file"),
         (["keep=none"], "keep must be front or all, got 'none'"),
+        (
+            ["dtype=bf16"],
+            "unknown dtype 'bf16': choose from auto, bfloat16, float16, float32; did you mean 'bfloat16'?",
+        ),
+        (["attn=flash_attention2"], "did you mean 'flash_attention_2'?"),
+        (["quantization=nf5"], "unknown quantization 'nf5': choose from int8, nf4; did you mean 'nf4'?"),
+        (["gradient_checkpointing=perhaps"], "gradient_checkpointing: "),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_is_possible(words, said):
@@ -67,6 +74,14 @@ def test_the_command_of_a_study_parses_back_to_the_same_study():
     config = parse(words)
     again = parse([word.strip("'") for word in config.command().split()[3:]])
     assert again == config
+
+
+def test_what_changes_results_makes_another_study_and_what_does_not_goes_on():
+    same, default = parse(["gradient_checkpointing=true", "trials=40"]), RunConfig().identity()
+    assert same.identity() == default
+    for word in ("dtype=float16", "attn=eager", "quantization=nf4", "trust_remote_code=true", "model=tiny-dense"):
+        key = word.partition("=")[0]
+        assert {k for k, v in parse([word]).identity().items() if v != default[k]} == {key}
 
 
 def test_help_names_every_key_with_its_meaning():

@@ -172,6 +172,15 @@ def test_another_identity_is_refused_with_the_changed_keys(tmp_path):
     assert len(header["resumed"]) == 1
 
 
+def test_a_key_that_an_older_study_did_not_know_had_its_default(tmp_path):
+    open_study(tmp_path).close()
+    defaults = {"dtype": "auto", "seed": 5}
+    open_study(tmp_path, identity=IDENTITY | {"dtype": "auto"}, defaults=defaults).close()
+    assert read(tmp_path).header["identity"]["dtype"] == "auto"
+    with pytest.raises(StudyError, match=r"other settings: dtype \(auto -> float16\);"):
+        open_study(tmp_path, identity=IDENTITY | {"dtype": "float16"}, defaults=defaults)
+
+
 def test_identity_may_hold_tuples(tmp_path):
     for _ in range(2):
         open_study(tmp_path, identity={"ranks": (4, 8)}).close()

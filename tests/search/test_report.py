@@ -196,6 +196,8 @@ def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path):
         f'adapter.load(model, "{tmp_path}/adapters/{best.digest}")',
     ]
     assert loads[other.digest] == ""
+    other_settings = {"dtype": "auto", "quantization": "nf4", "gradient_checkpointing": True, "seed": 3}
+    assert "models.load(\"m\", quantization='nf4').model" in module.load_code("m", "a", settings=other_settings)
     assert '"s3://bucket/adapters/x"' in loads[remote.digest]
     out = Console(file=io.StringIO(), width=140)
     show(tmp_path, console=out)

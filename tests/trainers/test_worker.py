@@ -17,6 +17,7 @@ def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worker")
     setup = {
         "model": "tiny-moe",
+        "options": {},
         "task": "tiny_cipher",
         "limit": 16,
         "seed": 0,

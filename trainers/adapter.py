@@ -8,6 +8,10 @@
 
     adapter = load(model, "best")                                                # later, on the same base
 
+    adapters = Adapters(model, {"small": "knee", "large": "best"})               # several on one base, one at a time
+    adapters.set_adapter("large")
+    adapters.set_adapter(None)                                                   # the base itself, bit for bit
+
 An MoE base takes an `ExpertSelection` (`trainers/expert_lora.py`), a dense base takes `ExpertCounts`
 (`trainers/lora_moe.py`). Both build on the `Adapter` below: it holds the trainable tensors, which never become part of
 the model (its `state_dict` stays that of the base), and the list of things to undo.
@@ -24,6 +28,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from allocators.core.errors import StudyError, TrialError
+from allocators.core.errors import StudyError, TrialError, unknown
 from allocators.core.types import (
     Allocation,
     ExpertCounts,
@@ -40,6 +45,7 @@ from allocators.core.types import (
     ModuleShape,
     allocation_from_json,
 )
+from trainers import storage
 
 FORMAT = 1  # of adapter.json
 _WEIGHTS, _CONFIG = "adapter.safetensors", "adapter.json"
@@ -109,8 +115,7 @@ class Adapter(ABC):
         **settings: Any,
     ) -> None:
         allocation.check(shape)
-        if getattr(model, "lora_adapter", None) is not None:
-            raise StudyError(f"{shape.name} carries an adapter already: call its detach() or merge() first")
+        _refuse_second(model, shape.name)
         self.model: Any = model
         self.allocation = allocation
         self.shape = shape
@@ -120,8 +125,9 @@ class Adapter(ABC):
         self.settings = {"rank": rank, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, **settings}
         self.fingerprint = fingerprint(model)
         self._tensors: dict[str, nn.Parameter] = {}
-        self._undo: list[Callable[[], None]] = []
-        self._freeze()
+        self._puts: list[Callable[[], Callable[[], Any]]] = []
+        self._undo: list[Callable[[], Any]] = []
+        self._put(self._freeze)
 
     @property
     def scale(self) -> float:
@@ -130,15 +136,26 @@ class Adapter(ABC):
 
     # --- for subclasses ---
 
-    def _freeze(self) -> None:
+    def _freeze(self) -> Callable[[], None]:
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
-        self._on_detach(lambda: [parameter.requires_grad_(True) for parameter in trainable])
         self.model.lora_adapter = self
-        self._on_detach(lambda: delattr(self.model, "lora_adapter"))
+
+        def undo() -> None:
+            delattr(self.model, "lora_adapter")
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+
+        return undo
+
+    def _put(self, put: Callable[[], Callable[[], Any]]) -> None:
+        """Puts something into the model, now and at every `reattach`; `put` returns what takes it out again."""
+        self._puts.append(put)
+        self._undo.append(put())
 
     def _on_detach(self, undo: Callable[[], Any]) -> None:
+        """For what is there until the first detach only."""
         self._undo.append(undo)
 
     def _add(self, name: str, value: Tensor, *, device: torch.device) -> nn.Parameter:
@@ -159,11 +176,21 @@ class Adapter(ABC):
                 x = F.dropout(args[0], self.lora_dropout, linear.training)
                 return add_lora(out, x, a_RI, b_OR, scale=self.scale)
 
-            self._on_detach(module.register_forward_hook(hook).remove)
+            self._put(lambda: module.register_forward_hook(hook).remove)
         else:
             # An instance attribute hides the parameter from the router's forward, and from nothing else.
-            vars(module)["weight"] = _RouterWeight(module, weight, a_RI, b_OR, self.scale, self.lora_dropout)
-            self._on_detach(lambda: vars(module).pop("weight"))
+            self._put_attribute(
+                module, "weight", _RouterWeight(module, weight, a_RI, b_OR, self.scale, self.lora_dropout)
+            )
+
+    def _put_attribute(self, module: nn.Module, name: str, value: Any) -> None:
+        """An attribute of one module alone, which is no submodule or parameter and so not in the state_dict."""
+
+        def put() -> Callable[[], Any]:
+            vars(module)[name] = value
+            return lambda: vars(module).pop(name)
+
+        self._put(put)
 
     def _merge_linear_lora(self, module: Any, spec: ModuleShape) -> None:
         """W += (lora_alpha/r)·B·A, summed in fp32. Call it after the hooks are gone."""
@@ -230,9 +257,29 @@ class Adapter(ABC):
         while self._undo:
             self._undo.pop()()
 
-    @abstractmethod
+    def reattach(self) -> None:
+        """Puts a detached adapter back with the values it has: hooks only, nothing is loaded, copied or drawn.
+
+        Raises StudyError where the model carries an adapter, or this one was merged into it.
+        """
+        _refuse_second(self.model, self.shape.name)
+        if not self._puts:
+            raise StudyError(
+                f"this adapter was merged into {self.shape.name}: load that base model and the adapter again"
+            )
+        with self.detached_on_error():
+            for put in self._puts:
+                self._undo.append(put())
+
     def merge(self) -> None:
-        """Adds the deltas to the base weights and detaches: what stays is a plain model."""
+        """Adds the deltas to the base weights and detaches for good: what stays is a plain model."""
+        self.detach()
+        self._puts.clear()
+        self._merge()
+
+    @abstractmethod
+    def _merge(self) -> None:
+        """Adds the deltas to the weights of the base, which is as it was before `attach`."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,6 +351,11 @@ class _RouterWeight:
 # The base model
 
 
+def _refuse_second(model: nn.Module, name: str) -> None:
+    if getattr(model, "lora_adapter", None) is not None:
+        raise StudyError(f"{name} carries an adapter already: call its detach() or merge() first")
+
+
 def module_at(model: nn.Module, path: str, *, name: str) -> Any:
     """The submodule at a dotted path. Raises StudyError where the model has none."""
     try:
@@ -366,30 +418,71 @@ def save(adapter: Adapter, folder: str | os.PathLike, *, metadata: Mapping[str, 
         ) from error
 
 
-def load(model: nn.Module, folder: str | os.PathLike) -> Adapter:
-    """Attaches a saved adapter to `model`, which must be the base it was trained on.
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds that `save` wrote: the contents of adapter.json, and the weights by name."""
 
-    Raises StudyError where the folder holds no adapter, or the base is of another family, size or training.
+    folder: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+
+    @property
+    def allocation(self) -> Allocation:
+        return allocation_from_json(self.config["allocation"])
+
+    @property
+    def shape(self) -> ModelShape:
+        return ModelShape.from_json(self.config["shape"])
+
+    @property
+    def scale(self) -> float:
+        """lora_alpha / rank."""
+        return self.config["settings"]["lora_alpha"] / self.config["settings"]["rank"]
+
+
+def read(folder: str | os.PathLike) -> Saved:
+    """What a folder (a path or a URI) holds; needs no model.
+
+    Raises StudyError where it holds no adapter, a damaged one, or not as many weights as its allocation has.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(folder)
-    try:
-        config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
-        weights = load_file(path / _WEIGHTS)
-    except FileNotFoundError as error:
-        raise StudyError(f"no adapter in {path}: expected {_CONFIG} and {_WEIGHTS} there") from error
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise StudyError(f"the adapter in {path} is damaged: {error}; save it again") from error
+    with storage.reading_folder(folder) as path:
+        try:
+            config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+            weights = load_file(path / _WEIGHTS)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StudyError(f"no adapter in {folder}: expected {_CONFIG} and {_WEIGHTS} there") from error
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise StudyError(f"the adapter in {folder} is damaged: {error}; save it again") from error
     if config["format"] != FORMAT:
-        raise StudyError(f"{path / _CONFIG} has format {config['format']}, this version reads {FORMAT}")
-    shape, base = ModelShape.from_json(config["shape"]), config["base"]
+        raise StudyError(f"{folder}/{_CONFIG} has format {config['format']}, this version reads {FORMAT}")
+    saved = Saved(str(folder), config, weights)
+    held = sum(tensor.numel() for tensor in weights.values())
+    counted = saved.allocation.trainable_params(saved.shape, rank=config["settings"]["rank"])
+    if held != counted:
+        raise StudyError(
+            f"the adapter in {folder} is damaged: it holds {held:,} values, its allocation {counted:,}; save it again"
+        )
+    return saved
+
+
+def load(model: nn.Module, folder: str | os.PathLike) -> Adapter:
+    """Attaches a saved adapter to `model`, which must be the base it was trained on.
+
+    folder   a path or a URI
+
+    Raises StudyError as `read` does, and where the base is of another family, size or training.
+    """
+    saved = read(folder)
+    config, weights, path = saved.config, saved.weights, saved.folder
+    shape, base = saved.shape, config["base"]
     if _family(model) != base["family"]:
         raise StudyError(
             f"the adapter in {path} is for {base['name']} ({base['family']}), got a {_family(model)} model"
         )
-    adapter = attach(model, allocation_from_json(config["allocation"]), shape=shape, **config["settings"])
+    adapter = attach(model, saved.allocation, shape=shape, **config["settings"])
     with adapter.detached_on_error():
         if adapter.fingerprint != base["fingerprint"]:
             raise StudyError(
@@ -398,6 +491,86 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Adapter:
             )
         adapter.load_state_dict(weights)
     return adapter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several adapters
+
+
+class Adapters:
+    """Several saved adapters on one resident base, by name; one of them is active, or none.
+
+        adapters = Adapters(model, {"small": "exports/knee", "large": "exports/best"})     # the first is active
+        adapters.set_adapter("large")
+        with adapters.disable_adapter():                                                   # the base itself
+            ...
+        adapters.load_adapter("exports/other", "other")                                    # added, not activated
+        adapters.delete_adapter("small")
+
+    Names are as in PEFT. Switching takes hooks out and puts others in: the base is not loaded, copied or written to, so
+    without an active adapter it computes what it did before, bit for bit.
+    """
+
+    def __init__(self, model: nn.Module, folders: Mapping[str, str | os.PathLike]) -> None:
+        self.model = model
+        self._adapters: dict[str, Adapter] = {}
+        self._active: str | None = None
+        for name, folder in folders.items():
+            self.load_adapter(folder, name)
+        self.set_adapter(next(iter(folders), None))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._adapters)
+
+    @property
+    def active_adapter(self) -> str | None:
+        return self._active
+
+    def __getitem__(self, name: str) -> Adapter:
+        """Raises StudyError where no adapter has that name."""
+        if name not in self._adapters:
+            raise unknown("adapter", name, self._adapters)
+        return self._adapters[name]
+
+    def load_adapter(self, folder: str | os.PathLike, name: str) -> None:
+        """Adds a saved adapter; who is active stays so. Raises StudyError as `load` does, and for a name in use."""
+        if name in self._adapters:
+            raise StudyError(
+                f"an adapter '{name}' is loaded already: choose another name or delete_adapter('{name}') first"
+            )
+        with self.disable_adapter():
+            loaded = load(self.model, folder)
+            loaded.detach()
+        self._adapters[name] = loaded
+
+    def set_adapter(self, name: str | None) -> None:
+        """Activates one adapter in place of the other; None: the base alone. Raises StudyError for an unknown name."""
+        chosen = None if name is None else self[name]
+        if name == self._active:
+            return
+        if self._active is not None:
+            self._adapters[self._active].detach()
+            self._active = None
+        if chosen is not None:
+            chosen.reattach()
+        self._active = name
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base alone inside the block."""
+        before = self._active
+        self.set_adapter(None)
+        try:
+            yield
+        finally:
+            self.set_adapter(before)
+
+    def delete_adapter(self, name: str) -> None:
+        """Forgets an adapter; where it was active, none is afterwards. Raises StudyError for an unknown name."""
+        if self[name] is self._adapters.get(self._active or ""):
+            self.set_adapter(None)
+        del self._adapters[name]
 
 
 def _family(model: nn.Module) -> str:

@@ -91,8 +91,7 @@ class ExpertLoraAdapter(Adapter):
             b_COR = self._add(f"{spec.path}.lora_B", torch.zeros(len(ids), spec.out_features, self.rank), device=device)
             pairs[name] = (a_CRI, b_COR)
         lora = ExpertLora(module, ids, pairs, path=path, scale=self.scale, dropout=self.lora_dropout)
-        vars(module)["lora"] = lora  # where experts_forward finds it; no submodule, so not in the state_dict
-        self._on_detach(lambda: vars(module).pop("lora"))
+        self._put_attribute(module, "lora", lora)  # where experts_forward finds it
         self._on_detach(lora.stop_watching)
         return lora
 
@@ -100,9 +99,13 @@ class ExpertLoraAdapter(Adapter):
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
         ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-        before = self.model.get_experts_implementation()
-        self._on_detach(lambda: self.model.set_experts_implementation(before))
-        self.model.set_experts_implementation(IMPLEMENTATION)
+
+        def put() -> Callable[[], None]:
+            before = self.model.get_experts_implementation()
+            self.model.set_experts_implementation(IMPLEMENTATION)
+            return lambda: self.model.set_experts_implementation(before)
+
+        self._put(put)
         for lora in self.experts.values():
             if lora.module.config._experts_implementation != IMPLEMENTATION:  # set_… skips classes it does not know
                 raise StudyError(
@@ -126,9 +129,8 @@ class ExpertLoraAdapter(Adapter):
             lora.stop_watching()
         super().check_gradients()
 
-    def merge(self) -> None:
-        """W_e += (lora_alpha/r)·B_e A_e for every chosen expert, likewise the plain LoRA; then it is a plain model."""
-        self.detach()
+    def _merge(self) -> None:
+        """W_e += (lora_alpha/r)·B_e A_e for every chosen expert, likewise the plain LoRA."""
         for spec in self.shape.of_role(*ALWAYS_ADAPTED):
             self._merge_linear_lora(module_at(self.model, spec.path, name=self.shape.name), spec)
         for lora in self.experts.values():

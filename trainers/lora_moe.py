@@ -284,7 +284,7 @@ class LoraMoeAdapter(Adapter):
         if self._balanced:
             # On the body, not the head: a loop may call the body alone to spare logits of prompt tokens.
             body = getattr(model, "base_model", model)
-            self._on_detach(body.register_forward_pre_hook(self._begin_forward, with_kwargs=True).remove)
+            self._put(lambda: body.register_forward_pre_hook(self._begin_forward, with_kwargs=True).remove)
 
     def _insert(self, spec: ModuleShape, *, seed: int) -> None:
         path, num_experts, rank = spec.path, self.allocation.counts[spec.path], self.rank
@@ -316,8 +316,7 @@ class LoraMoeAdapter(Adapter):
                 self._logits[path] = logits_TN
             return y
 
-        vars(module)["forward"] = forward
-        self._on_detach(lambda: vars(module).pop("forward"))
+        self._put_attribute(module, "forward", forward)
 
     def _begin_forward(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._logits.clear()
@@ -372,7 +371,9 @@ class LoraMoeAdapter(Adapter):
                 f"{several[0]} and {len(several) - 1} more modules have several experts: their mix changes with every "
                 "token, so no merged weight equals it; use the adapter attached, or train with one expert a module"
             )
-        self.detach()
+        super().merge()
+
+    def _merge(self) -> None:
         for path in self._specs:
             module = module_at(self.model, path, name=self.shape.name)
             a_RI, b_OR = self._tensors[f"{path}.down"][: self.rank], self._tensors[f"{path}.up"]

@@ -86,6 +86,57 @@ def reading(location: Location) -> Iterator[Path]:
         yield local
 
 
+@contextmanager
+def replacing_folder(location: Location) -> Iterator[Path]:
+    """A local path, where nothing lies yet, to write a folder to; it replaces what lies at `location` when the block
+    ends without an error, and is gone when it ends with one.
+
+    Beside the target, so that a local folder is renamed and not copied, however large it is.
+
+    Raises StudyError where the place cannot be written.
+    """
+    if is_uri(location):
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / "folder"
+            yield local
+            filesystem, path = _filesystem(location)
+            try:
+                filesystem.create_dir(path)
+                filesystem.delete_dir_contents(path)
+            except OSError as error:
+                raise _unreachable("write", location, error) from error
+            _copy(local, location)
+        return
+    target = Path(location).absolute()
+    temporary, old = _beside(target), _beside(target, "old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        if target.exists():
+            os.replace(target, old)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _unreachable("write", location, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def reading_folder(location: Location) -> Iterator[Path]:
+    """A local path to read the folder at `location` from; it does not exist where there is none.
+
+    Raises StudyError where the place cannot be reached.
+    """
+    if not is_uri(location):
+        yield Path(location)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        local = Path(folder) / "folder"
+        get_folder(location, local)
+        yield local
+
+
 def put_file(local: Location, location: Location) -> None:
     """Copies a file to `location`, replacing what is there as a whole. Raises StudyError where it cannot be written."""
     with replacing(location) as temporary:
@@ -104,27 +155,8 @@ def get_file(location: Location, local: Location) -> bool:
 
 def put_folder(local: Location, location: Location) -> None:
     """Makes `location` a copy of the folder `local`. Raises StudyError where it cannot be written."""
-    if is_uri(location):
-        filesystem, path = _filesystem(location)
-        try:
-            filesystem.create_dir(path)
-            filesystem.delete_dir_contents(path)
-        except OSError as error:
-            raise _unreachable("write", location, error) from error
-        _copy(local, location)
-        return
-    target = Path(location)
-    temporary, old = _beside(target), _beside(target, "old")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_folder(location) as temporary:
         shutil.copytree(local, temporary)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(temporary, target)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise _unreachable("write", location, error) from error
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def get_folder(location: Location, local: Location) -> bool:
@@ -132,6 +164,7 @@ def get_folder(location: Location, local: Location) -> bool:
     if not exists(location):
         return False
     if is_uri(location):
+        Path(local).mkdir(parents=True, exist_ok=True)
         _fetch(location, local)
     else:
         shutil.copytree(location, local, dirs_exist_ok=True)

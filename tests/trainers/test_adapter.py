@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from allocators.core.errors import InfeasibleError, StudyError, TrialError
-from allocators.core.types import ExpertSelection
-from tests.trainers.reference import digest, every_expert, fill, logits, shape_of_model, some_experts, tiny_model
-from trainers.adapter import add_lora, attach, fingerprint, load, save, uniform
+from allocators.core.types import ExpertCounts, ExpertSelection
+from tests.trainers.reference import (
+    digest,
+    every_expert,
+    fill,
+    logits,
+    shape_of_model,
+    some_experts,
+    tiny_model,
+    tokens,
+)
+from trainers.adapter import Adapters, add_lora, attach, fingerprint, load, read, save, uniform
 
 NONE = ExpertSelection({})
 
@@ -243,3 +252,146 @@ def test_the_fingerprint_is_of_the_checkpoint_not_of_its_dtype():
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj.mul_(1.01)
     assert fingerprint(model) != before
+
+
+def test_an_adapter_is_loaded_from_a_uri(tmp_path):
+    model = tiny_model("olmoe")
+    adapter = attached(model)
+    fill(adapter)
+    save(adapter, tmp_path / "best", metadata={})
+    expected = logits(model)
+    adapter.detach()
+    load(model, (tmp_path / "best").as_uri())
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(StudyError, match="no adapter in file://"):
+        read((tmp_path / "nothing").as_uri())
+
+
+def test_weights_that_are_not_those_of_the_allocation_are_refused_without_a_model(tmp_path):
+    adapter = attached(tiny_model("olmoe"))
+    save(adapter, tmp_path, metadata={})
+    assert sum(tensor.numel() for tensor in read(tmp_path).weights.values()) == adapter.num_trainable
+    config = json.loads((tmp_path / "adapter.json").read_text())
+    config["settings"]["rank"] += 1
+    (tmp_path / "adapter.json").write_text(json.dumps(config))
+    with pytest.raises(StudyError, match=f"holds {adapter.num_trainable:,} values, its allocation"):
+        read(tmp_path)
+
+
+# --- several adapters on one base ---
+
+
+def tiny_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, initializer_range=0.15, **sizes)).eval()
+
+
+MODELS = {"moe": lambda: tiny_model("gpt_oss"), "dense": tiny_llama}
+
+
+def some_allocations(shape):
+    """Three that differ in what they adapt, the last as little as there can be."""
+    if shape.is_moe:
+        return some_experts(shape), every_expert(shape), NONE
+    paths = [m.path for m in shape.modules]
+    return ExpertCounts(dict.fromkeys(paths, 3), "hydra"), ExpertCounts(dict.fromkeys(paths[::2], 2)), ExpertCounts({})
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def several(request, tmp_path_factory):
+    """A base, its digest, folders of three adapters, and the logits that each gives alone (None: the base)."""
+    model = MODELS[request.param]()
+    shape = shape_of_model(model)
+    folders, expected = {}, {None: logits(model)}
+    for seed, allocation in enumerate(some_allocations(shape)):
+        adapter = attach(model, allocation, shape=shape, rank=2 + seed, lora_alpha=4.0, balance_coef=0.1)
+        fill(adapter, seed=seed)
+        name = f"a{seed}"
+        folders[name] = tmp_path_factory.mktemp(name)
+        save(adapter, folders[name], metadata={})
+        expected[name] = logits(model)
+        adapter.detach()
+    return model, digest(model), folders, expected
+
+
+@settings(deadline=None, max_examples=20)
+@given(turns=st.lists(st.sampled_from([None, "a0", "a1", "a2"]), max_size=6))
+def test_any_switching_gives_each_adapter_alone_and_the_base_bit_for_bit(several, turns):
+    model, before, folders, expected = several
+    flags = [p.requires_grad for p in model.parameters()]
+    adapters = Adapters(model, folders)
+    assert adapters.active_adapter == "a0"
+    for name in turns:
+        adapters.set_adapter(name)
+        assert adapters.active_adapter == name
+        assert torch.equal(logits(model), expected[name])
+        with adapters.disable_adapter():
+            assert torch.equal(logits(model), expected[None])
+        assert torch.equal(logits(model), expected[name])
+    adapters.set_adapter(None)
+    assert digest(model) == before
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_switching_loads_and_copies_nothing(several):
+    model, _, folders, _ = several
+    adapters = Adapters(model, folders)
+    places = {name: [p.data_ptr() for p in adapters[name].parameters()] for name in adapters.names}
+    base = [p.data_ptr() for p in model.parameters()]
+    for name in ("a1", "a0", None, "a1", None):
+        adapters.set_adapter(name)
+    assert {name: [p.data_ptr() for p in adapters[name].parameters()] for name in adapters.names} == places
+    assert [p.data_ptr() for p in model.parameters()] == base
+
+
+def test_adapters_are_added_and_deleted_by_name(several):
+    model, before, folders, expected = several
+    adapters = Adapters(model, {})
+    assert adapters.active_adapter is None
+    adapters.load_adapter(folders["a0"], "one")
+    assert torch.equal(logits(model), expected[None])
+    adapters.set_adapter("one")
+    adapters.load_adapter(folders["a1"], "two")
+    assert adapters.names == ("one", "two")
+    assert torch.equal(logits(model), expected["a0"])
+    with pytest.raises(StudyError, match="'one' is loaded already"):
+        adapters.load_adapter(folders["a1"], "one")
+    with pytest.raises(StudyError, match="unknown adapter 'on': choose from one, two; did you mean 'one'"):
+        adapters.set_adapter("on")
+    with pytest.raises(StudyError, match="no adapter in"):
+        adapters.load_adapter(folders["a1"] / "nothing", "three")
+    assert torch.equal(logits(model), expected["a0"])
+    adapters.delete_adapter("two")
+    assert torch.equal(logits(model), expected["a0"])
+    adapters.delete_adapter("one")
+    assert adapters.names == ()
+    assert digest(model) == before
+
+
+def test_a_reattached_adapter_learns_as_before():
+    def gradients(model):
+        model(tokens()).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in model.lora_adapter.named_parameters()}
+
+    first = attached(tiny_model("olmoe"))
+    fill(first)
+    expected = gradients(first.model)
+    second = attached(tiny_model("olmoe"))
+    fill(second)
+    second.detach()
+    second.reattach()
+    found = gradients(second.model)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_cannot_be_reattached():
+    model = tiny_model("olmoe")
+    adapter = attached(model)
+    with pytest.raises(StudyError, match="carries an adapter already"):
+        adapter.reattach()
+    adapter.merge()
+    with pytest.raises(StudyError, match="was merged into"):
+        adapter.reattach()

@@ -92,3 +92,29 @@ def test_an_unknown_scheme_is_named():
 def test_join_keeps_schemes():
     assert storage.join("s3://bucket/", "a", "b") == "s3://bucket/a/b"
     assert storage.join("/tmp/x", "a") == "/tmp/x/a"
+
+
+def test_a_folder_is_written_whole_or_not_at_all(place, folder, tmp_path):
+    storage.put_folder(folder, place)
+
+    def fails_half_way():
+        with storage.replacing_folder(place) as local:
+            local.mkdir()
+            (local / "half").write_text("")
+            raise ValueError
+
+    with pytest.raises(ValueError, match=r"^$"):
+        fails_half_way()
+    with storage.reading_folder(place) as local:
+        assert contents(local) == contents(folder)
+    with storage.replacing_folder(place) as local:
+        local.mkdir()
+        (local / "new").write_text("all of it")
+    with storage.reading_folder(place) as local:
+        assert contents(local) == {"new": b"all of it"}
+    assert sorted(os.listdir(tmp_path)) == ["place", "source"]
+
+
+def test_reading_a_folder_that_is_not_there(place):
+    with storage.reading_folder(place) as local:
+        assert not local.exists()

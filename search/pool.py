@@ -16,7 +16,7 @@ import collections
 import logging
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,15 +221,16 @@ class Pool:
         if ray.is_initialized():
             self.board.lost.remote(group, reason)
 
-    def ask(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Gives one job to whichever group is free first and waits for its answer.
+    def ask(self, job: dict[str, Any], *, told: Callable[[int, int, str], None]) -> dict[str, Any]:
+        """Gives one job to whichever group is free first and waits for its answer; `told` hears (done, total, what).
 
         Raises StudyError when the workers cannot do it.
         """
         self._asked += 1
         job_id = f"ask-{self._asked}"
         ray.get(self.board.submit.remote(job_id, job))
-        answer: dict[str, Any] = ray.get(self.board.next_report.remote(job_id))
+        while not (answer := ray.get(self.board.next_report.remote(job_id)))["done"]:
+            told(*answer["progress"])
         if "error" in answer:
             raise StudyError(answer["error"])
         return answer

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
@@ -30,7 +31,8 @@ ROWS = 12  # of the live front; the report has all of it
 class Progress:
     """The live view of one study; use it as a context manager.
 
-    total        trainings that the study is to have in the end, those of earlier runs included
+    total        trainings that the study is to have in the end, those of earlier runs included, repeats left out
+    seed         the study's seed: outcomes with another one repeat a point, and count apart (None: none do)
     time_budget  seconds after which no trial is started; None or 0: no limit
     done         outcomes of earlier runs of the same study
     quiet        show nothing but messages
@@ -42,11 +44,14 @@ class Progress:
         time_budget: float | None = None,
         *,
         done: Iterable[Outcome] = (),
+        seed: int | None = None,
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
         self._console = console or Console(highlight=False)
-        self._total = total
+        self._trials = total
+        self._repeats = 0
+        self._seed = seed
         self._budget = time_budget
         self._quiet = quiet
         self._done = list(done)
@@ -54,6 +59,7 @@ class Progress:
         self._front = front(candidates(self._done))
         self._running: dict[str, tuple[Outcome, Mapping[str, Any]]] = {}
         self._answered: Counter[str] = Counter()
+        self._measuring, self._measuring_told = "", time.monotonic()
         self._began = time.monotonic()
         self._first_start: float | None = None
         show = self._console.is_terminal and not quiet
@@ -75,6 +81,17 @@ class Progress:
         if not self._quiet:
             self._console.print(self._counts(), soft_wrap=True)
 
+    def measuring(self, kind: str, done: int, total: int, what: str) -> None:
+        """A signal is being measured; without a live view, a line every 10 seconds."""
+        now = time.monotonic()
+        self._measuring = f"measuring {kind}: {done} of {total}  {what}"
+        if self._live is None and now - self._measuring_told >= 10:
+            self._measuring_told = now
+            self.message(self._measuring)
+
+    def measured(self) -> None:
+        self._measuring = ""
+
     def started(self, outcome: Outcome) -> None:
         self._first_start = self._first_start or time.monotonic()
         self._running[outcome.digest] = (outcome, {})
@@ -95,6 +112,14 @@ class Progress:
     def answered(self, reason: str, message: str = "") -> None:
         """A point that needed no training. Counted only: a sampler near its end repeats itself by the hundred."""
         self._answered[reason] += 1
+
+    def expect(self, trials: int, repeats: int) -> None:
+        """How many trainings and how many repeats with other seeds there are to be in the end, as far as is known."""
+        self._trials, self._repeats = trials, repeats
+
+    @property
+    def _total(self) -> int:
+        return self._trials + self._repeats
 
     def message(self, text: str) -> None:
         self._console.print(Text(text), soft_wrap=True)
@@ -118,6 +143,7 @@ class Progress:
             f"{result:<14}",
             f"{human(outcome.trainable_params):>8}",
             point(outcome),
+            f"seed {outcome.trial.seed}" if self._seed not in (None, outcome.trial.seed) else "",
             clock(outcome.seconds),
             "stopped early" if outcome.status == "stopped" else "on the front" if on_front else "",
             outcome.message,
@@ -127,10 +153,12 @@ class Progress:
 
     def _counts(self) -> Text:
         by_status = Counter(outcome.status for outcome in self._done)
+        repeats = sum(1 for outcome in self._done if self._seed is not None and outcome.trial.seed != self._seed)
         lost = {s: n for s, n in by_status.items() if s in ("diverged", "failed", "out_of_memory", "stopped")}
         parts = [
             f"{len(self._running)} running" if self._running else "",
-            f"{len(self._done)} of {self._total} finished",
+            f"{len(self._done) - repeats} of {self._trials} finished",
+            f"{repeats} of {self._repeats} repeats with other seeds" if self._repeats else "",
         ]
         parts += [f"{n} {status.replace('_', ' ')}" for status, n in sorted(lost.items())]
         if self._answered:
@@ -145,6 +173,8 @@ class Progress:
         for outcome, rung in list(self._running.values())[:4]:
             now = f"step {rung['step']}, accuracy {rung['accuracy']:.3f}" if rung.get("accuracy") is not None else "..."
             parts.append(Text(f"  {human(outcome.trainable_params):>8}  {point(outcome)}  {now}", style="dim"))
+        if self._measuring:
+            parts.append(Text(f"  {self._measuring}", style="dim"))
         grid = Table.grid(padding=(0, 2))
         left = self.seconds_left
         bar = ProgressBar(total=self._total, completed=len(self._done), width=30)
@@ -153,10 +183,19 @@ class Progress:
 
 
 def front_table(
-    shown: Sequence[Candidate], everything: Iterable[Outcome], *, title: str, rows: int | None = None
+    shown: Sequence[Candidate],
+    everything: Iterable[Outcome],
+    *,
+    title: str,
+    rows: int | None = None,
+    chances: Mapping[str, float] = MappingProxyType({}),
 ) -> Table:
-    """Points of a front as a terminal table, the `rows` largest of them; recipe settings only where they vary."""
+    """Points of a front as a terminal table, the `rows` largest of them; recipe settings only where they vary.
+
+    chances   by digest of a point's best run: the probability that it is more accurate than the point above it
+    """
     settings, bend = varying(everything), knee(shown)
+    repeated = any(candidate.spread is not None for candidate in shown)
     cut = max(len(shown) - rows, 0) if rows else 0
     more = f", {cut} smaller {'one' if cut == 1 else 'ones'} not shown" if cut else ""
     table = Table(title=Text(title + more), title_justify="left")
@@ -166,6 +205,10 @@ def front_table(
     for name in settings:
         table.add_column(name, justify="right")
     table.add_column("seeds", justify="right")
+    if repeated:
+        table.add_column("s.d. of seeds", justify="right")
+    if chances:
+        table.add_column("P(better than the row above)", justify="right")
     table.add_column("")
     for candidate in shown[cut:]:
         best = candidate.best
@@ -175,6 +218,8 @@ def front_table(
             Text(point(best)),  # not markup: plug-ins name themselves
             *(number(getattr(best.trial.recipe, name)) for name in settings),
             str(len(candidate.complete)),
+            *([f"{candidate.spread:.3f}" if candidate.spread is not None else ""] if repeated else []),
+            *([probability(chances.get(best.digest))] if chances else []),
             "knee" if candidate is bend else "",
         )
     return table
@@ -185,6 +230,13 @@ def accuracy_text(candidate: Candidate) -> str:
     if candidate.accuracy is None:
         return ""
     return f"{candidate.accuracy:.3f}" + (f" ± {candidate.stderr:.3f}" if candidate.stderr is not None else "")
+
+
+def probability(chance: float | None) -> str:
+    """`.93`; never certainty where there is noise: `> .99`, `< .01`."""
+    if chance is None:
+        return ""
+    return "> .99" if chance > 0.99 else "< .01" if chance < 0.01 else f"{chance:.2f}".removeprefix("0")
 
 
 def point(outcome: Outcome) -> str:

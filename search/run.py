@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -281,7 +282,9 @@ def _signals(config: RunConfig, problem: Problem, pool: Any, folder: Path, progr
     signals: dict[str, Signal] = {}
     for kind in _needs(problem.space, problem.pins):
         progress.message(f"measuring {kind}, or reading what was measured before")
-        signals[kind] = Signal.from_json(pool.ask({"kind": "signal", "signal": kind})["signal"])
+        told = partial(progress.measuring, kind)
+        signals[kind] = Signal.from_json(pool.ask({"kind": "signal", "signal": kind}, told=told)["signal"])
+        progress.measured()
         (folder / "signals").mkdir(exist_ok=True)
         write_atomically(folder / "signals" / f"{kind}.json", canonical_json(signals[kind].to_json()))
     return signals

@@ -48,8 +48,7 @@ class Bench:
             device=_device_name(device), model=self.identity, numbers=self.dtype, data=self.task.data_hash
         )
 
-    def progress(self, done: int, total: int, what: str) -> None:
-        """Nobody watches a worker's terminal."""
+        self.progress: Callable[[int, int, str], None] = lambda done, total, what: None
 
     def measure(self, kind: str) -> dict[str, Any]:
         """One signal, from the cache where it was measured before. Raises StudyError for what this model lacks."""
@@ -165,6 +164,7 @@ def serve(config: dict[str, Any]) -> None:
         if work["kind"] == "signal":
             answer: dict[str, Any] | None = None
             if leads:
+                bench.progress = _now_and_then(partial(_pass_on, board, group, job_id))
                 try:
                     answer = bench.measure(work["signal"])
                 except Exception as error:  # the driver decides what a missing signal means
@@ -179,6 +179,23 @@ def serve(config: dict[str, Any]) -> None:
             trial = Trial.from_json(json.loads(work["trial"]))
             outcome = bench.train(trial, work["trainable_params"], report=on_rung, leads=leads)
             send({"done": True, "outcome": json.dumps(outcome.to_json())})
+
+
+def _pass_on(board: Any, group: int, job_id: str, done: int, total: int, what: str) -> None:
+    board.report.remote(group, job_id, {"done": False, "progress": (done, total, what)})
+
+
+def _now_and_then(tell: Callable[[int, int, str], None], *, seconds: float = 0.5) -> Callable[[int, int, str], None]:
+    """`tell`, at most once in so many seconds."""
+    last = 0.0
+
+    def progress(done: int, total: int, what: str) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= seconds:
+            last = now
+            tell(done, total, what)
+
+    return progress
 
 
 def _device_name(device: Any) -> str:

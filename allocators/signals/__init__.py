@@ -9,7 +9,7 @@ measures them. What a source does not need to answer it does not load: a cached 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,3 +86,14 @@ def measured(kind: str, source: Source, *, folder: Path, warn: Callable[[str], N
     from allocators.signals.cache import cached
 
     return cached(kind, provenance, folder=folder, measure=measure, warn=warn)
+
+
+def told(
+    batches: Iterable[Mapping[str, Any]], *, total: int, progress: Callable[[int, int, str], None], what: str
+) -> Iterator[Mapping[str, Any]]:
+    """The same batches; after each, `progress` hears how many of the `total` samples are done."""
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch["input_ids"])
+        progress(done, total, what)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Signal
-from allocators.signals import Plan, Source
+from allocators.signals import Plan, Source, told
 
 VERSION = 1  # part of the provenance: raise it when the same model and data would give other numbers
 
@@ -55,6 +55,7 @@ def plan(source: Source) -> Plan:
     def run() -> Signal:
         prompts = source.task.prompts(source.tokenizer, source.samples, source.seed)
         batches = pad(prompts, pad_token_id=source.tokenizer.pad_token_id)
+        batches = told(batches, total=len(prompts), progress=source.progress, what="samples")
         return measure(source.model, batches, provenance=provenance)
 
     return provenance, run

@@ -52,7 +52,7 @@ from torch.utils.checkpoint import checkpoint
 from allocators.core.errors import StudyError, ToolkitError, unknown
 from allocators.core.shapes import shape_of
 from allocators.core.types import ModelShape, ModuleShape, Signal
-from allocators.signals import Plan, Source
+from allocators.signals import Plan, Source, told
 
 VERSION = 1  # part of the provenance: raise it when the same model and data would give other numbers
 MAX_LENGTH = 512  # tokens of a sample; longer ones lose their beginning
@@ -89,8 +89,9 @@ def plan(source: Source, *, score: Score = "sum_sq_grad") -> Plan:
     }
 
     def run() -> Signal:
-        rows = source.task.training_rows(source.tokenizer, MAX_LENGTH)
-        batches = pad(_drawn(rows, source.samples, source.seed), pad_token_id=source.tokenizer.pad_token_id)
+        rows = _drawn(source.task.training_rows(source.tokenizer, MAX_LENGTH), source.samples, source.seed)
+        batches = pad(rows, pad_token_id=source.tokenizer.pad_token_id)
+        batches = told(batches, total=len(rows), progress=source.progress, what="samples")
         return measure(source.model, batches, score=score, provenance=provenance, seed=source.seed)
 
     return provenance, run

@@ -118,3 +118,16 @@ def test_words():
     assert point(outcome(selection(4))) == "sieve fraction=0.25"
     assert varying([outcome(rank=4), outcome(rank=8)]) == ["rank"]
     assert varying([outcome()]) == []
+
+
+def test_a_long_measurement_shows_how_far_it_is_in_the_live_view_and_is_gone_after():
+    out = console(terminal=True)
+    with Progress(5, console=out) as progress:
+        progress.measuring("spectrum", 7, 224, "model.layers.1.mlp.up_proj")
+        shown = console(terminal=True)
+        shown.print(progress._view())
+        assert "measuring spectrum: 7 of 224  model.layers.1.mlp.up_proj" in text(shown)
+        progress.measured()
+        shown = console(terminal=True)
+        shown.print(progress._view())
+        assert "measuring" not in text(shown)

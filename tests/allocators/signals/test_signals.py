@@ -37,6 +37,10 @@ class Source:
 
     def __init__(self) -> None:
         self.loads = 0
+        self.heard: list[tuple[int, int, str]] = []
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        self.heard.append((done, total, what))
 
     @property
     def model(self):
@@ -50,6 +54,7 @@ def test_measures_once_and_needs_no_model_after(tmp_path):
     assert source.loads == 1
     assert signals.measured("routing", source, folder=tmp_path) == first
     assert source.loads == 1
+    assert source.heard == [(2, 2, "samples")]  # told once a batch, and nothing for what the cache knows
     direct = measure(tiny.model("olmoe"), pad(PROMPTS[:2], pad_token_id=0), provenance=first.provenance)
     assert first == direct
 

@@ -3,6 +3,8 @@
     task=shift                      an embedded one (trainers/embedded/tasks/NAME.yaml)
     task=arc_easy                   any YAML task of lm-evaluation-harness, by name
     task=my/questions.yaml          a task file of your own
+    task=[arc_easy,openbookqa]      several: one mixture to train on, an accuracy each, and their mean
+    task=commonsense8               a group: a file that lists tasks (trainers/embedded/benchmarks/)
 
 A task file over local questions, one JSON object a line with the fields question, choices (a list) and label (the
 index of the right choice):
@@ -21,45 +23,78 @@ index of the right choice):
       - {metric: acc, aggregation: mean, higher_is_better: true}
     metadata:
       recipe: {steps: 200, learning_rate: 0.001}                   # optional: recipe settings that suit the task
+      fetch: curl -O https://example.org/train.jsonl               # optional: said where a data file is missing
+      training:                                                    # optional: train on other data than training_split,
+        dataset_path: my/rationales                                # here with the keys that differ; training_split
+        training_split: train                                      # above then only gives the few-shot examples
+        doc_to_target: "{{rationale}}"
+
+A group file, whose paths are relative to it; what is said of a member replaces what its file says:
+
+    group: mine
+    task:
+      - arc_easy
+      - {task: hellaswag, metric: acc_norm}                        # metric: which of its metrics is the accuracy
+      - {task: gsm8k, num_fewshot: 0}
+      - questions.yaml
+    metadata: {recipe: {epochs: 3}}                                # of a list of tasks: the settings that all suggest
 
 Training rows are the task's own requests with the right answer filled in, tokenised as the evaluation tokenises them,
 without few-shot examples; `generate_until` rows end with the eos token (or the first `until` string) so that a model
-learns to stop. Evaluation runs through lm-eval's own model class on the resident model and is equal, document by
-document, to `lm_eval.simple_evaluate` on the same weights.
+learns to stop. A mixture is all rows of all tasks, one after another, shuffled anew every epoch by the study's seed:
+each task has the share that its size gives it, unless `training_limit` caps the large ones. Tasks that name the same
+data to train on have it once.
+
+Evaluation runs through lm-eval's own model class on the resident model and is equal, document by document, to
+`lm_eval.simple_evaluate` on the same weights, with few-shot examples and chat template too. As there, `num_fewshot`
+does not change a task whose file says 0, and few-shot examples are turns of the conversation under a chat template.
 
 "Accuracy" is the first metric in the task's metric_list that is a mean over documents and better when higher (`acc`
-for arc_easy), after the task's first filter; `load_task(metric=...)` names another one (`acc_norm`).
+for arc_easy), after the task's first filter; `load_task(metric=...)` names another one (`acc_norm`). Of several tasks
+it is the mean of theirs, each task counting the same, and its standard error √(Σ SE²)/K.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import io
 import json
 import logging
-import os
+import math
 import random
-import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
+from allocators.core.errors import StudyError, unknown
+from trainers.task_files import (
+    BENCHMARKS,
+    EMBEDDED,
+    Chosen,
+    TaskFile,
+    _one_line,
+    absolute,
+    check_task,
+    located_data,
+    training_config,
+)
 
-from allocators.core.errors import StudyError, did_you_mean, unknown
+__all__ = ["BENCHMARKS", "EMBEDDED", "AnyTask", "Mixture", "Row", "Task", "absolute", "check_task", "load_task"]
 
-EMBEDDED: dict[str, Path] = {
-    file.stem: file for file in sorted((Path(__file__).parent / "embedded" / "tasks").glob("*.yaml"))
-}
-
-# Data set "paths" that are file formats; anything else is a folder or an id on the hub.
-_FORMATS = ("arrow", "csv", "json", "parquet", "text")
+# What turns a document into a prompt and its completion.
+_PROMPT = (
+    "output_type",
+    "doc_to_text",
+    "doc_to_target",
+    "doc_to_choice",
+    "description",
+    "gen_prefix",
+    "target_delimiter",
+)
 
 # What prompts and scores depend on besides the documents.
 _HASHED = (
@@ -79,7 +114,9 @@ _HASHED = (
     "repeats",
 )
 
-_FEWSHOT_SEED = 1234  # lm-eval's own default: the same examples as its command line draws
+FEWSHOT_SEED = 1234  # lm-eval's own default: the same examples as its command line draws
+
+Messages = Callable[..., str]  # a conversation to the text of a prompt
 
 
 @dataclass(frozen=True)
@@ -96,68 +133,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """accuracy and its standard error over documents, the score of every document in order, the metric's name."""
+    """accuracy and its standard error over documents, the score of every document in order, the metric's name.
+
+    parts   evaluation of each task of a mixture, by its label; empty for a single task
+    """
 
     accuracy: float
     stderr: float
     correct: tuple[float, ...]
     metric: str
     seconds: float
-
-
-@dataclass(frozen=True)
-class TaskFile:
-    """A task's YAML as written, its functions not imported."""
-
-    name: str
-    path: Path
-    config: Mapping[str, Any]
+    parts: Mapping[str, Evaluation] = field(default_factory=dict)
 
     @property
-    def recipe(self) -> dict[str, Any]:
-        """Recipe settings that the file suggests (`metadata: recipe:`)."""
-        return dict((self.config.get("metadata") or {}).get("recipe") or {})
-
-    @property
-    def evaluation_split(self) -> str:
-        return self.config.get("test_split") or self.config["validation_split"]
-
-
-def check_task(name: str) -> TaskFile:
-    """Finds a task and checks what can be known without loading data or model, in a fraction of a second.
-
-    Raises StudyError for an unknown task, a task without training or evaluation split, one that this search cannot
-    score, missing local files, and a data set that is neither cached nor reachable.
-    """
-    path = _find(name)
-    config = _read_yaml(path)
-    file = TaskFile(name, path, config)
-
-    def refuse(why: str) -> None:
-        raise StudyError(f"task '{name}' ({path.name}) {why}")
-
-    if not isinstance(config.get("task"), str):
-        refuse("is a group of tasks: name one of its members")
-    if "class" in config:
-        refuse("is written as a Python class: a search needs a YAML task with doc_to_text and doc_to_target")
-    if not config.get("training_split"):
-        refuse("has no training split: set training_split in a task file of your own, or choose another task")
-    if not (config.get("test_split") or config.get("validation_split")):
-        refuse("has neither test nor validation split: set test_split in its task file")
-    if file.evaluation_split == config["training_split"]:
-        refuse(
-            f"would be evaluated on what it is trained on ('{file.evaluation_split}'): set test_split to another split"
-        )
-    if config.get("output_type") == "loglikelihood_rolling":
-        refuse("measures perplexity: a search needs multiple_choice, generate_until or loglikelihood")
-    if config.get("unsafe_code"):
-        refuse("runs code that a model has written: that is not supported")
-    if config.get("doc_to_image") or config.get("doc_to_audio"):
-        refuse("needs images or sound: only text models are searched")
-    data = _located_data(config, path.parent)
-    _check_files(file, data)
-    _check_reachable(file, data)
-    return file
+    def by_task(self) -> dict[str, dict[str, float]]:
+        """`{"arc_easy": {"accuracy": 0.41, "stderr": 0.01}}`, for records."""
+        return {label: {"accuracy": part.accuracy, "stderr": part.stderr} for label, part in self.parts.items()}
 
 
 def load_task(
@@ -166,124 +157,133 @@ def load_task(
     limit: int | None = None,
     training_limit: int | None = None,
     metric: str | None = None,
+    num_fewshot: int | None = None,
+    fewshot_seed: int = FEWSHOT_SEED,
+    chat_template: bool = False,
     batch_size: int = 32,
     seed: int = 0,
-) -> Task:
-    """Loads a task's documents; no model is needed.
+) -> AnyTask:
+    """Loads the documents of one task or several; no model is needed.
 
-    limit            evaluate the first so many documents (as `lm_eval --limit`); None: all
-    training_limit   train on so many documents, drawn with `seed`; None: all
-    metric           what accuracy is, e.g. `acc_norm` or `exact_match,flexible-extract`; None: see the file's head
+    limit            evaluate the first so many documents of each (as `lm_eval --limit`); None: all
+    training_limit   train on at most so many documents of each data set, drawn with `seed`; None: all
+    metric           what accuracy is, e.g. `acc_norm` or `exact_match,flexible-extract`; of several tasks those that
+                     have it take it; None: see the file's head
+    num_fewshot      examples before each question of an evaluation; None: as the task says
+    chat_template    put prompts into the tokenizer's chat template, to train and to evaluate
     batch_size       sequences per forward pass of an evaluation
 
-    Raises StudyError as `check_task` does, and where the task file does not fit its data.
+    Raises StudyError as `check_task` does, and where a task file does not fit its data.
     """
-    file = check_task(name)
+    chosen = check_task(name)
+    trainings: dict[str, _Training] = {}
+    parts: list[Task] = []
+    for file in chosen.files:
+        task, training = _built(file)
+        other = training_config(file.config)
+        # A block's files and functions are found from the folder of its file.
+        key = json.dumps([str(file.path.parent), _of_training(other)] if other else [str(file.path), file.changes])
+        if key not in trainings:
+            trainings[key] = _Training(
+                file.name,
+                training or task,
+                limit=training_limit or None,
+                seed=seed,
+                chat_template=chat_template,
+                batch_size=batch_size,
+            )
+        parts.append(
+            Task(
+                file,
+                task,
+                trainings[key],
+                limit=limit or None,
+                metric=metric or None,
+                num_fewshot=num_fewshot,
+                fewshot_seed=fewshot_seed,
+                chat_template=chat_template,
+                batch_size=batch_size,
+                strict=len(chosen.files) == 1,
+            )
+        )
+    if len(parts) == 1:
+        return parts[0]
+    if metric and not any(part.has_metric(metric) for part in parts):
+        raise unknown(f"accuracy of the tasks in {name}:", metric, {m for part in parts for m in part.metrics})
+    return Mixture(chosen, parts)
+
+
+def _built(file: TaskFile) -> tuple[Any, Any]:
+    """lm-eval's task, and the one that gives the training rows where `metadata: training:` names another data set."""
     try:
         with _quiet():
-            from lm_eval.tasks import TaskManager
             from lm_eval.tasks._yaml_loader import load_yaml
 
-            config = load_yaml(file.path)
-            config.update(_located_data(config, file.path.parent))
-            loaded = TaskManager(include_defaults=False).load([config])["tasks"]
+            config = {**load_yaml(file.path), **file.changes}
+            other = training_config(config)
+            if other is not None:
+                split = other["training_split"]
+                # It evaluates nothing, but lm-eval wants a split that it could count on.
+                other |= {"test_split": None, "validation_split": split, "fewshot_split": None, "num_fewshot": 0}
+                other |= {"fewshot_config": {"samples": []}, "process_results": None}
+            return _by_lm_eval(config, file), _by_lm_eval(other, file) if other is not None else None
     except Exception as error:  # lm-eval ran the user's file: whatever it raises says what is wrong with that file
-        raise StudyError(f"task '{name}' ({file.path.name}) cannot be built: {_one_line(error)}") from error
-    (task,) = loaded.values()
-    return Task(
-        file,
-        task,
-        limit=limit or None,
-        training_limit=training_limit or None,
-        metric=metric,
-        batch_size=batch_size,
-        seed=seed,
-    )
+        raise StudyError(f"task '{file.name}' ({file.path.name}) cannot be built: {_one_line(error)}") from error
 
 
-class Task:
-    """Documents, training rows and evaluation of one lm-eval task."""
+def _by_lm_eval(config: Mapping[str, Any], file: TaskFile) -> Any:
+    from lm_eval.tasks import TaskManager
 
-    has_training = True  # check_task lets no other pass
+    located = {**config, **located_data(config, file.path.parent)}
+    (task,) = TaskManager(include_defaults=False).load([located])["tasks"].values()
+    return task
+
+
+def _of_training(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What training rows depend on, of a config whose functions are still names."""
+    keys = ("dataset_path", "dataset_name", "dataset_kwargs", "training_split", "process_docs", *_PROMPT)
+    return {key: config.get(key) for key in keys}
+
+
+class _Training:
+    """The training documents of one task, or of several that name the same ones, and their rows of tokens."""
 
     def __init__(
-        self,
-        file: TaskFile,
-        task: Any,
-        *,
-        limit: int | None,
-        training_limit: int | None,
-        metric: str | None,
-        batch_size: int,
-        seed: int,
+        self, name: str, task: Any, *, limit: int | None, seed: int, chat_template: bool, batch_size: int
     ) -> None:
-        self.file = file
-        self.name = file.name
-        self.limit = limit
+        self.name = name
+        self.task = task
         self.batch_size = batch_size
-        self._task = task
-        if task.config.num_fewshot is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(_FEWSHOT_SEED)
-        self._metric, self._filter = _accuracy_metric(self.name, task, metric)
-        documents = list(task.training_docs())
-        if training_limit and training_limit < len(documents):
-            chosen = sorted(random.Random(seed).sample(range(len(documents)), training_limit))
-            documents = [documents[i] for i in chosen]
-        if not documents:
-            raise StudyError(f"the training split of task '{self.name}' is empty")
-        self._training = documents
+        self.chat_template = chat_template
+        # Indexed where they lie: a data set of a million documents is not copied into lists of Python's.
+        self._all = task.training_docs()
+        self._chosen: Sequence[int] = range(len(self._all))
+        if limit and limit < len(self._all):
+            self._chosen = sorted(random.Random(seed).sample(range(len(self._all)), limit))
+        if not self._chosen:
+            raise StudyError(f"the training split of task '{name}' is empty")
         self._rows: dict[tuple[int, int], list[Row]] = {}
-        self._prepared: _Prepared | None = None
-        self._lm: Any = None
+
+    def __len__(self) -> int:
+        return len(self._chosen)
 
     @property
-    def metric(self) -> str:
-        """Name of the accuracy, with its filter where the task has named ones: `acc`, `exact_match,strict-match`."""
-        return self._metric if self._filter == "none" else f"{self._metric},{self._filter}"
+    def documents(self) -> list[Any]:
+        return [self._all[i] for i in self._chosen]
 
-    @functools.cached_property
-    def data_hash(self) -> str:
-        """16 hex digits over the training and evaluation documents and everything that turns them into prompts."""
-        evaluation = list(self._task.eval_docs)[: self.limit]
-        config = self._task.dump_config()
-        value = {
-            "config": {key: config.get(key) for key in _HASHED},
-            "training": self._training,
-            "evaluation": evaluation,
-        }
-        text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_stable_text)
-        return sha256(text.encode()).hexdigest()[:16]
-
-    @property
-    def num_training(self) -> int:
-        return len(self._training)
-
-    @property
-    def num_evaluation(self) -> int:
-        total = len(self._task.eval_docs)
-        return min(total, self.limit) if self.limit else total
-
-    # --- training -------------------------------------------------------------------------------------------------
-
-    def training_rows(self, tokenizer: Any, max_length: int) -> list[Row]:
-        """Every training document as tokens, in the order of the split. Long rows lose their beginning.
-
-        Raises StudyError naming a document whose right answer is not among its choices.
-        """
+    def rows(self, tokenizer: Any, max_length: int) -> list[Row]:
         key = (id(tokenizer), max_length)
         if key not in self._rows:
-            self._rows[key] = self._rows_of(range(len(self._training)), tokenizer, max_length)
+            self._rows[key] = self.some_rows(range(len(self)), tokenizer, max_length)
         return self._rows[key]
 
-    def prompts(self, tokenizer: Any, samples: int, seed: int, *, max_length: int = 512) -> list[list[int]]:
-        """Tokens (prompt and completion) of `samples` training documents drawn with `seed`, for calibration."""
-        count = min(samples, len(self._training))
-        chosen = random.Random(seed).sample(range(len(self._training)), count)
-        return [row.input_ids for row in self._rows_of(chosen, tokenizer, max_length)]
+    def prompts(self, tokenizer: Any, samples: int, seed: int, max_length: int) -> list[list[int]]:
+        chosen = random.Random(seed).sample(range(len(self)), min(samples, len(self)))
+        return [row.input_ids for row in self.some_rows(chosen, tokenizer, max_length)]
 
-    def _rows_of(self, indices: Sequence[int], tokenizer: Any, max_length: int) -> list[Row]:
-        pairs = [self._training_pair(i) for i in indices]
+    def some_rows(self, indices: Sequence[int], tokenizer: Any, max_length: int) -> list[Row]:
+        messages = _messages(tokenizer, self.batch_size) if self.chat_template else None
+        pairs = [self._pair(i, messages) for i in indices]
         stop = self._stop_ids(tokenizer)
         rows = []
         for context, completion in _tokenise(tokenizer, pairs, self.batch_size):
@@ -293,17 +293,26 @@ class Task:
             rows.append(Row(ids[dropped:], max(1, len(context) - dropped)))
         return rows
 
-    def _training_pair(self, index: int) -> tuple[str, str]:
+    def _pair(self, index: int, messages: Messages | None) -> tuple[str, str]:
         """Prompt and completion of a training document: the request of its right answer."""
-        task, doc = self._task, self._training[index]
-        context = task.fewshot_context(doc, num_fewshot=0, gen_prefix=task.doc_to_prefix(doc))
+        task, doc = self.task, self._all[self._chosen[index]]
+        prefix = task.doc_to_prefix(doc)
+        context = task.fewshot_context(doc, num_fewshot=0, gen_prefix=prefix, **_conversation(messages))
         if task.OUTPUT_TYPE == "generate_until":
             target = task.doc_to_target(doc)
             if task.config.doc_to_choice is not None and isinstance(target, int):
                 target = task.doc_to_choice(doc)[target]
             target = target[0] if isinstance(target, list) else str(target)
-            return context, f"{task.config.target_delimiter}{target}"
-        requests = task.construct_requests(doc=doc, ctx=context, metadata=(self.name, index, 1))
+            # In a conversation the answer begins its own turn, as lm-eval has it for choices.
+            delimiter = "" if messages and not prefix else task.config.target_delimiter
+            return context, f"{delimiter}{target}"
+        requests = task.construct_requests(
+            doc=doc,
+            ctx=context,
+            metadata=(self.name, index, 1),
+            apply_chat_template=messages is not None,
+            chat_template=messages,
+        )
         if not isinstance(requests, list):
             return requests.args[:2]
         gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
@@ -319,12 +328,134 @@ class Task:
         return requests[gold].args[:2]
 
     def _stop_ids(self, tokenizer: Any) -> list[int]:
-        if self._task.OUTPUT_TYPE != "generate_until":
+        if self.task.OUTPUT_TYPE != "generate_until":
             return []
         if tokenizer.eos_token_id is not None:
             return [tokenizer.eos_token_id]
-        until = self._task.config.generation_kwargs["until"]
+        until = self.task.config.generation_kwargs["until"]
         return tokenizer.encode(until if isinstance(until, str) else until[0], add_special_tokens=False)
+
+
+class Task:
+    """Documents, training rows and evaluation of one lm-eval task."""
+
+    def __init__(
+        self,
+        file: TaskFile,
+        task: Any,
+        training: _Training,
+        *,
+        limit: int | None,
+        metric: str | None,
+        num_fewshot: int | None,
+        fewshot_seed: int,
+        chat_template: bool,
+        batch_size: int,
+        strict: bool,
+    ) -> None:
+        self.file = file
+        self.name, self.label = file.name, file.label
+        self.limit = limit
+        self.batch_size = batch_size
+        self.chat_template = chat_template
+        self.training = training
+        self._task = task
+        self._fewshot_seed = fewshot_seed
+        if task.config.num_fewshot is None or (num_fewshot is not None and task.config.num_fewshot != 0):
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+        task.set_fewshot_seed(fewshot_seed)
+        self._check_fewshot()
+        asked = metric if metric and (strict or self.has_metric(metric)) else file.metric or None
+        self._metric, self._filter = _accuracy_metric(self.name, task, asked)
+        self._prepared: _Prepared | None = None
+        self._lm: Any = None
+
+    def _check_fewshot(self) -> None:
+        config, pool = self._task.config, len(self._task.sampler.df)
+        # Where examples come from the evaluated split, the question itself is left out.
+        needed = self.num_fewshot + (config.fewshot_split is not None and config.fewshot_split == config.test_split)
+        if self.num_fewshot and needed > pool:
+            raise StudyError(
+                f"num_fewshot={self.num_fewshot} asks for more examples than the {pool} that task '{self.name}' has: "
+                "ask for fewer, or name a fewshot_split in its task file"
+            )
+
+    @property
+    def num_fewshot(self) -> int:
+        return self._task.config.num_fewshot
+
+    @property
+    def metric(self) -> str:
+        """Name of the accuracy, with its filter where the task has named ones: `acc`, `exact_match,strict-match`."""
+        return self._metric if self._filter == "none" else f"{self._metric},{self._filter}"
+
+    @property
+    def metrics(self) -> list[str]:
+        """All that `metric` may be."""
+        return _possible_metrics(self._task)
+
+    def has_metric(self, metric: str) -> bool:
+        return any(metric in (one, one.partition(",")[0]) for one in self.metrics)
+
+    @functools.cached_property
+    def data_hash(self) -> str:
+        """16 hex digits over the training and evaluation documents and everything that turns them into prompts."""
+        evaluation = list(self._task.eval_docs)[: self.limit]
+        config = self._task.dump_config()
+        value: dict[str, Any] = {
+            "config": {key: config.get(key) for key in _HASHED},
+            "training": self.training.documents,
+            "evaluation": evaluation,
+        }
+        if self.training.task is not self._task:
+            other = self.training.task.dump_config()
+            value["training_config"] = {key: other.get(key) for key in _PROMPT}
+        # Said only where it differs from what there once was alone: earlier signals and checkpoints stay good.
+        if self._fewshot_seed != FEWSHOT_SEED:
+            value["fewshot_seed"] = self._fewshot_seed
+        if self.chat_template:
+            value["chat_template"] = True
+        text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=_stable_text)
+        return sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def parts(self) -> tuple[Task, ...]:
+        return (self,)
+
+    @property
+    def datasets(self) -> tuple[Task, ...]:
+        """One task for every data set that is trained on."""
+        return (self,)
+
+    @property
+    def num_training(self) -> int:
+        return len(self.training)
+
+    @property
+    def num_evaluation(self) -> int:
+        total = len(self._task.eval_docs)
+        return min(total, self.limit) if self.limit else total
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Raises StudyError where a chat template is asked for and the tokenizer has none."""
+        if self.chat_template and not tokenizer.chat_template:
+            raise StudyError(
+                "chat_template=true needs a tokenizer with a chat template, and this model's has none: leave it out, "
+                "or take a model that was trained on conversations"
+            )
+
+    def training_rows(self, tokenizer: Any, max_length: int) -> list[Row]:
+        """Every training document as tokens, in the order of the split. Long rows lose their beginning.
+
+        Raises StudyError naming a document whose right answer is not among its choices.
+        """
+        return self.training.rows(tokenizer, max_length)
+
+    def prompts(self, tokenizer: Any, samples: int, seed: int, *, max_length: int = 512) -> list[list[int]]:
+        """Tokens (prompt and completion) of `samples` training documents drawn with `seed`, for calibration."""
+        return self.training.prompts(tokenizer, samples, seed, max_length)
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
@@ -333,9 +464,11 @@ class Task:
         if self._prepared is not None and self._prepared.fits(tokenizer, rank, world_size):
             return
         # All requests on every worker, then a share of them: the examples of few-shot prompts are drawn in sequence.
-        self._task.set_fewshot_seed(_FEWSHOT_SEED)
+        self.check_tokenizer(tokenizer)
+        self._task.set_fewshot_seed(self._fewshot_seed)
+        messages = _messages(tokenizer, self.batch_size) if self.chat_template else None
         with _quiet(), contextlib.redirect_stderr(io.StringIO()):  # no argument turns this progress bar off
-            self._task.build_all_requests(limit=self.limit)
+            self._task.build_all_requests(limit=self.limit, **_conversation(messages))
         instances = [instance for instance in self._task.instances if instance.doc_id % world_size == rank]
         # As lm-eval does: a request is asked as often as the task repeats it.
         asked = [instance for instance in instances for _ in range(instance.repeats)]
@@ -419,6 +552,100 @@ class Task:
         return scores
 
 
+class Mixture:
+    """Several tasks as one: their rows to train on, an accuracy each, and the mean of those."""
+
+    def __init__(self, chosen: Chosen, parts: Sequence[Task]) -> None:
+        self.name = chosen.name
+        self.parts = tuple(parts)
+        self._rows: dict[tuple[int, int], list[Row]] = {}
+
+    @property
+    def datasets(self) -> tuple[Task, ...]:
+        """One task for every data set that is trained on: the first of those that share it."""
+        first: dict[int, Task] = {}
+        for part in self.parts:
+            first.setdefault(id(part.training), part)
+        return tuple(first.values())
+
+    @property
+    def metric(self) -> str:
+        """`acc`, or `mean of acc, acc_norm` where tasks differ."""
+        names = list(dict.fromkeys(part.metric for part in self.parts))
+        return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
+
+    @functools.cached_property
+    def data_hash(self) -> str:
+        """16 hex digits over the tasks' hashes, in their order."""
+        text = json.dumps([[part.label, part.metric, part.data_hash] for part in self.parts])
+        return sha256(text.encode()).hexdigest()[:16]
+
+    @property
+    def num_training(self) -> int:
+        return sum(part.num_training for part in self.datasets)
+
+    @property
+    def num_evaluation(self) -> int:
+        return sum(part.num_evaluation for part in self.parts)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        self.parts[0].check_tokenizer(tokenizer)
+
+    def training_rows(self, tokenizer: Any, max_length: int) -> list[Row]:
+        """The rows of every data set, one after another; see `Task.training_rows`."""
+        key = (id(tokenizer), max_length)
+        if key not in self._rows:
+            self._rows[key] = [row for part in self.datasets for row in part.training_rows(tokenizer, max_length)]
+        return self._rows[key]
+
+    def prompts(self, tokenizer: Any, samples: int, seed: int, *, max_length: int = 512) -> list[list[int]]:
+        """An equal share of `samples` from every data set (all it has, where that is less), for calibration."""
+        share, rest = divmod(samples, len(self.datasets))
+        return [
+            prompt
+            for place, part in enumerate(self.datasets)
+            for prompt in part.prompts(tokenizer, share + (place < rest), seed, max_length=max_length)
+        ]
+
+    def prepare(self, tokenizer: Any, *, rank: int = 0, world_size: int = 1) -> None:
+        """See `Task.prepare`."""
+        for part in self.parts:
+            part.prepare(tokenizer, rank=rank, world_size=world_size)
+
+    def evaluate(self, model: Any) -> Evaluation:
+        """accuracy = Σ_k a_k / K over the K tasks and its standard error √(Σ_k SE_k²) / K; see `Task.evaluate`."""
+        done = {part.label: part.evaluate(model) for part in self.parts}
+        return Evaluation(
+            accuracy=math.fsum(e.accuracy for e in done.values()) / len(done),
+            stderr=math.hypot(*(e.stderr for e in done.values())) / len(done),
+            correct=tuple(score for e in done.values() for score in e.correct),
+            metric=self.metric,
+            seconds=sum(e.seconds for e in done.values()),
+            parts=done,
+        )
+
+
+AnyTask = Task | Mixture
+
+
+def sizes(task: AnyTask) -> str:
+    """What is trained and counted on, in one line.
+
+    `7,208 rows to train on (arc_easy 2,251, openbookqa 4,957); accuracy on arc_easy (2,376 × acc), openbookqa (...)`
+    """
+    rows = ", ".join(f"{part.label} {part.num_training:,}" for part in task.datasets)
+    shared = len(task.parts) > len(task.datasets)
+    counted = ", ".join(
+        f"{part.label} ({part.num_evaluation:,} × {part.metric}"
+        f"{f', {part.num_fewshot} examples before each' if part.num_fewshot else ''})"
+        for part in task.parts
+    )
+    return (
+        f"{task.num_training:,} rows to train on ({rows}{', shared by the tasks that name it' if shared else ''}); "
+        f"accuracy {'is the mean ' if len(task.parts) > 1 else ''}on {counted}"
+    )
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """One worker's share of the evaluation. `tokens` is None where text is generated."""
@@ -449,8 +676,8 @@ def _gathered(scores: dict[int, float], total: int, failed: bool, device: Any) -
     return {i: values[i] for i in range(total) if known[i]}, values[total] > 0
 
 
-def _tokenise(tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[tuple[list[int], list[int]]]:
-    """(context, continuation) as lm-eval splits them into tokens, its treatment of spaces and BOS included."""
+def _tokeniser(tokenizer: Any, batch_size: int) -> Any:
+    """lm-eval's model class around the tokenizer alone."""
     with _quiet():
         from lm_eval.models.huggingface import HFLM
 
@@ -461,175 +688,52 @@ def _tokenise(tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int)
                 return requests
 
         model = SimpleNamespace(device="cpu", config=SimpleNamespace())
-        lm = Tokeniser(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+        return Tokeniser(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+
+
+def _tokenise(tokenizer: Any, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[tuple[list[int], list[int]]]:
+    """(context, continuation) as lm-eval splits them into tokens, its treatment of spaces and BOS included."""
+    lm = _tokeniser(tokenizer, batch_size)
+    with _quiet():
         requests = lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
     return [(context, continuation) for _, context, continuation in requests]
 
 
-def _accuracy_metric(name: str, task: Any, asked: str | None) -> tuple[str, str]:
-    """Which metric is the accuracy, and after which filter."""
+def _messages(tokenizer: Any, batch_size: int) -> Messages:
+    """The tokenizer's chat template as lm-eval applies it."""
+    return _tokeniser(tokenizer, batch_size).apply_chat_template
+
+
+def _conversation(messages: Messages | None) -> dict[str, Any]:
+    """What lm-eval's prompt builders are told, as its command line tells them."""
+    if messages is None:
+        return {}
+    return {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": messages}
+
+
+def _possible_metrics(task: Any) -> list[str]:
+    """Metrics that are a mean over documents and better when higher, with each filter where those have names."""
     from lm_eval.api.metrics import mean
 
-    filters = [f.name for f in task._filters]
     higher = task.higher_is_better()
     metrics = [m for m, aggregate in task.aggregation().items() if aggregate is mean and higher.get(m)]
-    if not metrics:
+    filters = [f.name for f in task._filters]
+    return [m if f == "none" else f"{m},{f}" for m in metrics for f in filters]
+
+
+def _accuracy_metric(name: str, task: Any, asked: str | None) -> tuple[str, str]:
+    """Which metric is the accuracy, and after which filter."""
+    possible = _possible_metrics(task)
+    if not possible:
         raise StudyError(
             f"task '{name}' has no accuracy: none of its metrics ({', '.join(task.aggregation())}) is a mean over "
             "documents that is better when higher; name one in the metric_list of a task file"
         )
-    metric, _, chosen = (asked or metrics[0]).partition(",")
-    chosen = chosen or filters[0]
-    if metric not in metrics or chosen not in filters:
-        possible = [m if f == "none" else f"{m},{f}" for m in metrics for f in filters]
-        raise unknown(f"accuracy of task '{name}':", str(asked), possible)
-    return metric, chosen
-
-
-# --- finding a task and its data ----------------------------------------------------------------------------------
-
-
-def _find(name: str) -> Path:
-    if name in EMBEDDED:
-        return EMBEDDED[name]
-    if name.endswith((".yaml", ".yml")):
-        path = Path(os.path.expandvars(name)).expanduser()
-        if not path.is_file():
-            raise StudyError(f"task file '{name}' does not exist: give the path of a YAML file or the name of a task")
-        return path.resolve()
-    found = _harness_file(name)
-    if found is None:
-        tasks, groups = _harness_index()
-        if name in groups:
-            raise StudyError(f"task '{name}' ({groups[name].name}) is a group of tasks: name one of its members")
-        raise StudyError(
-            f"unknown task '{name}': choose an embedded one ({', '.join(EMBEDDED) or 'none'}), the path of a task "
-            f"YAML, or one of the {len(tasks):,} of lm-evaluation-harness{did_you_mean(name, [*EMBEDDED, *tasks])}"
-        )
-    return found
-
-
-def _harness_folder() -> Path:
-    spec = importlib.util.find_spec("lm_eval")
-    if spec is None or not spec.submodule_search_locations:
-        raise StudyError("the package lm-eval is not installed: pip install lm-eval")
-    return Path(spec.submodule_search_locations[0]) / "tasks"
-
-
-_TASK_LINE = re.compile(rb"""^["']?task["']?:[ \t]*["']?([^\s"'#]+)["']?[ \t]*\r?$""", re.MULTILINE)
-_GROUP_LINE = re.compile(rb"""^["']?group["']?:[ \t]*["']?([^\s"'#]+)["']?[ \t]*\r?$""", re.MULTILINE)
-
-
-def _harness_file(name: str) -> Path | None:
-    """Most tasks lie in a file of their name; reading all 14,000 files takes seconds, so those are tried first."""
-    if re.fullmatch(r"[\w.+-]+", name):
-        for path in sorted(_harness_folder().rglob(f"{name}.yaml")):
-            match = _TASK_LINE.search(path.read_bytes())
-            if match and match.group(1).decode() == name:
-                return path
-    return _harness_index()[0].get(name)
-
-
-@functools.cache
-def _harness_index() -> tuple[dict[str, Path], dict[str, Path]]:
-    """Tasks and groups of lm-eval by name. Found line by line: its own index parses 14,000 files, for 5 s and more."""
-    tasks: dict[str, Path] = {}
-    groups: dict[str, Path] = {}
-    for path in sorted(_harness_folder().rglob("*.yaml"), key=Path.as_posix):
-        text = path.read_bytes()
-        for pattern, found in ((_TASK_LINE, tasks), (_GROUP_LINE, groups)):
-            if match := pattern.search(text):
-                found.setdefault(match.group(1).decode(), path)
-    return tasks, groups
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads task files without importing the functions they name."""
-
-
-_Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A task file with its `include`s, local keys winning, as lm-eval merges them."""
-    path = path.resolve()
-    try:
-        with path.open(encoding="utf-8") as stream:
-            config = yaml.load(stream, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"task file '{path}' cannot be read: {_one_line(error)}") from error
-    if not isinstance(config, dict) or path in seen:
-        raise StudyError(f"task file '{path}' must hold keys and values and must not include itself")
-    includes = config.pop("include", [])
-    merged: dict[str, Any] = {}
-    for include in includes if isinstance(includes, list) else [includes]:
-        merged.update(_read_yaml(path.parent / include, (*seen, path)))
-    merged.update(config)
-    return merged
-
-
-def _located_data(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """`dataset_path` and `dataset_kwargs` with local files found from the task file's folder."""
-    path = config.get("dataset_path")
-    kwargs = dict(config.get("dataset_kwargs") or {})
-    if path in _FORMATS:
-        kwargs |= {key: _absolute(kwargs[key], folder) for key in ("data_files", "data_dir") if key in kwargs}
-    elif isinstance(path, str) and (folder / path).is_dir():
-        path = str(folder / path)
-    return {"dataset_path": path, "dataset_kwargs": kwargs}
-
-
-def _absolute(value: Any, folder: Path) -> Any:
-    if isinstance(value, dict):
-        return {key: _absolute(item, folder) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_absolute(item, folder) for item in value]
-    text = os.path.expandvars(str(value))
-    return text if "://" in text else str(folder / Path(text).expanduser())
-
-
-def _check_files(file: TaskFile, data: Mapping[str, Any]) -> None:
-    files = data["dataset_kwargs"].get("data_files", []) if data["dataset_path"] in _FORMATS else []
-    for path in _flat(files):
-        if "://" not in path and not any(c in path for c in "*?[") and not Path(path).is_file():
-            raise StudyError(
-                f"task '{file.name}' ({file.path.name}) needs the data file '{path}', which does not exist: correct "
-                "data_files (paths are relative to the task file) or set the variable it names"
-            )
-
-
-def _flat(value: Any) -> Iterator[str]:
-    if isinstance(value, (dict, list)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _flat(item)
-    else:
-        yield value
-
-
-def _check_reachable(file: TaskFile, data: Mapping[str, Any]) -> None:
-    """One request to the hub, for a data set that is not cached: without a network `datasets` retries for 23 s."""
-    path = data["dataset_path"]
-    if not isinstance(path, str) or path in _FORMATS or Path(path).is_dir():
-        return
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
-    if (cache / path.replace("/", "___")).is_dir():
-        return
-    try:
-        huggingface_hub.HfApi().dataset_info(path, timeout=10)
-        return
-    except errors.RepositoryNotFoundError:
-        reason = "which the hub does not have, or not without a login"
-    except (OSError, errors.HTTPError):
-        reason = "which is not in the local cache, and the hub cannot be reached"
-    name = file.config.get("dataset_name")
-    call = f"load_dataset({', '.join(repr(part) for part in (path, name) if part)})"
-    raise StudyError(
-        f"task '{file.name}' needs the data set '{path}', {reason}: where there is a network, run "
-        f'`python -c "from datasets import load_dataset; {call}"`, or choose a task file over local data'
-    )
+    for one in possible:
+        metric, _, filtered = one.partition(",")
+        if asked in (None, one, metric):
+            return metric, filtered or "none"
+    raise unknown(f"accuracy of task '{name}':", str(asked), possible)
 
 
 # --- small things -------------------------------------------------------------------------------------------------
@@ -655,8 +759,3 @@ def _quiet() -> Iterator[None]:
 def _stable_text(value: Any) -> str:
     """For the data hash: text that does not hold a memory address."""
     return value.__qualname__ if callable(value) else str(value)
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

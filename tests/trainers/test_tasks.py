@@ -228,7 +228,7 @@ def test_check_reads_the_file_alone(choice_task):
         ({"output_type": "loglikelihood_rolling"}, "measures perplexity"),
         ({"unsafe_code": True}, "runs code"),
         ({"doc_to_image": "x"}, "images or sound"),
-        ({"task": ["a", "b"]}, "group of tasks"),
+        ({"task": 3}, "has no name"),
         (
             {"dataset_kwargs": {"data_files": {"train": "none.jsonl"}}},
             r"data file '.*none\.jsonl', which does not exist",
@@ -278,7 +278,8 @@ def test_functions_beside_a_task_file_are_used(tokenizer, tmp_path):
     path = write_task(tmp_path, "shout", {"train": ROWS, "test": ROWS}, **CHOICE)
     path.write_text(path.read_text().replace("doc_to_text: '{{question}}?'", "doc_to_text: !function words.ask"))
     (tmp_path / "words.py").write_text("def ask(doc):\n    return doc['question'] * 2\n")
-    assert tasks.check_task(str(path)).config["doc_to_text"] == "words.ask"
+    (file,) = tasks.check_task(str(path)).files
+    assert file.config["doc_to_text"] == "words.ask"
     rows = tasks.load_task(str(path)).training_rows(tokenizer, 64)
     assert [tokenizer.decode(row.input_ids) for row in rows] == ["abab y", "cdcd x"]
 

@@ -18,7 +18,7 @@ experts, I input features, O output features, R rank (from `factors` on: padded,
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 from allocators.core.errors import StudyError, TrialError
 from allocators.core.types import ALWAYS_ADAPTED, ExpertSelection, ModelShape, ModuleShape
-from trainers.adapter import Adapter, add_to_weight, check_size, module_at, uniform
+from trainers.adapter import Adapter, add_to_weight, check_size, module_at, uniform, weight_size
 
 IMPLEMENTATION = "grouped_mm_lora"  # our name among transformers' ALL_EXPERTS_FUNCTIONS
 
@@ -62,7 +62,7 @@ class ExpertLoraAdapter(Adapter):
     def insert(self, selection: ExpertSelection, *, seed: int) -> None:
         for spec in self.shape.of_role(*ALWAYS_ADAPTED):
             module = module_at(self.model, spec.path, name=self.shape.name)
-            check_size(module.weight, (spec.out_features, spec.in_features), path=spec.path, name=self.shape.name)
+            check_size(weight_size(module), (spec.out_features, spec.in_features), path=spec.path, name=self.shape.name)
             self._add_linear_lora(module, spec, seed=seed)
         projections: dict[int, list[ModuleShape]] = defaultdict(list)
         for spec in self.shape.of_role("expert"):
@@ -81,7 +81,7 @@ class ExpertLoraAdapter(Adapter):
             parts = [by_name[p] for p in projections]
             size = (sum(p.out_features for p in parts), parts[0].in_features)
             expected = (parts[0].num_experts, *(reversed(size) if module.is_transposed else size))
-            check_size(getattr(module, stack), expected, path=f"{path}.{stack}", name=self.shape.name)
+            check_size(getattr(module, stack).shape, expected, path=f"{path}.{stack}", name=self.shape.name)
         device = module.down_proj.device
         pairs = {}
         for name, spec in by_name.items():
@@ -184,20 +184,12 @@ class ExpertLora:
         return Route(ids_S, order_S, inverse_S, token_S, ends_E, rows_Q, ends_C)
 
     def factors(self, stack: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A [C, R, I] and B [C, O, R] of one weight stack, its projections' ranks side by side.
+        """A [C, R, I] and B [C, O, R] of one weight stack, as `side_by_side` puts its projections.
 
-        gate and up: A is [A_gate; A_up], B is block-diagonal, its rows in the order of the stack's outputs. R is padded
-        with zeros to 16 bytes, which grouped_mm asks for; the trainable tensors are not padded.
+        R is padded with zeros to 16 bytes, which grouped_mm asks for; the trainable tensors are not padded.
         """
         pairs = [self.pairs[projection] for projection in self.stacks[stack]]
-        rank = pairs[0][0].size(1)
-        used = rank * len(pairs)
-        padded = used + -used % (16 // dtype.itemsize)
-        a_CRI = torch.cat([a for a, _ in pairs], dim=1)
-        if padded > used:
-            a_CRI = F.pad(a_CRI, (0, 0, 0, padded - used))
-        blocks = [F.pad(b, (i * rank, padded - (i + 1) * rank)) for i, (_, b) in enumerate(pairs)]
-        b_COR = torch.cat(blocks, dim=1) if self.module.is_concatenated else torch.stack(blocks, dim=2).flatten(1, 2)
+        a_CRI, b_COR = side_by_side(pairs, concatenated=self.module.is_concatenated, multiple=16 // dtype.itemsize)
         if self.every_row and not self.all_chosen:
             a_CRI = a_CRI.new_zeros(self.module.num_experts, *a_CRI.shape[1:]).index_copy(0, self.ids_C, a_CRI)
             b_COR = b_COR.new_zeros(self.module.num_experts, *b_COR.shape[1:]).index_copy(0, self.ids_C, b_COR)
@@ -269,6 +261,24 @@ class ExpertLora:
         live_C = self.live_E[self.ids_C]
         lost = ((live_C > 0) & ~reached_C).nonzero().flatten().tolist()
         return [(self.ids[c], int(live_C[c])) for c in lost]
+
+
+def side_by_side(
+    pairs: Sequence[tuple[Tensor, Tensor]], *, concatenated: bool, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """A [C, R, I] and B [C, O, R] of one weight stack from those of its projections, their ranks side by side.
+
+    gate and up: A is [A_gate; A_up], B is block-diagonal, its rows in the order of the stack's outputs: all of gate
+    before all of up where they are `concatenated`, else by turns. R is padded with zeros to a multiple of `multiple`.
+    """
+    rank = pairs[0][0].size(1)
+    used = rank * len(pairs)
+    padded = used + -used % multiple
+    a_CRI = torch.cat([a for a, _ in pairs], dim=1)
+    if padded > used:
+        a_CRI = F.pad(a_CRI, (0, 0, 0, padded - used))
+    blocks = [F.pad(b, (i * rank, padded - (i + 1) * rank)) for i, (_, b) in enumerate(pairs)]
+    return a_CRI, torch.cat(blocks, dim=1) if concatenated else torch.stack(blocks, dim=2).flatten(1, 2)
 
 
 def weight_stacks(module: Any, *, path: str) -> dict[str, tuple[str, ...]]:

@@ -26,7 +26,7 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,9 +171,12 @@ class Adapter(ABC):
         )
         b_OR = self._add(f"{spec.path}.lora_B", torch.zeros(spec.out_features, self.rank), device=weight.device)
         if isinstance(module, nn.Linear):
+            packed = is_quantized(module)
 
             def hook(linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
                 x = F.dropout(args[0], self.lora_dropout, linear.training)
+                if packed:  # what bitsandbytes returns may be a view, which must not be written to
+                    out = out.clone()
                 return add_lora(out, x, a_RI, b_OR, scale=self.scale)
 
             self._put(lambda: module.register_forward_hook(hook).remove)
@@ -272,7 +275,15 @@ class Adapter(ABC):
                 self._undo.append(put())
 
     def merge(self) -> None:
-        """Adds the deltas to the base weights and detaches for good: what stays is a plain model."""
+        """Adds the deltas to the base weights and detaches for good: what stays is a plain model.
+
+        Raises TrialError on a quantised base, which then stays as it is, with the adapter on it.
+        """
+        if kind := quantization_of(self.model):
+            raise TrialError(
+                f"{self.shape.name} is quantised ({kind}): W + B·A is no {kind} matrix, merging would change what was "
+                "trained; use the adapter attached, or train on the base without quantization"
+            )
         self.detach()
         self._puts.clear()
         self._merge()
@@ -366,19 +377,36 @@ def module_at(model: nn.Module, path: str, *, name: str) -> Any:
         ) from error
 
 
-def check_size(weight: Tensor, expected: tuple[int, ...], *, path: str, name: str) -> None:
+def is_quantized(module: nn.Module) -> bool:
+    """Whether it is a linear layer with packed weights (bitsandbytes), which only its own forward can multiply."""
+    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+
+
+def quantization_of(model: nn.Module) -> str:
+    """`nf4`, `int8` or whatever the linear layers are packed as; "" where they are not."""
+    packed = next((m for m in model.modules() if is_quantized(m)), None)
+    if packed is None:
+        return ""
+    return getattr(getattr(packed.weight, "quant_state", None), "quant_type", "int8")
+
+
+def weight_size(module: Any) -> tuple[int, ...]:
+    """[O, I] of a linear layer, packed or not, or of a router."""
+    return (module.out_features, module.in_features) if isinstance(module, nn.Linear) else tuple(module.weight.shape)
+
+
+def check_size(size: Sequence[int], expected: tuple[int, ...], *, path: str, name: str) -> None:
     """Raises StudyError where a weight is not as large as the shape says."""
-    if tuple(weight.shape) != expected:
-        raise StudyError(
-            f"{path} is {list(weight.shape)} in this model, {name} has {list(expected)}: another model size?"
-        )
+    if tuple(size) != expected:
+        raise StudyError(f"{path} is {list(size)} in this model, {name} has {list(expected)}: another model size?")
 
 
 def fingerprint(model: nn.Module, *, samples: int = 64) -> str:
     """16 hex digits that tell one set of base weights from another.
 
     Reads `samples` evenly spaced values of every parameter of the model, rounded to bf16, so that one checkpoint has
-    one fingerprint whether it was loaded in fp32 or bf16.
+    one fingerprint whether it was loaded in fp32 or bf16. Packed weights count as the bytes they are: a quantised base
+    has a fingerprint of its own.
     """
     values = []
     for parameter in model.parameters():
@@ -401,7 +429,12 @@ def save(adapter: Adapter, folder: str | os.PathLike, *, metadata: Mapping[str, 
     path = Path(folder)
     config = {
         "format": FORMAT,
-        "base": {"name": adapter.shape.name, "family": _family(adapter.model), "fingerprint": adapter.fingerprint},
+        "base": {
+            "name": adapter.shape.name,
+            "family": _family(adapter.model),
+            "fingerprint": adapter.fingerprint,
+            "quantization": quantization_of(adapter.model),
+        },
         "allocation": adapter.allocation.to_json(),
         "settings": adapter.settings,
         "trainable_params": adapter.num_trainable,
@@ -484,6 +517,12 @@ def load(model: nn.Module, folder: str | os.PathLike) -> Adapter:
         )
     adapter = attach(model, saved.allocation, shape=shape, **config["settings"])
     with adapter.detached_on_error():
+        have, wanted = quantization_of(model), base.get("quantization", "")  # earlier versions had no quantised bases
+        if have != wanted:
+            raise StudyError(
+                f"the adapter in {path} was trained on {base['name']} with quantization '{wanted}', this model has "
+                f"'{have}': models.load({base['name']!r}, quantization={wanted!r})"
+            )
         if adapter.fingerprint != base["fingerprint"]:
             raise StudyError(
                 f"the adapter in {path} was trained on other weights of {base['name']} "

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from allocators.core.errors import StudyError, TrialError
 from allocators.core.types import ExpertCounts, ModelShape, ModuleShape
-from trainers.adapter import Adapter, add_to_weight, check_size, module_at, uniform
+from trainers.adapter import Adapter, add_to_weight, check_size, is_quantized, module_at, uniform, weight_size
 
 Balance = Literal["layer", "module"]
 
@@ -97,15 +97,18 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 class _LoraMoeLinear(torch.autograd.Function):
     """Base layer and experts together, so that both directions accumulate into one buffer.
 
+    base   what the layer itself made of x, where its weight cannot be multiplied here (quantised): written to in place,
+           and its gradient is dy; `weight` is None then
+
     Against autograd on the same operations this keeps half the bytes (z and the gates, not h, ids and probabilities),
     launches about half the backward operations, adds no second [T, I] gradient to the base layer's, and with dropout
     keeps one byte an input element instead of the dropped copy.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, down_DI, up_OC, keep, rank, top_k, scale, want_logits):
+    def forward(ctx, x, base, weight, bias, down_DI, up_OC, keep, rank, top_k, scale, want_logits):
         num_experts = up_OC.shape[1] // rank
-        x_TI, y = x.flatten(0, -2), F.linear(x, weight, bias)
+        x_TI, y = x.flatten(0, -2), F.linear(x, weight, bias) if base is None else base
         down, up = down_DI.to(x.dtype), up_OC.to(x.dtype)
         if keep is None:
             z_TD = x_TI @ down.t()
@@ -118,6 +121,8 @@ class _LoraMoeLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, down_DI, up_OC, keep, z_TD, gates_TN)
         ctx.rank, ctx.scale = rank, scale
         ctx.set_materialize_grads(False)
+        if base is not None:
+            ctx.mark_dirty(base)
         # A copy: a view would keep all of z alive where checkpointing wants it gone.
         return y, z_TD[:, -num_experts:].to(gates_TN.dtype, copy=True) if want_logits else None
 
@@ -126,7 +131,7 @@ class _LoraMoeLinear(torch.autograd.Function):
     def backward(ctx, dy, dlogits_TN):
         x, weight, down_DI, up_OC, keep, z_TD, gates_TN = ctx.saved_tensors
         if dy is None:  # only the balance loss reached this module
-            dy = x.new_zeros(*x.shape[:-1], weight.shape[0])
+            dy = x.new_zeros(*x.shape[:-1], up_OC.shape[0])
         num_experts = gates_TN.shape[-1]
         x_TI, dy_TO = x.flatten(0, -2), dy.flatten(0, -2)
         down, up = down_DI.to(x.dtype), up_OC.to(x.dtype)
@@ -137,7 +142,7 @@ class _LoraMoeLinear(torch.autograd.Function):
 
         dx = dx_TI = None
         if ctx.needs_input_grad[0]:
-            dx = dy @ weight
+            dx = dy @ weight if weight is not None else torch.zeros_like(x)
             dx_TI = dx.flatten(0, -2)
         if keep is None:
             ddown_DI = dz_TD.t() @ x_TI
@@ -148,16 +153,19 @@ class _LoraMoeLinear(torch.autograd.Function):
             ddown_DI = torch.cat([da.t() @ (x_TI * keep), dl.t() @ x_TI])
             if dx_TI is not None:
                 dx_TI.addmm_(dl, down[-num_experts:]).addcmul_(da @ down[:-num_experts], keep)
-        return dx, None, None, ddown_DI.to(down_DI.dtype), dup_OC.to(up_OC.dtype), None, None, None, None, None
+        dbase = dy if ctx.needs_input_grad[1] else None
+        factors = ddown_DI.to(down_DI.dtype), dup_OC.to(up_OC.dtype)
+        return dx, dbase, None, None, *factors, None, None, None, None, None
 
 
 def lora_moe_linear(
     x: Tensor,
-    weight_OI: Tensor,
+    weight_OI: Tensor | None,
     bias_O: Tensor | None,
     down_DI: Tensor,
     up_OC: Tensor,
     *,
+    base: Tensor | None = None,
     rank: int,
     top_k: int,
     scale: float,
@@ -168,6 +176,7 @@ def lora_moe_linear(
 
     routed   down_DI [N·R + N, I]     hydra   down_DI [R + N, I] and top_k = N        both   up_OC [O, N·R]
 
+    base     the output of a layer whose weight is packed, [..., O], instead of weight and bias; it is written to
     dropout  share of the inputs of A set to zero, the rest divided by 1 − dropout; drawn from the global random state,
              which gradient checkpointing restores
     """
@@ -175,7 +184,7 @@ def lora_moe_linear(
     if dropout:
         keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout).flatten(0, -2)
         scale = scale / (1 - dropout)  # linear in A's input: dividing there or here is the same
-    return _LoraMoeLinear.apply(x, weight_OI, bias_O, down_DI, up_OC, keep, rank, top_k, scale, want_logits)
+    return _LoraMoeLinear.apply(x, base, weight_OI, bias_O, down_DI, up_OC, keep, rank, top_k, scale, want_logits)
 
 
 def balance_loss(logits_TN: Tensor, *, top_k: int, real_T: Tensor | None = None) -> Tensor:
@@ -298,14 +307,16 @@ class LoraMoeAdapter(Adapter):
         down_DI = self._add(f"{path}.down", start, device=module.weight.device)
         up_OC = self._add(f"{path}.up", torch.zeros(spec.out_features, num_experts * rank), device=module.weight.device)
         top_k = num_experts if hydra else min(self.top_k, num_experts)
+        packed = is_quantized(module)
 
         def forward(x: Tensor) -> Tensor:
             y, logits_TN = lora_moe_linear(
                 x,
-                module.weight,
-                module.bias,
+                None if packed else module.weight,
+                None if packed else module.bias,
                 down_DI,
                 up_OC,
+                base=type(module).forward(module, x) if packed else None,
                 rank=rank,
                 top_k=top_k,
                 scale=self.scale,
@@ -382,6 +393,6 @@ class LoraMoeAdapter(Adapter):
 
 
 def _check_linear(module: nn.Module, spec: ModuleShape, name: str) -> None:
-    if type(module) is not nn.Linear:
+    if type(module) is not nn.Linear and not is_quantized(module):
         raise StudyError(f"{spec.path} is a {type(module).__name__}; experts can be added to a plain nn.Linear only")
-    check_size(module.weight, (spec.out_features, spec.in_features), path=spec.path, name=name)
+    check_size(weight_size(module), (spec.out_features, spec.in_features), path=spec.path, name=name)

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
 from allocators.core.types import Recipe, digest_of
 from trainers import storage
-from trainers.tasks import Row, Task
+from trainers.tasks import AnyTask, Row
 
 CHECK_EVERY = 10  # steps between two looks at the loss: each waits for the device
 EXPLODED = (10.0, 10.0)  # a loss above 10 × the first one + 10 ...
@@ -52,7 +52,10 @@ IGNORED = -100  # label of tokens without loss
 
 @dataclass(frozen=True)
 class Rung:
-    """One evaluation on the way: optimiser steps and tokens so far, accuracy, mean training loss since the last one."""
+    """One evaluation on the way: optimiser steps and tokens so far, accuracy, mean training loss since the last one.
+
+    by_task   of several tasks: `{"arc_easy": {"accuracy", "stderr"}}`; accuracy is the mean of theirs
+    """
 
     step: int
     tokens: int
@@ -60,6 +63,7 @@ class Rung:
     stderr: float
     loss: float
     seconds: float
+    by_task: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -92,7 +96,7 @@ class Result:
 def train(
     model: nn.Module,
     adapter: Any,
-    task: Task,
+    task: AnyTask,
     recipe: Recipe,
     *,
     seed: int,
@@ -215,7 +219,7 @@ class _Run:
         self,
         model: nn.Module,
         adapter: Any,
-        task: Task,
+        task: AnyTask,
         recipe: Recipe,
         seed: int,
         tokenizer: Any,
@@ -369,6 +373,7 @@ class _Run:
             stderr=evaluation.stderr,
             loss=sum(losses) / len(losses),
             seconds=self.past.elapsed(),
+            by_task=evaluation.by_task,
         )
 
     def _result(self, status: Literal["complete", "stopped", "diverged"]) -> Result:

@@ -461,7 +461,7 @@ FINISHED: tuple[Status, ...] = ("complete", "stopped", "diverged", "failed", "ou
 class Outcome:
     """What became of a trial. `accuracy` is None unless the run reached an evaluation; it is never NaN.
 
-    rungs       one entry an evaluation: {"step", "tokens", "accuracy", "loss"}
+    rungs       one entry an evaluation: {"step", "tokens", "accuracy", "loss"}, and of several tasks {"by_task"}
     seconds     wall clock of training and evaluation on the worker
     tokens      trained tokens, padding excluded
     adapter     where the trained adapter lies, "" where none was kept
@@ -482,6 +482,11 @@ class Outcome:
     @property
     def digest(self) -> str:
         return self.trial.digest
+
+    @property
+    def by_task(self) -> Mapping[str, Mapping[str, float]]:
+        """`{"arc_easy": {"accuracy", "stderr"}}` where several tasks were trained and evaluated, else empty."""
+        return (self.rungs[-1].get("by_task") or {}) if self.rungs and self.accuracy is not None else {}
 
     def updated(self, **changes: Any) -> Outcome:
         return replace(self, **changes)

@@ -74,27 +74,41 @@ class Row(Protocol):
 
 
 def plan(source: Source, *, score: Score = "sum_sq_grad") -> Plan:
-    """The sensitivity on `samples` training documents of the source's task (all where it has fewer)."""
-    provenance = {
-        "model": source.name,
-        "weights": source.identity,
-        "dtype": source.dtype,
-        "task": source.task_name,
-        "datasets": [{"task": source.task_name, "data": source.task.data_hash}],
-        "score": score,
-        "samples": min(source.samples, source.task.num_training),
-        "max_length": MAX_LENGTH,
-        "seed": source.seed,
-        "code": VERSION,
-    }
+    """The sensitivity on `samples` training documents of every data set that the source trains on.
+
+    Of all of them the same number, the size of the smallest where that is less: scores are sums over samples.
+    """
+    datasets = source.task.datasets
+    samples = min([source.samples, *(dataset.num_training for dataset in datasets)])
+    provenances = []
+    for dataset in datasets:
+        name = source.task_name if len(datasets) == 1 else dataset.label
+        provenances.append(
+            {
+                "model": source.name,
+                "weights": source.identity,
+                "dtype": source.dtype,
+                "task": name,
+                "datasets": [{"task": name, "data": dataset.data_hash}],
+                "score": score,
+                "samples": samples,
+                "max_length": MAX_LENGTH,
+                "seed": source.seed,
+                "code": VERSION,
+            }
+        )
 
     def run() -> Signal:
-        rows = _drawn(source.task.training_rows(source.tokenizer, MAX_LENGTH), source.samples, source.seed)
-        batches = pad(rows, pad_token_id=source.tokenizer.pad_token_id)
-        batches = told(batches, total=len(rows), progress=source.progress, what="samples")
-        return measure(source.model, batches, score=score, provenance=provenance, seed=source.seed)
+        signals = []
+        for dataset, provenance in zip(datasets, provenances, strict=True):
+            rows = _drawn(dataset.training_rows(source.tokenizer, MAX_LENGTH), samples, source.seed)
+            what = "samples" if len(datasets) == 1 else f"samples of {dataset.label}"
+            padded = pad(rows, pad_token_id=source.tokenizer.pad_token_id)
+            batches = told(padded, total=len(rows), progress=source.progress, what=what)
+            signals.append(measure(source.model, batches, score=score, provenance=provenance, seed=source.seed))
+        return combine(signals)
 
-    return provenance, run
+    return _joined(provenances), run
 
 
 def measure(
@@ -136,14 +150,19 @@ def combine(signals: Sequence[Signal]) -> Signal:
         if differing or set(signal.rows) != set(signals[0].rows):
             key = differing[0] if differing else "blocks"
             raise StudyError(f"sensitivity signals can be combined when only the data differs, these differ in '{key}'")
-    datasets = [dataset for signal in signals for dataset in signal.provenance["datasets"]]
-    provenance = common[0] | {"task": ", ".join(dataset["task"] for dataset in datasets), "datasets": datasets}
     rows: dict[str, dict[str, tuple[float, ...]]] = defaultdict(lambda: defaultdict(tuple))
     for signal in signals:
         for block, metrics in signal.rows.items():
             for name, row in metrics.items():
                 rows[block][name] += row
+    provenance = _joined([signal.provenance for signal in signals])
     return Signal("sensitivity", rows, signals[0].axis, signals[0].unit, provenance)
+
+
+def _joined(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of signals that differ in the data alone."""
+    datasets = [dataset for provenance in provenances for dataset in provenance["datasets"]]
+    return {**provenances[0], "task": ", ".join(dataset["task"] for dataset in datasets), "datasets": datasets}
 
 
 def pad(rows: Sequence[Row], *, pad_token_id: int, batch_size: int = 8) -> Iterator[dict[str, Tensor]]:

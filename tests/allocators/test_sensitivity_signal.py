@@ -364,6 +364,7 @@ def test_losses_are_the_models_own():
 def test_plan_names_everything_the_numbers_depend_on():
     model = tiny.model("llama")
     task = SimpleNamespace(data_hash="abc", num_training=len(ROWS), training_rows=lambda tokenizer, max_length: ROWS)
+    task.datasets = (task,)
     source = SimpleNamespace(
         name="tiny",
         dtype="float32",
@@ -374,6 +375,7 @@ def test_plan_names_everything_the_numbers_depend_on():
         task=task,
         samples=4,
         seed=1,
+        progress=lambda done, total, what: None,
     )
     provenance, run = sensitivity.plan(source)
     signal = run()
@@ -381,6 +383,42 @@ def test_plan_names_everything_the_numbers_depend_on():
     assert (provenance["task"], provenance["datasets"]) == ("t", [{"task": "t", "data": "abc"}])
     assert (provenance["samples"], provenance["score"], provenance["weights"]) == (4, "sum_sq_grad", "sha")
     assert sensitivity.plan(SimpleNamespace(**vars(source) | {"samples": 99}))[0]["samples"] == len(ROWS)
+
+
+def test_several_data_sets_have_a_value_each_on_as_many_samples():
+    few, many = ROWS[:2], ROWS
+    one, two = (
+        SimpleNamespace(
+            label=label, data_hash=label * 2, num_training=len(rows), training_rows=lambda *_, rows=rows: rows
+        )
+        for label, rows in (("a", many), ("b", few))
+    )
+    told = []
+    source = SimpleNamespace(
+        name="tiny",
+        dtype="float32",
+        identity="sha",
+        model=tiny.model("llama"),
+        tokenizer=SimpleNamespace(pad_token_id=0),
+        task_name="a,b",
+        task=SimpleNamespace(datasets=(one, two)),
+        samples=4,
+        seed=1,
+        progress=lambda done, total, what: told.append((total, what)),
+    )
+    provenance, run = sensitivity.plan(source)
+    signal = run()
+    assert dict(signal.provenance) == provenance
+    assert provenance["datasets"] == [{"task": "a", "data": "aa"}, {"task": "b", "data": "bb"}]
+    assert (provenance["task"], provenance["samples"]) == ("a, b", len(few))
+    assert set(told) == {(2, "samples of a"), (2, "samples of b")}
+    alone = [
+        sensitivity.plan(SimpleNamespace(**vars(source) | {"task": SimpleNamespace(datasets=(d,)), "samples": 2}))[1]()
+        for d in (one, two)
+    ]
+    for block, row in signal.rows.items():
+        values = [s.metric(block, "sum_sq_grad")[0] for s in alone]
+        assert row["sum_sq_grad"] == pytest.approx(values)
 
 
 # --- stability --------------------------------------------------------------------------------------------------------

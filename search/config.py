@@ -47,9 +47,22 @@ class RunConfig:
     )
     trust_remote_code: bool = _key(False, "run Python code from the model's repository: it gets all your rights")
     task: str = _key("default", "lm-evaluation-harness task, task file (.yaml) or embedded task")
-    trials: int = _key(16, "trainings to run; points answered without training do not count")
+    trials: int = _key(
+        -1,
+        "trainings to run (-1: 16, in a table space one for every row); points answered without training and repeats "
+        "with other seeds do not count",
+    )
+    seeds: int = _key(
+        -1,
+        "seeds behind each point of the front: its members are trained again until they have as many (-1: 1); in a "
+        "table space behind every row (-1: what its data sheet says). They differ in adapter initialisation and data "
+        "order; a rerun with more adds only what is missing",
+    )
     time_budget: str = _key("", "stop starting trials after this long: 90s, 10m, 2h (empty: no limit)")
-    seed: int = _key(0, "seed of the sampler, the random allocator, data order and adapter initialisation")
+    seed: int = _key(
+        0,
+        "seed of the sampler, the random allocator, data order and adapter initialisation; repeats take those after it",
+    )
     max_trainable_params: int = _key(0, "points with more trainable parameters are not trained (0: no limit)")
     sampler: str = _key("tpe", f"who proposes points: {', '.join(SAMPLERS)}")
     evaluations: int = _key(3, "evaluations during a training, equally spaced; the last is at the end")
@@ -213,11 +226,14 @@ def _load_file(file: str) -> Mapping[str, Any]:
 
 def check(config: RunConfig) -> None:
     """Raises StudyError for a value that cannot work."""
-    at_least = {"trials": 1, "evaluations": 1, "limit": 0, "calibration_samples": 1, "workers_per_trial": 1}
+    at_least = {"evaluations": 1, "limit": 0, "calibration_samples": 1, "workers_per_trial": 1}
     at_least |= {"cpus_per_worker": 1, "max_concurrent": 0, "num_cpus": 0, "max_trainable_params": 0, "seed": 0}
     for key, minimum in at_least.items():
         if getattr(config, key) < minimum:
             raise StudyError(f"{key} must be at least {minimum}, got {getattr(config, key)}")
+    for key in ("trials", "seeds"):
+        if (value := getattr(config, key)) < 1 and value != -1:
+            raise StudyError(f"{key} must be at least 1, got {value}")
     if config.sampler not in SAMPLERS:
         raise unknown("sampler", config.sampler, SAMPLERS)
     models.check_options(dtype=config.dtype, attn=config.attn, quantization=config.quantization)

@@ -121,7 +121,12 @@ class Candidate:
     @property
     def best(self) -> Outcome:
         """The run whose adapter to load: the most accurate complete one."""
-        return max(self.complete or self.runs, key=lambda run: run.accuracy or 0.0)
+        return self.by_accuracy[0]
+
+    @property
+    def by_accuracy(self) -> list[Outcome]:
+        """All runs, complete ones first, the most accurate first."""
+        return sorted(self.runs, key=lambda run: (run.status != "complete", -(run.accuracy or 0.0)))
 
 
 def point_of(trial: Trial) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import ray
 from ray import tune
@@ -23,7 +23,7 @@ _CONDUCTORS: dict[str, Conductor] = {}  # Tune pickles and copies its searcher; 
 class Conductor(Protocol):
     """What Tune asks of the study (implemented in `search/study.py`)."""
 
-    def propose(self) -> Proposal | None: ...
+    def propose(self) -> Proposal | Literal["wait"] | None: ...
     def rung(self, digest: str, rung: dict[str, Any]) -> None: ...
     def finished(self, outcome: Outcome) -> None: ...
     def lost(self, digest: str, reason: str) -> None: ...
@@ -41,6 +41,8 @@ class AskTheStudy(Searcher):
         proposal = _CONDUCTORS[self._study].propose()
         if proposal is None:
             return Searcher.FINISHED
+        if proposal == "wait":
+            return None  # Tune asks again at its next step
         self._digests[trial_id] = proposal.trial.digest
         return {"trial": json.dumps(proposal.trial.to_json()), "trainable_params": proposal.trainable_params}
 

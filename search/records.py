@@ -165,6 +165,7 @@ class Study(Records):
         shape: ModelShape,
         command: str = "",
         defaults: Mapping[str, Any] = MappingProxyType({}),
+        table: Mapping[str, Any] = MappingProxyType({}),
     ) -> Self:
         """Locks the folder, checks that it is the same study, reads what is there.
 
@@ -172,6 +173,7 @@ class Study(Records):
         identity   the part that results depend on (space, model, task, recipe, seed, ...)
         command    what the user typed, for the report
         defaults   of the identity's keys: a folder that an earlier version made lacks those that came later
+        table      what a table space says about its paper (`spaces/_tables.py`), for the report
 
         Passwords and keys are taken out of all three before they are written.
 
@@ -186,7 +188,7 @@ class Study(Records):
                 f"study folder {folder} cannot be written ({error.strerror}): choose another with storage=FOLDER"
             ) from None
         try:
-            return cls._open_locked(folder, descriptor, config, identity, shape, command, defaults)
+            return cls._open_locked(folder, descriptor, config, identity, shape, command, defaults, table)
         except BaseException:
             os.close(descriptor)
             raise
@@ -201,6 +203,7 @@ class Study(Records):
         shape: ModelShape,
         command: str,
         defaults: Mapping[str, Any],
+        table: Mapping[str, Any],
     ) -> Self:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,7 +214,7 @@ class Study(Records):
             ) from None
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         asked = {"config": redacted(config), "identity": redacted(identity), "command": redacted(command)}
-        asked |= {"shape": shape.to_json(), "versions": versions()}
+        asked |= {"shape": shape.to_json(), "versions": versions(), "table": dict(table)}
         if (folder / HEADER).exists():
             old = _read_header(folder)
             _refuse_another_study(folder, {**defaults, **old["identity"]}, asked["identity"])

@@ -98,10 +98,21 @@ def _knobs_of(space: Any, shape: Any) -> set[str]:
 
 def run(config: RunConfig) -> int:
     problem = prepare(config)
+    config = amounts(config, problem)
     if config.dry_run:
         dry_run(config, problem)
         return 0
     return study(config, problem)
+
+
+def amounts(config: RunConfig, problem: Problem) -> RunConfig:
+    """The same with `trials` and `seeds` as numbers where they were left to their defaults."""
+    trials, seeds = config.trials, config.seeds
+    if trials == -1:
+        trials = len(list(corners(problem))) if problem.is_table else 16
+    if seeds == -1:
+        seeds = getattr(problem.space, "SEEDS", 1) if problem.is_table else 1
+    return replace(config, trials=trials, seeds=seeds)
 
 
 def dry_run(config: RunConfig, problem: Problem) -> None:
@@ -110,20 +121,16 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
     from rich.table import Table
 
     from search.pareto import human
-    from search.sampler import Proposer
 
     measured = _measured(_folder(config))
     problem = replace(problem, signals={**problem.signals, **measured})
-    refused: list[str] = []
-    proposer = Proposer(problem, sampler="random", answered=lambda point: refused.append(point.reason))
-    table = Table(title=f"{config.space} on {config.model}: {config.trials} points, nothing is trained")
+    proposals, refused = _drawn(config, problem, merge=set(_needs(problem.space, problem.pins)) <= set(measured))
+    title = f"{config.space} on {config.model}: {len(proposals)} points, nothing is trained"
+    table = Table(title=title)
     for column in ("", "allocator", "knobs", "recipe", "experts", "trainable parameters"):
         table.add_column(column, justify="right" if column in ("", "experts", "trainable parameters") else "left")
     bounds = False
-    for number in range(1, config.trials + 1):
-        proposal = proposer.propose()
-        if proposal is None:
-            break
+    for number, proposal in enumerate(proposals, start=1):
         trial = proposal.trial
         module = plugins.load("allocators", trial.allocator)
         exact = module.FIXED_COST or module.NEEDS is None or module.NEEDS in measured
@@ -145,13 +152,33 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
         console.print("≤ at most, ≈ about: depends on a signal that the first run measures")
     if refused:
         console.print(f"{len(refused)} further points needed no training: {', '.join(sorted(set(refused)))}")
+    if problem.is_table:
+        total = len(proposals) * config.seeds
+        console.print(f"{len(proposals)} rows with {config.seeds} seeds each: {total} trainings")
+    elif config.seeds > 1:
+        console.print(f"then the members of the front again, until {config.seeds} seeds stand behind each")
+
+
+def _drawn(config: RunConfig, problem: Problem, *, merge: bool) -> tuple[list[Any], list[str]]:
+    """Points to show, and why others need no training. Without `merge` rows that only look alike stay apart."""
+    from search.sampler import Proposal, Proposer, table_rows
+
+    if problem.is_table:
+        rows = table_rows(problem, merge=merge)
+        refused: list[str] = [row.reason for row in rows if not isinstance(row, Proposal)]
+        return [row for row in rows if isinstance(row, Proposal)][: config.trials], refused
+    refused = []
+    proposer = Proposer(problem, sampler="random", answered=lambda point: refused.append(point.reason))
+    return [p for _ in range(config.trials) if (p := proposer.propose()) is not None], refused
 
 
 def study(config: RunConfig, problem: Problem) -> int:
     """Opens the study's records and tracker, trains what is left to train, writes the report."""
     from search import report
     from search.records import Study
+    from search.study import remaining
     from search.tracking import Tracker
+    from spaces import _tables
 
     folder = _folder(config)
     with Study.open(
@@ -161,6 +188,7 @@ def study(config: RunConfig, problem: Problem) -> int:
         defaults=RunConfig().identity(),
         shape=problem.shape,
         command=config.command(),
+        table=_tables.facts(problem.space),
     ) as records:
         tracker = Tracker.open(
             config.tracking_uri or None,
@@ -172,11 +200,15 @@ def study(config: RunConfig, problem: Problem) -> int:
         )
         try:
             tracker.sync(records)
-            left = config.trials - len(records.finished)
-            if left > 0:
-                _train(config, problem, records, tracker, left)
+            known = replace(problem, signals={**problem.signals, **_measured(folder)})
+            left, repeats = remaining(known, records, trials=config.trials, seeds=config.seeds)
+            if left or repeats:
+                _train(config, problem, records, tracker, left, repeats)
             else:
-                print(f"trials={config.trials} and {len(records.finished)} are finished: nothing to train")
+                print(
+                    f"trials={config.trials}, seeds={config.seeds} and {len(records.finished)} are finished: "
+                    "nothing to train"
+                )
             summary = report.write(folder)
             tracker.sync(records)
         except BaseException:
@@ -188,7 +220,8 @@ def study(config: RunConfig, problem: Problem) -> int:
     return 0 if any(outcome.accuracy is not None for outcome in records.finished.values()) else 1
 
 
-def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left: int) -> None:
+def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left: int, repeats: int) -> None:
+    """Trains `left` of the trials, and repeats with other seeds: `repeats` of them and those that turn out so."""
     from search.progress import Progress
     from search.study import Run
 
@@ -216,12 +249,12 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         cpus_per_worker=config.cpus_per_worker,
         gpus_per_worker=config.gpus_per_worker,
         max_concurrent=config.max_concurrent,
-        trials=left,
+        trials=left + repeats,
     )
-    memory = PeakMemory()
+    memory, before = PeakMemory(), list(records.finished.values())
     with (
         memory,
-        Progress(config.trials, config.time_budget_seconds or None, done=list(records.finished.values())) as progress,
+        Progress(config.trials, config.time_budget_seconds or None, done=before, seed=config.seed) as progress,
     ):
         pool = pools.Pool(
             plan,
@@ -255,18 +288,26 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 sampler=config.sampler,
                 deadline=began + config.time_budget_seconds if config.time_budget else None,
                 keep=config.keep,
+                trials=config.trials,
+                seeds=config.seeds,
             )
-            ray_tune.search(conductor, pool, study=records.header["id"], trials=left)
+            # the conductor ends it; Tune wants a number, so one that every point with every seed stays below
+            most = repeats + max(config.trials, len(records.outcomes)) * config.seeds
+            ray_tune.search(conductor, pool, study=records.header["id"], trials=most)
             if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
                 raise KeyboardInterrupt
+            conductor.settle()
         finally:
             pool.close()
             pools.disconnect()
             storage.delete_folder(storage.join(shared, ".ray"))  # Ray Train's own notes: a resume needs none of them
     seconds, gibibytes = time.monotonic() - began, memory.peak_bytes / 2**30
+    own = sum(outcome.trial.seed == config.seed for outcome in records.finished.values())
+    own -= sum(outcome.trial.seed == config.seed for outcome in before)
+    others = len(records.finished) - len(before) - own
     print(
-        f"{left} trainings asked for, {seconds / 60:.1f} minutes with start-up; "
-        f"peak memory of driver, Ray and workers on this machine {gibibytes:.1f} GiB"
+        f"{own} trainings{f' and {others} repeats with other seeds' if others else ''} in {seconds / 60:.1f} minutes "
+        f"with start-up; peak memory of driver, Ray and workers on this machine {gibibytes:.1f} GiB"
     )
 
 

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from allocators.core.errors import BudgetError, InfeasibleError
+from allocators.core.errors import BudgetError, InfeasibleError, StudyError
 from allocators.core.types import Outcome, Point, Recipe, Trial
 from search.config import make_recipe
 from search.records import Answered, Reason
-from search.trial import PinnedTrial, Problem
+from search.trial import PinnedTrial, Problem, corners
 
 # Successive repeats after which plain random points are drawn, and after which the space counts as used up.
 PATIENCE = 25
@@ -30,6 +30,41 @@ class Proposal:
     trial: Trial
     trainable_params: int
     params: Mapping[str, Any]
+
+
+def table_rows(problem: Problem, *, merge: bool = True) -> list[Proposal | Answered]:
+    """Every point of a table space in the order of its knobs: to be trained, or answered because it cannot be.
+
+    merge   a row with the allocation of an earlier one is answered as its duplicate
+
+    Raises StudyError where a knob is a range of numbers: there is no "every point" of that.
+    """
+    points = list(corners(problem))
+    if points != list(corners(problem, high=True)):
+        raise StudyError(f"space {problem.space.__name__} is a TABLE, so all of its knobs must be categorical")
+    rows: list[Proposal | Answered] = []
+    seen: set[str] = set()
+    for point, params in points:
+        try:
+            trial, cost = problem.resolve(point)
+        except (InfeasibleError, BudgetError) as error:
+            rows.append(_refused(params, error))
+            continue
+        if merge and trial.digest in seen:
+            rows.append(_repeated(params, trial.digest))
+        else:
+            rows.append(Proposal(trial, cost, params))
+        seen.add(trial.digest)
+    return rows
+
+
+def _refused(params: Mapping[str, Any], error: InfeasibleError | BudgetError) -> Answered:
+    reason: Reason = "over_budget" if isinstance(error, BudgetError) else "infeasible"
+    return Answered(params, reason, None, str(error))
+
+
+def _repeated(params: Mapping[str, Any], digest: str) -> Answered:
+    return Answered(params, "duplicate", digest, "same allocation, recipe and seed")
 
 
 class Proposer:
@@ -98,8 +133,7 @@ class Proposer:
                 # A violated constraint, not a failure: the sampler learns to stay away.
                 trial.set_constraint("feasible", 1.0)
                 self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
-                reason: Reason = "over_budget" if isinstance(error, BudgetError) else "infeasible"
-                self._answered(Answered(params, reason, None, str(error)))
+                self._answered(_refused(params, error))
                 continue
             digest = resolved.digest
             if digest in self._finished:
@@ -111,7 +145,7 @@ class Proposer:
             else:
                 self._running[digest] = [trial]
                 return Proposal(resolved, cost, params)
-            self._answered(Answered(params, "duplicate", digest, "same allocation, recipe and seed"))
+            self._answered(_repeated(params, digest))
         return None
 
     def tell(self, outcome: Outcome) -> None:

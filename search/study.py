@@ -1,27 +1,81 @@
 """One study from its first point to its report: the only writer of records, MLflow runs and the live view.
 
 Tune asks `propose`, workers' reports arrive at `rung` and `finished`. Pure glue: no Ray, no MLflow, no torch.
+
+A study has `trials` trainings at its own seed, and then repeats with the seeds after it, until the points that matter
+have `seeds` in all: the members of the front in a search, every row of a table. What was asked for earlier and is
+recorded is never trained again, so more seeds (or trials) in a rerun add only what is missing.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
 
 from allocators.core.types import Outcome
 from search import pareto
 from search.progress import Progress
-from search.records import Study
-from search.sampler import Answered, Proposal, Proposer
+from search.records import Records, Study
+from search.sampler import Answered, Proposal, Proposer, table_rows
 from search.tracking import Tracker
 from search.trial import Problem
 from trainers import storage
 
 
+def missing_repeats(problem: Problem, records: Records, *, seeds: int) -> list[Proposal]:
+    """Trainings that members of the front (by mean accuracy, as of now) lack to have been tried with `seeds` seeds.
+
+    Seed by seed and small points first, so that all members have two before one has three. A repeat that failed was
+    tried; one that is under way is not missing.
+    """
+    tried = {(pareto.point_of(o.trial), o.trial.seed) for o in records.outcomes.values()}
+    found: list[Proposal] = []
+    for seed in range(problem.seed + 1, problem.seed + seeds):
+        for member in pareto.front(pareto.candidates(records.finished.values())):
+            first = member.runs[0]
+            if (pareto.point_of(first.trial), seed) in tried:
+                continue
+            trial = problem.repeat(first.trial, seed)
+            if trial.digest not in records.outcomes:  # else its own draw is what another point trained
+                found.append(Proposal(trial, member.trainable_params, records.params_of(first.digest)))
+    return found
+
+
+def table_plan(problem: Problem, *, trials: int, seeds: int) -> tuple[list[Proposal], list[Answered]]:
+    """Every training of a table, and the rows answered without one; all rows at one seed before the next seed.
+
+    A study that is cut short then still has pairs to compare.
+    """
+    rows = table_rows(problem)
+    first = [row for row in rows if isinstance(row, Proposal)][:trials]
+    more = range(problem.seed + 1, problem.seed + seeds)
+    repeats = (replace(p, trial=problem.repeat(p.trial, seed)) for seed in more for p in first)
+    once = {proposal.trial.digest: proposal for proposal in (*first, *repeats)}
+    return list(once.values()), [row for row in rows if isinstance(row, Answered)]
+
+
+def remaining(problem: Problem, records: Records, *, trials: int, seeds: int) -> tuple[int, int]:
+    """Trainings still to run: of the `trials`, and repeats with other seeds (in a search: as the front is now).
+
+    A table whose signals were not measured yet counts as if nothing of it that needs them were done.
+    """
+    finished = records.finished
+    if problem.is_table:
+        left = [p for p in table_plan(problem, trials=trials, seeds=seeds)[0] if p.trial.digest not in finished]
+        own = sum(p.trial.seed == problem.seed for p in left)
+        return own, len(left) - own
+    own = trials - sum(outcome.trial.seed == problem.seed for outcome in finished.values())
+    half_done = sum(outcome.trial.seed != problem.seed for outcome, _ in records.in_flight)
+    return max(own, 0), len(missing_repeats(problem, records, seeds=seeds)) + half_done
+
+
 class Run:
     """The conductor that Tune talks to.
 
+    trials        trainings at the study's own seed that it is to have in the end, those of earlier runs included
+    seeds         seeds that a member of the front, or a row of a table, is to have been trained with
     checkpoints   where workers keep the state of their trials; a finished trial needs none
     deadline      monotonic time after which nothing new is proposed; None: no limit
     keep          "front": adapters of points that left the front are deleted; "all": none is
@@ -38,41 +92,96 @@ class Run:
         sampler: str,
         deadline: float | None,
         keep: str,
+        trials: int,
+        seeds: int = 1,
     ) -> None:
+        self._problem = problem
         self._records = records
         self._tracker = tracker
         self._progress = progress
         self._checkpoints = checkpoints
         self._deadline = deadline
         self._keep = keep
+        self._trials = trials
+        self._seeds = seeds
         self._proposals: dict[str, Proposal] = {}
         for digest in records.finished:  # a driver that was killed may have recorded an end and not cleaned up
             self._drop_checkpoint(digest)
-        known = [(outcome, records.params_of(digest)) for digest, outcome in records.finished.items()]
-        unfinished = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
-        self._proposer = Proposer(
-            problem, sampler=sampler, known=known, unfinished=unfinished, answered=self._on_answered
-        )
+        own = {digest: outcome for digest, outcome in records.finished.items() if self._is_own(outcome)}
+        half_done = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
+        if problem.is_table:
+            self._work: Iterator[Proposal | Literal["wait"]] = self._rows()
+        else:
+            self._proposer = Proposer(
+                problem,
+                sampler=sampler,
+                known=[(outcome, records.params_of(digest)) for digest, outcome in own.items()],
+                unfinished=[p for p in half_done if p.trial.seed == problem.seed],
+                answered=self._on_answered,
+            )
+            repeats = [p for p in half_done if p.trial.seed != problem.seed]
+            self._work = self._search(trials - len(own), repeats)
+            self._expect()
 
     @property
     def cut_off(self) -> bool:
         """Whether trials were started that have no result."""
         return bool(self._proposals)
 
-    def propose(self) -> Proposal | None:
+    def propose(self) -> Proposal | Literal["wait"] | None:
+        """The next training; "wait" where a result has to come in first; None when there is nothing left to do."""
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._progress.message("time budget used up: no new trials")
             return None
-        proposal = self._proposer.propose()
-        if proposal is None:
-            self._progress.message("every point of the space has been answered")
-            return None
+        proposal = next(self._work, None)
+        if proposal is None or proposal == "wait":
+            return proposal
         started = Outcome(proposal.trial, "started", proposal.trainable_params)
         self._proposals[proposal.trial.digest] = proposal
         self._records.append_started(started, proposal.params)
         self._tracker.started(started)
         self._progress.started(started)
         return proposal
+
+    def _search(self, own: int, repeats: list[Proposal]) -> Iterator[Proposal | Literal["wait"]]:
+        """What the sampler proposes; then repeats of the front, which is looked at again after every result."""
+        for _ in range(own):
+            proposal = self._proposer.propose()
+            if proposal is None:
+                self._progress.message("every point of the space has been answered")
+                break
+            yield proposal
+        yield from repeats
+        while self._seeds > 1:
+            missing = missing_repeats(self._problem, self._records, seeds=self._seeds)
+            searching = any(proposal.trial.seed == self._problem.seed for proposal in self._proposals.values())
+            if missing and not searching:  # before the search's last result the front is not known
+                yield missing[0]
+            elif self._proposals:
+                yield "wait"
+            else:
+                return
+
+    def _rows(self) -> Iterator[Proposal]:
+        """What is missing of a table."""
+        plan, answered = table_plan(self._problem, trials=self._trials, seeds=self._seeds)
+        for point in answered:
+            if point not in self._records.answered:  # every run of a study meets the same rows
+                self._on_answered(point)
+        own = sum(proposal.trial.seed == self._problem.seed for proposal in plan)
+        self._progress.expect(own, len(plan) - own)
+        finished = set(self._records.finished)
+        yield from (proposal for proposal in plan if proposal.trial.digest not in finished)
+
+    def _is_own(self, outcome: Outcome) -> bool:
+        """Whether it was trained with the study's own seed, and not to repeat a point."""
+        return outcome.trial.seed == self._problem.seed
+
+    def _expect(self) -> None:
+        """Tells the live view how many repeats there will be, by the front as it is now."""
+        begun = sum(not self._is_own(outcome) for outcome in self._records.outcomes.values())
+        missing = missing_repeats(self._problem, self._records, seeds=self._seeds)
+        self._progress.expect(self._trials, begun + len(missing))
 
     def rung(self, digest: str, rung: Mapping[str, Any]) -> None:
         self._records.append_rung(digest, rung)
@@ -83,15 +192,22 @@ class Run:
         proposal = self._proposals.pop(outcome.digest)
         self._records.append_finished(outcome, proposal.params)
         self._drop_checkpoint(outcome.digest)
-        self._proposer.tell(outcome)
+        if not self._problem.is_table:
+            self._proposer.tell(outcome)
+            self._expect()
         self._tracker.finished(outcome)
         self._progress.finished(outcome)
         if self._keep == "front":
-            self._drop_adapters()
+            self._drop_adapters(spare_repeated=True)
 
     def lost(self, digest: str, reason: str) -> None:
         proposal = self._proposals[digest]
         self.finished(Outcome(proposal.trial, "failed", proposal.trainable_params, message=reason))
+
+    def settle(self) -> None:
+        """The search is over: what is not on the front now will not come back to it."""
+        if self._keep == "front":
+            self._drop_adapters(spare_repeated=False)
 
     def _on_answered(self, point: Answered) -> None:
         self._records.append_answered(point.params, reason=point.reason, digest=point.digest, message=point.message)
@@ -100,11 +216,19 @@ class Run:
     def _drop_checkpoint(self, digest: str) -> None:
         storage.delete_folder(storage.join(self._checkpoints, digest))
 
-    def _drop_adapters(self) -> None:
-        """Deletes adapters of points that are no longer on the front: on a real model each is hundreds of megabytes."""
-        outcomes = self._records.finished.values()
-        on_front = pareto.front(pareto.candidates(outcomes))
-        winners = {run.digest for candidate in on_front for run in candidate.runs}
-        for outcome in outcomes:
-            if outcome.adapter and outcome.digest not in winners:
-                storage.delete_folder(outcome.adapter)
+    def _drop_adapters(self, *, spare_repeated: bool) -> None:
+        """Keeps one adapter for each point of the front: on a real model each is hundreds of megabytes.
+
+        spare_repeated   also for points that have repeats: their mean moves, and they may be back on the front
+        """
+        points = pareto.candidates(self._records.finished.values())
+        stay = {id(point) for point in pareto.front(points)}
+        if spare_repeated:
+            stay |= {id(point) for point in points if self._problem.is_table or len(point.runs) > 1}
+        for point in points:
+            runs = [run for run in point.by_accuracy if run.adapter]
+            there = (run for run in runs if storage.exists(run.adapter))
+            kept = next(there, None) if id(point) in stay else None
+            for run in runs:
+                if run is not kept:
+                    storage.delete_folder(run.adapter)

@@ -42,12 +42,22 @@ class Problem:
     def suggest(self) -> Callable[[Any, ModelShape], Point]:
         return self.space.suggest
 
-    def allocate(self, point: Point) -> Allocation:
-        """Raises InfeasibleError where the knobs give no allocation on this model."""
+    @property
+    def is_table(self) -> bool:
+        """Whether the space is a fixed grid: every point of it is trained, and there is nothing to search."""
+        return getattr(self.space, "TABLE", False)
+
+    def allocate(self, point: Point, *, seed: int | None = None) -> Allocation:
+        """Raises InfeasibleError where the knobs give no allocation on this model.
+
+        An allocator that draws (it has a `seed`) draws with the study's seed, so that all seeds of a point train one
+        allocation; where the point's knob `draw` is "each", with the trial's own `seed`.
+        """
         module = plugins.load("allocators", point.allocator)
         knobs = dict(point.knobs)
         if "seed" in inspect.signature(module.allocate).parameters:
-            knobs.setdefault("seed", self.seed)
+            each = knobs.pop("draw", "once") == "each"
+            knobs.setdefault("seed", seed if each and seed is not None else self.seed)
         signal = self.signals.get(module.NEEDS) if module.NEEDS else None
         return plugins.call(module, signal, self.shape, knobs)
 
@@ -64,6 +74,12 @@ class Problem:
         if self.max_trainable_params and params > self.max_trainable_params:
             raise BudgetError(f"{params:,} trainable parameters are more than {self.max_trainable_params:,}")
         return trial, params
+
+    def repeat(self, trial: Trial, seed: int) -> Trial:
+        """The same point with another seed: of adapter, data order, and of the draw where `draw` is each."""
+        if trial.knobs.get("draw") != "each":
+            return replace(trial, seed=seed)
+        return replace(trial, seed=seed, allocation=self.allocate(Point(trial.allocator, trial.knobs), seed=seed))
 
 
 class PinnedTrial:

@@ -8,5 +8,12 @@ A space defines
     starting_points(shape) -> list[dict]      sampler parameters tried first; recipe settings left out of a
                                               starting point take the study's own values
 
+or is a table, a fixed grid like those of the papers, whose every point is trained and compared seed by seed
+
+    BASE, ALLOCATORS, suggest                 as above, all knobs categorical: every combination is a row
+    TABLE       True
+    SEEDS       seeds behind each row unless `seeds=` says otherwise
+    PUBLISHED   published accuracies, COMPARISONS  pairs of rows that are tested (`spaces/_tables.py`); may be left out
+
 Its docstring is a data sheet: the question, the command, the knobs, what was measured.
 """

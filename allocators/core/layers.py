@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from allocators.core.apportion import Rounding, apportion
 from allocators.core.errors import InfeasibleError
-from allocators.core.types import ExpertCounts, ModelShape, ModuleShape, Signal
+from allocators.core.types import ExpertCounts, Gating, ModelShape, ModuleShape, Signal
 
 
 def blocks(shape: ModelShape) -> tuple[ModuleShape, ...]:
@@ -68,11 +68,11 @@ def total_or_default(shape: ModelShape, total_experts: int | None) -> int:
     return 5 * shape.num_layers if total_experts is None else total_experts
 
 
-def on_layers(counts: Sequence[int], shape: ModelShape) -> ExpertCounts:
-    """Layer l's count on each of its modules, routed as MoLA and AlphaLoRA do.
+def on_layers(counts: Sequence[int], shape: ModelShape, *, gating: Gating = "routed") -> ExpertCounts:
+    """Layer l's count on each of its modules, routed as MoLA and AlphaLoRA do unless `gating` says otherwise.
 
     Raises InfeasibleError where no layer gets an expert.
     """
     if not any(counts):
         raise InfeasibleError(f"no layer of {shape.name} gets an expert: ask for at least one")
-    return ExpertCounts({m.path: counts[m.layer] for m in blocks(shape)})
+    return ExpertCounts({m.path: counts[m.layer] for m in blocks(shape)}, gating)

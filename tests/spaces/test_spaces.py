@@ -10,10 +10,13 @@ from allocators.core import plugins
 from allocators.core.errors import InfeasibleError
 from allocators.core.shapes import shape_of
 from allocators.core.types import ModelShape
-from search.sampler import Proposer
+from search.sampler import Proposal, Proposer, table_rows
 from search.trial import Problem, corners, load_space, placeholder
+from spaces._tables import facts
 
 SPACES = plugins.names("spaces")
+TABLES = [name for name in SPACES if getattr(plugins.load("spaces", name, "space"), "TABLE", False)]
+SEARCHED = [name for name in SPACES if name not in TABLES]
 LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 OLMOE = {"model_type": "olmoe", "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4}
 
@@ -35,7 +38,8 @@ def problem_of(name: str, layers: int = 8, **changes) -> Problem:
 
 
 def test_the_published_methods_all_have_their_space():
-    assert set(SPACES) >= {"sieve", "alphalora", "mola", "lora_smoe", "dense"}
+    assert set(SEARCHED) >= {"sieve", "alphalora", "mola", "lora_smoe", "dense"}
+    assert set(TABLES) >= {"sieve_ablation", "alphalora_table", "smoe_table"}
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -52,7 +56,7 @@ def test_every_corner_of_a_space_is_an_allocation_or_says_why_not(name):
     assert resolved == set(problem.space.ALLOCATORS)
 
 
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize("name", SEARCHED)
 @pytest.mark.parametrize("layers", [4, 7, 32])
 def test_starting_points_lie_on_the_grid_and_are_proposed_as_they_stand(name, layers):
     problem = problem_of(name, layers)
@@ -75,7 +79,7 @@ def test_the_data_sheet_asks_a_question_and_names_every_knob(name):
         assert knob in sheet, knob
 
 
-@pytest.mark.parametrize("name", [s for s in SPACES if plugins.load("spaces", s, "space").BASE == "dense"])
+@pytest.mark.parametrize("name", [s for s in SEARCHED if plugins.load("spaces", s, "space").BASE == "dense"])
 def test_the_controls_have_the_parameters_of_the_method(name):
     """At the starting points, uniform and random cost the same; so does every method that takes the same T."""
     proposer = Proposer(problem_of(name))
@@ -84,3 +88,97 @@ def test_the_controls_have_the_parameters_of_the_method(name):
     assert costs["uniform"] == costs["random"]
     for allocator in {"alphalora", "sensitivity", "mola"} & set(costs):
         assert costs[allocator] == costs["uniform"]
+
+
+# --- tables: fixed grids
+
+
+def rows_of(name: str, layers: int = 8, **changes) -> list[Proposal]:
+    return [row for row in table_rows(problem_of(name, layers, **changes), merge=False) if isinstance(row, Proposal)]
+
+
+def named(row: dict, proposals: list[Proposal]) -> list[Proposal]:
+    return [p for p in proposals if row.items() <= p.params.items()]
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("layers", [4, 7, 32])
+def test_every_row_of_a_table_can_be_trained_and_has_a_name_of_its_own(name, layers):
+    rows = table_rows(problem_of(name, layers), merge=False)
+    assert all(isinstance(row, Proposal) for row in rows), "every combination of knobs is an allocation"
+    assert len({tuple(sorted(row.params.items())) for row in rows}) == len(rows) > 1
+    assert {row.trial.allocator for row in rows} == set(problem_of(name).space.ALLOCATORS)
+    assert len({row.trial.recipe for row in rows}) == 1, "rows differ in their allocation alone"
+    assert problem_of(name).space.SEEDS > 1
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_a_table_says_about_its_paper_names_single_rows(name):
+    rows, said = rows_of(name), facts(problem_of(name).space)
+    assert said["comparisons"]
+    for comparison in said["comparisons"]:
+        assert len(named(comparison["first"], rows)) == len(named(comparison["second"], rows)) == 1, comparison
+        assert comparison["first"] != comparison["second"]
+    assert len({comparison["name"] for comparison in said["comparisons"]}) == len(said["comparisons"])
+    for entry in said["published"]:
+        assert len(named(entry["row"], rows)) == 1, entry
+        assert 0 < entry["accuracy"] < 1
+        assert "arXiv" in entry["source"]
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("sieve_ablation", ("sieve", "random", "greedy")), ("alphalora_table", ("mola", "alphalora"))]
+)
+def test_rows_of_one_budget_cost_the_same(name, exact):
+    knob = {"sieve_ablation": "fraction", "alphalora_table": "experts_per_layer"}[name]
+    budgets: dict[float, set[int]] = {}
+    for row in rows_of(name):
+        if row.trial.allocator in (*exact, "uniform"):
+            budgets.setdefault(row.params[knob], set()).add(row.trainable_params)
+    assert len(budgets) == 3
+    assert {len(costs) for costs in budgets.values()} == {1}
+
+
+def test_the_papers_budgets_are_met_at_the_papers_depth():
+    totals = {
+        r.trial.knobs["total_experts"] for r in rows_of("alphalora_table", 32) if "total_experts" in r.trial.knobs
+    }
+    assert totals == {80, 160, 224}
+    layouts = {
+        r.trial.knobs["pattern"]: r.trainable_params
+        for r in rows_of("alphalora_table", 32)
+        if "pattern" in r.params or "pattern" in r.trial.knobs
+    }
+    uniform = {
+        r.trial.knobs["total_experts"]: r.trainable_params
+        for r in rows_of("alphalora_table", 32)
+        if r.trial.allocator == "uniform"
+    }
+    assert layouts == {"1234": uniform[80], "2468": uniform[160], "4-6-8-10": uniform[224]}
+
+
+def test_a_row_of_random_experts_draws_anew_for_every_seed_and_costs_the_same():
+    problem = problem_of("sieve_ablation")
+    (row,) = named({"allocator": "random", "fraction": 0.25}, rows_of("sieve_ablation"))
+    repeats = [problem.repeat(row.trial, seed) for seed in range(1, 5)]
+    assert problem.repeat(row.trial, problem.seed) == row.trial
+    assert len({trial.allocation for trial in [row.trial, *repeats]}) == 5
+    assert {t.allocation.trainable_params(problem.shape, rank=t.recipe.rank) for t in repeats} == {row.trainable_params}
+    (hot,) = named({"allocator": "sieve", "fraction": 0.25, "score": "count"}, rows_of("sieve_ablation"))
+    assert problem.repeat(hot.trial, 3).allocation == hot.trial.allocation
+    assert problem.repeat(hot.trial, 3).seed == 3
+
+
+def test_pins_keep_some_rows_of_a_table():
+    kept = rows_of("sieve_ablation", pins={"fraction": 0.25})
+    assert {row.params.get("fraction", 0.25) for row in kept} == {0.25}
+    assert {row.trial.allocator for row in kept} == set(problem_of("sieve_ablation").space.ALLOCATORS)
+
+
+def test_rows_that_come_to_the_same_are_trained_once():
+    """Under flat routing the experts with the most tokens are those with the most gate weight."""
+    rows = table_rows(problem_of("sieve_ablation"))
+    answered = [row for row in rows if not isinstance(row, Proposal)]
+    trained = {row.trial.digest for row in rows if isinstance(row, Proposal)}
+    assert {row.reason for row in answered} == {"duplicate"}
+    assert {row.digest for row in answered} <= trained

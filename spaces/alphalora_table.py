@@ -1,0 +1,84 @@
+"""At the same number of experts, is AlphaLoRA better than uniform and MoLA-2468, and with which spectral metric?
+
+    python -m search.run space=alphalora_table model=tiny-dense                        embedded model, offline
+    python -m search.run space=alphalora_table model=tiny-dense dry_run=true           the rows and their parameters
+    python -m search.run space=alphalora_table model=meta-llama/Llama-2-7b-hf task=openbookqa recipe.rank=8 \\
+        recipe.lora_alpha=16 recipe.lora_dropout=0.05 recipe.learning_rate=3e-4 recipe.top_k=2 \\
+        space.experts_per_layer=5
+
+A table: every row is trained, none is searched, with 5 seeds (`seeds=`; the paper names none), seed by seed. The last
+command has the paper's recipe and keeps its main budget, T = 160.
+
+Knobs
+    allocator           uniform | mola | alphalora
+    experts_per_layer   2.5 | 5 | 7: the paper's T = 80, 160 and 224 on 32 layers, at any depth
+    metric              hill | alpha_hat | stable_rank (alphalora)
+
+MoLA's layout rises by the same steps at each budget: 1234, 2468, 4-6-8-10, low layers to high; where four does not
+divide the layers its T is only near. alphalora has the paper's β = 2.5 and the rounding `largest_remainder` (each layer
+within one of its share): equation 7 as published can load one layer with every correction.
+
+Comparisons: hill against uniform at each budget; against MoLA, alpha_hat and stable_rank at 5 a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from allocators.core.types import ModelShape, Point
+from spaces._tables import Comparison, Published
+
+BASE = "dense"
+TABLE = True
+SEEDS = 5
+ALLOCATORS = ("uniform", "mola", "alphalora")
+LAYOUTS = {5: "2468", 2.5: "1234", 7: "4-6-8-10"}  # the main budget first
+
+PAPER = "AlphaLoRA, arXiv:2410.10054"
+SIX = "the mean of six tasks, each fine-tuned alone"
+UNIFORM = {"allocator": "uniform", "experts_per_layer": 5}
+MOLA = {"allocator": "mola", "experts_per_layer": 5}
+HILL = {"allocator": "alphalora", "experts_per_layer": 5, "metric": "hill"}
+
+PUBLISHED = (
+    Published("Llama-2-7b-hf", SIX, UNIFORM, 0.8414, PAPER),
+    Published("Llama-2-7b-hf", SIX, MOLA, 0.8459, PAPER),
+    Published("Llama-2-7b-hf", SIX, HILL, 0.8497, PAPER),
+    Published("Mistral-7B-v0.1", SIX, UNIFORM, 0.8765, PAPER),
+    Published("Mistral-7B-v0.1", SIX, MOLA, 0.8832, PAPER),
+    Published("Mistral-7B-v0.1", SIX, HILL, 0.8916, PAPER),
+)
+
+_BEST = "hill is the best metric"
+COMPARISONS = (
+    Comparison("hill − uniform, 5 a layer", HILL, UNIFORM, "+0.8 points (Llama), +1.5 (Mistral)", PAPER),
+    Comparison("hill − MoLA-2468, 5 a layer", HILL, MOLA, "+0.4 points (Llama), +0.8 (Mistral)", PAPER),
+    Comparison("hill − alpha_hat, 5 a layer", HILL, HILL | {"metric": "alpha_hat"}, _BEST, PAPER),
+    Comparison("hill − stable_rank, 5 a layer", HILL, HILL | {"metric": "stable_rank"}, _BEST, PAPER),
+    *(
+        Comparison(
+            f"hill − uniform, {n} a layer",
+            HILL | {"experts_per_layer": n},
+            UNIFORM | {"experts_per_layer": n},
+            "swept by the paper",
+            PAPER,
+        )
+        for n in (2.5, 7)
+    ),
+)
+
+
+def suggest(trial: Any, shape: ModelShape) -> Point:
+    each = trial.suggest_categorical("experts_per_layer", list(LAYOUTS))
+    allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
+    total = math.floor(each * shape.num_layers + 0.5)
+    match allocator:
+        case "mola":
+            return Point(allocator, {"pattern": LAYOUTS[each]})
+        case "alphalora":
+            metric = trial.suggest_categorical("metric", ["hill", "alpha_hat", "stable_rank"])
+            knobs = {"total_experts": total, "metric": metric, "beta": 2.5, "rounding": "largest_remainder"}
+            return Point(allocator, knobs)
+        case _:
+            return Point(allocator, {"total_experts": total})

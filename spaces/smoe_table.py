@@ -1,0 +1,58 @@
+"""How many weight matrices need experts, and are those with the largest gradients (LoRA-SMoE) better than all equally?
+
+    python -m search.run space=smoe_table model=tiny-dense                             embedded model, offline
+    python -m search.run space=smoe_table model=tiny-dense dry_run=true                the rows and their parameters
+    python -m search.run space=smoe_table model=Qwen/Qwen2.5-3B task=arc_easy recipe.rank=8 recipe.learning_rate=5e-5
+
+A table: every row is trained, none is searched, with 5 seeds (`seeds=`; the paper names none), seed by seed. The last
+command has the paper's recipe.
+
+Knobs
+    allocator   lora_smoe | uniform (the control)
+    retention   0.6 | 0.4 | 0.8 | 1.0: share of the weight matrices that keep experts, eight each, and of 8 a layer that
+                uniform puts on every matrix. LoRA-SMoE keeps what is strictly above a percentile, so at 1.0 it leaves
+                out the lowest matrix of a group
+    strategy    S: attention and MLP ranked separately; U: together (lora_smoe)
+
+All rows are HydraLoRA adapters (one A, N B's, soft gates), uniform too, so that only the placement differs. Matrices
+differ in size, so rows at one retention have nearly, and not exactly, the same parameters: the report shows both.
+
+Comparisons: S and U against uniform at 0.6, S against U, and S at 0.6 against the other retentions.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from allocators.core.types import ModelShape, Point
+from spaces._tables import Comparison
+
+BASE = "dense"
+TABLE = True
+SEEDS = 5
+ALLOCATORS = ("lora_smoe", "uniform")
+EXPERTS = 8  # a kept matrix; the paper has one for each of eight data sets that vote for it
+
+PAPER = "LoRA-SMoE, arXiv:2505.06272"
+S = {"allocator": "lora_smoe", "retention": 0.6, "strategy": "S"}
+U = S | {"strategy": "U"}
+UNIFORM = {"allocator": "uniform", "retention": 0.6}
+
+_BEST = "LoRA-SMoE is best (Qwen2.5-3B, eight tasks)"
+COMPARISONS = (
+    Comparison("S − uniform, 60 %", S, UNIFORM, _BEST, PAPER),
+    Comparison("U − uniform, 60 %", U, UNIFORM, _BEST, PAPER),
+    Comparison("S − U, 60 %", S, U, "both are the paper's", PAPER),
+    *(Comparison(f"S, 60 % − {n:.0%}", S, S | {"retention": n}, "60 % is its choice", PAPER) for n in (0.4, 0.8, 1.0)),
+)
+
+
+def suggest(trial: Any, shape: ModelShape) -> Point:
+    retention = trial.suggest_categorical("retention", [0.6, 0.4, 0.8, 1.0])
+    allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
+    if allocator == "uniform":
+        total = math.floor(retention * EXPERTS * shape.num_layers + 0.5)
+        return Point(allocator, {"total_experts": total, "gating": "hydra"})
+    strategy = trial.suggest_categorical("strategy", ["S", "U"])
+    return Point(allocator, {"retention": retention, "strategy": strategy, "experts_per_block": EXPERTS})

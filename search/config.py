@@ -14,13 +14,13 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from allocators.core.errors import StudyError, did_you_mean, unknown
 from allocators.core.types import Recipe
-from trainers import models
+from trainers import models, task_files
 
 SAMPLERS = ("tpe", "nsga2", "random")
 
@@ -46,7 +46,11 @@ class RunConfig:
         "", f"of the frozen base's linear layers: {' or '.join(models.QUANTIZATION)}, by bitsandbytes (empty: none)"
     )
     trust_remote_code: bool = _key(False, "run Python code from the model's repository: it gets all your rights")
-    task: str = _key("default", "lm-evaluation-harness task, task file (.yaml) or embedded task")
+    task: str = _key(
+        "default",
+        "lm-evaluation-harness task, task file (.yaml), embedded task, or a group such as commonsense8; several: "
+        "task=[arc_easy,openbookqa]",
+    )
     trials: int = _key(
         -1,
         "trainings to run (-1: 16, in a table space one for every row); points answered without training and repeats "
@@ -66,7 +70,16 @@ class RunConfig:
     max_trainable_params: int = _key(0, "points with more trainable parameters are not trained (0: no limit)")
     sampler: str = _key("tpe", f"who proposes points: {', '.join(SAMPLERS)}")
     evaluations: int = _key(3, "evaluations during a training, equally spaced; the last is at the end")
-    limit: int = _key(0, "evaluate on the first N documents of the test split only (0: all)")
+    limit: int = _key(0, "evaluate on the first N documents of the test split only, of each task (0: all)")
+    training_limit: int = _key(0, "train on at most N documents of each data set, the same for every seed (0: all)")
+    metric: str = _key(
+        "", "what accuracy is, e.g. acc_norm; of several tasks those that have it take it (empty: as the task says)"
+    )
+    num_fewshot: int = _key(
+        -1, "examples before each question of an evaluation (-1: as the task says, which may fix 0)"
+    )
+    fewshot_seed: int = _key(task_files.FEWSHOT_SEED, "seed of those examples; lm_eval draws the same with the same")
+    chat_template: bool = _key(False, "put prompts into the tokenizer's chat template, to train and to evaluate")
     calibration_samples: int = _key(256, "training documents that the routing signal is measured on")
     workers_per_trial: int = _key(1, "Ray Train workers of one trial (data parallel)")
     cpus_per_worker: int = _key(1, "CPUs, and torch threads, of one worker")
@@ -101,7 +114,8 @@ class RunConfig:
     def study_name(self) -> str:
         if self.name:
             return self.name
-        parts = (self.space, Path(self.model).name or self.model, Path(self.task).stem)
+        task = "-".join(Path(word).stem for word in task_files.words(self.task))
+        parts = (self.space, Path(self.model).name or self.model, task)
         return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -120,6 +134,7 @@ class RunConfig:
             "plugins",
             "recipe",
             "pins",
+            *("training_limit", "metric", "num_fewshot", "fewshot_seed", "chat_template"),
             *("dtype", "attn", "quantization", "trust_remote_code"),  # gradient checkpointing gives the same losses
         )
         return {key: getattr(self, key) for key in keys}
@@ -176,6 +191,8 @@ def parse(argv: Sequence[str]) -> RunConfig:
         elif key not in known:
             raise StudyError(f"unknown key '{key}'{did_you_mean(key, known)} (help lists the keys)")
         else:
+            if key == "task":  # a list is kept as text: "a,b"
+                word = f"task={value.strip().removeprefix('[').removesuffix(']')}"
             # one plug-in needs no brackets
             plain.append(f"plugins=[{value}]" if key == "plugins" and not value.startswith("[") else word)
 
@@ -186,12 +203,15 @@ def parse(argv: Sequence[str]) -> RunConfig:
             strangers = sorted(set(loaded) - known)
             if strangers:
                 raise StudyError(f"unknown key '{strangers[0]}' in {file}{did_you_mean(strangers[0], known)}")
+            if isinstance(loaded.get("task"), list):
+                loaded = {**loaded, "task": ",".join(map(str, loaded["task"]))}
             settings = OmegaConf.merge(settings, loaded)
         settings = OmegaConf.merge(settings, OmegaConf.from_dotlist(plain), {"pins": pins, "recipe": recipe})
         config = RunConfig(**OmegaConf.to_container(settings, resolve=True))  # type: ignore[arg-type]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
         raise StudyError(f"{key}: {str(error).splitlines()[0]}" if key else str(error).splitlines()[0]) from None
+    config = replace(config, task=",".join(task_files.words(config.task)))
     check(config)
     return config
 
@@ -227,6 +247,7 @@ def _load_file(file: str) -> Mapping[str, Any]:
 def check(config: RunConfig) -> None:
     """Raises StudyError for a value that cannot work."""
     at_least = {"evaluations": 1, "limit": 0, "calibration_samples": 1, "workers_per_trial": 1}
+    at_least |= {"training_limit": 0, "num_fewshot": -1, "fewshot_seed": 0}
     at_least |= {"cpus_per_worker": 1, "max_concurrent": 0, "num_cpus": 0, "max_trainable_params": 0, "seed": 0}
     for key, minimum in at_least.items():
         if getattr(config, key) < minimum:

@@ -74,7 +74,7 @@ def prepare(config: RunConfig) -> Problem:
         task=config.task,
         seed=config.seed,
         max_trainable_params=config.max_trainable_params,
-        signals={kind: placeholder(kind, shape) for kind in _needs(space)},
+        signals={kind: placeholder(kind, shape, datasets=task.num_datasets) for kind in _needs(space)},
         task_recipe=task.recipe,
         fixed_recipe=config.recipe,
         # a recipe setting that the space would propose is fixed for the sampler as well
@@ -264,8 +264,11 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 "namespace": pools.NAMESPACE,
                 "model": _located(config.model, {**models.EMBEDDED, **models.PACKAGED}),
                 "options": {key: getattr(config, key) for key in models.OPTIONS},
-                "task": _located(config.task, tasks.EMBEDDED),
-                "limit": config.limit,
+                "task": tasks.absolute(config.task),
+                "task_options": {
+                    **{key: getattr(config, key) for key in tasks.OPTIONS},
+                    "num_fewshot": config.num_fewshot if config.num_fewshot >= 0 else None,
+                },
                 "seed": config.seed,
                 "evaluations": config.evaluations,
                 "calibration_samples": config.calibration_samples,
@@ -278,6 +281,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         try:
             progress.message(f"starting workers: {plan.describe()}")
             pool.start()
+            progress.message(pool.ask({"kind": "task"}, told=lambda *_: None)["task"])
             problem = replace(problem, signals=_signals(config, problem, pool, folder, progress))
             conductor = Run(
                 problem,

@@ -218,7 +218,7 @@ def check_budget(problem: Problem) -> None:
         )
 
 
-def placeholder(kind: SignalKind, shape: ModelShape) -> Signal:
+def placeholder(kind: SignalKind, shape: ModelShape, *, datasets: int = 1) -> Signal:
     """Stands in for a signal that was not measured yet, so that parameters can be counted without weights.
 
     Allocators with FIXED_COST have their exact count under it. Routing is flat: every other routing needs at most as
@@ -234,7 +234,7 @@ def placeholder(kind: SignalKind, shape: ModelShape) -> Signal:
         rows = {m.path: dict.fromkeys(("hill", "alpha_hat", "stable_rank"), (2.0 + m.layer,)) for m in shape.modules}
     else:
         by_size = sorted(shape.modules, key=lambda m: (m.lora_params(8) + m.in_features, m.path))
-        rows = {m.path: {"sum_sq_grad": (float(place),)} for place, m in enumerate(by_size, start=1)}
+        rows = {m.path: {"sum_sq_grad": (float(place),) * datasets} for place, m in enumerate(by_size, start=1)}
     return Signal(
         kind, rows, axis="expert" if kind == "routing" else "dataset", unit="1", provenance={"measured": False}
     )

@@ -34,6 +34,19 @@ BENCHMARKS: dict[str, Path] = {
 # Data set "paths" that are file formats; anything else is a folder or an id on the hub.
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
 
+# What turns a document into a prompt and its completion.
+PROMPT = (
+    "output_type",
+    "doc_to_text",
+    "doc_to_target",
+    "doc_to_choice",
+    "description",
+    "gen_prefix",
+    "target_delimiter",
+)
+
+FEWSHOT_SEED = 1234  # lm-eval's own default: the same examples as its command line draws
+
 # What another data set does not inherit from a task.
 _OF_THE_DATA = ("dataset_name", "dataset_kwargs", "process_docs", "custom_dataset")
 
@@ -76,6 +89,11 @@ class Chosen:
     name: str
     files: tuple[TaskFile, ...]
     recipe: Mapping[str, Any]
+
+    @property
+    def num_datasets(self) -> int:
+        """Data sets that are trained on: fewer than tasks where some share one."""
+        return len({training_key(file) for file in self.files})
 
 
 def words(name: str) -> list[str]:
@@ -134,6 +152,16 @@ def training_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     skipped = _OF_THE_DATA if "dataset_path" in block else ()
     return {key: value for key, value in config.items() if key not in skipped} | dict(block)
+
+
+def training_key(file: TaskFile) -> str:
+    """Equal for tasks that train on the same rows."""
+    other = training_config(file.config)
+    if other is None:
+        return f"{file.path} {sorted(file.changes.items())}"
+    keys = ("dataset_path", *_OF_THE_DATA, "training_split", *PROMPT)
+    # A block's files and functions are found from the folder of its file.
+    return f"{file.path.parent} { {key: other.get(key) for key in keys} }"
 
 
 def _metadata(config: Mapping[str, Any]) -> Mapping[str, Any]:

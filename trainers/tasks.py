@@ -74,6 +74,8 @@ from allocators.core.errors import StudyError, unknown
 from trainers.task_files import (
     BENCHMARKS,
     EMBEDDED,
+    FEWSHOT_SEED,
+    PROMPT,
     Chosen,
     TaskFile,
     _one_line,
@@ -81,20 +83,10 @@ from trainers.task_files import (
     check_task,
     located_data,
     training_config,
+    training_key,
 )
 
 __all__ = ["BENCHMARKS", "EMBEDDED", "AnyTask", "Mixture", "Row", "Task", "absolute", "check_task", "load_task"]
-
-# What turns a document into a prompt and its completion.
-_PROMPT = (
-    "output_type",
-    "doc_to_text",
-    "doc_to_target",
-    "doc_to_choice",
-    "description",
-    "gen_prefix",
-    "target_delimiter",
-)
 
 # What prompts and scores depend on besides the documents.
 _HASHED = (
@@ -114,7 +106,8 @@ _HASHED = (
     "repeats",
 )
 
-FEWSHOT_SEED = 1234  # lm-eval's own default: the same examples as its command line draws
+# What `load_task` takes that RunConfig has keys for.
+OPTIONS = ("limit", "training_limit", "metric", "num_fewshot", "fewshot_seed", "chat_template")
 
 Messages = Callable[..., str]  # a conversation to the text of a prompt
 
@@ -180,9 +173,7 @@ def load_task(
     parts: list[Task] = []
     for file in chosen.files:
         task, training = _built(file)
-        other = training_config(file.config)
-        # A block's files and functions are found from the folder of its file.
-        key = json.dumps([str(file.path.parent), _of_training(other)] if other else [str(file.path), file.changes])
+        key = training_key(file)
         if key not in trainings:
             trainings[key] = _Training(
                 file.name,
@@ -237,12 +228,6 @@ def _by_lm_eval(config: Mapping[str, Any], file: TaskFile) -> Any:
     located = {**config, **located_data(config, file.path.parent)}
     (task,) = TaskManager(include_defaults=False).load([located])["tasks"].values()
     return task
-
-
-def _of_training(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What training rows depend on, of a config whose functions are still names."""
-    keys = ("dataset_path", "dataset_name", "dataset_kwargs", "training_split", "process_docs", *_PROMPT)
-    return {key: config.get(key) for key in keys}
 
 
 class _Training:
@@ -409,7 +394,7 @@ class Task:
         }
         if self.training.task is not self._task:
             other = self.training.task.dump_config()
-            value["training_config"] = {key: other.get(key) for key in _PROMPT}
+            value["training_config"] = {key: other.get(key) for key in PROMPT}
         # Said only where it differs from what there once was alone: earlier signals and checkpoints stay good.
         if self._fewshot_seed != FEWSHOT_SEED:
             value["fewshot_seed"] = self._fewshot_seed
@@ -631,7 +616,7 @@ AnyTask = Task | Mixture
 def sizes(task: AnyTask) -> str:
     """What is trained and counted on, in one line.
 
-    `7,208 rows to train on (arc_easy 2,251, openbookqa 4,957); accuracy on arc_easy (2,376 × acc), openbookqa (...)`
+    `7,208 rows to train on (arc_easy 2,251, openbookqa 4,957); accuracy is the mean over arc_easy (2,376 × acc), ...`
     """
     rows = ", ".join(f"{part.label} {part.num_training:,}" for part in task.datasets)
     shared = len(task.parts) > len(task.datasets)
@@ -642,7 +627,7 @@ def sizes(task: AnyTask) -> str:
     )
     return (
         f"{task.num_training:,} rows to train on ({rows}{', shared by the tasks that name it' if shared else ''}); "
-        f"accuracy {'is the mean ' if len(task.parts) > 1 else ''}on {counted}"
+        f"accuracy {'is the mean over' if len(task.parts) > 1 else 'on'} {counted}"
     )
 
 

@@ -41,7 +41,8 @@ class Bench:
         self.name, self.identity, self.dtype = setup["model"], loaded.identity, loaded.numbers
         self.folder, self.scratch = partial(models.folder_of, self.name), Path(setup["signals"])
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.task_name, self.task = setup["task"], tasks.load_task(setup["task"], limit=setup["limit"] or None)
+        self.task_name, self.task = setup["task"], tasks.load_task(setup["task"], **setup["task_options"])
+        self.task.check_tokenizer(self.tokenizer)
         self.samples, self.seed = setup["calibration_samples"], setup["seed"]
         self.shape = models.shape_of_model(self.model, name=self.name)
         self.versions = versions(
@@ -49,6 +50,12 @@ class Bench:
         )
 
         self.progress: Callable[[int, int, str], None] = lambda done, total, what: None
+
+    def told_of_task(self) -> dict[str, Any]:
+        """What is trained and counted on, in one line."""
+        from trainers import tasks
+
+        return {"task": tasks.sizes(self.task)}
 
     def measure(self, kind: str) -> dict[str, Any]:
         """One signal, from the cache where it was measured before. Raises StudyError for what this model lacks."""
@@ -161,12 +168,12 @@ def serve(config: dict[str, Any]) -> None:
         def send(message: dict[str, Any], job_id: str = job_id) -> bool:
             return shared(ray.get(board.report.remote(group, job_id, message)) if leads else None)
 
-        if work["kind"] == "signal":
+        if work["kind"] != "trial":
             answer: dict[str, Any] | None = None
             if leads:
                 bench.progress = _now_and_then(partial(_pass_on, board, group, job_id))
                 try:
-                    answer = bench.measure(work["signal"])
+                    answer = bench.measure(work["signal"]) if work["kind"] == "signal" else bench.told_of_task()
                 except Exception as error:  # the driver decides what a missing signal means
                     kind = "" if isinstance(error, ToolkitError) else f"{type(error).__name__}: "
                     answer = {"error": f"{kind}{error}"}

@@ -105,7 +105,7 @@ def setup(folder: Path) -> dict[str, Any]:
         "model": "tiny-moe",
         "options": {},
         "task": "default",
-        "limit": 8,
+        "task_options": {"limit": 8},
         "seed": 0,
         "evaluations": 1,
         "calibration_samples": 8,

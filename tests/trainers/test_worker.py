@@ -19,7 +19,7 @@ def bench(tmp_path_factory):
         "model": "tiny-moe",
         "options": {},
         "task": "tiny_cipher",
-        "limit": 16,
+        "task_options": {"limit": 16},
         "seed": 0,
         "evaluations": 2,
         "calibration_samples": 8,

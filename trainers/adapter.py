@@ -170,8 +170,8 @@ class Adapter(ABC):
             f"{spec.path}.lora_A", uniform(self.rank, spec.in_features, seed=seed, name=spec.path), device=weight.device
         )
         b_OR = self._add(f"{spec.path}.lora_B", torch.zeros(spec.out_features, self.rank), device=weight.device)
-        if isinstance(module, nn.Linear):
-            packed = is_quantized(module)
+        packed = is_quantized(module)
+        if packed or type(module).forward is nn.Linear.forward:
 
             def hook(linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
                 x = F.dropout(args[0], self.lora_dropout, linear.training)
@@ -379,7 +379,7 @@ def module_at(model: nn.Module, path: str, *, name: str) -> Any:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether it is a linear layer with packed weights (bitsandbytes), which only its own forward can multiply."""
-    return isinstance(module, nn.Linear) and not module.weight.is_floating_point()
+    return isinstance(module, nn.Linear) and not module._parameters["weight"].is_floating_point()  # type: ignore[union-attr]
 
 
 def quantization_of(model: nn.Module) -> str:

@@ -11,7 +11,8 @@ what it is and where it hangs, so a family that transformers adds tomorrow needs
     attention       linear maps below a module called `…attn` or `…attention`
     mlp             linear maps of feed-forward blocks in layers without experts
 
-Anything else (state-space and convolution blocks, norms, embeddings, the head) is left as it is.
+Anything else is left as it is: state-space and convolution blocks, norms, embeddings, the head, linear layers with a
+forward of their own, and the indexers of sparse attention, which choose positions and so have no gradient.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from torch import nn
 
 from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape, ModuleShape
+from trainers.adapter import is_quantized
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
+_NO_GRADIENT = re.compile(r"(^|[._])indexer([._]|$)")
 _FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn|ff|feed_forward|feedforward)([._]|$)")
 
 
@@ -85,16 +88,20 @@ def _layer(layer: nn.Module, number: int, at: str) -> Iterator[ModuleShape]:
             continue
         around = next((experts for block, experts in blocks.items() if not block or path.startswith(f"{block}.")), None)
         if _ATTENTION.search(path):
-            if isinstance(module, nn.Linear):
+            if _is_linear(module) and not _NO_GRADIENT.search(path):
                 yield linear(path, module, "attention")
         elif around is not None and _is_router(module, around):
             experts, hidden = module.weight.shape
             yield ModuleShape(f"{at}.{path}", number, int(hidden), int(experts), role="router")
-        elif isinstance(module, nn.Linear) and module.out_features > 1:
+        elif _is_linear(module) and module.out_features > 1:
             if around is not None or (blocks and "shared" in path):
                 yield linear(path, module, "shared_expert")
             elif not blocks and _FEED_FORWARD.search(path):
                 yield linear(path, module, "mlp")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward or is_quantized(module)
 
 
 def _is_router(module: nn.Module, experts: Any) -> bool:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -222,9 +223,9 @@ class Tracker:
         child, now = self._children[digest], int(time.time() * 1000)
         metrics = [
             Metric(name, float(rung[name]), now, int(rung["step"]))
-            for rung in rungs
-            for name in ("accuracy", "loss", "tokens", "stderr")
-            if rung.get(name) is not None and (name, int(rung["step"])) not in child.metrics
+            for rung in map(_flat, rungs)
+            for name in rung
+            if name != "step" and (name, int(rung["step"])) not in child.metrics
         ]
         for start in range(0, len(metrics), _BATCH_METRICS):
             self._client.log_batch(child.run_id, metrics=metrics[start : start + _BATCH_METRICS])
@@ -273,6 +274,15 @@ class Tracker:
             for file in summary.files:
                 self._client.log_artifact(self._parent, str(file), "report")
         self._client.set_terminated(self._parent, status)
+
+
+def _flat(rung: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of an evaluation by metric name: `accuracy`, of several tasks also `accuracy.arc_easy`."""
+    numbers = {name: rung.get(name) for name in ("step", "accuracy", "loss", "tokens", "stderr")}
+    for label, of_task in (rung.get("by_task") or {}).items():
+        name = re.sub(r"[^\w./ :-]", "-", label)  # what MLflow takes
+        numbers |= {f"accuracy.{name}": of_task["accuracy"], f"stderr.{name}": of_task["stderr"]}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 class _Child:

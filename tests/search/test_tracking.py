@@ -133,6 +133,21 @@ def test_sync_writes_a_whole_study_from_its_records(store):
         check(store, study)
 
 
+def test_the_accuracy_of_every_task_is_a_metric(store):
+    done = outcome()
+    by_task = {"arc_easy": {"accuracy": 0.25, "stderr": 0.01}, "mine+yours": {"accuracy": 0.75, "stderr": 0.02}}
+    with open_study(store / "demo") as study:
+        study.append_finished(done.updated(rungs=tuple(entry | {"by_task": by_task} for entry in done.rungs)), {})
+        tracker = open_tracker(store)
+        tracker.sync(study)
+        check(store, study)
+    client, _, [child] = runs(store)
+    history = client.get_metric_history(child.info.run_id, "accuracy.arc_easy")
+    assert [(m.step, m.value) for m in history] == [(rung["step"], 0.25) for rung in done.rungs]
+    assert child.data.metrics["accuracy.mine-yours"] == 0.75  # MLflow takes no plus
+    assert child.data.metrics["stderr.mine-yours"] == 0.02
+
+
 def test_what_still_runs_when_a_study_is_interrupted_is_killed(store):
     with open_study(store / "demo") as study:
         tracker = open_tracker(store)

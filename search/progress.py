@@ -208,7 +208,7 @@ def front_table(
     if repeated:
         table.add_column("s.d. of seeds", justify="right")
     if chances:
-        table.add_column("P(better than the row above)", justify="right")
+        table.add_column("P(beats the row above)", justify="right")
     table.add_column("")
     for candidate in shown[cut:]:
         best = candidate.best

@@ -4,7 +4,7 @@
 
 Writes front.csv (the front), points.csv (every run), front.png and report.html (one file, works offline, template in
 `search/page.html`), and prints the front. What is said in words is said carefully: a difference counts only above two
-standard errors, and how many seeds stand behind a point is always named.
+standard errors, and how many seeds stand behind a point is always named. Further tables: `search/sections.py`.
 """
 
 from __future__ import annotations
@@ -15,24 +15,28 @@ import html
 import io
 import json
 import math
+import re
 import sys
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from allocators.core.errors import ToolkitError
 from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, best_under
 from search.pareto import Candidate, candidates, front, human, knee
-from search.progress import accuracy_text, front_table, number, point, varying
+from search.progress import accuracy_text, front_table, number, point, probability, varying
 from search.records import Records, flattened, read, write_atomically
+from search.sections import Section, is_table, sections
+from search.uncertainty import Bias, Difference, Noise, compare, pooled, rank_correlation, selection_bias
 from trainers import models
 
 BASELINES = ("random", "uniform")  # what an allocation has to beat at equal parameters
@@ -50,6 +54,7 @@ COLOURS = (
 FILES = ("front.csv", "points.csv", "front.png", "report.html")
 TOO_CLOSE = 2.0  # standard errors of a difference below which it may be chance
 EQUAL = 0.02  # share by which "equal parameters" may differ
+FAITHFUL = 0.8  # rank correlation between first rung and end below which early results mislead
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,42 @@ class Report:
         return knee(self.points)
 
     @cached_property
+    def sections(self) -> list[Section]:
+        """Tables beyond the front."""
+        return sections(self.records, self.points)
+
+    @property
+    def seed(self) -> int:
+        """The study's own seed; a run with another one repeats a point."""
+        return self.records.header["config"].get("seed", 0)
+
+    @cached_property
+    def noise(self) -> Noise | None:
+        """How much accuracy moves between the seeds of one point, over all points that have several."""
+        return pooled(self.points)
+
+    @cached_property
+    def chances(self) -> dict[str, float]:
+        """By digest of a front point's best run: the probability that it is better than the next smaller point."""
+        found = {high.best.digest: self.difference(low, high).chance for low, high in pairwise(self.front)}
+        return {digest: chance for digest, chance in found.items() if chance is not None}
+
+    @cached_property
+    def bias(self) -> Bias | None:
+        """What was picked at one seed against fresh seeds of the same points; None in a table, where nothing is."""
+        return None if is_table(self.records) else selection_bias(self.points, seed=self.seed)
+
+    @cached_property
+    def early_ranks(self) -> tuple[float | None, int]:
+        """Spearman's rank correlation of accuracy at the first rung and at the end, and over how many points."""
+        runs = [run for c in self.points for run in c.complete[:1] if len(run.rungs) > 1]
+        pairs = [(float(run.rungs[0]["accuracy"]), run.accuracy or 0.0) for run in runs]
+        return rank_correlation(pairs), len(pairs)
+
+    def difference(self, lower: Candidate, higher: Candidate) -> Difference:
+        return compare(lower, higher, noise=self.noise)
+
+    @cached_property
     def words(self) -> list[str]:
         """The study in sentences, the most important first."""
         return _words(self)
@@ -89,6 +130,12 @@ class Report:
             if candidate is not None and candidate.accuracy is not None:
                 found[f"{name}_accuracy"] = candidate.accuracy
                 found[f"{name}_trainable_params"] = candidate.trainable_params
+        if (correlation := self.early_ranks[0]) is not None:
+            found["rank_correlation_first_rung"] = correlation
+        if self.noise is not None:
+            found["seed_standard_deviation"] = math.sqrt(self.noise.variance)
+        if self.bias is not None:
+            found["selection_bias"] = self.bias.picked - self.bias.mean
         return found
 
     @property
@@ -103,6 +150,11 @@ class Report:
     def label(self, run: Outcome) -> str:
         """`sieve fraction=0.25, rank 8`: allocator, knobs, and the settings that vary."""
         return ", ".join([point(run), *(f"{s} {number(getattr(run.trial.recipe, s))}" for s in self.settings)])
+
+    def loadable(self, candidate: Candidate) -> tuple[Outcome, str] | None:
+        """The most accurate run of a point whose adapter is still there, and where."""
+        found = ((run, self.adapter_folder(run)) for run in candidate.by_accuracy)
+        return next(((run, where) for run, where in found if where), None)
 
     def adapter_folder(self, outcome: Outcome) -> str | None:
         """Where the trained adapter lies: a URI, or a folder that is still there (with the study, if it was moved)."""
@@ -136,15 +188,36 @@ def show(folder: str | Path, *, console: Console | None = None) -> None:
     report = Report(read(folder))
     if report.front:
         console.print(
-            front_table(report.front, report.records.finished.values(), title=f"{_title(report)}: Pareto front")
+            front_table(
+                report.front,
+                report.records.finished.values(),
+                title=f"{_title(report)}: Pareto front",
+                chances=report.chances,
+            )
         )
     for sentence in report.words:
         console.print(Text(sentence), soft_wrap=True)
+    for section in report.sections:
+        console.print()
+        console.print(_terminal_table(section))
+        for note in section.notes:
+            console.print(Text(note), soft_wrap=True)
     for candidate in report.front[-1:]:
-        if where := report.adapter_folder(candidate.best):
-            code = load_code(candidate.best.trial.model, where, settings=report.records.header["config"])
+        if found := report.loadable(candidate):
+            run, where = found
+            code = load_code(run.trial.model, where, settings=report.records.header["config"])
             console.print(Text(f"\nTo load the most accurate one:\n{code}"))
     console.print(Text(f"\nReport: {report.records.folder / 'report.html'}"), soft_wrap=True)
+
+
+def _terminal_table(section: Section) -> Table:
+    table = Table(title=Text(section.title), title_justify="left")
+    for i, head in enumerate(section.head):
+        numbers = all(re.match(r"[+−<.\d-]|$|TOST", row[i]) for row in section.rows)
+        table.add_column(head, justify="right" if i and numbers else "left")
+    for row in section.rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table
 
 
 def load_code(model: str, adapter: str, *, settings: Mapping[str, Any]) -> str:
@@ -161,9 +234,9 @@ def load_code(model: str, adapter: str, *, settings: Mapping[str, Any]) -> str:
 
 
 def _words(report: Report) -> list[str]:
-    records, on_front = report.records, report.front
+    on_front = report.front
     if not on_front:
-        return ["No finished trial yet: there is no front to show.", *_state(records)]
+        return ["No finished trial yet: there is no front to show.", *_state(report)]
 
     def name(candidate: Candidate) -> str:
         size = human(candidate.trainable_params)
@@ -179,7 +252,7 @@ def _words(report: Report) -> list[str]:
         sentences.append(f"The knee, after which parameters buy less: {name(report.knee)}.")
     elif len(on_front) > 2:
         sentences.append("The front has no knee: nowhere does it rise above the straight line between its ends.")
-    return [*sentences, *_honesty(report), *_against_baselines(report), *_state(records)]
+    return [*sentences, *_honesty(report), *_against_baselines(report), *_early(report), *_state(report)]
 
 
 def _budgets(report: Report) -> list[int]:
@@ -202,12 +275,19 @@ def _honesty(report: Report) -> list[str]:
         said = [
             f"{' to '.join(str(n) for n in {seeds[0]: 0, seeds[-1]: 0})} seeds stand behind each point of the front."
         ]
-    steps = [_difference(lower, higher) for lower, higher in pairwise(on_front)]
+    if report.noise is not None:
+        said[0] = (
+            f"{said[0][:-1]}; between seeds of one point accuracy has a standard deviation of "
+            f"{math.sqrt(report.noise.variance):.3f}, estimated with {report.noise.freedom} degrees of freedom."
+        )
+    said += _selection(report.bias)
+    steps = [(d.rise, d.stderr) for d in (report.difference(lower, higher) for lower, higher in pairwise(on_front))]
     errors = [error for _, error in steps if error is not None]
     if steps and not errors:
         return [*said, "The standard error of the evaluation was not recorded: small differences may be chance."]
     if errors:
-        rise, error = _difference(on_front[0], on_front[-1])
+        whole = report.difference(on_front[0], on_front[-1])
+        rise, error = whole.rise, whole.stderr
         if error is not None and abs(rise) <= TOO_CLOSE * error:
             said.append(
                 f"The whole front rises by {rise:.3f}, within two standard errors of a difference "
@@ -220,7 +300,7 @@ def _honesty(report: Report) -> list[str]:
                 f"errors (about {TOO_CLOSE * max(errors):.3f}) and may be chance; the whole front rises by {rise:.3f}."
             )
     rivals = sum(1 for candidate in report.points if candidate.accuracy is not None)
-    if rivals > 1:
+    if rivals > 1 and not is_table(report.records):
         said.append(
             f"The front was picked from {rivals} points on the questions it is measured on: expect its accuracies to "
             f"be a little too high."
@@ -228,12 +308,31 @@ def _honesty(report: Report) -> list[str]:
     return said
 
 
-def _difference(lower: Candidate, higher: Candidate) -> tuple[float, float | None]:
-    """How much more accurate, and its standard error (cautious: as if both had seen different questions)."""
-    rise = (higher.accuracy or 0.0) - (lower.accuracy or 0.0)
-    if lower.stderr is None or higher.stderr is None:
-        return rise, None
-    return rise, math.hypot(lower.stderr, higher.stderr)
+def _selection(bias: Bias | None) -> list[str]:
+    """The winner's curse, where fresh seeds measured it."""
+    if bias is None:
+        return []
+    drop, error = bias.picked - bias.mean, "" if bias.stderr is None else f", standard error {bias.stderr:.3f}"
+    runs = f"{bias.fresh} fresh training{'' if bias.fresh == 1 else 's'} of {bias.points} picked point"
+    sizes = f"{bias.picked:.3f} at the seed they were picked at, {bias.mean:.3f} on average over {runs}"
+    many = "" if bias.points == 1 else "s"
+    verdict = (
+        f"picking flattered them by {drop:.3f}{error}, so the front goes by the means"
+        if drop > 0
+        else f"picking did not flatter them (difference {drop:+.3f}{error})"
+    )
+    return [f"Winner's curse: accuracy {sizes}{many}; {verdict}."]
+
+
+def _early(report: Report) -> list[str]:
+    """A warning where early accuracy does not rank as the end does: what stops trials early would stop good ones."""
+    correlation, n = report.early_ranks
+    if correlation is None or correlation >= FAITHFUL:
+        return []
+    return [
+        f"Warning: accuracy at the first evaluation ranks the points unlike the end does (rank correlation "
+        f"{correlation:.2f}, n = {n}, below {FAITHFUL}): stopping trials by it would stop good ones."
+    ]
 
 
 def _against_baselines(report: Report) -> list[str]:
@@ -252,7 +351,8 @@ def _against_baselines(report: Report) -> list[str]:
         if kind not in BASELINES or not rivals:
             continue
         best = max(rivals, key=lambda c: c.accuracy or 0.0)
-        gain, error = _difference(baseline, best)
+        difference = report.difference(baseline, best)
+        gain, error = difference.rise, difference.stderr
         if error is None:
             verdict = "standard error unknown"
         else:
@@ -265,14 +365,19 @@ def _against_baselines(report: Report) -> list[str]:
     return said
 
 
-def _state(records: Records) -> list[str]:
+def _state(report: Report) -> list[str]:
     """How much is done, what was not trained and why, what is damaged."""
-    asked = records.header["config"].get("trials")
-    statuses = Counter(outcome.status.replace("_", " ") for outcome in records.finished.values())
+    records = report.records
+    config, finished = records.header["config"], records.finished.values()
+    asked = config.get("trials")
+    statuses = Counter(outcome.status.replace("_", " ") for outcome in finished)
     said = []
     if statuses:
         kinds = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
-        said.append(f"{len(records.finished)}{f' of {asked}' if asked else ''} runs are finished: {kinds}.")
+        # a study of an earlier version has no repeats, whatever its runs' seeds
+        repeats = sum(outcome.trial.seed != report.seed for outcome in finished) if "seeds" in config else 0
+        own = f"{len(finished) - repeats}{f' of {asked}' if asked else ''} runs are finished"
+        said.append(f"{own}{f', and {repeats} repeats with other seeds' if repeats else ''}: {kinds}.")
     if flying := len(records.in_flight):
         what, them = ("run is", "it") if flying == 1 else ("runs are", "them")
         said.append(f"{flying} {what} in flight, or cut off with the driver: the same command takes {them} up again.")
@@ -304,10 +409,12 @@ def _front_row(report: Report, candidate: Candidate) -> dict[str, Any]:
         "accuracy": candidate.accuracy,
         "stderr": candidate.stderr,
         "seeds": len(candidate.complete),
+        "seed_standard_deviation": candidate.spread,
+        "better_than_next_smaller": report.chances.get(best.digest),
         "knee": candidate is report.knee,
         "seconds": best.seconds,
         "tokens": best.tokens,
-        "adapter": report.adapter_folder(best) or "",
+        "adapter": found[1] if (found := report.loadable(candidate)) else "",
         **_recipe(best),
     }
 
@@ -396,8 +503,13 @@ def _png(report: Report) -> bytes:
         axes.step([*xs, max(_x(c) for c, _ in measured)], [*ys, ys[-1]], where="post", color="0.35", lw=1)
         errors = [c.stderr or 0.0 for c in report.front]
         axes.errorbar(xs, ys, yerr=errors, fmt="none", ecolor="0.6", elinewidth=0.8, zorder=2)
+        edge, ends = [*xs, max(_x(c) for c, _ in measured)], list(zip(ys, errors, strict=True))
+        low, high = [y - e for y, e in ends], [y + e for y, e in ends]
+        axes.fill_between(
+            edge, [*low, low[-1]], [*high, high[-1]], step="post", color="0.5", alpha=0.12, lw=0, zorder=1
+        )
         axes.margins(y=0.12)
-        title = "± one standard error" if any(errors) else None
+        title = "band: ± one standard error" if any(errors) else None
         figure.legend(fontsize=8, frameon=False, loc="outside right upper", title=title, title_fontsize=7)
         _name_points(axes, canvas, report)  # last: what comes later would move the axes under the names
     else:
@@ -465,6 +577,7 @@ def _data(report: Report) -> dict[str, Any]:
         "config": flattened(header["config"]),
         "versions": header["versions"] | _worker_versions(report),
         "words": report.words,
+        "sections": [asdict(section) for section in report.sections],
         "colours": colours(c.best.trial.allocator for c in report.points),
         "settings": report.settings,
         "knobs": list(dict.fromkeys(knob for c in report.points for knob in c.best.trial.knobs)),
@@ -492,8 +605,8 @@ def _counted(texts: Sequence[str]) -> list[str]:
 
 
 def _point(report: Report, candidate: Candidate) -> dict[str, Any]:
-    best = candidate.best
-    where = report.adapter_folder(best)
+    best, found = candidate.best, report.loadable(candidate)
+    settings = report.records.header["config"]
     return {
         "digest": best.digest,
         "allocator": best.trial.allocator or "unnamed",
@@ -504,12 +617,15 @@ def _point(report: Report, candidate: Candidate) -> dict[str, Any]:
         "size": human(candidate.trainable_params),
         "accuracy": candidate.accuracy,
         "stderr": candidate.stderr,
+        "spread": candidate.spread,
+        "seeds": len(candidate.complete),
+        "chance": probability(report.chances.get(best.digest)),
         "status": best.status.replace("_", " "),
         "front": best.digest in report.winners,
         "knee": candidate is report.knee,
         "experts": best.trial.allocation.total_experts,
         "cells": _cells(report, best),
-        "load": load_code(best.trial.model, where, settings=report.records.header["config"]) if where else "",
+        "load": load_code(best.trial.model, found[1], settings=settings) if found else "",
         "runs": [
             {
                 "seed": run.trial.seed,

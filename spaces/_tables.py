@@ -48,7 +48,12 @@ class Comparison:
 
 
 def facts(space: Any) -> dict[str, Any]:
-    """What a space says about its paper, as JSON, for the study's records: the report then needs no space."""
+    """What a table says about its paper, as JSON, for the study's records: the report then needs no space.
+
+    Empty for a space that is no table.
+    """
+    if not getattr(space, "TABLE", False):
+        return {}
     return {
         "published": [asdict(entry) for entry in getattr(space, "PUBLISHED", ())],
         "comparisons": [asdict(entry) for entry in getattr(space, "COMPARISONS", ())],

@@ -8,11 +8,13 @@ A table: every row is trained, none is searched, with 5 seeds (`seeds=`; the pap
 command has the paper's recipe.
 
 Knobs
-    allocator   lora_smoe | uniform (the control)
-    retention   0.6 | 0.4 | 0.8 | 1.0: share of the weight matrices that keep experts, eight each, and of 8 a layer that
-                uniform puts on every matrix. LoRA-SMoE keeps what is strictly above a percentile, so at 1.0 it leaves
-                out the lowest matrix of a group
-    strategy    S: attention and MLP ranked separately; U: together (lora_smoe)
+    allocator           lora_smoe | uniform (the control)
+    retention           0.6 | 0.4 | 0.8 | 1.0: share of the weight matrices that keep experts, and of 8 experts a layer
+                        that uniform puts on every matrix. LoRA-SMoE keeps what is strictly above a percentile, so at
+                        1.0 it leaves out the lowest matrix of a group
+    strategy            S: attention and MLP ranked separately; U: together (lora_smoe)
+    experts_per_block   8: what the vote of the task's one data set is worth. With eight data sets, as in the paper,
+                        every vote is worth one expert: space.experts_per_block=1
 
 All rows are HydraLoRA adapters (one A, N B's, soft gates), uniform too, so that only the placement differs. Matrices
 differ in size, so rows at one retention have nearly, and not exactly, the same parameters: the report shows both.
@@ -32,7 +34,7 @@ BASE = "dense"
 TABLE = True
 SEEDS = 5
 ALLOCATORS = ("lora_smoe", "uniform")
-EXPERTS = 8  # a kept matrix; the paper has one for each of eight data sets that vote for it
+EXPERTS = 8  # of a matrix that every data set votes for
 
 PAPER = "LoRA-SMoE, arXiv:2505.06272"
 S = {"allocator": "lora_smoe", "retention": 0.6, "strategy": "S"}
@@ -55,4 +57,5 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
         total = math.floor(retention * EXPERTS * shape.num_layers + 0.5)
         return Point(allocator, {"total_experts": total, "gating": "hydra"})
     strategy = trial.suggest_categorical("strategy", ["S", "U"])
-    return Point(allocator, {"retention": retention, "strategy": strategy, "experts_per_block": EXPERTS})
+    each = trial.suggest_int("experts_per_block", EXPERTS, EXPERTS)
+    return Point(allocator, {"retention": retention, "strategy": strategy, "experts_per_block": each})

@@ -49,6 +49,20 @@ def test_elsewhere_one_line_a_finished_trial():
     assert lines[5] == "4 of 5 finished · 1 failed · 301 answered without training (300 duplicate, 1 infeasible)"
 
 
+def test_repeats_with_other_seeds_count_apart():
+    out = console(terminal=False)
+    with Progress(2, seed=0, done=[outcome(selection(2))], console=out) as progress:
+        progress.expect(2, 3)
+        for done in (outcome(selection(5)), outcome(selection(5), seed=1)):
+            progress.started(started(done))
+            progress.finished(done)
+    lines = text(out).splitlines()
+    assert lines[0].startswith("[2/5]")
+    assert lines[1].startswith("[3/5]")
+    assert "  seed 1  " in lines[1]
+    assert lines[2] == "2 of 2 finished · 1 of 3 repeats with other seeds"
+
+
 def test_a_terminal_shows_the_front_what_runs_and_the_counts():
     out = console(terminal=True)
     with Progress(4, time_budget=600, done=[outcome(selection(2), accuracy=0.4)], console=out) as progress:

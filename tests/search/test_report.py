@@ -243,6 +243,49 @@ def test_seeds_are_named(tmp_path):
     assert "1 to 3 seeds stand behind each point" in mixed
 
 
+def test_the_winners_curse_is_measured_where_seeds_are_fresh(tmp_path):
+    lucky = [outcome(selection(4), seed=s, accuracy=a) for s, a in enumerate((0.6, 0.5, 0.52))]
+    said = words_of(tmp_path / "a", *lucky)
+    assert "accuracy 0.600 at the seed they were picked at, 0.510 on average over 2 fresh trainings of 1 picked" in said
+    assert "picking flattered them by 0.090, so the front goes by the means" in said
+    assert "between seeds of one point accuracy has a standard deviation of 0.053, estimated with 2 degrees" in said
+    modest = [outcome(selection(4), seed=s, accuracy=a) for s, a in enumerate((0.5, 0.52))]
+    assert "picking did not flatter them (difference -0.020)" in words_of(tmp_path / "b", *modest)
+    assert "Winner's curse" not in words_of(tmp_path / "c", outcome())
+
+
+def test_runs_of_the_search_and_repeats_are_counted_apart(tmp_path):
+    runs = [outcome(selection(4), seed=s) for s in range(3)]
+    said = words_of(tmp_path, *runs, config=CONFIG | {"seeds": 3})
+    assert "1 of 24 runs are finished, and 2 repeats with other seeds: 3 complete." in said
+
+
+def test_probabilities_agree_with_the_words(tmp_path):
+    close = outcome(selection(2), accuracy=0.47), outcome(selection(9), accuracy=0.53)
+    with open_study(tmp_path) as study:
+        for done in close:
+            study.append_finished(done, {})
+        report = Report(study)
+        assert list(report.chances) == [close[1].digest]
+        assert 0.5 < report.chances[close[1].digest] < 0.977  # two standard errors
+    write(tmp_path)
+    assert [row["better_than_next_smaller"][:3] for row in rows_of(tmp_path / "front.csv")] == ["", "0.8"]
+
+
+def early(first: list[float], last: list[float]):
+    for n, (a, b) in enumerate(zip(first, last, strict=True), start=2):
+        done = outcome(selection(n), accuracy=b)
+        yield done.updated(rungs=({**done.rungs[0], "accuracy": a}, *done.rungs[1:]))
+
+
+def test_a_first_rung_that_misleads_is_warned_of_with_its_n(tmp_path):
+    last = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
+    assert "Warning" not in words_of(tmp_path / "a", *early([x / 2 for x in last], last))
+    said = words_of(tmp_path / "b", *early([0.4, 0.1, 0.3, 0.2, 0.5, 0.25], last))
+    assert "(rank correlation 0.09, n = 6, below 0.8)" in said
+    assert "Warning" not in words_of(tmp_path / "c", *early([0.4, 0.1], last[:2])), "two runs have no ranks"
+
+
 def test_baselines_are_compared_at_equal_parameters_and_recipe(tmp_path):
     hot, random = (
         outcome(selection(4, seed=1), accuracy=0.6),

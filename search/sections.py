@@ -1,0 +1,180 @@
+"""Tables of the report beyond the front: a heading, rows of text, and what has to be said about them.
+
+    for section in sections(records, points): ...        # search/report.py prints them and puts them on the page
+
+A builder takes the records and the points and returns sections, none where it has nothing to say; `BUILDERS` lists
+them in order. Here are those of a table space: every row with its seeds beside what its paper published, and the
+comparisons that the paper makes, tested pairwise over the seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.pareto import Candidate, human
+from search.progress import point
+from search.records import Records
+from search.uncertainty import Paired, equivalence, paired
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: `head` has one text a column, every row as many; the first column stands left, numbers right."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def is_table(records: Records) -> bool:
+    """Whether the study's space is a fixed grid: nothing in it was selected."""
+    return "comparisons" in records.header.get("table", {})
+
+
+def sections(records: Records, points: Sequence[Candidate]) -> list[Section]:
+    """All tables of a study's report, in order."""
+    return [section for build in BUILDERS for section in build(records, points)]
+
+
+# --- table spaces
+
+
+def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
+    """Every row of a table with mean and spread over its seeds, beside what was published for it."""
+    if not is_table(records):
+        return []
+    published = [entry for entry in records.header["table"]["published"] if _agrees(entry, records.header["config"])]
+    beside = {id(found): entry for entry in published if (found := _row(records, points, entry["row"])) is not None}
+    head = ("row", "trainable parameters", "accuracy", "s.d.", "seeds")
+    rows = []
+    for candidate in points:
+        cells = (
+            point(candidate.runs[0]),
+            human(candidate.trainable_params),
+            "" if candidate.accuracy is None else f"{candidate.accuracy:.3f}",
+            "" if candidate.spread is None else f"{candidate.spread:.3f}",
+            f"{len(candidate.complete)}",
+        )
+        if published:
+            entry = beside.get(id(candidate))
+            known = entry is not None and candidate.accuracy is not None
+            cells += (f"{entry['accuracy']:.3f}" if entry else "",)
+            cells += (f"{candidate.accuracy - entry['accuracy']:+.3f}" if known else "",)
+        rows.append(cells)
+    if published:
+        head += ("published", "difference")
+    title = "Every row: mean and standard deviation over its seeds"
+    return [Section(title, head, tuple(rows), tuple(_about_published(records, published)))]
+
+
+def _about_published(records: Records, agreeing: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the published numbers stand; where none belongs to this model and task, why."""
+    entries = records.header["table"]["published"]
+    if agreeing:
+        return [f"Published: {', '.join(dict.fromkeys(entry['source'] for entry in agreeing))}."]
+    if not entries:
+        return ["No published numbers are on file for this table."]
+    models, tasks, sources = (", ".join(dict.fromkeys(e[key] for e in entries)) for key in ("model", "task", "source"))
+    config = records.header["config"]
+    return [
+        f"Published numbers ({sources}) are for {models} on {tasks}; this study has {_name(config['model'])} on "
+        f"{_task(config)}, so none stands beside what was measured here."
+    ]
+
+
+def _agrees(entry: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    return entry["model"].lower() == _name(config["model"]).lower() and entry["task"] == _task(config)
+
+
+def _name(model: str) -> str:
+    """The last part of a hub id or of a local folder."""
+    return Path(model).name
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    task = config["task"]
+    return Path(task).name.removesuffix(".yaml") if isinstance(task, str) else ", ".join(task)
+
+
+def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]:
+    """The paper's comparisons, paired seed by seed."""
+    wanted = records.header["table"]["comparisons"] if is_table(records) else []
+    rows = [_comparison(records, points, comparison) for comparison in wanted]
+    if not rows:
+        return []
+    head = ("comparison", "parameters", "n", "difference, 95 % interval", "p", "reading", "the paper", "source")
+    tested = sum(1 for row in rows if row[4])
+    notes = [
+        "n: seeds that both rows were trained with. Differences are paired seed by seed and tested by the two-sided "
+        "t-test, or, where a margin is named, for equivalence by two one-sided t-tests (TOST).",
+    ]
+    if tested > 1:
+        notes.append(
+            f"{tested} tests, not corrected for their number: of twenty true nulls one falls below .05 by chance."
+        )
+    errors = [candidate.question_error for candidate in points if candidate.question_error is not None]
+    if errors:
+        notes.append(
+            "The tests are about training again, on these same questions; other questions would move a row's accuracy "
+            f"by a standard error of about {statistics.median(errors):.3f}."
+        )
+    return [Section("The paper's comparisons", head, tuple(rows), tuple(notes))]
+
+
+def _comparison(records: Records, points: Sequence[Candidate], wanted: Mapping[str, Any]) -> tuple[str, ...]:
+    first, second = (_row(records, points, wanted[side]) for side in ("first", "second"))
+    end = (wanted["claim"], wanted["source"])
+    if first is None or second is None:
+        return (wanted["name"], "", "", "", "", "not both rows were trained", *end)
+    sizes = f"{human(first.trainable_params)} / {human(second.trainable_params)}"
+    if first is second:
+        return (wanted["name"], sizes, "", "", "", "both rows are one allocation", *end)
+    pair = paired(_by_seed(first), _by_seed(second))
+    if pair is None:
+        return (wanted["name"], sizes, "0", "", "", "no seed in common yet", *end)
+    found = f"{pair.difference:+.3f}"
+    if pair.low is not None:
+        found += f" [{pair.low:+.3f}, {pair.high:+.3f}]"
+    p, reading = _reading(pair, wanted["margin"])
+    return (wanted["name"], sizes, str(pair.n), found, p, reading, *end)
+
+
+def _reading(pair: Paired, margin: float) -> tuple[str, str]:
+    """p as text, and what the test says in words; it never says more than the test."""
+    if pair.n == 1:
+        return "", "one seed: no test"
+    if pair.p is None:
+        return "", "the same at every seed: no test" if not pair.difference else "no spread: no test"
+    if margin:
+        p = equivalence(pair, margin=margin) or 0.0
+        shown = "equal" if p < LEVEL else "not shown to be equal"
+        return f"TOST {_p(p)}", f"{shown} to within {100 * margin:g} points"
+    if pair.p >= LEVEL:
+        return _p(pair.p), "cannot be told apart"
+    return _p(pair.p), "higher" if pair.difference > 0 else "lower"
+
+
+def _p(p: float) -> str:
+    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def _by_seed(candidate: Candidate) -> dict[int, float]:
+    return {run.trial.seed: run.accuracy or 0.0 for run in candidate.complete}
+
+
+def _row(records: Records, points: Iterable[Candidate], row: Mapping[str, Any]) -> Candidate | None:
+    """The point that stands for a row, which may have been trained as another row with the same allocation."""
+    digests = {d for d in records.finished if row.items() <= records.params_of(d).items()}
+    digests |= {a.digest for a in records.answered if a.digest is not None and row.items() <= a.params.items()}
+    return next((c for c in points if any(run.digest in digests for run in c.runs)), None)
+
+
+Builder = Callable[[Records, Sequence[Candidate]], list[Section]]
+BUILDERS: tuple[Builder, ...] = (_rows, _comparisons)

@@ -1,0 +1,213 @@
+"""Repeats with other seeds: who gets them, that none is trained twice, whatever is killed and asked for afterwards."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections import Counter, defaultdict
+
+import pytest
+from rich.console import Console
+
+import spaces.sieve_ablation
+from allocators.core.types import FINISHED, Outcome
+from search import pareto
+from search.progress import Progress
+from search.records import Study
+from search.study import Run, missing_repeats, remaining, table_plan
+from search.tracking import Tracker
+from tests.search.studies import CONFIG, IDENTITY
+from tests.search.test_sampler import problem as search_problem
+
+TRIALS = 6
+
+
+@pytest.fixture(scope="module")
+def mlflow_folder(tmp_path_factory):
+    """One database for all: making its tables takes seconds."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+def table_problem(**changes):
+    return search_problem(space=spaces.sieve_ablation, **changes)
+
+
+def accuracy_of(outcome: Outcome) -> float:
+    """Better with more experts, with noise between points and between seeds: the search's pick is often a lucky one."""
+    point, run = random.Random(pareto.point_of(outcome.trial)), random.Random(outcome.digest)
+    share = outcome.trial.allocation.total_experts / 48
+    return round(min(max(0.4 + 0.2 * share + point.gauss(0, 0.05) + run.gauss(0, 0.08), 0), 1), 4)
+
+
+def drive(problem, folder, mlflow_folder, *, seeds, trials=TRIALS, stop=10**6, at_once=2, end="complete"):
+    """A study's driver without Ray: `at_once` workers that finish in order. Killed after `stop` results."""
+    out = Console(file=io.StringIO(), width=200)
+    names = {"study_name": folder.name, "experiment": "seeds", "tags": {}, "params": {}}
+    with Study.open(folder, config=CONFIG, identity=IDENTITY, shape=problem.shape) as records:
+        tracker = Tracker.open(None, mlflow_folder, **names)
+        tracker.sync(records)
+        expected = remaining(problem, records, trials=trials, seeds=seeds)
+        proposed, running, results = [], [], 0
+        with Progress(trials, done=list(records.finished.values()), seed=problem.seed, console=out) as progress:
+            run = Run(
+                problem,
+                records,
+                tracker,
+                progress,
+                checkpoints=str(folder / "checkpoints"),
+                sampler="random",
+                deadline=None,
+                keep="front",
+                trials=trials,
+                seeds=seeds,
+            )
+            while results < stop:
+                while len(running) < at_once and (proposal := run.propose()) not in (None, "wait"):
+                    running.append(proposal)
+                    proposed.append(proposal.trial)
+                if not running:
+                    assert proposal is None, "waits for a result that nobody is working on"
+                    assert run.propose() is None
+                    run.settle()
+                    break
+                done = running.pop(0)
+                started = Outcome(done.trial, "started", done.trainable_params)
+                repeat_fails = end != "complete" and done.trial.seed != problem.seed
+                run.finished(
+                    started.updated(status=end, message="lost")
+                    if repeat_fails
+                    else started.updated(
+                        status="complete", accuracy=accuracy_of(started), adapter=made(folder, started)
+                    )
+                )
+                results += 1
+        tracker.close()
+        return proposed, records, out.file.getvalue(), expected
+
+
+def made(folder, started):
+    adapter = folder / "adapters" / started.digest
+    adapter.mkdir(parents=True, exist_ok=True)
+    return str(adapter)
+
+
+def seeds_by_point(records) -> dict[str, list[int]]:
+    found = defaultdict(list)
+    for outcome in records.finished.values():
+        found[pareto.point_of(outcome.trial)].append(outcome.trial.seed)
+    return found
+
+
+def check_front(records, seeds, *, base=0):
+    """All members have their seeds; points that were never on a front have one."""
+    wanted = list(range(base, base + seeds))
+    for member in pareto.front(pareto.candidates(records.finished.values())):
+        assert sorted(run.trial.seed for run in member.runs) == wanted
+        assert len({run.trial.allocation for run in member.runs}) == 1
+        assert len({run.trial.recipe for run in member.runs}) == 1
+    for found in seeds_by_point(records).values():
+        assert sorted(found) == wanted[: len(found)], "seeds are taken in order, none twice"
+
+
+@pytest.mark.parametrize("seed", [0, 5])
+def test_members_of_the_front_have_their_seeds_and_trials_count_alone(seed, tmp_path, mlflow_folder):
+    problem = search_problem(seed=seed)
+    proposed, records, said, _ = drive(problem, tmp_path / f"front-{seed}", mlflow_folder, seeds=3)
+    assert len({trial.digest for trial in proposed}) == len(proposed) == len(records.finished)
+    assert [trial.seed for trial in proposed[:TRIALS]] == [seed] * TRIALS, "the search comes first"
+    assert all(trial.seed > seed for trial in proposed[TRIALS:])
+    check_front(records, 3, base=seed)
+    assert min(len(found) for found in seeds_by_point(records).values()) == 1, "who is dominated is not repeated"
+    repeats = len(proposed) - TRIALS
+    assert f"{TRIALS} of {TRIALS} finished · {repeats} of {repeats} repeats with other seeds" in said
+    assert remaining(problem, records, trials=TRIALS, seeds=3) == (0, 0)
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_killed_anywhere_and_run_again_nothing_is_trained_twice(stop, tmp_path, mlflow_folder):
+    problem, folder = search_problem(), tmp_path / f"killed-{stop}"
+    _, killed, _, _ = drive(problem, folder, mlflow_folder, seeds=3, stop=stop)
+    cut_off = [outcome.digest for outcome, _ in killed.in_flight]
+    before = set(killed.finished)
+    again, records, _, _ = drive(problem, folder, mlflow_folder, seeds=3)
+    assert not before & {trial.digest for trial in again}
+    assert set(cut_off) <= {trial.digest for trial in again}
+    assert not records.in_flight
+    assert Counter(o.trial.seed == 0 for o in records.finished.values())[True] == TRIALS
+    check_front(records, 3)
+
+
+def test_more_seeds_later_add_only_what_is_missing_and_fewer_none(tmp_path, mlflow_folder):
+    problem, folder = search_problem(), tmp_path / "more"
+    drive(problem, folder, mlflow_folder, seeds=1)
+    for seeds in (2, 4, 2):
+        before = drive(problem, folder, mlflow_folder, seeds=seeds, stop=0)[1].finished
+        added, records, _, (own, repeats) = drive(problem, folder, mlflow_folder, seeds=seeds)
+        assert own == 0
+        assert (repeats == 0) == (added == [])
+        assert len(records.finished) == len(before) + len(added)
+    check_front(records, 4)
+    assert added == []
+
+
+def test_a_repeat_that_fails_is_not_tried_for_ever(tmp_path, mlflow_folder):
+    problem = search_problem()
+    proposed, records, _, _ = drive(problem, tmp_path / "fails", mlflow_folder, seeds=3, end="diverged")
+    assert len(proposed) == len(records.finished)
+    members = pareto.front(pareto.candidates(records.finished.values()))
+    assert all(len(member.runs) == 3 and len(member.complete) == 1 for member in members)
+
+
+def test_one_adapter_a_member_of_the_front_is_kept(tmp_path, mlflow_folder):
+    _, records, _, _ = drive(search_problem(), tmp_path / "adapters", mlflow_folder, seeds=3)
+    kept = {folder.name for folder in (tmp_path / "adapters" / "adapters").iterdir()}
+    members = pareto.front(pareto.candidates(records.finished.values()))
+    assert len(kept) == len(members)
+    assert all(len(kept & {run.digest for run in member.runs}) == 1 for member in members)
+
+
+def test_every_seed_comes_before_the_next_and_small_points_first(tmp_path, mlflow_folder):
+    problem = search_problem()
+    _, records, _, _ = drive(problem, tmp_path / "order", mlflow_folder, seeds=1)
+    missing = missing_repeats(problem, records, seeds=3)
+    members = pareto.front(pareto.candidates(records.finished.values()))
+    assert [p.trial.seed for p in missing] == [1] * len(members) + [2] * len(members)
+    assert [p.trainable_params for p in missing[: len(members)]] == [m.trainable_params for m in members]
+
+
+# --- tables
+
+
+def test_a_table_trains_every_row_with_every_seed_seed_by_seed(tmp_path, mlflow_folder):
+    problem = table_problem()
+    proposed, records, said, expected = drive(problem, tmp_path / "table", mlflow_folder, seeds=2, trials=100)
+    seeds = [trial.seed for trial in proposed]
+    rows = seeds.count(0)
+    assert seeds == [0] * rows + [1] * rows
+    assert expected == (rows, rows)
+    assert set(map(len, seeds_by_point(records).values())) == {2}
+    assert f"{rows} of {rows} finished · {rows} of {rows} repeats with other seeds" in said
+    draws = [trial for trial in proposed if trial.knobs == {"fraction": 0.25, "draw": "each"}]
+    assert len({trial.allocation for trial in draws}) == len(draws) == 2
+    # nothing is left, and rows that needed no training are not answered once more
+    answered = len(records.answered)
+    again, records, _, expected = drive(problem, tmp_path / "table", mlflow_folder, seeds=2, trials=100)
+    assert (again, expected, len(records.answered)) == ([], (0, 0), answered)
+
+
+def test_a_table_goes_on_where_it_was_killed(tmp_path, mlflow_folder):
+    problem, folder = table_problem(pins={"fraction": 0.25, "share": 0.5}), tmp_path / "killed-table"
+    first, killed, _, _ = drive(problem, folder, mlflow_folder, seeds=3, trials=100, stop=8)
+    done = set(killed.finished)
+    second, records, _, _ = drive(problem, folder, mlflow_folder, seeds=3, trials=100)
+    assert not done & {trial.digest for trial in second}
+    assert set(map(len, seeds_by_point(records).values())) == {3}
+    assert all(outcome.status in FINISHED for outcome in records.outcomes.values())
+    cut_off = [trial.digest for trial in first[8:]]
+    assert [trial.digest for trial in second[: len(cut_off)]] == cut_off, "what was cut off comes first"
+
+
+def test_fewer_trials_are_the_first_rows():
+    plan, _ = table_plan(table_problem(), trials=3, seeds=2)
+    assert [(p.trial.allocator, p.trial.seed) for p in plan][:3] == [("all", 0), ("none", 0), ("sieve", 0)]
+    assert [p.trial.seed for p in plan] == [0, 0, 0, 1, 1, 1]

@@ -20,6 +20,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -228,8 +229,8 @@ def load(
     gradient_checkpointing   keep a layer's input only and run the layer again in the backward pass: the same losses for
                              a third more time and a fraction of the memory (non-reentrant; active in training only)
     quantization             weights of linear layers in 4 bits (`nf4`, QLoRA's, with quantised scales) or 8 (`int8`,
-                             LLM.int8()) by bitsandbytes; `dtype` is then what is computed in. Stacked experts, router,
-                             embeddings, norms and the head stay in `dtype`
+                             LLM.int8(), which multiplies in float16) by bitsandbytes; nf4 multiplies in `dtype`.
+                             Stacked experts, routers, embeddings, norms and the head stay in `dtype`
     trust_remote_code        run model code from its repository
 
     Raises StudyError for a name that `config_of` refuses, an option or device that does not exist here, and for a model
@@ -250,7 +251,7 @@ def load(
     # Everything lies here by now: transformers asks the hub for code alone, where that lies elsewhere.
     trust = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
     try:
-        with _no_progress_bars():
+        with no_progress_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 folder,
                 device_map={"": device},  # straight to the device: several workers of a node need no copy each in RAM
@@ -287,6 +288,8 @@ def _quantizer(quantization: str, device: str, dtype: Any) -> Any:
     if kind not in possible:
         raise StudyError(f"quantization={quantization} does not run on {kind}: bitsandbytes supports {possible}")
     if quantization == "int8":
+        # It multiplies in float16 whatever `dtype` is, and would say so for every layer of every pass.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -412,7 +415,7 @@ def _ensure_pad_token(tokenizer: Any, name: str) -> None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
+def no_progress_bars() -> Iterator[None]:
     """Loading bars would be drawn over the live table."""
     from transformers.utils import logging
 

@@ -127,7 +127,7 @@ def write(
     )
 
 
-def _whole(value: float) -> float:
+def _whole(value: float) -> Any:
     """16 and not 16.0, which some readers of adapter_config.json do not take."""
     return int(value) if value == int(value) else value
 

@@ -97,8 +97,8 @@ def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 class _LoraMoeLinear(torch.autograd.Function):
     """Base layer and experts together, so that both directions accumulate into one buffer.
 
-    base   what the layer itself made of x, where its weight cannot be multiplied here (quantised): written to in place,
-           and its gradient is dy; `weight` is None then
+    base   what the layer itself made of x, where its weight cannot be multiplied here (quantised): its gradient is dy,
+           and `weight` is None
 
     Against autograd on the same operations this keeps half the bytes (z and the gates, not h, ids and probabilities),
     launches about half the backward operations, adds no second [T, I] gradient to the base layer's, and with dropout
@@ -108,7 +108,7 @@ class _LoraMoeLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, base, weight, bias, down_DI, up_OC, keep, rank, top_k, scale, want_logits):
         num_experts = up_OC.shape[1] // rank
-        x_TI, y = x.flatten(0, -2), F.linear(x, weight, bias) if base is None else base
+        x_TI, y = x.flatten(0, -2), F.linear(x, weight, bias) if base is None else base.clone()
         down, up = down_DI.to(x.dtype), up_OC.to(x.dtype)
         if keep is None:
             z_TD = x_TI @ down.t()
@@ -121,8 +121,6 @@ class _LoraMoeLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, down_DI, up_OC, keep, z_TD, gates_TN)
         ctx.rank, ctx.scale = rank, scale
         ctx.set_materialize_grads(False)
-        if base is not None:
-            ctx.mark_dirty(base)
         # A copy: a view would keep all of z alive where checkpointing wants it gone.
         return y, z_TD[:, -num_experts:].to(gates_TN.dtype, copy=True) if want_logits else None
 
@@ -176,7 +174,7 @@ def lora_moe_linear(
 
     routed   down_DI [N·R + N, I]     hydra   down_DI [R + N, I] and top_k = N        both   up_OC [O, N·R]
 
-    base     the output of a layer whose weight is packed, [..., O], instead of weight and bias; it is written to
+    base     the output of a layer whose weight is packed, [..., O], instead of weight and bias
     dropout  share of the inputs of A set to zero, the rest divided by 1 − dropout; drawn from the global random state,
              which gradient checkpointing restores
     """

@@ -150,7 +150,7 @@ def step(model: Any, adapter: adapters.Adapter) -> tuple[float, float]:
         return before.item(), loss_of(model).item()
 
 
-def walk(name: str, allocation: Any, folder: Path) -> None:
+def walk(name: str, allocation: Any, folder: Path, *, merged_within: float = 1e-5) -> None:
     """From an allocation to a merged model that plain transformers loads."""
     from transformers import AutoModelForCausalLM
 
@@ -170,7 +170,7 @@ def walk(name: str, allocation: Any, folder: Path) -> None:
     assert torch.equal(reference.logits(fresh), trained)
     again.merge()
     merged = reference.logits(fresh)
-    torch.testing.assert_close(merged, trained, rtol=0, atol=1e-5)
+    torch.testing.assert_close(merged, trained, rtol=0, atol=merged_within)
     fresh.save_pretrained(folder / "merged")
     plain = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=torch.float32).eval()
     torch.testing.assert_close(reference.logits(plain), merged, rtol=0, atol=1e-6)
@@ -192,7 +192,9 @@ def test_experts_of_a_family_are_measured_chosen_trained_and_merged(family, chan
     allocation = sieve.allocate(signal, shape, fraction=0.25)
     assert allocation == ExpertSelection({layer: allocation.in_layer(layer) for layer in shape.moe_layers})
     assert all(len(ids) == 2 for ids in allocation.experts.values())
-    walk(name, allocation, tmp_path)
+    # a change of one unit in the last place of the weights moves logits behind linear attention by 3e-5
+    delta = "linear_attention" in changes.get("layer_types", ())
+    walk(name, allocation, tmp_path, merged_within=1e-4 if delta else 1e-5)
 
 
 @pytest.mark.parametrize(("family", "changes"), cases((DENSE, False), (OTHER_DENSE, True)))

@@ -36,10 +36,9 @@ from search.card import PROJECT, Card, markdown, portable, portable_command
 from search.config import RunConfig
 from search.pareto import Candidate, human
 from search.progress import accuracy_text
-from search.report import Report
+from search.report import SHORT, Report
 from trainers import models, storage
 
-SHORT = 8  # digits of a run's id that are printed
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors, in torch
 DIFFERENT = 1e-3  # of the largest logit: more than this is no rounding in float32
 
@@ -135,8 +134,8 @@ def find(report: Report, name: str) -> tuple[Candidate, Outcome]:
         if chosen is None:
             why = "its front has no knee" if report.front else "it has no finished trial"
             raise StudyError(f"{report.records.folder} has no point={name}: {why}; {_ids(report)}")
-        loadable = (run for run in chosen.by_accuracy if report.adapter_folder(run))
-        return chosen, next(loadable, chosen.best)
+        loadable = report.loadable(chosen)
+        return chosen, loadable[0] if loadable else chosen.best
     found = [(c, run) for c in report.points for run in c.runs if name and run.digest.startswith(name)]
     if not found:
         raise StudyError(
@@ -150,7 +149,7 @@ def find(report: Report, name: str) -> tuple[Candidate, Outcome]:
 
 
 def _ids(report: Report) -> str:
-    front = ", ".join(c.best.digest[:SHORT] for c in report.front)
+    front = ", ".join(report.ids.values())
     return f"the front has {front}; points.csv lists all" if front else "points.csv lists its runs"
 
 
@@ -162,9 +161,11 @@ def locate(report: Report, run: Outcome) -> str:
     name = f"run {run.digest[:SHORT]} of {report.records.folder}"
     if not run.adapter:
         raise StudyError(f"{name} has no adapter: it is {run.status.replace('_', ' ')}{_because(run)}")
+    kept = next((found[0] for c in report.points if run in c.runs and (found := report.loadable(c))), None)
     raise StudyError(
-        f"the adapter of {name} is gone: keep=front deletes what leaves the front (keep=all keeps everything), or "
-        f"{portable(run.adapter)} was removed; train this point again: {retrain(report, run)}"
+        f"the adapter of {name} is gone: keep=front keeps one for each point of the front, keep=all keeps everything; "
+        + (f"another seed of this point is kept: point={kept.digest[:SHORT]}; or " if kept else "")
+        + f"train this point again: {retrain(report, run)}"
     )
 
 

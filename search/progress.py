@@ -189,16 +189,20 @@ def front_table(
     title: str,
     rows: int | None = None,
     chances: Mapping[str, float] = MappingProxyType({}),
+    ids: Mapping[str, str] = MappingProxyType({}),
 ) -> Table:
     """Points of a front as a terminal table, the `rows` largest of them; recipe settings only where they vary.
 
     chances   by digest of a point's best run: the probability that it is more accurate than the point above it
+    ids       by the same: what `search.export point=` calls it
     """
     settings, bend = varying(everything), knee(shown)
     repeated = any(candidate.spread is not None for candidate in shown)
     cut = max(len(shown) - rows, 0) if rows else 0
     more = f", {cut} smaller {'one' if cut == 1 else 'ones'} not shown" if cut else ""
     table = Table(title=Text(title + more), title_justify="left")
+    if ids:
+        table.add_column("id")
     table.add_column("trainable parameters", justify="right")
     table.add_column("accuracy", justify="right")
     table.add_column("allocator and knobs")
@@ -213,6 +217,7 @@ def front_table(
     for candidate in shown[cut:]:
         best = candidate.best
         table.add_row(
+            *([ids.get(best.digest, "")] if ids else []),
             human(candidate.trainable_params),
             accuracy_text(candidate),
             Text(point(best)),  # not markup: plug-ins name themselves

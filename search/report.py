@@ -16,6 +16,7 @@ import io
 import json
 import math
 import re
+import shlex
 import sys
 import textwrap
 from collections import Counter
@@ -54,6 +55,7 @@ COLOURS = (
 FILES = ("front.csv", "points.csv", "front.png", "report.html")
 TOO_CLOSE = 2.0  # standard errors of a difference below which it may be chance
 EQUAL = 0.02  # share by which "equal parameters" may differ
+SHORT = 8  # digits of a run's digest that are shown
 FAITHFUL = 0.8  # rank correlation between first rung and end below which early results mislead
 
 
@@ -156,6 +158,12 @@ class Report:
         found = ((run, self.adapter_folder(run)) for run in candidate.by_accuracy)
         return next(((run, where) for run, where in found if where), None)
 
+    @cached_property
+    def ids(self) -> dict[str, str]:
+        """By digest of a front point's best run: the run to export, by as much of its digest as is shown."""
+        found = {c.best.digest: self.loadable(c) for c in self.front}
+        return {digest: (run[0].digest if run else digest)[:SHORT] for digest, run in found.items()}
+
     def adapter_folder(self, outcome: Outcome) -> str | None:
         """Where the trained adapter lies: a URI, or a folder that is still there (with the study, if it was moved)."""
         if not outcome.adapter or "://" in outcome.adapter:
@@ -186,6 +194,7 @@ def show(folder: str | Path, *, console: Console | None = None) -> None:
     """Prints the front, what it means, how to load the best adapter and where the files are."""
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     report = Report(read(folder))
+    records_folder = report.records.folder
     if report.front:
         console.print(
             front_table(
@@ -193,6 +202,7 @@ def show(folder: str | Path, *, console: Console | None = None) -> None:
                 report.records.finished.values(),
                 title=f"{_title(report)}: Pareto front",
                 chances=report.chances,
+                ids=report.ids,
             )
         )
     for sentence in report.words:
@@ -207,7 +217,10 @@ def show(folder: str | Path, *, console: Console | None = None) -> None:
             run, where = found
             code = load_code(run.trial.model, where, settings=report.records.header["config"])
             console.print(Text(f"\nTo load the most accurate one:\n{code}"))
-    console.print(Text(f"\nReport: {report.records.folder / 'report.html'}"), soft_wrap=True)
+            command = export_command(records_folder)
+            what = "point=knee or an id of the table; format=adapter, merged (a plain transformers model) or peft"
+            console.print(Text(f"\nTo take it elsewhere, with a model card:\n{command}\n{what}"), soft_wrap=True)
+    console.print(Text(f"\nReport: {records_folder / 'report.html'}"), soft_wrap=True)
 
 
 def _terminal_table(section: Section) -> Table:
@@ -228,6 +241,12 @@ def load_code(model: str, adapter: str, *, settings: Mapping[str, Any]) -> str:
         f"model = models.load({json.dumps(model)}{arguments}).model\n"
         f"adapter.load(model, {json.dumps(adapter)})"
     )
+
+
+def export_command(folder: Path, run: Outcome | None = None) -> str:
+    """What takes a run, or the most accurate one, out of a study."""
+    point = f" point={run.digest[:SHORT]}" if run else ""
+    return f"python -m search.export {shlex.quote(str(folder))}{point} to=winner"
 
 
 # --- words
@@ -626,6 +645,7 @@ def _point(report: Report, candidate: Candidate) -> dict[str, Any]:
         "experts": best.trial.allocation.total_experts,
         "cells": _cells(report, best),
         "load": load_code(best.trial.model, found[1], settings=settings) if found else "",
+        "export": export_command(report.records.folder, found[0]) if found else "",
         "runs": [
             {
                 "seed": run.trial.seed,

@@ -198,6 +198,8 @@ def test_several_seeds_are_one_point_whose_kept_adapter_is_taken(tmp_path):
     card = (folder / "README.md").read_text()
     assert "| seeds behind it | 3; these weights: seed 1, accuracy 0.520 |" in card
     assert re.search(r"\| accuracy \| 0\.520 ± 0\.0\d\d \(one standard error\) \|", card)
+    with pytest.raises(StudyError, match=f"is gone: .*another seed of this point is kept: point={kept.digest[:8]};"):
+        exported(study, to=tmp_path / "again", point=runs[2].digest)
 
 
 # --- where things lie

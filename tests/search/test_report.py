@@ -202,6 +202,11 @@ def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path):
     out = Console(file=io.StringIO(), width=140)
     show(tmp_path, console=out)
     assert loads[best.digest] in out.file.getvalue()
+    exports = {p["digest"]: p["export"] for p in data_of(tmp_path)["points"]}
+    assert exports[best.digest] == f"python -m search.export {tmp_path} point={best.digest[:8]} to=winner"
+    assert exports[other.digest] == ""
+    assert f"python -m search.export {tmp_path} to=winner" in out.file.getvalue()
+    assert f"│ {best.digest[:8]} │" in out.file.getvalue()
 
 
 # --- what is said in words

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from allocators.core.errors import StudyError
-from tests.trainers.conftest import write_task
+from tests.trainers.conftest import char_tokenizer, write_task
 from trainers import tasks
 
 ROWS = [{"question": "ab", "choices": ["x", "y"], "label": 1}, {"question": "cd", "choices": ["x", "y"], "label": 0}]
@@ -52,21 +52,28 @@ def by_lm_eval(monkeypatch):
     # Seconds of git, pip and lscpu in every call, for a record that is not looked at here.
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
 
-    def run(path: Path, model, tokenizer, *, limit=None, metric="acc", filter_name="none"):
-        config = yaml.safe_load(path.read_text())
-        files = config["dataset_kwargs"]["data_files"]
-        config["dataset_kwargs"]["data_files"] = {split: str(path.parent / file) for split, file in files.items()}
+    def run(paths: list[Path], model, tokenizer, *, metric="acc", filter_name="none", **options):
+        configs = []
+        for path in paths:
+            config = yaml.safe_load(path.read_text())
+            files = config["dataset_kwargs"]["data_files"]
+            config["dataset_kwargs"]["data_files"] = {split: str(path.parent / file) for split, file in files.items()}
+            configs.append(config)
         result = evaluator.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5),
-            tasks=[config],
-            limit=limit,
+            tasks=configs,
             bootstrap_iters=10,
             task_manager=TaskManager(include_defaults=False),
+            **options,
         )
-        samples = [s for s in result["samples"][config["task"]] if s["filter"] == filter_name]
-        scores = [float(s[metric]) for s in sorted(samples, key=lambda s: s["doc_id"])]
-        numbers = result["results"][config["task"]]
-        return numbers[f"{metric},{filter_name}"], numbers[f"{metric}_stderr,{filter_name}"], tuple(scores)
+        answers = {}
+        for config in configs:
+            label = config["task"]
+            samples = [s for s in result["samples"][label] if s["filter"] == filter_name]
+            scores = tuple(float(s[metric]) for s in sorted(samples, key=lambda s: s["doc_id"]))
+            numbers = result["results"][label]
+            answers[label] = numbers[f"{metric},{filter_name}"], numbers[f"{metric}_stderr,{filter_name}"], scores
+        return answers if len(paths) > 1 else answers[label]
 
     return run
 
@@ -77,7 +84,7 @@ def test_multiple_choice_scores_are_those_of_lm_eval(choice_task, model, tokeniz
     task = tasks.load_task(str(choice_task), limit=limit, metric=metric, batch_size=7)
     task.prepare(tokenizer)
     ours = task.evaluate(model)
-    accuracy, stderr, correct = by_lm_eval(choice_task, model, tokenizer, limit=limit, metric=metric)
+    accuracy, stderr, correct = by_lm_eval([choice_task], model, tokenizer, limit=limit, metric=metric)
     assert ours.correct == correct
     assert len(correct) == (limit or 30)
     assert 0 < sum(correct) < len(correct)  # an answer that is always right or wrong would prove nothing
@@ -89,7 +96,7 @@ def test_multiple_choice_scores_are_those_of_lm_eval(choice_task, model, tokeniz
 def test_generated_text_is_scored_as_lm_eval_does(copy_task, model, tokenizer, by_lm_eval, filter_name):
     task = tasks.load_task(str(copy_task), metric=f"exact_match,{filter_name}")
     task.prepare(tokenizer)
-    accuracy, stderr, correct = by_lm_eval(copy_task, model, tokenizer, metric="exact_match", filter_name=filter_name)
+    accuracy, stderr, correct = by_lm_eval([copy_task], model, tokenizer, metric="exact_match", filter_name=filter_name)
     ours = task.evaluate(model)
     assert ours.correct == correct
     assert len(correct) == 12
@@ -97,11 +104,252 @@ def test_generated_text_is_scored_as_lm_eval_does(copy_task, model, tokenizer, b
     assert task.evaluate(model).correct == correct  # requests are built once and answered often
 
 
-def test_fewshot_prompts_are_those_of_lm_eval(choice_task, model, tokenizer, by_lm_eval, tmp_path):
-    path = changed(choice_task, tmp_path, num_fewshot=2)
-    task = tasks.load_task(str(path))
+@pytest.fixture(scope="module")
+def chatty():
+    """The character tokenizer with a chat template."""
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if not loop.last or add_generation_prompt %}\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize(("shots", "chat"), [(2, False), (0, True), (2, True)])
+@pytest.mark.parametrize("kind", ["choice", "prefixed", "copy"])
+def test_fewshot_and_chat_are_those_of_lm_eval(
+    choice_task, copy_task, model, chatty, by_lm_eval, tmp_path, kind, shots, chat
+):
+    path = copy_task if kind == "copy" else choice_task
+    if kind == "prefixed":  # the answer's beginning is given, in the assistant's turn
+        path = changed(choice_task, tmp_path, gen_prefix="it is")
+    task = tasks.load_task(str(path), num_fewshot=shots or None, chat_template=chat)
+    task.prepare(chatty)
+    name, filter_name = ("exact_match", "letter") if kind == "copy" else ("acc", "none")
+    theirs = by_lm_eval(
+        [path], model, chatty, metric=name, filter_name=filter_name, num_fewshot=shots, apply_chat_template=chat
+    )
+    ours = task.evaluate(model)
+    assert ours.correct == theirs[2]
+    assert (ours.accuracy, ours.stderr) == pytest.approx(theirs[:2], abs=1e-12)
+    # Training sees the conversation that an evaluation without examples would have.
+    row = task.training_rows(chatty, 128)[0]
+    prompt, answer = (
+        chatty.decode(ids) for ids in (row.input_ids[: row.labels_start], row.input_ids[row.labels_start :])
+    )
+    assert prompt.endswith("assistant:") == (chat and kind != "prefixed")
+    assert answer.startswith(" ") == (not chat or kind == "prefixed")
+
+
+def test_another_fewshot_seed_draws_other_examples_as_in_lm_eval(choice_task, model, tokenizer, by_lm_eval):
+    prompts = []
+    for seed in (1234, 5):
+        task = tasks.load_task(str(choice_task), num_fewshot=1, fewshot_seed=seed, limit=8)
+        task.prepare(tokenizer)
+        prompts.append([pair for pair, *_ in task._prepared.tokens])
+    assert prompts[0] != prompts[1]
+    theirs = by_lm_eval([choice_task], model, tokenizer, limit=8, num_fewshot=1, fewshot_random_seed=5)
+    assert task.evaluate(model).correct == theirs[2]
+
+
+def test_a_task_whose_file_says_zero_stays_without_examples(choice_task, model, tokenizer, by_lm_eval, tmp_path):
+    path = changed(choice_task, tmp_path, num_fewshot=0)
+    task = tasks.load_task(str(path), num_fewshot=3)
+    assert task.num_fewshot == 0
     task.prepare(tokenizer)
-    assert task.evaluate(model).correct == by_lm_eval(path, model, tokenizer)[2]
+    assert task.evaluate(model).correct == by_lm_eval([path], model, tokenizer, num_fewshot=3)[2]
+
+
+def test_more_examples_than_there_are_is_an_error(choice_task):
+    with pytest.raises(StudyError, match="num_fewshot=49 asks for more examples than the 48 that task"):
+        tasks.load_task(str(choice_task), num_fewshot=49)
+
+
+def test_a_chat_template_that_the_tokenizer_lacks_is_an_error(choice_task, tokenizer):
+    task = tasks.load_task(str(choice_task), chat_template=True)
+    with pytest.raises(StudyError, match=r"chat_template=true needs a tokenizer with a chat template, .* has none"):
+        task.check_tokenizer(tokenizer)
+
+
+# --- several tasks --------------------------------------------------------------------------------------------------
+
+
+def test_several_tasks_are_each_as_lm_eval_has_them(choice_task, model, chatty, by_lm_eval, tmp_path):
+    other = changed(choice_task, tmp_path, task="again", doc_to_text="say {{question}}:")
+    for options in ({}, {"num_fewshot": 1}, {"num_fewshot": 2, "chat_template": True}):
+        mixture = tasks.load_task(f"[{choice_task}, {other}]", limit=13, **options)
+        mixture.prepare(chatty)
+        ours = mixture.evaluate(model)
+        theirs = by_lm_eval(
+            [choice_task, other],
+            model,
+            chatty,
+            limit=13,
+            num_fewshot=options.get("num_fewshot"),
+            apply_chat_template=options.get("chat_template", False),
+        )
+        assert {label: part.correct for label, part in ours.parts.items()} == {k: v[2] for k, v in theirs.items()}
+        (first, one, _), (second, two, _) = theirs.values()
+        assert ours.accuracy == pytest.approx((first + second) / 2, abs=1e-12)
+        assert ours.stderr == pytest.approx((one**2 + two**2) ** 0.5 / 2, abs=1e-12)
+        assert ours.by_task["again"] == {"accuracy": pytest.approx(second), "stderr": pytest.approx(two)}
+        assert len(ours.correct) == 26
+
+
+def test_a_mixture_is_the_rows_of_all_and_calibrates_on_an_equal_share(choice_task, copy_task, tokenizer):
+    mixture = tasks.load_task(f"{choice_task},{copy_task}")
+    parts = [tasks.load_task(str(path)) for path in (choice_task, copy_task)]
+    rows = [row for part in parts for row in part.training_rows(tokenizer, 64)]
+    assert mixture.training_rows(tokenizer, 64) == rows
+    assert (mixture.num_training, mixture.num_evaluation) == (48 + 20, 30 + 12)
+    shares = [part.prompts(tokenizer, n, 3) for part, n in zip(parts, (6, 5), strict=True)]
+    assert mixture.prompts(tokenizer, 11, 3) == [*shares[0], *shares[1]]
+    assert len(mixture.prompts(tokenizer, 1000, 3)) == 68
+    assert mixture.metric == "mean of acc, exact_match,letter"
+    assert tasks.sizes(mixture) == (
+        "68 rows to train on (choice 48, copy 20); accuracy is the mean over choice (30 × acc), "
+        "copy (12 × exact_match,letter)"
+    )
+
+
+def test_a_limit_caps_each_data_set_and_is_the_same_in_every_study(choice_task, copy_task, tokenizer):
+    capped = tasks.load_task(f"{choice_task},{copy_task}", training_limit=30)
+    assert [part.num_training for part in capped.parts] == [30, 20]
+    assert capped.training_rows(tokenizer, 64)[:30] == tasks.load_task(
+        str(choice_task), training_limit=30
+    ).training_rows(tokenizer, 64)
+
+
+def test_the_order_and_the_members_are_in_the_hash(choice_task, copy_task):
+    one, two, three = (
+        tasks.load_task(text).data_hash
+        for text in (f"{choice_task},{copy_task}", f"{copy_task},{choice_task}", f"[{choice_task},  {copy_task}]")
+    )
+    assert one == three != two
+
+
+def test_a_metric_is_taken_by_the_tasks_that_have_it(choice_task, copy_task):
+    mixture = tasks.load_task(f"{choice_task},{copy_task}", metric="acc_norm")
+    assert [part.metric for part in mixture.parts] == ["acc_norm", "exact_match,letter"]
+    with pytest.raises(StudyError, match="'bleu': choose from acc, acc_norm, exact_match,letter, exact_match,whole"):
+        tasks.load_task(f"{choice_task},{copy_task}", metric="bleu")
+
+
+def test_workers_of_a_mixture_share_its_questions(choice_task, copy_task, tokenizer):
+    mixture = tasks.load_task(f"{choice_task},{copy_task}")
+    asked = []
+    for rank in range(2):
+        mixture.prepare(tokenizer, rank=rank, world_size=2)
+        asked += [(part.label, doc) for part in mixture.parts for doc in part._prepared.documents]
+    assert sorted(asked) == sorted([("choice", i) for i in range(30)] + [("copy", i) for i in range(12)])
+
+
+# --- training data of its own ---------------------------------------------------------------------------------------
+
+RATIONALES = [{"ask": "ab", "say": "x as ab"}, {"ask": "cd", "say": "y as cd"}, {"ask": "ef", "say": "x"}]
+
+
+@pytest.fixture
+def rationales(tmp_path) -> list[Path]:
+    """Two tasks that are evaluated on different questions and trained on the same rationales."""
+    block = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"more": "more.jsonl"}},
+        "training_split": "more",
+        "output_type": "generate_until",
+        "doc_to_text": "q {{ask}}?",
+        "doc_to_choice": None,
+        "doc_to_target": "{{say}}",
+    }
+    (tmp_path / "more.jsonl").write_text("".join(json.dumps(row) + "\n" for row in RATIONALES))
+    paths = [
+        write_task(tmp_path, name, {"train": ROWS, "test": ROWS[:count]}, **CHOICE, metadata={"training": block})
+        for name, count in (("first", 1), ("second", 2))
+    ]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return paths
+
+
+def test_training_data_may_be_another_data_set(rationales, model, tokenizer, by_lm_eval):
+    task = tasks.load_task(str(rationales[0]))
+    rows = task.training_rows(tokenizer, 64)
+    assert [tokenizer.decode(row.input_ids) for row in rows] == [
+        "q ab? x as ab<eos>",
+        "q cd? y as cd<eos>",
+        "q ef? x<eos>",
+    ]
+    task.prepare(tokenizer)
+    assert task.evaluate(model).correct == by_lm_eval([rationales[0]], model, tokenizer)[2]
+
+
+def test_tasks_that_share_training_data_have_it_once(rationales, tokenizer):
+    mixture = tasks.load_task(",".join(map(str, rationales)))
+    assert tasks.check_task(",".join(map(str, rationales))).num_datasets == len(mixture.datasets) == 1
+    assert len(mixture.training_rows(tokenizer, 64)) == mixture.num_training == 3
+    assert len(mixture.prompts(tokenizer, 2, 0)) == 2
+    assert "3 rows to train on (first 3, shared" in tasks.sizes(mixture)
+
+
+def test_the_hash_follows_the_other_data_set(rationales, tmp_path):
+    before = tasks.load_task(str(rationales[0])).data_hash
+    rationales[0].write_text(rationales[0].read_text().replace("q {{ask}}?", "now {{ask}}?"))
+    assert tasks.load_task(str(rationales[0])).data_hash != before
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_file_lists_tasks_beside_it_and_what_is_different(choice_task, tmp_path, tokenizer):
+    changed(choice_task, tmp_path, task="near")
+    inner = {"group": "inner", "task": ["near.yaml"]}
+    outer = {
+        "group": "outer",
+        "task": [{"task": "inner.yaml", "metric": "acc_norm"}, {"task": str(choice_task), "num_fewshot": 2}],
+        "metadata": {"recipe": {"epochs": 2}},
+    }
+    for group in (inner, outer):
+        (tmp_path / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
+    chosen = tasks.check_task(str(tmp_path / "outer.yaml"))
+    assert [file.label for file in chosen.files] == ["near", "choice"]
+    assert chosen.recipe == {"steps": 7, "epochs": 2}  # what both tasks suggest, and what the group does
+    mixture = tasks.load_task(str(tmp_path / "outer.yaml"))
+    assert [(part.metric, part.num_fewshot) for part in mixture.parts] == [("acc_norm", 0), ("acc", 2)]
+    mixed = tasks.load_task(f"{tmp_path / 'inner.yaml'},tiny_cipher", limit=3)
+    assert [part.label for part in mixed.parts] == ["near", "tiny_cipher"]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"group": "g", "task": []}, "must list its tasks under `task:`"),
+        ({"group": "g", "task": ["g.yaml"]}, "and not itself"),
+        ({"group": "g", "task": [{"metric": "acc"}]}, "give a task's name"),
+        ({"group": "g", "task": ["tiny_cipher", "tiny_cipher"]}, "'tiny_cipher' is named twice"),
+        ({"group": "g", "task": ["tiny_cipher", "nothing.yaml"]}, "'nothing.yaml' does not exist"),
+    ],
+)
+def test_a_group_that_cannot_work_is_one_line(tmp_path, group, message):
+    (tmp_path / "g.yaml").write_text(yaml.safe_dump(group))
+    with pytest.raises(StudyError, match=message) as error:
+        tasks.check_task(str(tmp_path / "g.yaml"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_group_does_not_replace_functions(tmp_path):
+    (tmp_path / "g.yaml").write_text("group: g\ntask:\n  - {task: tiny_cipher, doc_to_text: !function words.ask}\n")
+    with pytest.raises(StudyError, match=r"g\.yaml gives tiny_cipher a function as doc_to_text"):
+        tasks.check_task(str(tmp_path / "g.yaml"))
+
+
+def test_a_list_with_a_hole_is_an_error():
+    with pytest.raises(StudyError, match="lacks a name"):
+        tasks.check_task("tiny_cipher,,tiny_backshift")
+
+
+def test_paths_of_a_list_are_found_from_another_folder(choice_task, monkeypatch):
+    monkeypatch.chdir(choice_task.parent)
+    assert tasks.absolute("tiny_cipher, choice.yaml") == f"tiny_cipher,{choice_task}"
+    assert tasks.absolute("choice") == "choice"
 
 
 def test_shares_of_several_workers_are_the_whole(choice_task, tokenizer):
@@ -263,6 +511,35 @@ def test_an_unreachable_data_set_is_named_with_the_way_to_fetch_it(monkeypatch, 
         tasks.check_task("arc_easy")
 
 
+def test_all_that_is_missing_is_said_at_once_and_the_hub_asked_once(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "openai___gsm8k" / "main").mkdir(parents=True)  # cached
+    (tmp_path / "allenai___ai2_arc" / "ARC-Easy").mkdir(parents=True)  # cached, but not the other subset
+    asked, real = [], huggingface_hub.HfApi.dataset_info
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda *words, **more: asked.append(words[1]) or real(*words, **more)
+    )
+    with pytest.raises(StudyError) as error:
+        tasks.check_task("math4,arc_challenge")
+    text = str(error.value)
+    assert "\n" not in text
+    assert len(asked) == 1
+    for call in (
+        "'meta-math/MetaMathQA'",
+        "'ChilleD/SVAMP'",
+        "'ChilleD/MultiArith'",
+        "'allenai/ai2_arc', 'ARC-Challenge'",
+    ):
+        assert text.count(f"load_dataset({call})") == 1
+    assert "'gsm8k_metamath'" in text.partition(" need ")[0]  # its own data is there, MetaMathQA is not
+    assert "load_dataset('openai/gsm8k'" not in text
+    assert "fetch it with `curl -fL --create-dirs -o ~/.cache/lora-expert-search/addsub_test.json https://" in text
+
+
 def test_includes_and_variables_are_followed(choice_task, tmp_path, monkeypatch):
     monkeypatch.setenv("QUESTIONS", str(choice_task.parent))
     base = yaml.safe_load(choice_task.read_text())
@@ -304,6 +581,154 @@ def test_embedded_tasks_have_both_splits(name):
     task = tasks.load_task(name, limit=10)
     assert task.num_training > 100
     assert task.num_evaluation == 10
+
+
+# --- benchmarks: their own rows from files of the same columns, as there is no network here ---------------------------
+
+METAMATH = {"type": "GSM_AnsAug", "query": "What is 6 + 6?", "response": "6 + 6 = 12\n#### 12\nThe answer is: 12"}
+REASONED = ("Question: What is 6 + 6?\nAnswer:", " 6 + 6 = 12\n#### 12\nThe answer is: 12")
+# file: a row of its data set, the prompt and completion it is trained on, an answer that is right, one that is not
+COLUMNS = {
+    "cola_acc": (
+        {"sentence": "They drank the pub.", "label": 0, "idx": 0},
+        ("They drank the pub.\nQuestion: Does this sentence make sense?\nAnswer:", " no"),
+        None,
+        None,
+    ),
+    "scienceqa_text": (
+        {
+            "question": "Which is a plant?",
+            "choices": ["a cow", "a fern", "a rock"],
+            "answer": 1,
+            "hint": "Look.",
+            "lecture": "",
+        },
+        ("Look.\nQuestion: Which is a plant?\nA. a cow\nB. a fern\nC. a rock\nAnswer:", " B"),
+        None,
+        None,
+    ),
+    "spider_match": (
+        {
+            "db_id": "farm",
+            "schema": ["CREATE TABLE cow (id int, name text)", "CREATE TABLE barn (id int)"],
+            "question": "Who is cow 1?",
+            "query": "SELECT name  FROM cow WHERE id = '1'",
+        },
+        (
+            "CREATE TABLE cow (id int, name text)\nCREATE TABLE barn (id int)\n-- Who is cow 1?\n",
+            "SELECT name FROM cow WHERE id = '1'",
+        ),
+        'select name\nfrom cow where id="1" ;',
+        "SELECT name FROM cow WHERE id = '2'",
+    ),
+    "gsm8k_metamath": (
+        {"question": "How much is 600 + 600?", "answer": "It is <<600+600=1200>>1200.\n#### 1,200"},
+        REASONED,
+        "600 + 600 = 1200. The answer is: 1200",
+        "The answer is: 12",
+    ),
+    "svamp_metamath": (
+        {
+            "ID": "chal-1",
+            "Body": "Two cows. ",
+            "Question": "How many? ",
+            "Equation": "2",
+            "Answer": "2.0",
+            "Type": "Sum",
+        },
+        REASONED,
+        "There are two of them. The answer is: 2",
+        "The answer is: 20",
+    ),
+    "multiarith_metamath": (
+        {"question": " How many? ", "final_ans": "9"},
+        REASONED,
+        "3 x 3. The answer is: $9.00",
+        "9, said nobody",
+    ),
+    "addsub_metamath": (
+        {"instruction": "How far? ", "input": "", "output": "The answer is 0.5.", "answer": ["0.5"]},
+        REASONED,
+        "The answer is 0.5 mile.",
+        "The answer is: 5",
+    ),
+}
+
+
+def offline(name: str, folder: Path) -> Path:
+    """A group of one benchmark whose data sets are local files of the same columns, two rows each."""
+    row = COLUMNS[name][0]
+    for file, one in (("own", row), ("metamath", METAMATH)):
+        (folder / f"{file}.jsonl").write_text(2 * (json.dumps(one) + "\n"))
+    (file,) = known(name)
+    local = {"dataset_path": "json", "dataset_name": None}
+    splits = {file.config.get("training_split"), file.evaluation_split} - {None}
+    entry = {"task": name, **local, "dataset_kwargs": {"data_files": dict.fromkeys(splits, str(folder / "own.jsonl"))}}
+    if block := file.config["metadata"].get("training"):
+        files = {block["training_split"]: str(folder / "metamath.jsonl")}
+        entry["metadata"] = {"training": {**block, **local, "dataset_kwargs": {"data_files": files}}}
+    (folder / "group.yaml").write_text(yaml.safe_dump({"group": "g", "task": [entry]}))
+    return folder / "group.yaml"
+
+
+def known(name: str):
+    """Its task files, whether their data can be reached or not."""
+    from trainers import task_files
+
+    files = task_files._members(name, [])
+    for file in files:
+        task_files._check(file)
+    return files
+
+
+def test_every_benchmark_file_is_tried():
+    groups = {"alphalora6", "commonsense8", "math4", "sieve3"}
+    assert {*COLUMNS} | groups == {*tasks.BENCHMARKS}
+
+
+@pytest.mark.parametrize("name", sorted(COLUMNS))
+def test_a_benchmark_makes_its_rows_and_scores_its_answers(name, tmp_path):
+    _, trained, right, wrong = COLUMNS[name]
+    task = tasks.load_task(str(offline(name, tmp_path)))
+    assert task.training._pair(0, None) == trained
+    if right is None:
+        assert task.metric == "acc"
+        return
+    scores = []
+    for answer in (right, wrong):
+        task._task.build_all_requests()
+        (instance, *_) = task._task.instances
+        instance.resps = [answer]
+        for ensemble in task._task._filters:
+            ensemble.apply([instance])
+        metrics = task._task.process_results(instance.doc, [instance.filtered_resps[task._filter]])
+        scores.append(float(metrics[task._metric]))
+    assert scores == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("group", "members"),
+    [
+        (
+            "commonsense8",
+            "boolq piqa social_iqa winogrande arc_easy arc_challenge openbookqa hellaswag",
+        ),
+        ("alphalora6", "mrpc rte cola_acc scienceqa_text commonsense_qa openbookqa"),
+        ("math4", "gsm8k_metamath svamp_metamath addsub_metamath multiarith_metamath"),
+        ("sieve3", "spider_match gsm8k hellaswag"),
+    ],
+)
+def test_the_groups_of_the_papers(group, members):
+    files = known(group)
+    assert [file.label for file in files] == members.split()
+    if group == "sieve3":
+        assert (files[1].config["num_fewshot"], files[2].metric) == (0, "acc_norm")
+
+
+def test_cola_differs_from_the_harness_in_the_metric_alone():
+    (ours,), (theirs,) = known("cola_acc"), known("cola")
+    differing = {key for key in {*ours.config, *theirs.config} if ours.config.get(key) != theirs.config.get(key)}
+    assert differing == {"task", "tag", "metric_list", "should_decontaminate", "doc_to_decontamination_query"}
 
 
 # --- real questions -------------------------------------------------------------------------------------------------

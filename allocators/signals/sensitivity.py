@@ -105,7 +105,9 @@ def plan(source: Source, *, score: Score = "sum_sq_grad") -> Plan:
             what = "samples" if len(datasets) == 1 else f"samples of {dataset.label}"
             padded = pad(rows, pad_token_id=source.tokenizer.pad_token_id)
             batches = told(padded, total=len(rows), progress=source.progress, what=what)
-            signals.append(measure(source.model, batches, score=score, provenance=provenance, seed=source.seed))
+            signals.append(
+                measure(source.model, batches, score=score, provenance=provenance, shape=source.shape, seed=source.seed)
+            )
         return combine(signals)
 
     return _joined(provenances), run
@@ -201,6 +203,11 @@ def per_sample(
         raise unknown("sensitivity score", score, SCORES)
     config = getattr(model, "config", None)
     blocks = _Blocks(model, shape or shape_of(config, name=getattr(config, "_name_or_path", "") or "the model"))
+    packed = next((path for path, m in blocks.linears.items() if not m.weight.is_floating_point()), None)
+    if packed and score in ("weight_grad", "hutchinson"):
+        raise StudyError(
+            f"{score} needs the values of {packed}, which is quantised: measure it without, or choose fisher"
+        )
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     collected: list[dict[str, Tensor]] = []
@@ -356,6 +363,23 @@ class _TappedLinear(torch.autograd.Function):
         return dy @ weight if ctx.needs_input_grad[0] else None, None, None, None
 
 
+class _TappedOutput(torch.autograd.Function):
+    """The same for a layer whose weight is packed: its own forward and backward run, this passes y and dy on."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, tap: Callable) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.tap = tap
+        return y.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        ctx.tap(x, dy)
+        return dy, None, None
+
+
 class _TappedExperts(torch.autograd.Function):
     """The same for rows grouped by expert: x [P, I], weight [E, I, O], ends_E the last row + 1 of each expert."""
 
@@ -460,7 +484,9 @@ class _Blocks:
 
     def __init__(self, model: nn.Module, shape: ModelShape) -> None:
         self.model: Any = model
-        self.linears = {m.path: model.get_submodule(m.path) for m in shape.of_role("attention", "mlp", "shared_expert")}
+        self.linears: dict[str, Any] = {
+            m.path: model.get_submodule(m.path) for m in shape.of_role("attention", "mlp", "shared_expert")
+        }
         self.experts: dict[str, list[ModuleShape]] = defaultdict(list)
         for spec in shape.of_role("expert"):
             self.experts[spec.path.rpartition(".")[0]].append(spec)
@@ -499,7 +525,10 @@ class _Blocks:
             yield
 
     def _linear(self, path: str, module: Any, measure: Measure, x: Tensor) -> Tensor:
-        return _TappedLinear.apply(x, module.weight, module.bias, partial(self._tap, path, module, measure))
+        tap = partial(self._tap, path, module, measure)
+        if module.weight.is_floating_point():
+            return _TappedLinear.apply(x, module.weight, module.bias, tap)
+        return _TappedOutput.apply(type(module).forward(module, x), x, tap)
 
     def _tap(self, path: str, module: Any, measure: Measure, x: Tensor, dy: Tensor) -> None:
         assert path not in self.found, f"{path} ran twice in one forward pass: its gradients would have to be added"

@@ -367,6 +367,7 @@ def test_plan_names_everything_the_numbers_depend_on():
     task.datasets = (task,)
     source = SimpleNamespace(
         name="tiny",
+        shape=None,
         dtype="float32",
         identity="sha",
         model=model,
@@ -396,6 +397,7 @@ def test_several_data_sets_have_a_value_each_on_as_many_samples():
     told = []
     source = SimpleNamespace(
         name="tiny",
+        shape=None,
         dtype="float32",
         identity="sha",
         model=tiny.model("llama"),

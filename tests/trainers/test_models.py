@@ -18,6 +18,7 @@ import torch
 
 from allocators.core.errors import StudyError, TrialError
 from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from allocators.signals import sensitivity
 from tests.trainers.conftest import char_tokenizer
 from tests.trainers.reference import fill, logits, tokens
 from trainers import adapter as adapters
@@ -340,6 +341,20 @@ def test_experts_on_packed_weights_are_those_on_the_weights_they_stand_for(llama
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     for gradient, reference in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
+
+
+@quantised
+def test_the_sensitivity_of_packed_weights_is_that_of_the_weights_they_stand_for(llama_folder):
+    packed = models.load(str(llama_folder), quantization="nf4").model
+    ids = tokens()
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    mine = sensitivity.per_sample(packed, [batch])
+    theirs = sensitivity.per_sample(with_unpacked_weights(str(llama_folder), packed), [batch])
+    assert set(mine) == set(theirs)
+    for block, values in theirs.items():
+        torch.testing.assert_close(mine[block], values, rtol=1e-3, atol=0)
+    with pytest.raises(StudyError, match=r"weight_grad needs the values of model\.layers\.0.*quantised"):
+        sensitivity.per_sample(packed, [batch], score="weight_grad")
 
 
 @quantised

@@ -119,6 +119,19 @@ class Candidate:
         return tuple(run for run in self.runs if run.status == "complete" and run.accuracy is not None)
 
     @property
+    def by_task(self) -> dict[str, tuple[float, float]]:
+        """Of several tasks each one's accuracy, a mean over the seeds like theirs, and its standard error."""
+        runs = [run.by_task for run in self.complete]
+        labels = [label for label in runs[0] if all(label in run for run in runs)] if runs else []
+        return {
+            label: (
+                statistics.fmean(accuracies := [run[label]["accuracy"] for run in runs]),
+                math.hypot(max(run[label]["stderr"] for run in runs), *_error_of_mean(accuracies)),
+            )
+            for label in labels
+        }
+
+    @property
     def best(self) -> Outcome:
         """The run whose adapter to load: the most accurate complete one."""
         return self.by_accuracy[0]
@@ -159,5 +172,10 @@ def _candidate(runs: tuple[Outcome, ...]) -> Candidate:
     question_error = max(errors, default=None)
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
     parts = [] if question_error is None else [question_error]
-    parts += [] if spread is None else [spread / math.sqrt(len(accuracies))]
+    parts += _error_of_mean(accuracies)
     return Candidate(runs, statistics.fmean(accuracies), math.hypot(*parts) if parts else None, spread, question_error)
+
+
+def _error_of_mean(accuracies: Sequence[float]) -> list[float]:
+    """s/√n of the seeds; nothing for one."""
+    return [statistics.stdev(accuracies) / math.sqrt(len(accuracies))] if len(accuracies) > 1 else []

@@ -83,6 +83,11 @@ class Report:
         return knee(self.points)
 
     @cached_property
+    def tasks(self) -> list[str]:
+        """Labels of the tasks, where there are several."""
+        return list(dict.fromkeys(label for run in self.records.finished.values() for label in run.by_task))
+
+    @cached_property
     def sections(self) -> list[Section]:
         """Tables beyond the front."""
         return sections(self.records, self.points)
@@ -409,9 +414,11 @@ def _state(report: Report) -> list[str]:
 
 def _title(report: Report) -> str:
     config = report.records.header["config"]
-    # a task or model may be a file or folder: its name is enough here, the settings have all of it
+    # tasks and model may be files or folders: their names are enough here, the settings have all of it
     facts = [
-        f"{what} {Path(config[what]).name.removesuffix('.yaml')}" for what in ("task", "model") if config.get(what)
+        f"{what} {', '.join(Path(word).name.removesuffix('.yaml') for word in config[what].split(','))}"
+        for what in ("task", "model")
+        if config.get(what)
     ]
     return ", ".join([report.records.name, *facts])
 
@@ -427,6 +434,7 @@ def _front_row(report: Report, candidate: Candidate) -> dict[str, Any]:
         "trainable_params": candidate.trainable_params,
         "accuracy": candidate.accuracy,
         "stderr": candidate.stderr,
+        **_columns(report, candidate.by_task),
         "seeds": len(candidate.complete),
         "seed_standard_deviation": candidate.spread,
         "better_than_next_smaller": report.chances.get(best.digest),
@@ -445,6 +453,7 @@ def _run_row(report: Report, run: Outcome) -> dict[str, Any]:
         "trainable_params": run.trainable_params,
         "status": run.status,
         "accuracy": run.accuracy,
+        **_columns(report, {label: (one["accuracy"], one["stderr"]) for label, one in run.by_task.items()}),
         "on_front": run.digest in report.winners,
         "seed": run.trial.seed,
         "seconds": run.seconds,
@@ -454,6 +463,15 @@ def _run_row(report: Report, run: Outcome) -> dict[str, Any]:
         "adapter": report.adapter_folder(run) or "",
         **_recipe(run),
     }
+
+
+def _columns(report: Report, by_task: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:
+    """`accuracy.TASK` and `stderr.TASK` of every task of the study; the same columns in every row."""
+    found: dict[str, float | None] = {}
+    for label in report.tasks:
+        accuracy, stderr = by_task.get(label, (None, None))
+        found |= {f"accuracy.{label}": accuracy, f"stderr.{label}": stderr}
+    return found
 
 
 def _who(run: Outcome) -> dict[str, Any]:

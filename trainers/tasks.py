@@ -421,6 +421,14 @@ class Task:
         total = len(self._task.eval_docs)
         return min(total, self.limit) if self.limit else total
 
+    @property
+    def chance(self) -> float | None:
+        """Accuracy of answers drawn at random, the mean of 1/choices; None where a model writes its answer."""
+        if self._task.OUTPUT_TYPE != "multiple_choice" or not self._metric.startswith("acc"):
+            return None
+        documents = list(self._task.eval_docs)[: self.limit]
+        return sum(1 / len(self._task.doc_to_choice(document)) for document in documents) / len(documents)
+
     # --- training -------------------------------------------------------------------------------------------------
 
     def check_tokenizer(self, tokenizer: Any) -> None:
@@ -572,6 +580,12 @@ class Mixture:
     @property
     def num_evaluation(self) -> int:
         return sum(part.num_evaluation for part in self.parts)
+
+    @property
+    def chance(self) -> float | None:
+        """Mean of the tasks' chances; None where one has none."""
+        chances = [part.chance for part in self.parts]
+        return None if None in chances else sum(chance or 0.0 for chance in chances) / len(chances)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         self.parts[0].check_tokenizer(tokenizer)

@@ -48,6 +48,8 @@ class Bench:
         self.versions = versions(
             device=_device_name(device), model=self.identity, numbers=self.dtype, data=self.task.data_hash
         )
+        if (chance := self.task.chance) is not None:
+            self.versions["chance"] = f"{chance:.3g}"
 
         self.progress: Callable[[int, int, str], None] = lambda done, total, what: None
 

@@ -202,6 +202,8 @@ def test_a_mixture_is_the_rows_of_all_and_calibrates_on_an_equal_share(choice_ta
     rows = [row for part in parts for row in part.training_rows(tokenizer, 64)]
     assert mixture.training_rows(tokenizer, 64) == rows
     assert (mixture.num_training, mixture.num_evaluation) == (48 + 20, 30 + 12)
+    assert [part.chance for part in mixture.parts] == [0.25, None]  # four choices; a text
+    assert mixture.chance is None
     shares = [part.prompts(tokenizer, n, 3) for part, n in zip(parts, (6, 5), strict=True)]
     assert mixture.prompts(tokenizer, 11, 3) == [*shares[0], *shares[1]]
     assert len(mixture.prompts(tokenizer, 1000, 3)) == 68

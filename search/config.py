@@ -22,7 +22,7 @@ from allocators.core.errors import StudyError, did_you_mean, unknown
 from allocators.core.types import Recipe
 from trainers import models, task_files
 
-SAMPLERS = ("tpe", "nsga2", "random")
+SAMPLERS = ("ehvi", "tpe", "nsga2", "random")
 
 
 def _key(default: Any, meaning: str) -> Any:

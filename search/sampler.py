@@ -32,6 +32,12 @@ class Proposal:
     params: Mapping[str, Any]
 
 
+def _ehvi(problem: Problem, seed: int) -> Any:
+    from search.ehvi import EHVISampler, resolver  # brings numpy and scipy, which no other sampler needs
+
+    return EHVISampler(resolver(problem), seed=seed)
+
+
 def table_rows(problem: Problem, *, merge: bool = True) -> list[Proposal | Answered]:
     """Every point of a table space in the order of its knobs: to be trained, or answered because it cannot be.
 
@@ -70,7 +76,8 @@ def _repeated(params: Mapping[str, Any], digest: str) -> Answered:
 class Proposer:
     """Two objectives, accuracy up and trainable parameters down, over one space.
 
-    sampler    tpe (multivariate, grouped: conditional spaces keep one joint model a branch) | nsga2 | random
+    sampler    ehvi (models accuracy alone: `search/ehvi.py`) | tpe (multivariate, grouped: conditional spaces keep one
+               joint model a branch) | nsga2 | random
     known      results of an earlier run with their parameters: the sampler learns them, none is trained again
     unfinished points that an earlier run started and did not finish: proposed first
     answered   called with every point that needed no training
@@ -97,6 +104,7 @@ class Proposer:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._random = optuna.samplers.RandomSampler(seed=seed)
             self._sampler = {
+                "ehvi": lambda: _ehvi(problem, seed),
                 "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
                 "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
                 "random": lambda: self._random,

@@ -82,6 +82,11 @@ class RunConfig:
     chat_template: bool = _key(False, "put prompts into the tokenizer's chat template, to train and to evaluate")
     calibration_samples: int = _key(256, "training documents that the routing signal is measured on")
     workers_per_trial: int = _key(1, "Ray Train workers of one trial (data parallel)")
+    shard: bool = _key(
+        False,
+        "spread the frozen base over the workers of a trial (FSDP2), for a model that does not fit one device: same "
+        "losses, more traffic between workers; needs workers_per_trial of 2 or more",
+    )
     cpus_per_worker: int = _key(1, "CPUs, and torch threads, of one worker")
     gpus_per_worker: float = _key(
         -1.0, "GPUs of one worker; fractions share a GPU (-1: 1 if the cluster has GPUs, else 0)"
@@ -258,6 +263,16 @@ def check(config: RunConfig) -> None:
     if config.sampler not in SAMPLERS:
         raise unknown("sampler", config.sampler, SAMPLERS)
     models.check_options(dtype=config.dtype, attn=config.attn, quantization=config.quantization)
+    if config.shard and config.workers_per_trial < 2:
+        raise StudyError(
+            f"shard=true spreads the model over the workers of a trial, and workers_per_trial is "
+            f"{config.workers_per_trial}: set it to 2 or more, or leave shard out"
+        )
+    if config.shard and config.quantization:
+        raise StudyError(
+            f"shard=true and quantization={config.quantization} do not go together: packed weights cannot be cut into "
+            "rows; choose one of them"
+        )
     if config.keep not in ("front", "all"):
         raise StudyError(f"keep must be front or all, got '{config.keep}'")
     if config.gpus_per_worker < 0 and config.gpus_per_worker != -1:

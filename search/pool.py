@@ -34,6 +34,9 @@ from allocators.core.errors import StudyError
 
 NAMESPACE = "lora-expert-search"
 ATTEMPTS = 3  # a job whose worker died this often is given up: it is the likely cause
+# Seconds that the workers of one trial wait for the first of them, who waits for a trial or measures a signal: torch's
+# half an hour would end groups that have nothing to do while others train.
+LONGEST_WAIT = 7 * 24 * 3600
 MOST_CPU_GROUPS = 8  # default on machines without a GPU: every group holds one copy of the base model
 
 
@@ -68,7 +71,13 @@ class Board:
         return job
 
     async def report(self, group: int, job_id: str, message: dict) -> bool:
-        """Passes a report on; False tells the worker to stop this job."""
+        """Passes a report on; False tells the worker to stop this job.
+
+        Of several workers of a group that report one job's end, each in its own trouble, the first is heard.
+        """
+        held = self.held.get(group)
+        if held is None or held[0] != job_id:
+            return False
         if message["done"]:
             self.held[group] = None
         await self.reports[job_id].put(message)
@@ -192,7 +201,7 @@ class Pool:
 
     def _run_group(self, group: int) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchTrainer
+        from ray.train.torch import TorchConfig, TorchTrainer
 
         from trainers.worker import serve
 
@@ -204,6 +213,7 @@ class Pool:
             TorchTrainer(
                 serve,
                 train_loop_config=self._setup | {"group": group, "board": self.board_name},
+                torch_config=TorchConfig(timeout_s=LONGEST_WAIT),
                 scaling_config=ScalingConfig(
                     num_workers=self.plan.workers,
                     use_gpu=self.plan.gpus_per_worker > 0,

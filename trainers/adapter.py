@@ -45,7 +45,7 @@ from allocators.core.types import (
     ModuleShape,
     allocation_from_json,
 )
-from trainers import storage
+from trainers import sharding, storage
 
 FORMAT = 1  # of adapter.json
 _WEIGHTS, _CONFIG = "adapter.safetensors", "adapter.json"
@@ -182,9 +182,7 @@ class Adapter(ABC):
             self._put(lambda: module.register_forward_hook(hook).remove)
         else:
             # An instance attribute hides the parameter from the router's forward, and from nothing else.
-            self._put_attribute(
-                module, "weight", _RouterWeight(module, weight, a_RI, b_OR, self.scale, self.lora_dropout)
-            )
+            self._put_attribute(module, "weight", _RouterWeight(module, a_RI, b_OR, self.scale, self.lora_dropout))
 
     def _put_attribute(self, module: nn.Module, name: str, value: Any) -> None:
         """An attribute of one module alone, which is no submodule or parameter and so not in the state_dict."""
@@ -233,8 +231,11 @@ class Adapter(ABC):
             for name, parameter in self._tensors.items():
                 parameter.copy_(state[name])
 
-    def extra_loss(self) -> Tensor | None:
-        """What to add to the training loss (a balance loss of added routers), None where there is none."""
+    def extra_loss(self, real_BS: Tensor | None = None) -> Tensor | None:
+        """What to add to the training loss (a balance loss of added routers), None where there is none.
+
+        real_BS   nonzero where there is a token and not padding; None: as the attention mask of the last pass says
+        """
         return None
 
     def check_gradients(self) -> None:
@@ -313,9 +314,10 @@ def add_lora(out: Tensor, x: Tensor, a_RI: Tensor, b_OR: Tensor, *, scale: float
 
 
 def add_to_weight(weight: Tensor, delta: Tensor) -> None:
-    """`weight += delta` in fp32, rounded once."""
+    """`weight += delta` in fp32, rounded once; of a sharded weight the rows that this worker holds."""
+    rows, first = sharding.local_rows(weight)
     with torch.no_grad():
-        weight.copy_(weight.float() + delta)
+        rows.copy_(rows.float() + delta[first : first + len(rows)])
 
 
 class _RouterWeight:
@@ -326,16 +328,23 @@ class _RouterWeight:
     """
 
     def __init__(
-        self, router: nn.Module, weight: Tensor, a_RI: Tensor, b_OR: Tensor, scale: float, dropout: float
+        self,
+        router: nn.Module,
+        a_RI: Tensor,
+        b_OR: Tensor,
+        scale: float,
+        dropout: float,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        self.router, self.weight, self.a_RI, self.b_OR, self.scale, self.dropout = (
-            router,
-            weight,
-            a_RI,
-            b_OR,
-            scale,
-            dropout,
-        )
+        self.router, self.a_RI, self.b_OR, self.scale, self.dropout = router, a_RI, b_OR, scale, dropout
+        self._dtype = dtype  # None: the parameter's own
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is now: that of a sharded model is another tensor while its layer runs."""
+        weight = self.router._parameters["weight"]
+        assert weight is not None
+        return weight if self._dtype is None else weight.type(self._dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -343,7 +352,7 @@ class _RouterWeight:
 
     def type(self, dtype: torch.dtype) -> _RouterWeight:
         """Some families compute their logits in fp32: F.linear(x.type(float32), weight.type(float32))."""
-        return _RouterWeight(self.router, self.weight.type(dtype), self.a_RI, self.b_OR, self.scale, self.dropout)
+        return _RouterWeight(self.router, self.a_RI, self.b_OR, self.scale, self.dropout, dtype)
 
     def float(self) -> _RouterWeight:
         return self.type(torch.float32)
@@ -406,13 +415,10 @@ def fingerprint(model: nn.Module, *, samples: int = 64) -> str:
 
     Reads `samples` evenly spaced values of every parameter of the model, rounded to bf16, so that one checkpoint has
     one fingerprint whether it was loaded in fp32 or bf16. Packed weights count as the bytes they are: a quantised base
-    has a fingerprint of its own.
+    has a fingerprint of its own. That of a sharded base is computed by all its workers together.
     """
-    values = []
-    for parameter in model.parameters():
-        flat = parameter.detach().flatten()
-        values.append(flat[:: max(1, flat.numel() // samples)][:samples].to(torch.bfloat16).float().cpu())
-    return hashlib.sha256(torch.cat(values).numpy().tobytes()).hexdigest()[:16]
+    values = sharding.sampled(model.parameters(), samples).to(torch.bfloat16).float()
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

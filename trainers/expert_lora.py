@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from allocators.core.errors import StudyError, TrialError
 from allocators.core.types import ALWAYS_ADAPTED, ExpertSelection, ModelShape, ModuleShape
 from trainers.adapter import Adapter, add_to_weight, check_size, module_at, uniform, weight_size
+from trainers.sharding import local_rows
 
 IMPLEMENTATION = "grouped_mm_lora"  # our name among transformers' ALL_EXPERTS_FUNCTIONS
 
@@ -222,8 +223,11 @@ class ExpertLora:
         for stack, projections in self.stacks.items():
             for position, projection in enumerate(projections):
                 a_CRI, b_COR = self.pairs[projection]
+                held, first = local_rows(getattr(self.module, stack))
                 for expert, a_RI, b_OR in zip(self.ids, a_CRI, b_COR, strict=True):
-                    weight = getattr(self.module, stack)[expert]
+                    if not first <= expert < first + len(held):  # on another worker
+                        continue
+                    weight = held[expert - first]
                     weight_OI = weight.t() if self.module.is_transposed else weight
                     parts = len(projections)
                     concatenated = self.module.is_concatenated

@@ -13,7 +13,12 @@
   as it was: equal seeds give equal losses, and a resumed run gives those of an uninterrupted one, bit for bit.
 - bf16 comes with the base model (`models.load` picks it where the device has it); adapter, gradients and optimiser
   stay fp32, and training and evaluation do the same arithmetic.
-- The device is waited for every CHECK_EVERY steps and at rungs, not at every step.
+- The device is waited for every CHECK_EVERY steps and at rungs, not at every step; the tokens of the next step are on
+  their way to it (from pinned memory, in a stream of their own) while it computes this one.
+- Rows are padded on the right and no mask is given to the model: under causal attention no real token sees padding, so
+  attention runs its fastest kernels and nobody looks at the values of a mask, which would wait for the device.
+- A base that is sharded over the workers (trainers/sharding.py) is run by all of them pass by pass: a worker without
+  rows runs on two tokens that no loss is taken on.
 
 Shapes: B sequences, S tokens, K positions that may predict a completion token, V vocabulary.
 """
@@ -27,9 +32,9 @@ import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -40,7 +45,7 @@ from torch import Tensor, nn
 
 from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
 from allocators.core.types import Recipe, digest_of
-from trainers import storage
+from trainers import sharding, storage
 from trainers.tasks import AnyTask, Row
 
 CHECK_EVERY = 10  # steps between two looks at the loss: each waits for the device
@@ -187,27 +192,56 @@ def share_of(rows: Sequence[Row], *, rank: int, world_size: int, micro_batch_siz
     return [by_length[i : i + micro_batch_size] for i in range(0, len(by_length), micro_batch_size)]
 
 
-def completion_loss(model: nn.Module, rows: Sequence[Row], *, pad_token_id: int, device: torch.device) -> Tensor:
-    """Sum of −log p over the completion tokens of `rows`, a scalar in fp32."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass trains on: rows of tokens on the device, padded on the right.
+
+    tokens_3BS          token ids, labels (−100 where no loss is taken), 1 where there is a token and 0 at padding
+    first               place of the first completion token of any row: nothing before it is predicted
+    completion_tokens   how many tokens the loss is summed over
+    padded              whether there is padding at all
+    """
+
+    tokens_3BS: Tensor
+    first: int
+    completion_tokens: int
+    padded: bool
+
+    @property
+    def real_BS(self) -> Tensor | None:
+        """1 where there is a token; None: everywhere."""
+        return self.tokens_3BS[2] if self.padded else None
+
+
+def collate(rows: Sequence[Row], *, pad_token_id: int, device: torch.device, counted: bool = True) -> MicroBatch:
+    """Rows on their way to the device, which is not waited for. Not `counted`: none of their tokens has a loss."""
     length, first = max(len(row.input_ids) for row in rows), min(row.labels_start for row in rows)
-    ids_BS, mask_BS, labels_BS = [], [], []
+    ids_BS, labels_BS, real_BS = [], [], []
     for row in rows:
         padding = length - len(row.input_ids)
+        completion = row.input_ids[row.labels_start :] if counted else [IGNORED] * row.completion_tokens
         ids_BS.append(row.input_ids + [pad_token_id] * padding)
-        mask_BS.append([1] * len(row.input_ids) + [0] * padding)
-        labels_BS.append([IGNORED] * row.labels_start + row.input_ids[row.labels_start :] + [IGNORED] * padding)
-    host = torch.tensor([ids_BS, mask_BS, labels_BS])
+        labels_BS.append([IGNORED] * row.labels_start + completion + [IGNORED] * padding)
+        real_BS.append([1] * len(row.input_ids) + [0] * padding)
+    host = torch.tensor([ids_BS, labels_BS, real_BS])
     if device.type == "cuda":
         host = host.pin_memory()  # a copy from pageable memory would wait for the device
-    ids, mask, labels = host.to(device, non_blocking=True)
+    return MicroBatch(
+        host.to(device, non_blocking=True),
+        first,
+        sum(row.completion_tokens for row in rows) if counted else 0,
+        padded=any(len(row.input_ids) < length for row in rows),
+    )
+
+
+def completion_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
+    """Sum of −log p over the completion tokens of a micro-batch, a scalar in fp32."""
+    ids_BS, labels_BS, _ = batch.tokens_3BS
     # Logits only where a completion token follows in some row: prompts are most of the tokens, V is large.
-    keep_K = torch.arange(first - 1, length - 1, device=device)
-    padded = any(len(row.input_ids) < length for row in rows)  # else attention needs no mask, and has a faster kernel
-    logits_BKV = model(
-        input_ids=ids, attention_mask=mask if padded else None, logits_to_keep=keep_K, use_cache=False
-    ).logits
+    keep_K = torch.arange(batch.first - 1, ids_BS.shape[1] - 1, device=ids_BS.device)
+    logits_BKV = model(input_ids=ids_BS, logits_to_keep=keep_K, use_cache=False).logits
     return F.cross_entropy(
-        logits_BKV.float().flatten(0, 1), labels[:, first:].flatten(), ignore_index=IGNORED, reduction="sum"
+        logits_BKV.float().flatten(0, 1), labels_BS[:, batch.first :].flatten(), ignore_index=IGNORED, reduction="sum"
     )
 
 
@@ -250,6 +284,8 @@ class _Run:
                 "adapter": {name: list(p.shape) for name, p in adapter.named_parameters()},
             }
         )
+        self.sharded = sharding.is_sharded(model)
+        self.feed = _Feed(self._micro_batches, device)
         self.failure: TrialError | torch.OutOfMemoryError | None = None
         self.past = _Past()
         self.pending = torch.zeros(CHECK_EVERY, 2, device=device)  # loss and failures of the steps since the last look
@@ -281,20 +317,17 @@ class _Run:
 
     def _step(self, step: int) -> None:
         """One optimiser step. Launches work on the device and waits for none of it."""
-        recipe = self.recipe
-        chosen = batch_at(step, num_rows=len(self.rows), batch_size=recipe.batch_size, seed=self.seed)
-        batch = [self.rows[i] for i in chosen]
-        completion_tokens = max(1, sum(row.completion_tokens for row in batch))
+        recipe, batch = self.recipe, self._batch(step)
         self.past.tokens += sum(len(row.input_ids) for row in batch)
         _seed_dropout(self.device, self.seed, step, self.rank)
         self.gradients.clear()
-        if self.failure is None:
+        if self.failure is None or self.sharded:
             try:
-                self._accumulate(batch, completion_tokens)
+                self._accumulate(step, max(1, sum(row.completion_tokens for row in batch)))
             except TrialError as error:
                 self.failure = error
             except RuntimeError as error:
-                if not _is_out_of_memory(error):
+                if self.sharded or not _is_out_of_memory(error):  # sharded: the others wait in this pass, not below
                     raise
                 self.failure = torch.OutOfMemoryError(str(error).splitlines()[0])
         if self.failure is not None and self.world_size == 1:
@@ -313,22 +346,39 @@ class _Run:
             group["lr"] = learning_rate(recipe, step, self.steps)
         self.optimizer.step()
 
-    def _accumulate(self, batch: Sequence[Row], completion_tokens: int) -> None:
-        shares = share_of(
-            batch, rank=self.rank, world_size=self.world_size, micro_batch_size=self.recipe.micro_batch_size
-        )
-        for rows in shares:
-            loss = completion_loss(self.model, rows, pad_token_id=self.pad_token_id, device=self.device)
-            loss = loss / completion_tokens
+    def _batch(self, step: int) -> list[Row]:
+        """Of all workers together."""
+        chosen = batch_at(step, num_rows=len(self.rows), batch_size=self.recipe.batch_size, seed=self.seed)
+        return [self.rows[i] for i in chosen]
+
+    def _micro_batches(self, step: int) -> list[MicroBatch]:
+        """This worker's of a step."""
+        batch = self._batch(step)
+        share = partial(share_of, batch, world_size=self.world_size, micro_batch_size=self.recipe.micro_batch_size)
+        send = partial(collate, pad_token_id=self.pad_token_id, device=self.device)
+        made = [send(rows) for rows in share(rank=self.rank)]
+        if self.sharded:  # as many passes as the first worker has, who has most rows
+            idle = [Row(batch[0].input_ids[:2], 1)]
+            made += [send(idle, counted=False) for _ in range(len(share(rank=0)) - len(made))]
+        return made
+
+    def _accumulate(self, step: int, completion_tokens: int) -> None:
+        for batch in self.feed.take(step):
+            loss = completion_loss(self.model, batch) / completion_tokens
             objective = loss
-            if (extra := self.adapter.extra_loss()) is not None:
+            if (extra := self.adapter.extra_loss(batch.real_BS)) is not None:
                 # A mean over micro-batches, weighted as the loss is.
-                objective = loss + extra * (sum(row.completion_tokens for row in rows) / completion_tokens)
+                objective = loss + extra * (batch.completion_tokens / completion_tokens)
             objective.backward()
             if not self.gradients.installed:
-                self.adapter.check_gradients()
+                try:
+                    self.adapter.check_gradients()
+                except TrialError as error:  # no end of this step: others may need this worker's part in its passes
+                    self.failure = error
                 self.gradients.install()
             self.gradients.loss.add_(loss.detach())
+        if step + 1 < self.steps:
+            self.feed.fetch(step + 1)
 
     def _look(self) -> None:
         """Waits for the device, and judges the losses since the last look."""
@@ -517,6 +567,32 @@ class _Gradients:
         if max_norm > 0:
             norm = torch.linalg.vector_norm(self.values)
             self.values.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+class _Feed:
+    """Micro-batches of a step on the device; those of the next one travel there in a stream of their own."""
+
+    def __init__(self, make: Callable[[int], list[MicroBatch]], device: torch.device) -> None:
+        self.make, self.device = make, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.step = -1
+        self.batches: list[MicroBatch] = []
+
+    def fetch(self, step: int) -> None:
+        """Puts a step's micro-batches on their way."""
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+            self.step, self.batches = step, self.make(step)
+
+    def take(self, step: int) -> list[MicroBatch]:
+        """Those of a step, for the current stream."""
+        if self.step != step:
+            self.fetch(step)
+        if self.stream is not None:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_stream(self.stream)  # the device waits, not the host
+            for batch in self.batches:
+                batch.tokens_3BS.record_stream(now)  # else their memory could be given away before it was read
+        return self.batches
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -332,8 +332,10 @@ class LoraMoeAdapter(Adapter):
         self._mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self._collecting = True
 
-    def extra_loss(self) -> Tensor | None:
+    def extra_loss(self, real_BS: Tensor | None = None) -> Tensor | None:
         """`balance_coef` × the balance losses of the last forward pass, summed over layers; padding left out.
+
+        real_BS   nonzero where there is a token and not padding; None: as the attention mask of the last pass says
 
         Call it once between forward and backward. Modules of one layer with different N cannot share a mean: they are
         pooled by N, each pool one term. None with balance_coef = 0, for hydra, and where gradients are off.
@@ -357,7 +359,8 @@ class LoraMoeAdapter(Adapter):
         stacks: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
         for (_, num_experts), members in pools.items():
             stacks[num_experts, len(members)].append(torch.cat(members))
-        real_T = None if self._mask is None else self._mask.flatten().bool()
+        mask_BS = self._mask if real_BS is None else real_BS
+        real_T = None if mask_BS is None else mask_BS.flatten().bool()
         terms = [
             balance_loss(
                 torch.stack(stack),

@@ -24,7 +24,7 @@ import logging
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ EMBEDDED: dict[str, Path] = {
 PACKAGED: dict[str, Callable[[], Path]] = {smollm2.NAME: smollm2.folder}
 
 # What `load` takes besides name and device; RunConfig has keys of these names.
-OPTIONS = ("dtype", "attn", "gradient_checkpointing", "quantization", "trust_remote_code")
+OPTIONS = ("dtype", "attn", "gradient_checkpointing", "quantization", "trust_remote_code", "shard")
+_SAME_LOSSES = ("gradient_checkpointing", "shard")  # options that change what a training costs, not what comes out
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 QUANTIZATION = ("nf4", "int8")
@@ -208,7 +209,7 @@ def remarks(name: str, shape: ModelShape, *, quantization: str, trust_remote_cod
 def load_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `load` must be told besides the name to make of it what a study with these settings trained on."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(load).parameters.items()}
-    keys = [key for key in OPTIONS if key in settings and key != "gradient_checkpointing"]
+    keys = [key for key in OPTIONS if key in settings and key not in _SAME_LOSSES]
     return {key: settings[key] for key in keys if settings[key] != defaults[key]}
 
 
@@ -221,6 +222,7 @@ def load(
     gradient_checkpointing: bool = False,
     quantization: str = "",
     trust_remote_code: bool = False,
+    shard: bool = False,
 ) -> Loaded:
     """Loads a base model to `device`, frozen.
 
@@ -232,6 +234,8 @@ def load(
                              LLM.int8(), which multiplies in float16) by bitsandbytes; nf4 multiplies in `dtype`.
                              Stacked experts, routers, embeddings, norms and the head stay in `dtype`
     trust_remote_code        run model code from its repository
+    shard                    this worker's part only, of a model that all workers of torch.distributed load together:
+                             see trainers/sharding.py
 
     Raises StudyError for a name that `config_of` refuses, an option or device that does not exist here, and for a model
     that would need pickled weights, or code from its repository without `trust_remote_code`.
@@ -243,6 +247,8 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from trainers import sharding
+
     options: dict[str, Any] = {"dtype": getattr(torch, numbers.partition(",")[0])}
     if attn != "auto":
         options["attn_implementation"] = attn
@@ -250,15 +256,11 @@ def load(
         options["quantization_config"] = _quantizer(quantization, device, options["dtype"])
     # Everything lies here by now: transformers asks the hub for code alone, where that lies elsewhere.
     trust = {"trust_remote_code": trust_remote_code, "local_files_only": not trust_remote_code}
+    # straight to the device: several workers of a node need no copy each in RAM
+    place: Any = sharding.loading(torch.device(device)) if shard else nullcontext({"device_map": {"": device}})
     try:
-        with no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder,
-                device_map={"": device},  # straight to the device: several workers of a node need no copy each in RAM
-                use_safetensors=True,
-                **options,
-                **trust,
-            )
+        with no_progress_bars(), place as where:
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **where, **options, **trust)
             tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
         if gradient_checkpointing:
             _checkpoint_layers(model)
@@ -270,6 +272,8 @@ def load(
             f"model '{name}' cannot be loaded (safetensors weights, a tokenizer{code}): {reason}{hint}"
         ) from error
     model.requires_grad_(False).eval()
+    if shard:
+        sharding.prepare(model)
     for module in model.modules():
         # At the first evaluation on a CPU with AVX512-BF16 bitsandbytes would repack 4-bit weights into a form that has
         # no gradient: training after an evaluation would go wrong silently.

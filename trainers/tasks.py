@@ -479,10 +479,12 @@ class Task:
         """Accuracy of the model as it is now, adapter included. Call `prepare` first.
 
         With several workers each answers its share; every one of them returns the whole result, and an out-of-memory
-        error on one is raised on all.
+        error on one is raised on all, unless they share one sharded model.
         """
         import torch
         from lm_eval.api.metrics import mean_stderr
+
+        from trainers import sharding
 
         began = time.perf_counter()
         prepared = self._prepared
@@ -491,9 +493,11 @@ class Task:
         failure: torch.OutOfMemoryError | None = None
         was_training = model.training
         try:
-            with _quiet(), torch.no_grad():
+            with _quiet(), torch.no_grad(), sharding.in_step(model):
                 scores = self._scores(self._lm_around(model, prepared.tokenizer), prepared)
         except torch.OutOfMemoryError as error:
+            if sharding.is_sharded(model):  # the others wait in this pass, and not for what is gathered below
+                raise
             failure = error
         finally:
             model.train(was_training)

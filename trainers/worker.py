@@ -3,6 +3,10 @@
 A job is a signal to measure or a trial: attach the adapter, train, evaluate at rungs, report, detach. A diverged or
 failing trial is reported and never takes the worker with it; a worker that dies is restarted by Ray Train, takes its
 job again and goes on from the trial's last checkpoint.
+
+Several workers of one trial agree on an error before they raise it. What strikes one of them alone, in the middle of
+what they do together (a fault of the program; out of memory in a pass through a sharded model), leaves the others
+waiting: that worker reports the end of the job and ends itself, and Ray Train starts the group anew.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ class Bench:
     def __init__(self, setup: Mapping[str, Any], device: Any) -> None:
         import torch
 
-        from trainers import models, tasks
+        from trainers import models, sharding, tasks
 
         torch.set_num_threads(setup["cpus_per_worker"])
         self.setup = setup
@@ -41,6 +45,8 @@ class Bench:
         self.name, self.identity, self.dtype = setup["model"], loaded.identity, loaded.numbers
         self.folder, self.scratch = partial(models.folder_of, self.name), Path(setup["signals"])
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.sharded = sharding.is_sharded(self.model)
+        self.broken = False  # whether other workers of the group wait for this one, in vain
         self.task_name, self.task = setup["task"], tasks.load_task(setup["task"], **setup["task_options"])
         self.task.check_tokenizer(self.tokenizer)
         self.samples, self.seed = setup["calibration_samples"], setup["seed"]
@@ -59,11 +65,43 @@ class Bench:
 
         return {"task": tasks.sizes(self.task)}
 
-    def measure(self, kind: str) -> dict[str, Any]:
-        """One signal, from the cache where it was measured before. Raises StudyError for what this model lacks."""
-        from allocators import signals
+    def needs_all(self, kind: str) -> bool:
+        """Whether all workers of the group have to measure a signal together: those that run a sharded model.
 
-        return {"signal": signals.measured(kind, self, folder=Path(self.setup["signals"])).to_json()}
+        A spectrum does not: it is read from the weights as they are stored.
+        """
+        return self.sharded and kind != "spectrum"
+
+    def measure(
+        self, kind: str, *, leads: bool = True, shared: Callable[[Any], Any] = lambda value: value
+    ) -> dict[str, Any]:
+        """One signal, from the cache where it was measured before. Raises StudyError for what this model lacks.
+
+        shared   gives every worker the first one's value. Where it `needs_all`, all workers call this; the first one
+                 looks into the cache, tells the others by `shared` whether they measure, and has the answer
+        """
+        from allocators import signals
+        from allocators.signals.cache import cached
+
+        provenance, run = signals.plan(kind, self)
+        asked = False
+
+        def measure() -> Any:
+            nonlocal asked
+            asked = shared(True)
+            return run()
+
+        try:
+            if leads:
+                return {
+                    "signal": cached(kind, provenance, folder=Path(self.setup["signals"]), measure=measure).to_json()
+                }
+        finally:
+            if leads and not asked:
+                shared(False)
+        if shared(None):
+            run()
+        return {}
 
     def train(
         self, trial: Trial, trainable_params: int, *, report: Callable[[Any], bool], leads: bool = True
@@ -73,7 +111,7 @@ class Bench:
         from trainers import loop, storage
 
         started = Outcome(trial, "started", trainable_params, versions=self.versions)
-        began = time.monotonic()
+        began, self.broken = time.monotonic(), False
         recipe, adapter = trial.recipe, None
         try:
             adapter = adapters.attach(
@@ -114,8 +152,10 @@ class Bench:
                 outcome = outcome.updated(adapter=self._save(adapter, outcome))
             return outcome
         except OutOfMemoryError as error:
+            self.broken = self.sharded
             return started.updated(status="out_of_memory", message=str(error), seconds=time.monotonic() - began)
         except Exception as error:  # a trial never takes the worker with it: its error is its outcome
+            self.broken = not isinstance(error, ToolkitError)
             message = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
             return started.updated(status="failed", message=message, seconds=time.monotonic() - began)
         finally:
@@ -161,8 +201,7 @@ def serve(config: dict[str, Any]) -> None:
         bench = Bench(config, get_device())
     except Exception as error:  # nothing can be trained: say why once instead of being restarted for ever
         message = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
-        if leads:
-            ray.get(board.lost.remote(group, message))
+        ray.get(board.lost.remote(group, message))
         return
     while (job := shared(ray.get(board.take.remote(group)) if leads else None)) is not None:
         job_id, work = job
@@ -170,16 +209,27 @@ def serve(config: dict[str, Any]) -> None:
         def send(message: dict[str, Any], job_id: str = job_id) -> bool:
             return shared(ray.get(board.report.remote(group, job_id, message)) if leads else None)
 
+        def finish(result: dict[str, Any], *, broken: bool, job_id: str = job_id, send: Any = send) -> None:
+            if broken and several:  # nobody there to agree with
+                ray.get(board.report.remote(group, job_id, {"done": True, **result}))
+                raise RuntimeError(f"ended in the middle of {job_id}, so that the group starts anew: {result}")
+            send({"done": True, **result})
+
         if work["kind"] != "trial":
-            answer: dict[str, Any] | None = None
+            answer: dict[str, Any] = {}
+            broken, together = False, work["kind"] == "signal" and bench.needs_all(work["signal"])
             if leads:
                 bench.progress = _now_and_then(partial(_pass_on, board, group, job_id))
-                try:
+            try:
+                if together:
+                    answer = bench.measure(work["signal"], leads=leads, shared=shared)
+                elif leads:
                     answer = bench.measure(work["signal"]) if work["kind"] == "signal" else bench.told_of_task()
-                except Exception as error:  # the driver decides what a missing signal means
-                    kind = "" if isinstance(error, ToolkitError) else f"{type(error).__name__}: "
-                    answer = {"error": f"{kind}{error}"}
-            send({"done": True, **(answer or {})})
+            except Exception as error:  # the driver decides what a missing signal means
+                kind = "" if isinstance(error, ToolkitError) else f"{type(error).__name__}: "
+                answer = {"error": f"{kind}{error}"}
+                broken = together and not isinstance(error, ToolkitError)
+            finish(answer, broken=broken)
         else:
 
             def on_rung(rung: Any, send: Any = send) -> bool:
@@ -187,7 +237,7 @@ def serve(config: dict[str, Any]) -> None:
 
             trial = Trial.from_json(json.loads(work["trial"]))
             outcome = bench.train(trial, work["trainable_params"], report=on_rung, leads=leads)
-            send({"done": True, "outcome": json.dumps(outcome.to_json())})
+            finish({"outcome": json.dumps(outcome.to_json())}, broken=bench.broken)
 
 
 def _pass_on(board: Any, group: int, job_id: str, done: int, total: int, what: str) -> None:

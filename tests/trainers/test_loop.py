@@ -133,7 +133,7 @@ def test_the_loss_is_that_of_completion_tokens_alone(model):
         log_p_SV = model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
         for position in range(row.labels_start, len(row.input_ids)):
             expected -= log_p_SV[position - 1, row.input_ids[position]].item()
-    loss = loop.completion_loss(model, rows, pad_token_id=1, device=torch.device("cpu"))
+    loss = loop.completion_loss(model, loop.collate(rows, pad_token_id=1, device=torch.device("cpu")))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -301,7 +301,7 @@ def test_an_exploding_loss_is_told_from_a_bump():
 
 def test_running_out_of_memory_is_an_error_of_the_trial_and_gives_memory_back(task, tokenizer):
     def greedy(adapter):
-        adapter.extra_loss = lambda: torch.empty(10**15).sum()  # 4 PB: the allocator refuses
+        adapter.extra_loss = lambda real: torch.empty(10**15).sum()  # 4 PB: the allocator refuses
 
     with pytest.raises(OutOfMemoryError, match="out of memory on cpu with micro_batch_size 8") as error:
         run(task, tokenizer=tokenizer, prepare=greedy)
@@ -326,7 +326,7 @@ def test_an_adapter_without_gradient_is_an_error(task, tokenizer):
 
 def test_an_extra_loss_moves_the_adapter_and_stays_out_of_the_reported_loss(task, tokenizer):
     def pull(adapter):
-        adapter.extra_loss = lambda: sum(p.square().sum() for p in adapter.parameters())
+        adapter.extra_loss = lambda real: sum(p.square().sum() for p in adapter.parameters())
 
     plain, tensors = run(task, tokenizer=tokenizer, evaluations=1)
     pulled, others = run(task, tokenizer=tokenizer, evaluations=1, prepare=pull)
@@ -381,7 +381,7 @@ def worker(rank, world_size, folder, path):
 
     def greedy(adapter):
         if rank == 1:
-            adapter.extra_loss = lambda: torch.empty(10**15).sum()
+            adapter.extra_loss = lambda real: torch.empty(10**15).sum()
 
     try:
         run(task, tokenizer=tokenizer, prepare=greedy)

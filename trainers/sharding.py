@@ -81,8 +81,8 @@ def prepare(model: Any) -> None:
     model.set_reshard_after_forward(True)
     # Its mark for `generate`, which would add a sum over the workers to every token: `in_step` does that for passes.
     model._is_fsdp_managed_module = False
-    # FSDP looks at the parameters and at what hangs below what in the first pass: before adapters hide some of them, and
-    # before a signal runs a part of the model.
+    # In the first pass FSDP looks at the parameters and at what hangs below what: it must come before an adapter hides
+    # some of them, and before a signal runs a part of the model.
     _pass_without_effect(model)
 
 

@@ -374,7 +374,8 @@ def write_peft(job: Job) -> str:
     written = peft_format.write(loaded.model, saved, job.target, base=portable(job.base), revision=revision)
     wrapped = PeftModel.from_pretrained(loaded.model, str(job.target))
     difference, size = _difference(_logits(wrapped), expected)
-    _say(job, "loaded by PEFT, float32 base", difference, size, exact=True)
+    kind = job.settings.get("quantization") or "float32"
+    _say(job, f"loaded by PEFT on a {kind} base", difference, size, exact=True)
     if written.stored > written.trained:
         job.notes.append(
             "PEFT says which experts are adapted, and that gate and up have an A each, by zeros: the file holds "

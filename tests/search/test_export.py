@@ -5,6 +5,7 @@ python -m pytest tests/search/test_export.py
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -34,6 +35,12 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 TOKENS = torch.randint(100, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
+@functools.cache
+def base(name: str, quantization: str = ""):
+    """Resident for the whole file; every test hands it back without an adapter."""
+    return models.load(name, dtype="float32", quantization=quantization).model
+
+
 def logits(model):
     with torch.no_grad():
         return model(TOKENS).logits
@@ -44,22 +51,22 @@ def run_of(name: str, allocation, *, accuracy=0.5, seed=0, **changes) -> Outcome
     recipe = Recipe(rank=4, lora_alpha=8.0, steps=40)
     trial = Trial(allocation, recipe, name, "default", seed, "sieve" if accuracy < 0.6 else "all", {"fraction": 0.25})
     rung = {"step": 40, "tokens": 900, "accuracy": accuracy, "loss": 1.0, "stderr": 0.03}
-    facts = versions(device="x86_64 CPU", model="sha256:0123", numbers="float32", data="feedbeef")
+    facts = versions(device="x86_64 CPU", model="sha256:0123", numbers="float32", data="feedbeef", chance="0.25")
     params = allocation.trainable_params(models.shape_of(name), rank=4)
     return Outcome(trial, "complete", params, accuracy, (rung,), 7.0, 900, versions=facts).updated(**changes)
 
 
-def trained(base, run: Outcome, place: str) -> tuple[Outcome, torch.Tensor]:
+def trained(run: Outcome, place: str, quantization: str = "") -> tuple[Outcome, torch.Tensor]:
     """The run with an adapter of random values at `place`, and its logits."""
     recipe = run.trial.recipe
-    shape = models.shape_of(run.trial.model)
+    model, shape = base(run.trial.model, quantization), models.shape_of(run.trial.model)
     attached = adapter.attach(
-        base, run.trial.allocation, shape=shape, rank=recipe.rank, lora_alpha=recipe.lora_alpha, top_k=recipe.top_k
+        model, run.trial.allocation, shape=shape, rank=recipe.rank, lora_alpha=recipe.lora_alpha, top_k=recipe.top_k
     )
     fill(attached, std=0.05)
     with storage.replacing_folder(place) as folder:
         adapter.save(attached, folder, metadata={"trial": run.trial.to_json(), "base_model": run.trial.model})
-    expected = logits(base)
+    expected = logits(model)
     attached.detach()
     return run.updated(adapter=place), expected
 
@@ -104,11 +111,10 @@ def exports(tmp_path_factory):
     """Model → (its study, point → (id, logits)): studies of real adapters on the embedded models."""
     found = {}
     for name, points in POINTS.items():
-        folder, base = tmp_path_factory.mktemp(name), models.load(name, dtype="float32").model
-        runs, known = [], {}
+        folder, runs, known = tmp_path_factory.mktemp(name), [], {}
         for number, (point, allocation) in enumerate(points.items()):
             run = run_of(name, allocation, accuracy=0.3 + number / 10)
-            run, expected = trained(base, run, str(folder / "adapters" / run.digest))
+            run, expected = trained(run, str(folder / "adapters" / run.digest))
             runs.append(run)
             known[point] = (run.digest, expected)
         found[name] = (write_study(folder, runs, model=name), known)
@@ -191,7 +197,7 @@ def test_the_best_and_the_knee_and_ids(exports):
 
 def test_several_seeds_are_one_point_whose_kept_adapter_is_taken(tmp_path):
     runs = [run_of("tiny-moe", ExpertSelection({}), accuracy=a, seed=seed) for seed, a in enumerate((0.5, 0.52, 0.54))]
-    kept, _ = trained(models.load("tiny-moe").model, runs[1], str(tmp_path / "s" / "adapters" / runs[1].digest))
+    kept, _ = trained(runs[1], str(tmp_path / "s" / "adapters" / runs[1].digest))
     gone = [run.updated(adapter=str(tmp_path / "gone" / run.digest)) for run in (runs[0], runs[2])]
     study = write_study(tmp_path / "s", [gone[0], kept, gone[1]])
     folder, _ = exported(study, to=tmp_path / "out")
@@ -206,9 +212,7 @@ def test_several_seeds_are_one_point_whose_kept_adapter_is_taken(tmp_path):
 
 
 def test_adapters_and_exports_at_uris(tmp_path, monkeypatch):
-    run, expected = trained(
-        models.load("tiny-moe").model, run_of("tiny-moe", ExpertSelection({})), (tmp_path / "bucket/a").as_uri()
-    )
+    run, expected = trained(run_of("tiny-moe", ExpertSelection({})), (tmp_path / "bucket/a").as_uri())
     study = write_study(tmp_path / "s", [run])
     place = (tmp_path / "bucket" / "out").as_uri()
     _, lines = exported(study, to=place)
@@ -248,7 +252,7 @@ def test_a_base_that_has_moved_and_one_that_is_another(tmp_path, monkeypatch):
 
     shutil.copytree(models.folder_of("tiny-moe"), tmp_path / "base")
     name = str(tmp_path / "base")
-    run, expected = trained(models.load(name).model, run_of(name, some(MOE)), str(tmp_path / "a"))
+    run, expected = trained(run_of(name, some(MOE)), str(tmp_path / "a"))
     study = write_study(tmp_path / "s", [run], model=name)
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(StudyError, match="the base model is needed for format=merged: unknown model"):
@@ -300,12 +304,23 @@ def test_a_run_that_never_had_an_adapter_says_why(tmp_path):
 
 def test_a_quantised_base_is_not_merged(tmp_path):
     run = run_of("tiny-moe", ExpertSelection({}))
-    run, _ = trained(models.load("tiny-moe").model, run, str(tmp_path / "s" / "adapters" / run.digest))
+    run, _ = trained(run, str(tmp_path / "s" / "adapters" / run.digest))
     study = write_study(tmp_path / "s", [run], quantization="nf4")
     with pytest.raises(StudyError, match=r"quantization=nf4.*use format=adapter or format=peft"):
         exported(study, to=tmp_path / "out", format="merged")
     _, lines = exported(study, to=tmp_path / "out")
     assert "quantization='nf4'" in lines[-1]
+
+
+def test_peft_takes_an_adapter_to_its_packed_base(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    run = run_of("tiny-dense", single(DENSE))
+    run, expected = trained(run, str(tmp_path / "s" / "adapters" / run.digest), quantization="nf4")
+    study = write_study(tmp_path / "s", [run], model="tiny-dense", quantization="nf4")
+    _, lines = exported(study, to=tmp_path / "out", format="peft")
+    assert "loaded by PEFT on a nf4 base" in " ".join(lines)
+    found = loaded_as_printed(lines, tmp_path, monkeypatch)
+    torch.testing.assert_close(logits(found), expected, **CLOSE)
 
 
 @pytest.mark.parametrize("damage", ["not finite", "another run's", "torn"])
@@ -314,14 +329,14 @@ def test_an_adapter_that_is_not_what_the_records_say_is_not_handed_out(damage, t
 
     run = run_of("tiny-moe", some(MOE))
     place = tmp_path / "s" / "adapters" / run.digest
-    run, _ = trained(models.load("tiny-moe").model, run, str(place))
+    run, _ = trained(run, str(place))
     match damage:
         case "not finite":
             tensors = load_file(place / "adapter.safetensors")
             next(iter(tensors.values()))[0, 0] = float("nan")
             save_file(tensors, place / "adapter.safetensors")
         case "another run's":
-            trained(models.load("tiny-moe").model, run_of("tiny-moe", ExpertSelection({})), str(place))
+            trained(run_of("tiny-moe", ExpertSelection({})), str(place))
         case "torn":
             (place / "adapter.safetensors").write_bytes((place / "adapter.safetensors").read_bytes()[:99])
     study = write_study(tmp_path / "s", [run])
@@ -427,7 +442,7 @@ def test_maps_of_allocations_by_hand():
 
 def test_nothing_secret_and_no_folder_of_this_machine_gets_out(tmp_path):
     run = run_of("tiny-moe", ExpertSelection({}))
-    run, _ = trained(models.load("tiny-moe").model, run, str(tmp_path / "s" / "adapters" / run.digest))
+    run, _ = trained(run, str(tmp_path / "s" / "adapters" / run.digest))
     study = write_study(
         tmp_path / "s",
         [run],

@@ -8,8 +8,9 @@ import pytest
 
 from allocators.core import plugins
 from allocators.core.errors import InfeasibleError
+from allocators.core.layers import blocks
 from allocators.core.shapes import shape_of
-from allocators.core.types import ModelShape
+from allocators.core.types import ExpertCounts, ModelShape
 from search.sampler import Proposal, Proposer, table_rows
 from search.trial import Problem, corners, load_space, placeholder
 from spaces._tables import facts
@@ -39,7 +40,7 @@ def problem_of(name: str, layers: int = 8, **changes) -> Problem:
 
 def test_the_published_methods_all_have_their_space():
     assert set(SEARCHED) >= {"sieve", "alphalora", "mola", "lora_smoe", "dense"}
-    assert set(TABLES) >= {"sieve_ablation", "alphalora_table", "smoe_table"}
+    assert set(TABLES) >= {"sieve_ablation", "alphalora_table", "smoe_table", "dense_table"}
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -137,6 +138,20 @@ def test_rows_of_one_budget_cost_the_same(name, exact):
             budgets.setdefault(row.params[knob], set()).add(row.trainable_params)
     assert len(budgets) == 3
     assert {len(costs) for costs in budgets.values()} == {1}
+
+
+@pytest.mark.parametrize("layers", [4, 8, 30])
+def test_every_rule_of_the_dense_table_gets_uniforms_parameters(layers):
+    rows, shape = rows_of("dense_table", layers), shape_for("dense_table", layers)
+    (budget,) = {row.trainable_params for row in rows if row.trial.allocator != "lora_smoe"}
+    (n,) = {row.trial.knobs["experts_per_block"] for row in rows if row.trial.allocator == "lora_smoe"}
+    recipe = rows[0].trial.recipe
+
+    def kept(each: int) -> float:
+        everywhere = ExpertCounts({b.path: each for b in blocks(shape)}, gating="hydra")
+        return 0.6 * everywhere.trainable_params(shape, rank=recipe.rank)
+
+    assert kept(n) <= budget < kept(n + 1)
 
 
 def test_the_papers_budgets_are_met_at_the_papers_depth():

@@ -143,7 +143,9 @@ def test_rows_of_one_budget_cost_the_same(name, exact):
 @pytest.mark.parametrize("layers", [4, 8, 30])
 def test_every_rule_of_the_dense_table_gets_uniforms_parameters(layers):
     rows, shape = rows_of("dense_table", layers), shape_for("dense_table", layers)
-    (budget,) = {row.trainable_params for row in rows if row.trial.allocator != "lora_smoe"}
+    near = {"lora_smoe"} | ({"mola"} if layers % 4 else set())  # a layout of four groups does not divide 30 layers
+    (budget,) = {row.trainable_params for row in rows if row.trial.allocator not in near}
+    assert all(abs(r.trainable_params / budget - 1) < 0.03 for r in rows if r.trial.allocator == "mola")
     (n,) = {row.trial.knobs["experts_per_block"] for row in rows if row.trial.allocator == "lora_smoe"}
     recipe = rows[0].trial.recipe
 

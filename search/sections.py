@@ -71,7 +71,17 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
     if published:
         head += ("published", "difference")
     title = "Every row: mean and standard deviation over its seeds"
-    return [Section(title, head, tuple(rows), tuple(_about_published(records, published)))]
+    return [Section(title, head, tuple(rows), (*_not_trained(records), *_about_published(records, published)))]
+
+
+def _not_trained(records: Records) -> list[str]:
+    """Rows that are not among the trained ones, and why."""
+    said = []
+    for answer in records.answered:
+        row = " ".join(f"{name}={number(value)}" for name, value in answer.params.items())
+        same = records.finished.get(answer.digest or "")
+        said.append(f"Not trained: {row} ({f'the allocation of {point(same)}' if same else answer.message}).")
+    return said
 
 
 def _about_published(records: Records, agreeing: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -157,7 +167,7 @@ def _reading(pair: Paired, margin: float) -> tuple[str, str]:
         return f"TOST {_p(p)}", f"{shown} to within {100 * margin:g} points"
     if pair.p >= LEVEL:
         return _p(pair.p), "cannot be told apart"
-    return _p(pair.p), "higher" if pair.difference > 0 else "lower"
+    return _p(pair.p), "the first is better" if pair.difference > 0 else "the second is better"
 
 
 def _p(p: float) -> str:

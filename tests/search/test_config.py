@@ -29,6 +29,7 @@ def test_words_become_typed_values_in_their_group():
         (["trials"], "'trials' is not key=value"),
         (["trials=many"], "trials: "),
         (["trials=0"], "trials must be at least 1, got 0"),
+        (["seeds=0"], "seeds must be at least 1, got 0"),
         (["recipe.rnk=3"], "did you mean 'rank'?"),
         (["recipe.rank=big"], "recipe.rank must be a whole number, got 'big'"),
         (["recipe.rank=0"], "rank must be at least 1, got 0"),

@@ -63,7 +63,7 @@ def test_comparisons_are_the_paired_tests_and_say_their_n(tmp_path):
     assert random["n"] == "4"
     assert random["difference, 95 % interval"] == f"+0.100 [{interval.low:+.3f}, {interval.high:+.3f}]"
     assert float(random["p"]) == pytest.approx(reference.pvalue, abs=5e-4)
-    assert random["reading"] == "higher"
+    assert random["reading"] == "the first is better"
     assert random["parameters"] == "14.08k / 14.08k"
     assert found["hot 25 % − greedy 25 %"]["reading"] == "cannot be told apart"
 
@@ -89,13 +89,14 @@ def test_rows_that_coincide_are_absent_or_have_one_seed_are_not_tested(tmp_path)
 def test_published_numbers_stand_beside_only_where_model_and_task_are_the_papers(tmp_path):
     here, _ = table_study(tmp_path / "a").sections
     assert "published" not in here.head
-    assert "this study has tiny-moe on shift, so none stands beside" in here.notes[0]
-    assert "OLMoE-1B-7B-0924, Qwen1.5-MoE-A2.7B on spider, gsm8k, hellaswag" in here.notes[0]
+    assert here.notes[0].startswith("Not trained: allocator=sieve fraction=0.25 score=mass (the allocation of hot")
+    assert "this study has tiny-moe on shift, so none stands beside" in here.notes[1]
+    assert "OLMoE-1B-7B-0924, Qwen1.5-MoE-A2.7B on spider, gsm8k, hellaswag" in here.notes[1]
     papers, _ = table_study(tmp_path / "b", model="allenai/OLMoE-1B-7B-0924", task="gsm8k").sections
     found = {label.split()[0]: row for label, row in rows_of(papers).items()}
     assert (found["random"]["published"], found["random"]["difference"]) == ("0.279", "+0.236")
     assert found["greedy"]["published"] == ""
-    assert papers.notes == ("Published: MoE-Sieve, arXiv:2603.24044.",)
+    assert papers.notes[-1] == "Published: MoE-Sieve, arXiv:2603.24044."
 
 
 def test_a_table_speaks_of_no_selection_and_a_search_has_no_table(tmp_path):

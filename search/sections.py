@@ -118,9 +118,11 @@ def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]
     rows = [_comparison(records, points, comparison) for comparison in wanted]
     if not rows:
         return []
-    head = ("comparison", "parameters", "n", "difference, 95 % interval", "p", "reading", "the paper", "source")
-    tested = sum(1 for row in rows if row[4])
-    notes = [
+    head = ("comparison", "parameters", "n", "difference", "95 % interval", "p", "reading", "the paper")
+    tested = sum(1 for row in rows if row[5])
+    sources = dict.fromkeys(comparison["source"] for comparison in wanted if comparison["source"] != "here")
+    notes = [f"The paper: {', '.join(sources)}."] if sources else []
+    notes += [
         "n: seeds that both rows were trained with. Differences are paired seed by seed and tested by the two-sided "
         "t-test, or, where a margin is named, for equivalence by two one-sided t-tests (TOST).",
     ]
@@ -139,32 +141,31 @@ def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]
 
 def _comparison(records: Records, points: Sequence[Candidate], wanted: Mapping[str, Any]) -> tuple[str, ...]:
     first, second = (_row(records, points, wanted[side]) for side in ("first", "second"))
-    end = (wanted["claim"], wanted["source"])
+    claim = wanted["claim"]
     if first is None or second is None:
-        return (wanted["name"], "", "", "", "", "not both rows were trained", *end)
+        return (wanted["name"], "", "", "", "", "", "not both rows were trained", claim)
     sizes = f"{human(first.trainable_params)} / {human(second.trainable_params)}"
     if first is second:
-        return (wanted["name"], sizes, "", "", "", "both rows are one allocation", *end)
+        return (wanted["name"], sizes, "", "", "", "", "both rows are one allocation", claim)
     pair = paired(_by_seed(first), _by_seed(second))
     if pair is None:
-        return (wanted["name"], sizes, "0", "", "", "no seed in common yet", *end)
-    found = f"{pair.difference:+.3f}"
-    if pair.low is not None:
-        found += f" [{pair.low:+.3f}, {pair.high:+.3f}]"
+        return (wanted["name"], sizes, "0", "", "", "", "no seed in common yet", claim)
+    interval = "" if pair.low is None else f"{pair.low:+.3f} … {pair.high:+.3f}"
     p, reading = _reading(pair, wanted["margin"])
-    return (wanted["name"], sizes, str(pair.n), found, p, reading, *end)
+    return (wanted["name"], sizes, str(pair.n), f"{pair.difference:+.3f}", interval, p, reading, claim)
 
 
 def _reading(pair: Paired, margin: float) -> tuple[str, str]:
     """p as text, and what the test says in words; it never says more than the test."""
     if pair.n == 1:
         return "", "one seed: no test"
-    if pair.p is None:
+    if pair.p is None or pair.low is None or pair.high is None:
         return "", "the same at every seed: no test" if not pair.difference else "no spread: no test"
     if margin:
-        p = equivalence(pair, margin=margin) or 0.0
-        shown = "equal" if p < LEVEL else "not shown to be equal"
-        return f"TOST {_p(p)}", f"{shown} to within {100 * margin:g} points"
+        p, size = equivalence(pair, margin=margin) or 0.0, f"{100 * margin:g} points"
+        if pair.low > margin or pair.high < -margin:
+            return f"TOST {_p(p)}", f"further apart than {size}"
+        return f"TOST {_p(p)}", f"{'equal' if p < LEVEL else 'not shown to be equal'} to within {size}"
     if pair.p >= LEVEL:
         return _p(pair.p), "cannot be told apart"
     return _p(pair.p), "the first is better" if pair.difference > 0 else "the second is better"

@@ -61,7 +61,7 @@ def test_comparisons_are_the_paired_tests_and_say_their_n(tmp_path):
     reference = stats.ttest_rel(HOT, MEASURED["random"])
     interval = reference.confidence_interval(0.95)
     assert random["n"] == "4"
-    assert random["difference, 95 % interval"] == f"+0.100 [{interval.low:+.3f}, {interval.high:+.3f}]"
+    assert (random["difference"], random["95 % interval"]) == ("+0.100", f"{interval.low:+.3f} … {interval.high:+.3f}")
     assert float(random["p"]) == pytest.approx(reference.pvalue, abs=5e-4)
     assert random["reading"] == "the first is better"
     assert random["parameters"] == "14.08k / 14.08k"
@@ -75,6 +75,9 @@ def test_equality_is_shown_by_equivalence_and_not_by_failing_to_see_a_difference
     wide = MEASURED | {"all": tuple(a + d for a, d in zip(HOT, (0.05, -0.06, 0.04, -0.02), strict=True))}
     loose = rows_of(table_study(tmp_path / "b", wide).sections[1])["hot 25 % − all"]
     assert loose["reading"] == "not shown to be equal to within 2 points"
+    worse = MEASURED | {"all": tuple(a + 0.1 + d for a, d in zip(HOT, (0.01, -0.01, 0.0, 0.0), strict=True))}
+    apart = rows_of(table_study(tmp_path / "c", worse).sections[1])["hot 25 % − all"]
+    assert apart["reading"] == "further apart than 2 points"
 
 
 def test_rows_that_coincide_are_absent_or_have_one_seed_are_not_tested(tmp_path):

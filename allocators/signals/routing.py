@@ -54,8 +54,8 @@ def plan(source: Source) -> Plan:
 
     def run() -> Signal:
         prompts = source.task.prompts(source.tokenizer, source.samples, source.seed)
-        batches = pad(prompts, pad_token_id=source.tokenizer.pad_token_id)
-        batches = told(batches, total=len(prompts), progress=source.progress, what="samples")
+        padded = pad(prompts, pad_token_id=source.tokenizer.pad_token_id)
+        batches = told(padded, total=len(prompts), progress=source.progress, what="samples")
         return measure(source.model, batches, provenance=provenance)
 
     return provenance, run

@@ -10,12 +10,15 @@ hub unless it is asked for.
 A base model is frozen: `load` returns it in eval mode with no parameter that asks for a gradient. The weights of a hub
 model are fetched once, by commit; with HF_HUB_OFFLINE=1 only what is cached is used.
 
-On a CPU the workers of a node share the pages of a weight file, as long as nothing is made of the tensors:
-`python -m tests.benchmarks.shared_weights` measures it.
+On a CPU the workers of a node share the weights of a dense model that is loaded in the dtype it is stored in: they stay
+pages of the mapped file. Weights that are cast, and experts, which are stored one by one and stacked on loading, are
+each worker's own: sharing those would take a second copy of the model on disk, in its final form. `python -m
+tests.benchmarks.shared_weights` measures both.
 """
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.util
 import inspect
@@ -280,6 +283,7 @@ def load(
         if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
     _ensure_pad_token(tokenizer, name)
+    _give_back_freed_memory()
     return Loaded(model, tokenizer, name, identity, numbers)
 
 
@@ -311,6 +315,13 @@ def _scale_bytes(module: Any) -> int:
     scales = getattr(weight, "SCB", None)  # moves at the first forward pass
     scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
     return 0 if scales is None else scales.nbytes
+
+
+def _give_back_freed_memory() -> None:
+    """What casting and stacking left free in the heap, nearly the size of the weights, goes back to the node."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, others need no such call
+    if trim is not None:
+        trim(0)
 
 
 def _checkpoint_layers(model: Any) -> None:

@@ -125,7 +125,7 @@ def train(
     """
     device = torch.device(device)
     try:
-        with _own_random_state(device):
+        with _own_random_state(device), _one_sample_a_row():
             return _Run(model, adapter, task, recipe, seed, tokenizer, device, evaluations, checkpoint).go(on_rung)
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -605,6 +605,22 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+@contextmanager
+def _one_sample_a_row() -> Iterator[None]:
+    """Spares a look at the device in every pass: whether positions start anew within a row, several samples in one.
+
+    transformers looks where it is given no mask, and has no argument that tells it what our rows are.
+    """
+    from transformers import masking_utils
+
+    before = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = before
 
 
 def _seed_dropout(device: torch.device, seed: int, step: int, rank: int) -> None:

@@ -51,6 +51,30 @@ def tiny_olmoe(seed: int = 0):
     return model.requires_grad_(False).eval()
 
 
+def tiny_llama(seed: int = 0):
+    """A fresh, random Llama: 3 layers, hidden 32; its head is its embedding, of 67 rows."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=67,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        pad_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    return model.requires_grad_(False).eval()
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return char_tokenizer()

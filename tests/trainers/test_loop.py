@@ -8,19 +8,20 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import sys
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.errors import OutOfMemoryError, TrialError
 from allocators.core.shapes import shape_of
-from allocators.core.types import ExpertSelection, Recipe
-from tests.trainers.conftest import char_tokenizer, tiny_olmoe
+from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
 from trainers import loop, tasks
 from trainers.adapter import attach
 
@@ -337,32 +338,131 @@ def test_an_extra_loss_moves_the_adapter_and_stays_out_of_the_reported_loss(task
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a device (a scalar read, a shape that depends on values) in loop.py itself.
+class Operations(TorchDispatchMode):
+    """Names of what runs and makes the host wait for a GPU: a value that is read, a size that depends on values."""
 
-    Not in what it calls: a forward pass of transformers looks once at its mask, the adapter once at its routes.
-    """
-
-    def __init__(self):
+    def __init__(self, waits):
         super().__init__()
-        self.count = 0
+        self.waits = waits
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal"):
-            frame = sys._getframe(1)
-            while f"{os.sep}torch{os.sep}" in frame.f_code.co_filename:
-                frame = frame.f_back
-            self.count += frame.f_code.co_filename == loop.__file__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"):
+            self.waits.append(name)
         return func(*args, **(kwargs or {}))
 
 
-def test_the_loop_waits_for_the_device_at_rungs_alone(task, tokenizer):
-    """Besides one look at the losses every CHECK_EVERY steps, which reads a tensor in one copy."""
-    for evaluations in (1, 3):
-        with Waits() as waits:
-            run(task, recipe=replace(RECIPE, steps=2 * loop.CHECK_EVERY), tokenizer=tokenizer, evaluations=evaluations)
-        assert waits.count == evaluations
+class Methods(TorchFunctionMode):
+    """The same of what leaves no operation behind on a CPU."""
+
+    def __init__(self, waits):
+        super().__init__()
+        self.waits = waits
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if (name := getattr(func, "__name__", "")) in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__"):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def every_row(adapter):
+    """As on a GPU, where the rows of chosen experts are not picked out."""
+    for lora in getattr(adapter, "experts", {}).values():
+        lora.every_row = True
+
+
+def adapted(kind, *, device="cpu"):
+    """A model with an adapter that has a random part and, where it can, a balance loss."""
+    model = (tiny_olmoe() if kind == "expert_lora" else tiny_llama()).to(device)
+    shape = shape_of(model.config, name="tiny")
+    places = [m.path for m in shape.of_role("attention", "mlp")]
+    allocation = (
+        ExpertSelection({0: (0, 3, 5), 1: (1, 2)})
+        if kind == "expert_lora"
+        else ExpertCounts({path: 1 + n % 3 for n, path in enumerate(places)})
+    )
+    adapter = attach(model, allocation, shape=shape, rank=4, lora_alpha=8, lora_dropout=0.1, balance_coef=0.1)
+    every_row(adapter)
+    return model, adapter
+
+
+def steps_that_wait(monkeypatch, kind, task, tokenizer, *, device, watched):
+    """Trains; `watched(step)` is entered around every optimiser step but the first, in which gradients are checked."""
+    original = loop._Run._step
+
+    def step(self, number):
+        with watched() if number else nullcontext():
+            original(self, number)
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    recipe = replace(DROPOUT, steps=loop.CHECK_EVERY + 2, micro_batch_size=3)
+    model, adapter = adapted(kind, device=device)
+    return loop.train(
+        model,
+        adapter,
+        task,
+        recipe,
+        seed=0,
+        tokenizer=tokenizer,
+        device=device,
+        on_rung=lambda rung: True,
+        evaluations=1,
+    )
+
+
+@pytest.mark.parametrize("kind", ["expert_lora", "lora_moe"])
+def test_no_step_waits_for_the_device(monkeypatch, task, tokenizer, kind):
+    """Model, adapter and optimiser included; the losses are read every CHECK_EVERY steps, and not in one."""
+    waits: list[str] = []
+
+    @contextmanager
+    def watched():
+        with Operations(waits), Methods(waits):
+            yield
+
+    result = steps_that_wait(monkeypatch, kind, task, tokenizer, device="cpu", watched=watched)
+    assert result.status == "complete"
+    assert waits == []
+    with watched():  # and a look is seen
+        torch.ones(2).tolist(), torch.ones(1).item(), torch.ones(2).nonzero()
+    assert {"tolist", "item", "nonzero"} <= set(waits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["expert_lora", "lora_moe"])
+def test_no_step_waits_for_a_real_gpu(monkeypatch, task, tokenizer, kind):
+    @contextmanager
+    def watched():
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    result = steps_that_wait(monkeypatch, kind, task, tokenizer, device="cuda", watched=watched)
+    assert result.status == "complete"
+
+
+def test_the_next_step_is_on_its_way_while_one_computes():
+    """Each step's rows are asked for once, before the step that needs them, and in order."""
+    asked = []
+    feed = loop._Feed(lambda step: asked.append(step) or [], torch.device("cpu"))
+    for step in (3, 4, 5):  # a run that goes on from a checkpoint
+        feed.take(step)
+        feed.fetch(step + 1)
+        assert asked == list(range(3, step + 2))
+
+
+def test_padding_changes_no_loss(model):
+    """The model is given no mask: what stands right of a row's end is not seen under causal attention."""
+    rows = [tasks.Row([5, 6, 7, 8, 9, 10], 4), tasks.Row([11, 12, 13], 1)]
+    losses = [
+        loop.completion_loss(model, loop.collate(rows, pad_token_id=pad, device=torch.device("cpu"))) for pad in (1, 40)
+    ]
+    assert losses[0].item() == losses[1].item()
+    nothing = loop.collate(rows, pad_token_id=1, device=torch.device("cpu"), counted=False)
+    assert nothing.completion_tokens == 0
+    assert loop.completion_loss(model, nothing).item() == 0
 
 
 # --- two workers ------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from allocators.core.errors import StudyError
 from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
 from allocators.signals import plan
-from tests.trainers.conftest import char_tokenizer
+from tests.trainers.conftest import char_tokenizer, tiny_llama
 from tests.trainers.reference import fill
 from trainers import loop, models, sharding, tasks
 from trainers.adapter import attach, fingerprint
@@ -32,26 +32,9 @@ UNEVEN = replace(RECIPE, batch_size=3, micro_batch_size=1)
 
 @pytest.fixture(scope="module")
 def dense_folder(tmp_path_factory) -> Path:
-    """A tiny Llama whose head is its embedding, and whose 67 words are no multiple of two workers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=67,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        pad_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
+    """Its head is its embedding, and two workers cannot share its 67 rows evenly."""
     folder = tmp_path_factory.mktemp("tiny-llama")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+    tiny_llama().save_pretrained(folder)
     char_tokenizer().save_pretrained(folder)
     return folder
 

@@ -32,7 +32,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -60,22 +60,24 @@ class Settings:
     dtype: str = "float32"
 
 
-def build(settings: Settings) -> Any:
-    """A random 4-layer OLMoE; a quarter of each router's rows is longer, so these experts get more of the tokens."""
-    from transformers import OlmoeConfig, OlmoeForCausalLM
+def build(settings: Settings, *, layers: int = LAYERS, vocabulary: int = 256) -> Any:
+    """A random OLMoE; a quarter of each router's rows is longer, so these experts get more of the tokens."""
+    from transformers import AutoModelForCausalLM, OlmoeConfig
 
     torch.manual_seed(0)
     config = OlmoeConfig(
-        vocab_size=256,
+        vocab_size=vocabulary,
         hidden_size=settings.hidden,
         intermediate_size=settings.width,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=settings.hidden // 64,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
+        pad_token_id=0,
         eos_token_id=None,
     )
-    model = OlmoeForCausalLM(config).to(settings.device, getattr(torch, settings.dtype)).train()
+    with torch.device(settings.device):  # drawn there: billions of numbers
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype)).train()
     for layer in model.model.layers:
         with torch.no_grad():
             layer.mlp.gate.weight.normal_()
@@ -108,10 +110,11 @@ def ours(model: Any, shape: ModelShape, selection: ExpertSelection, rank: int) -
 
 
 @contextmanager
-def peft(model: Any, rank: int, implementation: str) -> Iterator[Any]:
+def peft(model: Any, rank: int, implementation: str, *, modules: Sequence[str] = ()) -> Iterator[Any]:
+    """On all experts, and on linear layers of these names."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=[], target_parameters=PEFT_STACKS)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), target_parameters=PEFT_STACKS)
     model.set_experts_implementation(implementation)
     wrapped = get_peft_model(model, config)
     yield wrapped

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.lora_moe                      # d 576, 1024, 2048, N 2..16: about four minutes
     python -m tests.benchmarks.lora_moe sizes=1024 experts=8 repeats=15 device=cuda
 
-Variants, all fp32, 2048 tokens, rank 8, top-2 for routed experts, forward + backward with a gradient for the input:
+Variants, 2048 tokens, rank 8, top-2 for routed experts, forward + backward with a gradient for the input; in fp32
+unless dtype=bfloat16 is given, in which our factors stay fp32 all the same:
 
     frozen   the linear layer alone, weight frozen: the unit
     MoLA     a LoRA pair per expert; for each expert list its tokens, run them, weigh, add up: the loop that Mixtral
@@ -70,7 +71,7 @@ class MolaLoop(nn.Module):
         out = F.linear(x, self.weight)
         probs = F.softmax(self.router(x), dim=-1, dtype=torch.float32)
         gates, chosen = probs.topk(min(TOP_K, probs.shape[-1]), dim=-1)
-        gates = gates / gates.sum(-1, keepdim=True)
+        gates = (gates / gates.sum(-1, keepdim=True)).to(x.dtype)
         mask = F.one_hot(chosen, len(self.lora_b)).permute(2, 1, 0)
         experts_out = torch.zeros_like(out)
         for j, (a, b) in enumerate(zip(self.lora_a, self.lora_b, strict=True)):
@@ -96,7 +97,7 @@ class HydraLoop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.linear(x, self.weight)
-        gates = F.softmax(self.router(x), dim=-1, dtype=torch.float32)
+        gates = F.softmax(self.router(x), dim=-1, dtype=torch.float32).to(x.dtype)
         h = self.lora_a(x)
         for j, b in enumerate(self.lora_b):
             out = out + gates[:, j, None] * b(h) * SCALE
@@ -111,8 +112,8 @@ class Ours(nn.Module):
         self.weight = loop.weight
         a = [loop.lora_a] if isinstance(loop, HydraLoop) else list(loop.lora_a)
         self.top_k = len(loop.lora_b) if isinstance(loop, HydraLoop) else TOP_K
-        self.down = nn.Parameter(torch.cat([m.weight for m in (*a, loop.router)]).detach().clone())
-        self.up = nn.Parameter(torch.cat([m.weight for m in loop.lora_b], dim=1).detach().clone())
+        self.down = nn.Parameter(torch.cat([m.weight for m in (*a, loop.router)]).detach().float())
+        self.up = nn.Parameter(torch.cat([m.weight for m in loop.lora_b], dim=1).detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
         kwargs = {"rank": RANK, "top_k": self.top_k, "scale": SCALE}
@@ -184,10 +185,10 @@ def count(function: Callable[[Tensor], Tensor], x: Tensor, *, parameters: list[T
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def variants(d: int, num_experts: int, *, device: str) -> dict[str, nn.Module]:
+def variants(d: int, num_experts: int, *, device: str, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    weight = (torch.randn(d, d) / d**0.5).to(device)
-    mola, hydra = MolaLoop(weight, num_experts).to(device), HydraLoop(weight, num_experts).to(device)
+    weight = (torch.randn(d, d) / d**0.5).to(device, dtype)
+    mola, hydra = (loop(weight, num_experts).to(device, dtype) for loop in (MolaLoop, HydraLoop))
     for loop in (mola, hydra):  # a B that is not zero, as in the middle of a training
         for b in loop.lora_b:
             nn.init.normal_(b.weight, std=0.02)
@@ -239,19 +240,23 @@ def _clock(device: torch.device) -> float:
 
 def main(argv: list[str]) -> None:
     options = {"sizes": "576,1024,2048", "experts": "2,4,8,16", "repeats": "9", "device": "cpu", "threads": "1"}
+    options |= {"dtype": "float32"}
     options |= dict(arg.split("=", 1) for arg in argv)
-    device, repeats = options["device"], int(options["repeats"])
+    device, repeats, dtype = options["device"], int(options["repeats"]), getattr(torch, options["dtype"])
     torch.set_num_threads(int(options["threads"]))
     sizes, experts = ([int(n) for n in options[key].split(",")] for key in ("sizes", "experts"))
     ratios: dict[str, Any] = {}
 
-    print(f"forward + backward × frozen linear, {TOKENS} tokens, rank {RANK}, {device}, median of {repeats}")
+    print(
+        f"forward + backward × frozen linear, {TOKENS} tokens, rank {RANK}, {options['dtype']}, {device}, "
+        f"median of {repeats}"
+    )
     columns = f"{'ours':>6} {'faster':>7} {'at best':>8}"
     print(f"{'d':>5} {'N':>3}  {'MoLA loop':>9} {columns}   {'Hydra loop':>10} {columns}")
     for d in sizes:
         for n in experts:
-            layers = variants(d, n, device=device)
-            x = torch.randn(TOKENS, d).to(device)
+            layers = variants(d, n, device=device, dtype=dtype)
+            x = torch.randn(TOKENS, d).to(device, dtype)
             weight = layers["routed"].weight
             t = times({"frozen": lambda x, w=weight: F.linear(x, w), **layers}, x, repeats=repeats)
             rel = {name: t[name] / t["frozen"] for name in layers}

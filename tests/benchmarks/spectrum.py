@@ -1,6 +1,6 @@
 """Spectral exponents: ours against `svdvals` and a Python loop over candidates for xmin, on the same matrices.
 
-    python -m tests.benchmarks.spectrum [device=cpu] [repeats=7] [model=FOLDER]
+    python -m tests.benchmarks.spectrum [device=cpu] [repeats=7] [sizes=576x576,576x1536] [model=FOLDER]
     OMP_NUM_THREADS=4 python -m tests.benchmarks.spectrum                          one thread unless you say so
 
 The loop is what the published scripts do, an iteration and a few tensor operations for each candidate eigenvalue. Both
@@ -103,12 +103,13 @@ def seconds(run: Callable[[], Any], device: str) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    given = {"device": "cpu", "repeats": "7", "model": ""} | dict(a.split("=", 1) for a in arguments)
+    given = {"device": "cpu", "repeats": "7", "sizes": "", "model": ""} | dict(a.split("=", 1) for a in arguments)
     device, repeats = given["device"], int(given["repeats"])
     if given["model"]:
         matrices = middle_layer(Path(given["model"]), device)
     else:
-        matrices = {f"{m}x{n}": heavy(m, n, device) for m, n in SIZES[device]}
+        sizes = [tuple(map(int, size.split("x"))) for size in given["sizes"].split(",") if size] or SIZES[device]
+        matrices = {f"{m}x{n}": heavy(m, n, device) for m, n in sizes}
     print(f"{'matrix':>12} {'svdvals+loop':>13} {'ours':>9} {'ratio':>6}   |Δα| ours  svdvals  plain fp32")
     spent: dict[str, list[float]] = {"baseline": [], "ours": []}
     ratios: dict[str, float] = {}

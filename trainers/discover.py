@@ -55,7 +55,8 @@ def without_weights(folder: Path, name: str, trust_remote_code: bool) -> Any:
 def shape_of(model: Any, *, name: str) -> ModelShape:
     """Sizes of every map LoRA can go on, layer by layer.
 
-    Raises StudyError for a model that is no stack of decoder layers, or in which nothing can be adapted.
+    Raises StudyError for a model that is no stack of decoder layers, has experts outside of the experts interface, or
+    holds nothing that can be adapted.
     """
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
@@ -64,6 +65,12 @@ def shape_of(model: Any, *, name: str) -> ModelShape:
         raise StudyError(
             f"{type(model).__name__} is no stack of decoder layers: LoRA experts cannot be placed in '{name}'"
         )
+    for inside, module in decoder.named_modules():
+        if inside.rpartition(".")[2] == "experts" and not hasattr(module, "is_concatenated"):
+            raise StudyError(
+                f"{path}.{inside} ({type(module).__name__}) is outside of transformers' experts interface: the experts "
+                f"of '{name}' can neither be chosen nor adapted"
+            )
     modules = [m for n, layer in enumerate(layers) for m in _layer(layer, n, f"{path}.layers.{n}".lstrip("."))]
     if not modules:
         raise StudyError(f"the layers of {type(model).__name__} hold no attention, experts or MLP that LoRA can go on")

@@ -231,8 +231,8 @@ def load(
 
     dtype                    of weights and activations; auto: what `dtype_on` says
     attn                     implementation of attention; auto: what transformers takes, sdpa where the model has it
-    gradient_checkpointing   keep a layer's input only and run the layer again in the backward pass: the same losses for
-                             a third more time and a fraction of the memory (non-reentrant; active in training only)
+    gradient_checkpointing   keep a layer's input only and run the layer again in the backward pass: less memory for one
+                             more forward pass, the same losses (non-reentrant; active in training only)
     quantization             weights of linear layers in 4 bits (`nf4`, QLoRA's, with quantised scales) or 8 (`int8`,
                              LLM.int8(), which multiplies in float16) by bitsandbytes; nf4 multiplies in `dtype`.
                              Stacked experts, routers, embeddings, norms and the head stay in `dtype`

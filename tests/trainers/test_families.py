@@ -8,6 +8,7 @@ Tiny random models, saved as their makers save them and loaded by `trainers.mode
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 
 from allocators import sieve
 from allocators.core import shapes
+from allocators.core.errors import StudyError
 from allocators.core.types import ExpertCounts, ExpertSelection
 from allocators.signals import routing
 from tests.trainers import reference
@@ -215,3 +217,14 @@ def test_sizes_from_the_config_are_those_of_the_classes(family, changes, tmp_pat
     assert family in shapes.FAMILIES
     assert set(found.modules) == set(listed.modules)
     assert found.num_layers == listed.num_layers
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [("jetmoe", r"experts \(JetMoe.*outside of transformers' experts"), ("gpt2", "no stack of decoder")],
+)
+def test_a_family_that_cannot_be_adapted_is_refused_in_one_line(family, said, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    with pytest.raises(StudyError, match=said) as error:
+        models.shape_of(str(tmp_path))
+    assert "\n" not in str(error.value)

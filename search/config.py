@@ -69,6 +69,9 @@ class RunConfig:
     )
     max_trainable_params: int = _key(0, "points with more trainable parameters are not trained (0: no limit)")
     sampler: str = _key("tpe", f"who proposes points: {', '.join(SAMPLERS)}")
+    replay: str = _key(
+        "", "ask this table of recorded trainings instead of training: a name or FILE.parquet (search/replay.py)"
+    )
     evaluations: int = _key(3, "evaluations during a training, equally spaced; the last is at the end")
     limit: int = _key(0, "evaluate on the first N documents of the test split only, of each task (0: all)")
     training_limit: int = _key(0, "train on at most N documents of each data set, the same for every seed (0: all)")
@@ -120,7 +123,8 @@ class RunConfig:
         if self.name:
             return self.name
         task = "-".join(Path(word).stem for word in task_files.words(self.task))
-        parts = (self.space, Path(self.model).name or self.model, task)
+        parts = [self.space, Path(self.model).name or self.model, task]
+        parts += ["replay", Path(self.replay).stem] if self.replay else []
         return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts)
 
     def to_json(self) -> dict[str, Any]:
@@ -139,6 +143,7 @@ class RunConfig:
             "plugins",
             "recipe",
             "pins",
+            "replay",
             *("training_limit", "metric", "num_fewshot", "fewshot_seed", "chat_template"),
             *("dtype", "attn", "quantization", "trust_remote_code"),  # gradient checkpointing gives the same losses
         )

@@ -29,11 +29,11 @@ from scipy.special import ndtr
 
 from allocators.core.errors import BudgetError, InfeasibleError
 from allocators.core.types import ExpertSelection, ModelShape, Signal, Trial
-from search.trial import PinnedTrial, Problem
+from search.trial import Problem
 
 Array = NDArray[np.float64]
 
-START = 8  # results, starting points included, before a model is worth fitting
+START = 5  # results, starting points included, before a model is worth fitting
 DRAWN = 100  # candidates drawn anew for a suggestion; those of earlier suggestions stay
 NEAR = 100  # candidates drawn near members of the front
 MOST = 4000  # candidates kept
@@ -59,9 +59,9 @@ def resolver(problem: Problem) -> Callable[[Any], Known]:
     """What is known of the point that a study's space suggests on a trial (InfeasibleError, BudgetError: no point)."""
 
     def resolve(trial: Any) -> Known:
-        point = problem.suggest(PinnedTrial(trial, problem.pins), problem.shape)
+        point, params = problem.ask(trial)
         resolved, cost = problem.resolve(point)
-        return Known(resolved.digest, cost, features(resolved, problem.shape, problem.signals))
+        return Known(resolved.digest, cost, features(resolved, problem.shape, problem.signals), params)
 
     return resolve
 

@@ -49,6 +49,7 @@ class Board:
         self.held: dict[int, tuple[str, dict] | None] = {}
         self.attempts: collections.Counter[str] = collections.Counter()
         self.cancelled: set[str] = set()
+        self.asking: dict[str, tuple[int, asyncio.Future]] = {}  # job -> who waits to hear whether it goes on
         self.alive = set(range(groups))
         self.reason = ""
 
@@ -73,7 +74,9 @@ class Board:
     async def report(self, group: int, job_id: str, message: dict) -> bool:
         """Passes a report on; False tells the worker to stop this job.
 
-        Of several workers of a group that report one job's end, each in its own trouble, the first is heard.
+        Of several workers of a group that report one job's end, each in its own trouble, the first is heard. A job that
+        `asks` is answered when its next report is wanted (go on) or it is cancelled; then it holds no group any more,
+        and may be submitted again.
         """
         held = self.held.get(group)
         if held is None or held[0] != job_id:
@@ -81,16 +84,35 @@ class Board:
         if message["done"]:
             self.held[group] = None
         await self.reports[job_id].put(message)
+        if held[1].get("asks") and not message["done"] and job_id not in self.cancelled:
+            answer = asyncio.get_running_loop().create_future()
+            self.asking[job_id] = (group, answer)
+            return await answer
         return job_id not in self.cancelled
 
     async def next_report(self, job_id: str) -> dict:
+        if self.reports[job_id].empty():
+            self._answer(job_id, True)
         message = await self.reports[job_id].get()
         if message["done"]:
             self.reports.pop(job_id, None)
         return message
 
     async def cancel(self, job_id: str) -> None:
-        self.cancelled.add(job_id)
+        if not self._answer(job_id, False):
+            self.cancelled.add(job_id)
+
+    def _answer(self, job_id: str, go_on: bool) -> bool:
+        """Tells the group that asks; False where none does."""
+        if job_id not in self.asking:
+            return False
+        group, answer = self.asking.pop(job_id)
+        if not go_on:
+            self.held[group] = None
+            self.attempts.pop(job_id, None)  # what it did so far is no sign that it kills its workers
+            self.reports.pop(job_id, None)
+        answer.set_result(go_on)
+        return True
 
     async def lost(self, group: int, reason: str) -> None:
         """A group ended for good. When it was the last one, everything that waits is given up."""
@@ -109,6 +131,8 @@ class Board:
     async def close(self) -> None:
         """Every group ends after its job; a job still under way (the driver was interrupted) ends at its next rung."""
         self.cancelled |= {held[0] for held in self.held.values() if held is not None}
+        for job_id in list(self.asking):
+            self._answer(job_id, False)
         for _ in range(len(self.alive)):
             await self.waiting.put(None)
 
@@ -251,6 +275,33 @@ class Pool:
             ray.get(self.board.close.remote())
             for thread in self._threads:
                 thread.join(patience)
+
+
+class TablePool:
+    """Simulated workers for a study that asks a table: a board that reads it, and nobody who trains."""
+
+    def __init__(self, answers: Mapping[str, Any], *, workers: int, study: str) -> None:
+        self.plan = Plan(workers, 1, 0, 0.0)
+        self.board_name = f"board-{study}"
+        self._answers = answers
+
+    def start(self) -> None:
+        from search.replay import TableBoard
+
+        board: Any = ray.remote(num_cpus=0)(TableBoard).options(name=self.board_name)
+        self.board: Any = board.remote(self._answers, self.plan.groups)
+
+    def idle(self, over: bool) -> None:
+        """A free worker is given nothing until the next report, or ever again where the study is `over`."""
+        ray.get(self.board.idle.remote(over=over))
+
+    def cancel(self, job_id: str) -> None:
+        """A job has left its worker."""
+        ray.get(self.board.cancel.remote(job_id))
+
+    def close(self) -> None:
+        if ray.is_initialized():
+            ray.get(self.board.close.remote())
 
 
 def disconnect() -> None:

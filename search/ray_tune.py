@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from allocators.core.types import Outcome, Trial
-from search.pool import NAMESPACE, Pool, driver_node
+from search.pool import NAMESPACE, Pool, TablePool, driver_node
 from search.sampler import Proposal
 
 _CONDUCTORS: dict[str, Conductor] = {}  # Tune pickles and copies its searcher; a name survives that
@@ -97,7 +97,7 @@ class TrialHandle(tune.Trainable):
         ray.get(self.board.cancel.remote(self.job_id))
 
 
-def search(conductor: Conductor, pool: Pool, *, study: str, trials: int) -> None:
+def search(conductor: Conductor, pool: Pool | TablePool, *, study: str, trials: int) -> None:
     """Runs trials through Tune until `trials` are done or the conductor has nothing more to propose."""
     _CONDUCTORS[study] = conductor
     resources = tune.PlacementGroupFactory([{driver_node(): 0.001}])  # no CPU: the workers have them all

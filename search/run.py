@@ -11,14 +11,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from allocators.core import plugins
-from allocators.core.errors import ToolkitError
+from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import Signal, canonical_json
 from search.config import RunConfig, help_text, parse
 from search.trial import Problem, check_budget, check_pins, corners, load_space, placeholder
@@ -85,6 +85,28 @@ def prepare(config: RunConfig) -> Problem:
     return problem
 
 
+def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:
+    """The same for a study that asks a table: the settings that it was recorded with, and its rows.
+
+    Raises StudyError for a table that does not exist, a seed or budget that it has no row for, a setting that it was
+    not recorded with.
+    """
+    from search import replay
+
+    for plugin in config.plugins:
+        plugins.add(plugin)
+    table, defaults = replay.load(config.replay), RunConfig()
+    known = {f.name for f in fields(RunConfig)}  # a table may be older than a key, or younger
+    settings = {key: value for key, value in table.settings.items() if key in known and key != "replay"}
+    for key, recorded in {**settings, "recipe": {}}.items():
+        if getattr(config, key) not in (recorded, getattr(defaults, key)):
+            asked = f"{key}={getattr(config, key)}" if key != "recipe" else f"recipe.{min(config.recipe)}"
+            raise StudyError(f"{asked} is not what {config.replay} was recorded with ({recorded}): leave it out")
+    problem = table.problem(seed=config.seed, max_trainable_params=config.max_trainable_params, pins=config.pins)
+    check_pins(problem)
+    return replace(config, **settings), problem
+
+
 def _needs(space: Any, pins: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
     """Kinds of signal that the space's allocators read; only that of the pinned allocator where one is pinned."""
     names = [pins["allocator"]] if "allocator" in pins else space.ALLOCATORS
@@ -97,7 +119,10 @@ def _knobs_of(space: Any, shape: Any) -> set[str]:
 
 
 def run(config: RunConfig) -> int:
-    problem = prepare(config)
+    if config.replay:
+        config, problem = prepare_replay(config)
+    else:
+        problem = prepare(config)
     config = amounts(config, problem)
     if config.dry_run:
         dry_run(config, problem)
@@ -122,7 +147,7 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
 
     from search.pareto import human
 
-    measured = _measured(_folder(config))
+    measured = dict(problem.signals) if config.replay else _measured(_folder(config))
     problem = replace(problem, signals={**problem.signals, **measured})
     proposals, refused = _drawn(config, problem, merge=set(_needs(problem.space, problem.pins)) <= set(measured))
     title = f"{config.space} on {config.model}: {len(proposals)} points, nothing is trained"
@@ -188,7 +213,7 @@ def study(config: RunConfig, problem: Problem) -> int:
         defaults=RunConfig().identity(),
         shape=problem.shape,
         command=config.command(),
-        table=_tables.facts(problem.space),
+        table=_tables.facts(problem.space) if problem.is_table else {},
     ) as records:
         tracker = Tracker.open(
             config.tracking_uri or None,
@@ -231,58 +256,39 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         os.environ.setdefault(name, value)
     from search import pool as pools
     from search import ray_tune
+    from search.replay import WORKERS, Announcing, TableProblem
     from search.usage import PeakMemory
-    from trainers import models, tasks
+    from trainers import models
 
-    models.check_packages(attn=config.attn, quantization=config.quantization)
-    for line in models.remarks(
-        config.model, problem.shape, quantization=config.quantization, trust_remote_code=config.trust_remote_code
-    ):
-        print(f"note: {line}", file=sys.stderr)
+    if not config.replay:
+        models.check_packages(attn=config.attn, quantization=config.quantization)
+        for line in models.remarks(
+            config.model, problem.shape, quantization=config.quantization, trust_remote_code=config.trust_remote_code
+        ):
+            print(f"note: {line}", file=sys.stderr)
     # Records lie here; what workers write lies where every node can reach it.
     shared = storage.join(config.storage, config.study_name) if storage.is_uri(config.storage) else str(folder)
     print(f"{config.space} on {config.model}, task {config.task}; records in {folder}", flush=True)
     cluster = pools.connect(config.ray_address, num_cpus=config.num_cpus)
-    plan = pools.plan(
-        cluster,
-        workers_per_trial=config.workers_per_trial,
-        cpus_per_worker=config.cpus_per_worker,
-        gpus_per_worker=config.gpus_per_worker,
-        max_concurrent=config.max_concurrent,
-        trials=left + repeats,
-    )
+    study = records.header["id"]
+    pool: pools.Pool | pools.TablePool
+    if isinstance(problem, TableProblem):
+        pool = pools.TablePool(problem.table.answers(), workers=config.max_concurrent or WORKERS, study=study)
+    else:
+        pool = _workers(config, cluster, trials=left + repeats, folder=folder, shared=shared, study=study)
     memory, before = PeakMemory(), list(records.finished.values())
     with (
         memory,
         Progress(config.trials, config.time_budget_seconds or None, done=before, seed=config.seed) as progress,
     ):
-        pool = pools.Pool(
-            plan,
-            study=records.header["id"],
-            storage=storage.join(shared, ".ray"),
-            setup={
-                "namespace": pools.NAMESPACE,
-                "model": _located(config.model, {**models.EMBEDDED, **models.PACKAGED}),
-                "options": {key: getattr(config, key) for key in models.OPTIONS},
-                "task": tasks.absolute(config.task),
-                "task_options": {
-                    **{key: getattr(config, key) for key in tasks.OPTIONS},
-                    "num_fewshot": config.num_fewshot if config.num_fewshot >= 0 else None,
-                },
-                "seed": config.seed,
-                "evaluations": config.evaluations,
-                "calibration_samples": config.calibration_samples,
-                "cpus_per_worker": config.cpus_per_worker,
-                "signals": str(folder.parent / "signals"),
-                "adapters": storage.join(shared, "adapters"),
-                "checkpoints": storage.join(shared, "checkpoints"),
-            },
-        )
         try:
-            progress.message(f"starting workers: {plan.describe()}")
             pool.start()
-            progress.message(pool.ask({"kind": "task"}, told=lambda *_: None)["task"])
-            problem = replace(problem, signals=_signals(config, problem, pool, folder, progress))
+            if isinstance(pool, pools.TablePool):
+                progress.message(f"nothing is trained: {pool.plan.groups} simulated workers read {config.replay}")
+            else:
+                progress.message(f"starting workers: {pool.plan.describe()}")
+                progress.message(pool.ask({"kind": "task"}, told=lambda *_: None)["task"])
+                problem = replace(problem, signals=_signals(config, problem, pool, folder, progress))
             conductor = Run(
                 problem,
                 records,
@@ -297,7 +303,8 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             )
             # the conductor ends it; Tune wants a number, so one that every point with every seed stays below
             most = repeats + max(config.trials, len(records.outcomes)) * config.seeds
-            ray_tune.search(conductor, pool, study=records.header["id"], trials=most)
+            asked = Announcing(conductor, pool) if isinstance(pool, pools.TablePool) else conductor
+            ray_tune.search(asked, pool, study=study, trials=most)
             if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
                 raise KeyboardInterrupt
             conductor.settle()
@@ -309,9 +316,49 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
     own = sum(outcome.trial.seed == config.seed for outcome in records.finished.values())
     own -= sum(outcome.trial.seed == config.seed for outcome in before)
     others = len(records.finished) - len(before) - own
+    done = "rows of the table read" if config.replay else "trainings"
     print(
-        f"{own} trainings{f' and {others} repeats with other seeds' if others else ''} in {seconds / 60:.1f} minutes "
+        f"{own} {done}{f' and {others} repeats with other seeds' if others else ''} in {seconds / 60:.1f} minutes "
         f"with start-up; peak memory of driver, Ray and workers on this machine {gibibytes:.1f} GiB"
+    )
+
+
+def _workers(
+    config: RunConfig, cluster: Mapping[str, float], *, trials: int, folder: Path, shared: str, study: str
+) -> Any:
+    """Worker groups that fit the cluster, not started yet."""
+    from search import pool as pools
+    from trainers import models, tasks
+
+    plan = pools.plan(
+        cluster,
+        workers_per_trial=config.workers_per_trial,
+        cpus_per_worker=config.cpus_per_worker,
+        gpus_per_worker=config.gpus_per_worker,
+        max_concurrent=config.max_concurrent,
+        trials=trials,
+    )
+    return pools.Pool(
+        plan,
+        study=study,
+        storage=storage.join(shared, ".ray"),
+        setup={
+            "namespace": pools.NAMESPACE,
+            "model": _located(config.model, {**models.EMBEDDED, **models.PACKAGED}),
+            "options": {key: getattr(config, key) for key in models.OPTIONS},
+            "task": tasks.absolute(config.task),
+            "task_options": {
+                **{key: getattr(config, key) for key in tasks.OPTIONS},
+                "num_fewshot": config.num_fewshot if config.num_fewshot >= 0 else None,
+            },
+            "seed": config.seed,
+            "evaluations": config.evaluations,
+            "calibration_samples": config.calibration_samples,
+            "cpus_per_worker": config.cpus_per_worker,
+            "signals": str(folder.parent / "signals"),
+            "adapters": storage.join(shared, "adapters"),
+            "checkpoints": storage.join(shared, "checkpoints"),
+        },
     )
 
 

@@ -16,7 +16,7 @@ from allocators.core.errors import BudgetError, InfeasibleError, StudyError
 from allocators.core.types import Outcome, Point, Recipe, Trial
 from search.config import make_recipe
 from search.records import Answered, Reason
-from search.trial import PinnedTrial, Problem, corners
+from search.trial import Problem, corners
 
 # Successive repeats after which plain random points are drawn, and after which the space counts as used up.
 PATIENCE = 25
@@ -167,9 +167,7 @@ class Proposer:
         if params is not None:
             self._study.enqueue_trial(dict(params))
         trial = self._study.ask()
-        pinned = PinnedTrial(trial, self._problem.pins)
-        point = self._problem.suggest(pinned, self._problem.shape)
-        return trial, point, dict(pinned.params)
+        return trial, *self._problem.ask(trial)
 
     def _tell(self, trial: Any, outcome: Outcome) -> None:
         if outcome.accuracy is None:

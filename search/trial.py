@@ -42,6 +42,11 @@ class Problem:
     def suggest(self) -> Callable[[Any, ModelShape], Point]:
         return self.space.suggest
 
+    def ask(self, trial: Any) -> tuple[Point, dict[str, Any]]:
+        """The point that the space suggests on a trial, pinned knobs given, and its parameters."""
+        pinned = PinnedTrial(trial, self.pins)
+        return self.suggest(pinned, self.shape), pinned.params
+
     @property
     def is_table(self) -> bool:
         """Whether the space is a fixed grid: every point of it is trained, and there is nothing to search."""
@@ -174,8 +179,7 @@ def corners(problem: Problem, *, high: bool = False) -> Iterator[tuple[Point, di
     script: list[int] = []
     while True:
         corner = _Corner(script, high=high)
-        pinned = PinnedTrial(corner, problem.pins)
-        yield problem.suggest(pinned, problem.shape), dict(pinned.params)
+        yield problem.ask(corner)
         taken = corner.taken
         while taken and taken[-1][0] + 1 == taken[-1][1]:
             taken.pop()

@@ -12,3 +12,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # tiny tensors: a second thread costs more than it brings, ten times as much under load
 }
+
+from hypothesis import settings  # after the environment: a plug-in could import any of these
+
+settings.register_profile("no clock", deadline=None)  # a busy machine is not a failure
+settings.load_profile("no clock")

@@ -34,7 +34,7 @@ def test_words_become_typed_values_in_their_group():
         (["recipe.rank=big"], "recipe.rank must be a whole number, got 'big'"),
         (["recipe.rank=0"], "rank must be at least 1, got 0"),
         (["recipe.schedule=cos"], "schedule must be cosine, linear or constant"),
-        (["sampler=tp"], "choose from nsga2, random, tpe; did you mean 'tpe'?"),
+        (["sampler=tp"], "choose from ehvi, nsga2, random, tpe; did you mean 'tpe'?"),
         (["time_budget=soon"], "time_budget must look like 90s, 10m or 2h, got 'soon'"),
         (["config=nowhere.yaml"], "config=nowhere.yaml: there is no such file"),
         (["keep=none"], "keep must be front or all, got 'none'"),

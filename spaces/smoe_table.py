@@ -46,7 +46,10 @@ COMPARISONS = (
     Comparison("S − uniform, 60 %", S, UNIFORM, _BEST, PAPER),
     Comparison("U − uniform, 60 %", U, UNIFORM, _BEST, PAPER),
     Comparison("S − U, 60 %", S, U, "both are the paper's", PAPER),
-    *(Comparison(f"S, 60 % − {n:.0%}", S, S | {"retention": n}, "60 % is its choice", PAPER) for n in (0.4, 0.8, 1.0)),
+    *(
+        Comparison(f"S, 60 % − {100 * n:g} %", S, S | {"retention": n}, "60 % is its choice", PAPER)
+        for n in (0.4, 0.8, 1.0)
+    ),
 )
 
 

@@ -246,7 +246,7 @@ class EHVISampler(BaseSampler):
         self._independent = RandomSampler(seed=seed)
         self._model = AccuracyModel()
         self._pool: dict[str, _Candidate] = {}
-        self._history: dict[int, _Candidate] = {}  # by number of the Optuna trial
+        self._history: dict[int, _Candidate | None] = {}  # by number of the Optuna trial
         self._chosen: _Candidate | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -270,10 +270,10 @@ class EHVISampler(BaseSampler):
         """The best new candidate; None where the space seems to have none."""
         done: list[tuple[_Candidate, float]] = []
         lost: list[_Candidate] = []
-        running: list[_Candidate] = []
+        running: list[_Candidate] = []  # or stopped early: no result will come, and its place needs no second look
         seen: set[str] = set()
         for past in study.get_trials(deepcopy=False):
-            if past.number == number or past.state in (TrialState.PRUNED, TrialState.WAITING):
+            if past.number == number or past.state == TrialState.WAITING:
                 continue
             point = self._recall(past)
             if point is None or point.known.key in seen:  # a repeat was not trained again: it says nothing about noise
@@ -324,13 +324,13 @@ class EHVISampler(BaseSampler):
         )
 
     def _recall(self, past: FrozenTrial) -> _Candidate | None:
-        """An earlier trial's point; None for one that was not resolved (it drew its own conclusion elsewhere)."""
-        if past.number not in self._history and past.params:
+        """An earlier trial's point; None where it is none (impossible, over the budget, not of this space)."""
+        if past.number not in self._history:
             try:
                 self._history[past.number] = self._candidate(_Repeating(self._random, past.params))
             except (InfeasibleError, BudgetError, KeyError):
-                return None
-        return self._history.get(past.number)
+                self._history[past.number] = None
+        return self._history[past.number]
 
     def _widen(self, front: Sequence[_Candidate], seen: Iterable[str]) -> None:
         """Draws more candidates, anywhere and near the front; drops what was trained, and the oldest."""

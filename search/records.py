@@ -13,7 +13,7 @@ A folder holds
     adapters/<digest>/  checkpoints/<digest>/  signals/  front.csv  points.csv  front.png  report.html
 
 Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
-    {"event": "started",  "outcome": Outcome, "params": {...}}
+    {"event": "started",  "outcome": Outcome, "params": {...}, "sampler_seconds": what it took to propose the point}
     {"event": "rung",     "digest": "...", "rung": {"step", "tokens", "accuracy", "loss", ...}}
     {"event": "finished", "outcome": Outcome, "params": {...}}
     {"event": "answered", "params": {...}, "reason": "duplicate"|"infeasible"|"over_budget", "digest", "message"}
@@ -72,6 +72,7 @@ class Records:
     outcomes   last known outcome of every digest, in the order in which they were started or finished
     answered   points answered without training, in order
     problems   one sentence for every damaged line
+    sampler_seconds   what it took to propose each point that was started
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -81,6 +82,7 @@ class Records:
         self.outcomes: dict[str, Outcome] = {}
         self.answered: list[Answered] = []
         self.problems: list[str] = []
+        self.sampler_seconds: list[float] = []
         self._params: dict[str, dict[str, Any]] = {}
         self._rungs: dict[str, dict[int, Mapping[str, Any]]] = {}
 
@@ -113,6 +115,8 @@ class Records:
                 self.outcomes.pop(digest, None)  # to the end: dictionaries keep the order of events
                 self.outcomes[digest] = outcome if outcome.rungs else outcome.updated(rungs=self._curve(digest))
                 self._params[digest] = params
+                if line.get("sampler_seconds"):
+                    self.sampler_seconds.append(float(line["sampler_seconds"]))
             case "rung":
                 digest, rung = line["digest"], dict(line["rung"])
                 # by step: a run that goes on from its checkpoint reports some rungs a second time
@@ -245,10 +249,11 @@ class Study(Records):
             log.warning(problem)
         return study
 
-    def append_started(self, outcome: Outcome, params: Mapping[str, Any]) -> None:
+    def append_started(self, outcome: Outcome, params: Mapping[str, Any], *, sampler_seconds: float = 0.0) -> None:
         """A point is about to be given to a worker."""
         assert outcome.status not in FINISHED, outcome.status
-        self._append({"event": "started", "outcome": outcome.to_json(), "params": dict(params)})
+        line = {"event": "started", "outcome": outcome.to_json(), "params": dict(params)}
+        self._append(line | {"sampler_seconds": round(sampler_seconds, 4)})
 
     def append_rung(self, digest: str, rung: Mapping[str, Any]) -> None:
         """An evaluation on the way."""

@@ -99,7 +99,7 @@ class Table:
     @property
     def settings(self) -> dict[str, Any]:
         """Keys of a study that the table fixes: space, model, task, evaluations, ..."""
-        own = ("seed", "plugins", "recipe", "pins")  # the user's to choose, or in the rows already
+        own = ("seed", "plugins", "recipe", "pins", "scheduler", "eta")  # the user's to choose, or in the rows already
         return {key: value for key, value in self.about["identity"].items() if key not in own}
 
     def problem(
@@ -305,7 +305,9 @@ class Announcing:
     def __init__(self, conductor: Any, workers: Workers) -> None:
         self._conductor = conductor
         self._workers = workers
-        self.rung, self.finished = conductor.rung, conductor.finished
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._conductor, name)
 
     def propose(self) -> Proposal | Literal["wait"] | None:
         proposal = self._conductor.propose()

@@ -17,6 +17,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 import sys
 import textwrap
 from collections import Counter
@@ -133,6 +134,8 @@ class Report:
         """Numbers of the whole study, for the parent run in MLflow."""
         found: dict[str, float] = {"runs_finished": len(self.records.finished), "points_on_front": len(self.front)}
         found |= {f"answered_{reason}": n for reason, n in Counter(a.reason for a in self.records.answered).items()}
+        if seconds := self.records.sampler_seconds:
+            found["sampler_seconds_per_suggestion"] = statistics.fmean(seconds)
         for name, candidate in (("best", self.front[-1] if self.front else None), ("knee", self.knee)):
             if candidate is not None and candidate.accuracy is not None:
                 found[f"{name}_accuracy"] = candidate.accuracy

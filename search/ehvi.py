@@ -134,7 +134,7 @@ class AccuracyModel:
         self._fitted = (0, 0)  # N and D of the last fit of the hyperparameters
 
     def fit(self, x_ND: Array, y_N: Array) -> None:
-        from sklearn.gaussian_process import GaussianProcessRegressor
+        """Learns from results."""
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
         n, dims = x_ND.shape
@@ -142,14 +142,24 @@ class AccuracyModel:
         if dims != self._fitted[1]:
             scales = Matern(np.full(dims, math.sqrt(dims)), (0.02, 200.0), nu=2.5)
             self._kernel = ConstantKernel(1.0, (0.01, 100.0)) * scales + WhiteKernel(0.02, (1e-5, 2.0))
-        refit = dims != self._fitted[1] or n >= self.REFIT * self._fitted[0]
-        if refit:
+        if dims != self._fitted[1] or n >= self.REFIT * self._fitted[0]:
             self._fitted = (n, dims)
-        self._process = GaussianProcessRegressor(self._kernel, optimizer=self._most_probable if refit else None)
+            self._condition(x_ND, y_N, self._most_probable)
+            self._kernel = self._process.kernel_
+        else:
+            self._condition(x_ND, y_N, None)
+
+    def suppose(self, x_ND: Array, y_N: Array) -> None:
+        """Takes further results for granted, without learning from them what a result is like."""
+        self._condition(x_ND, y_N, None)
+
+    def _condition(self, x_ND: Array, y_N: Array, optimizer: Any) -> None:
+        from sklearn.gaussian_process import GaussianProcessRegressor
+
+        self._process = GaussianProcessRegressor(self._kernel, optimizer=optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a length scale at its bound: that input does not matter
             self._process.fit(x_ND, (y_N - self._mean) / self._scale)
-        self._kernel = self._process.kernel_
 
     def predict(self, x_MD: Array) -> tuple[Array, Array]:
         """Mean and standard deviation of the accuracy itself, without the noise of a single run."""
@@ -315,7 +325,7 @@ class EHVISampler(BaseSampler):
         self._model.fit(x_ND[: len(y_N)], y_N)
         mean_N, _ = self._model.predict(x_ND)
         if running:  # as if they had ended as predicted: nothing new is learnt, but less is left to learn there
-            self._model.fit(x_ND, np.concatenate((y_N, mean_N[len(y_N) :])))
+            self._model.suppose(x_ND, np.concatenate((y_N, mean_N[len(y_N) :])))
         mean_M, std_M = self._model.predict(x_MD)
         cost_N, cost_M = (np.log([max(p.known.cost, 1) for p in points]) for points in (tried, fresh))
         low, high = min(cost_N.min(), cost_M.min()), max(cost_N.max(), cost_M.max())

@@ -36,22 +36,38 @@ import math
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from allocators import all as all_
 from allocators import none, random_, sieve
-from allocators.core.errors import StudyError
+from allocators.core.errors import StudyError, unknown
 from allocators.core.shapes import shape_of
-from allocators.core.types import Recipe
+from allocators.core.types import Allocation, Recipe, Trial, canonical_json, digest_of
 from allocators.signals import routing
-from tests.benchmarks._trainings import accuracies, paired, settings
-from trainers import models, pretrain, tasks
+from search.uncertainty import paired
+from trainers import loop, models, pretrain, tasks
+from trainers.adapter import attach
 
+FOLDER = Path("build/benchmarks")
 VARIANTS = ("none", "random", "hot", "all")
 
 Table = list[list[float]]  # [layer][expert] share of picks; a layer's shares sum to one
+
+
+def settings(arguments: Sequence[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {"model": "tiny-moe", "task": "default", "seeds": 5, "samples": 256}
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in values:
+            raise unknown("key", key, values)
+        values[key] = int(value) if isinstance(values[key], int) else value
+    if values["seeds"] < 2:
+        raise StudyError(f"seeds must be at least 2 for a spread, got {values['seeds']}")
+    return values
 
 
 def top_quarter(shares: Table) -> list[float]:
@@ -67,8 +83,58 @@ def row(name: str, values: Sequence[float]) -> str:
     return f"  {name:<20}" + "".join(f"{value:8.3f}" for value in values)
 
 
+def trained(loaded: models.Loaded, task: tasks.Task, allocation: Allocation, recipe: Recipe, *, seed: int) -> float:
+    """Accuracy after one training of the project's own adapter by its own loop."""
+    adapter = attach(
+        loaded.model,
+        allocation,
+        shape=shape_of(loaded.model.config, name=loaded.name),
+        rank=recipe.rank,
+        lora_alpha=recipe.lora_alpha,
+        seed=seed,
+    )
+    try:
+        result = loop.train(
+            loaded.model,
+            adapter,
+            task,
+            recipe,
+            seed=seed,
+            tokenizer=loaded.tokenizer,
+            device="cpu",
+            on_rung=lambda rung: True,
+            evaluations=1,
+        )
+    finally:
+        adapter.detach()
+    if result.accuracy is None:
+        raise StudyError(f"the training with seed {seed} diverged: lower recipe.learning_rate in the task file")
+    return result.accuracy
+
+
+def accuracies(
+    loaded: models.Loaded, task: tasks.Task, recipe: Recipe, selections: Mapping[str, Sequence[Allocation]]
+) -> dict[str, list[float]]:
+    """Accuracy by variant and seed; what an earlier run has trained is read from its file."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    provenance = {"weights": loaded.identity, "data": task.data_hash, "torch": torch.__version__}
+    file = FOLDER / f"tiny_moe-{digest_of(provenance)}.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    known = {entry["digest"]: entry["accuracy"] for entry in map(json.loads, lines)}
+    found: dict[str, list[float]] = {variant: [] for variant in selections}
+    for seed in range(len(next(iter(selections.values())))):  # seeds outside: an interrupted run holds whole pairs
+        for variant, by_seed in selections.items():
+            trial = Trial(by_seed[seed], recipe, loaded.name, task.name, seed)
+            if trial.digest not in known:
+                known[trial.digest] = trained(loaded, task, by_seed[seed], recipe, seed=seed)
+                with file.open("a") as stream:
+                    stream.write(canonical_json({"digest": trial.digest, "accuracy": known[trial.digest]}) + "\n")
+            found[variant].append(known[trial.digest])
+    return found
+
+
 def main(arguments: Sequence[str]) -> None:
-    given = settings(arguments, {"model": "tiny-moe", "task": "default", "seeds": 5, "samples": 256})
+    given = settings(arguments)
     torch.set_num_threads(1)
     loaded = models.load(given["model"])
     task = tasks.load_task(given["task"])
@@ -109,7 +175,7 @@ def main(arguments: Sequence[str]) -> None:
         "hot": [sieve.allocate(signal, shape, fraction=0.25) for _ in seeds],
         "all": [all_.allocate(None, shape) for _ in seeds],
     }
-    found = accuracies("tiny_moe", loaded, task, recipe, selections)
+    found = accuracies(loaded, task, recipe, selections)
     means = {variant: statistics.mean(values) for variant, values in found.items()}
     spreads = {variant: statistics.stdev(values) for variant, values in found.items()}
     print(f"d. accuracy after {recipe.steps} steps of {recipe.batch_size}, rank {recipe.rank}, {len(seeds)} seeds")
@@ -118,7 +184,9 @@ def main(arguments: Sequence[str]) -> None:
         params = selections[variant][0].trainable_params(shape, rank=recipe.rank)
         each = " ".join(f"{value:.3f}" for value in found[variant])
         print(f"  {variant:<10}{means[variant]:7.3f} ± {spreads[variant]:.3f}   {params:>9,} parameters   {each}")
-    gain, width = paired(found["hot"], found["random"])
+    pair = paired(*(dict(enumerate(found[variant])) for variant in ("hot", "random")))
+    assert pair is not None
+    gain, width = pair.difference, pair.high - pair.difference
     verdict = "outside" if abs(gain) > width else "INSIDE"
     print(f"  hot − random, seed by seed: {gain:+.3f} ± {width:.3f} (95 %): {verdict} the noise of {len(seeds)} seeds")
 

@@ -2,7 +2,7 @@
 
     python -m search.run space=dense_table model=tiny-dense recipe.rank=2 recipe.lora_alpha=4
     python -m search.run space=dense_table model=tiny-dense dry_run=true               the rows and their parameters
-    python -m search.run space=dense_table model=HuggingFaceTB/SmolLM2-135M task=arc_easy seeds=3 space.allocator=mola
+    python -m search.run space=dense_table model=HuggingFaceTB/SmolLM2-135M task=arc_easy seeds=3
 
 A table: every row is trained, none is searched, with 5 seeds (`seeds=`), seed by seed. Before a search it tells whether
 placement matters at all here; `space=dense` then searches knobs and recipe as well.
@@ -17,6 +17,10 @@ Settings are the papers': β = 2.5 for spectra, retention 0.6; sensitivity has �
 wider than spectra. LoRA-SMoE's experts share their A and thus have fewer parameters each: a matrix that is kept gets as
 many as come nearest below uniform's parameters if exactly six tenths of the matrices are kept. Every seed of `random`
 draws its own layout.
+
+Measured with the first command and evaluations=1 on one shared CPU core: 45 trainings (hill rounds to uniform) in 40
+minutes. Sensitivity .837, stable_rank .789, MoLA-8642 .740, uniform .605, MoLA-2468 .480, alpha_hat .437; standard
+deviations over seeds are .09 to .23, and differences to uniform are surest where seeds are paired (README).
 
 Comparisons: every rule against uniform. With nine of them about one study in three shows a difference where there is
 none (1 − 0.95⁹, were they independent): read the intervals, not the verdicts.

@@ -1,7 +1,7 @@
 """Pretrains the small models that live in this repository, from nothing but Python's standard library and a seed.
 
     python -m trainers.pretrain model=tiny-moe           50 minutes on one shared core; type it again to go on
-    python -m trainers.pretrain model=tiny-dense         600 steps only: enough for spectra that differ by layer
+    python -m trainers.pretrain model=tiny-dense         600 steps: enough for spectra that differ by layer
     python -m trainers.pretrain model=tiny-moe steps=50 folder=build/try      a quick look
 
 The data are the thirteen domains of `trainers/domains.py` in equal parts, drawn afresh for every step, so nothing is

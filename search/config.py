@@ -23,6 +23,7 @@ from allocators.core.types import Recipe
 from trainers import models, task_files
 
 SAMPLERS = ("ehvi", "tpe", "nsga2", "random")
+SCHEDULERS = ("none", "pareto_halving")
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -72,6 +73,13 @@ class RunConfig:
     replay: str = _key(
         "", "ask this table of recorded trainings instead of training: a name or FILE.parquet (search/replay.py)"
     )
+    scheduler: str = _key(
+        "none",
+        f"who stops trainings early: {', '.join(SCHEDULERS)}. Halving pauses every training at an evaluation (after a "
+        "share 1/eta, 1/eta², ... of all evaluations) and goes on with the best 1/eta by accuracy there and trainable "
+        "parameters; trials counts what is started, the front has what ran to its end",
+    )
+    eta: int = _key(3, "scheduler=pareto_halving: one in so many trainings goes on at a rung")
     evaluations: int = _key(3, "evaluations during a training, equally spaced; the last is at the end")
     limit: int = _key(0, "evaluate on the first N documents of the test split only, of each task (0: all)")
     training_limit: int = _key(0, "train on at most N documents of each data set, the same for every seed (0: all)")
@@ -138,6 +146,7 @@ class RunConfig:
             "task",
             "seed",
             "evaluations",
+            *("scheduler", "eta"),  # who is trained to the end decides what the sampler learns
             "limit",
             "calibration_samples",
             "plugins",
@@ -257,7 +266,7 @@ def _load_file(file: str) -> Mapping[str, Any]:
 def check(config: RunConfig) -> None:
     """Raises StudyError for a value that cannot work."""
     at_least = {"evaluations": 1, "limit": 0, "calibration_samples": 1, "workers_per_trial": 1}
-    at_least |= {"training_limit": 0, "num_fewshot": -1, "fewshot_seed": 0}
+    at_least |= {"eta": 2, "training_limit": 0, "num_fewshot": -1, "fewshot_seed": 0}
     at_least |= {"cpus_per_worker": 1, "max_concurrent": 0, "num_cpus": 0, "max_trainable_params": 0, "seed": 0}
     for key, minimum in at_least.items():
         if getattr(config, key) < minimum:
@@ -267,6 +276,13 @@ def check(config: RunConfig) -> None:
             raise StudyError(f"{key} must be at least 1, got {value}")
     if config.sampler not in SAMPLERS:
         raise unknown("sampler", config.sampler, SAMPLERS)
+    if config.scheduler not in SCHEDULERS:
+        raise unknown("scheduler", config.scheduler, SCHEDULERS)
+    if config.scheduler != "none" and config.evaluations < 2:
+        raise StudyError(
+            f"scheduler={config.scheduler} compares trainings before their end, and evaluations={config.evaluations} "
+            "is at the end: set it to 2 or more"
+        )
     models.check_options(dtype=config.dtype, attn=config.attn, quantization=config.quantization)
     if config.shard and config.workers_per_trial < 2:
         raise StudyError(

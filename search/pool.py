@@ -108,7 +108,8 @@ class Board:
             return False
         group, answer = self.asking.pop(job_id)
         if not go_on:
-            self.held[group] = None
+            if (held := self.held.get(group)) is not None and held[0] == job_id:
+                self.held[group] = None
             self.attempts.pop(job_id, None)  # what it did so far is no sign that it kills its workers
             self.reports.pop(job_id, None)
         answer.set_result(go_on)

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from allocators.core.types import Outcome, Recipe
+from search.halving import tokens_saved
 from search.pareto import Candidate, candidates, front, human, knee
 
 ROWS = 12  # of the live front; the report has all of it
@@ -33,6 +34,7 @@ class Progress:
 
     total        trainings that the study is to have in the end, those of earlier runs included, repeats left out
     seed         the study's seed: outcomes with another one repeat a point, and count apart (None: none do)
+    evaluations  of a whole training: what one that was stopped early would still have taken
     time_budget  seconds after which no trial is started; None or 0: no limit
     done         outcomes of earlier runs of the same study
     quiet        show nothing but messages
@@ -45,6 +47,7 @@ class Progress:
         *,
         done: Iterable[Outcome] = (),
         seed: int | None = None,
+        evaluations: int = 1,
         quiet: bool = False,
         console: Console | None = None,
     ) -> None:
@@ -52,12 +55,14 @@ class Progress:
         self._trials = total
         self._repeats = 0
         self._seed = seed
+        self._evaluations = evaluations
         self._budget = time_budget
         self._quiet = quiet
         self._done = list(done)
         self._earlier = len(self._done)
         self._front = front(candidates(self._done))
         self._running: dict[str, tuple[Outcome, Mapping[str, Any]]] = {}
+        self._paused: set[str] = set()
         self._answered: Counter[str] = Counter()
         self._measuring, self._measuring_told = "", time.monotonic()
         self._began = time.monotonic()
@@ -95,13 +100,20 @@ class Progress:
     def started(self, outcome: Outcome) -> None:
         self._first_start = self._first_start or time.monotonic()
         self._running[outcome.digest] = (outcome, {})
+        self._paused.discard(outcome.digest)
 
     def rung(self, digest: str, rung: Mapping[str, Any]) -> None:
         if digest in self._running:
             self._running[digest] = (self._running[digest][0], rung)
 
+    def paused(self, digest: str) -> None:
+        """It waits at a rung and holds no worker; `started` again when it goes on."""
+        self._running.pop(digest, None)
+        self._paused.add(digest)
+
     def finished(self, outcome: Outcome) -> None:
         self._running.pop(outcome.digest, None)
+        self._paused.discard(outcome.digest)
         self._done.append(outcome)
         self._front = front(candidates(self._done))
         if self._quiet:
@@ -157,10 +169,13 @@ class Progress:
         lost = {s: n for s, n in by_status.items() if s in ("diverged", "failed", "out_of_memory", "stopped")}
         parts = [
             f"{len(self._running)} running" if self._running else "",
+            f"{len(self._paused)} paused" if self._paused else "",
             f"{len(self._done) - repeats} of {self._trials} finished",
             f"{repeats} of {self._repeats} repeats with other seeds" if self._repeats else "",
         ]
         parts += [f"{n} {status.replace('_', ' ')}" for status, n in sorted(lost.items())]
+        saved, whole = tokens_saved(self._done, evaluations=self._evaluations)
+        parts += [f"{saved / whole:.0%} of all tokens not trained"] if saved else []
         if self._answered:
             reasons = ", ".join(f"{n} {r.replace('_', ' ')}" for r, n in sorted(self._answered.items()))
             parts.append(f"{self._answered.total()} answered without training ({reasons})")

@@ -34,6 +34,7 @@ from rich.text import Text
 
 from allocators.core.errors import ToolkitError
 from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, best_under
+from search.halving import tokens_saved
 from search.pareto import Candidate, candidates, front, human, knee
 from search.progress import accuracy_text, front_table, number, point, probability, varying
 from search.records import Records, flattened, read, write_atomically
@@ -89,6 +90,12 @@ class Report:
         return list(dict.fromkeys(label for run in self.records.finished.values() for label in run.by_task))
 
     @cached_property
+    def tokens_saved(self) -> tuple[int, int]:
+        """Tokens that stopped trainings were not trained for, and what all trainings would have taken to their ends."""
+        evaluations = self.records.header["config"].get("evaluations", 1)
+        return tokens_saved(self.records.finished.values(), evaluations=evaluations)
+
+    @cached_property
     def sections(self) -> list[Section]:
         """Tables beyond the front."""
         return sections(self.records, self.points)
@@ -142,6 +149,8 @@ class Report:
                 found[f"{name}_trainable_params"] = candidate.trainable_params
         if (correlation := self.early_ranks[0]) is not None:
             found["rank_correlation_first_rung"] = correlation
+        if self.tokens_saved[0]:
+            found["tokens_saved"], found["tokens_without_stopping"] = self.tokens_saved
         if self.noise is not None:
             found["seed_standard_deviation"] = math.sqrt(self.noise.variance)
         if self.bias is not None:
@@ -405,6 +414,13 @@ def _state(report: Report) -> list[str]:
         repeats = sum(outcome.trial.seed != report.seed for outcome in finished) if "seeds" in config else 0
         own = f"{len(finished) - repeats}{f' of {asked}' if asked else ''} runs are finished"
         said.append(f"{own}{f', and {repeats} repeats with other seeds' if repeats else ''}: {kinds}.")
+    saved, whole = report.tokens_saved
+    if saved:
+        stopped = statuses["stopped"]
+        said.append(
+            f"Stopped early at an evaluation: {stopped} {'training' if stopped == 1 else 'trainings'}, which left "
+            f"{human(saved)} of {human(whole)} tokens ({saved / whole:.0%}) untrained; none of them is on the front."
+        )
     if flying := len(records.in_flight):
         what, them = ("run is", "it") if flying == 1 else ("runs are", "them")
         said.append(f"{flying} {what} in flight, or cut off with the driver: the same command takes {them} up again.")

@@ -124,6 +124,11 @@ def run(config: RunConfig) -> int:
     else:
         problem = prepare(config)
     config = amounts(config, problem)
+    if problem.is_table and config.scheduler != "none":
+        raise StudyError(
+            f"scheduler={config.scheduler} stops trainings early, and every row of a table (space={config.space}) is "
+            "trained to its end: leave it out"
+        )
     if config.dry_run:
         dry_run(config, problem)
         return 0
@@ -256,6 +261,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         os.environ.setdefault(name, value)
     from search import pool as pools
     from search import ray_tune
+    from search.halving import NO_HALVING, Halving
     from search.replay import WORKERS, Announcing, TableProblem
     from search.usage import PeakMemory
     from trainers import models
@@ -279,7 +285,13 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
     memory, before = PeakMemory(), list(records.finished.values())
     with (
         memory,
-        Progress(config.trials, config.time_budget_seconds or None, done=before, seed=config.seed) as progress,
+        Progress(
+            config.trials,
+            config.time_budget_seconds or None,
+            done=before,
+            seed=config.seed,
+            evaluations=config.evaluations,
+        ) as progress,
     ):
         try:
             pool.start()
@@ -289,6 +301,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 progress.message(f"starting workers: {pool.plan.describe()}")
                 progress.message(pool.ask({"kind": "task"}, told=lambda *_: None)["task"])
                 problem = replace(problem, signals=_signals(config, problem, pool, folder, progress))
+            pausing = config.scheduler != "none"
             conductor = Run(
                 problem,
                 records,
@@ -300,11 +313,13 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 keep=config.keep,
                 trials=config.trials,
                 seeds=config.seeds,
+                halving=Halving(evaluations=config.evaluations, eta=config.eta) if pausing else NO_HALVING,
             )
-            # the conductor ends it; Tune wants a number, so one that every point with every seed stays below
-            most = repeats + max(config.trials, len(records.outcomes)) * config.seeds
-            asked = Announcing(conductor, pool) if isinstance(pool, pools.TablePool) else conductor
-            ray_tune.search(asked, pool, study=study, trials=most)
+            # the conductor ends it; Tune wants a number, so one that every point with every seed stays below: at that
+            # number it would ask no more, not for what is paused either
+            most = repeats + max(config.trials, len(records.outcomes)) * config.seeds + 1
+            asked: Any = Announcing(conductor, pool) if isinstance(pool, pools.TablePool) else conductor
+            ray_tune.search(asked, pool, study=study, trials=most, pausing=pausing)
             if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
                 raise KeyboardInterrupt
             conductor.settle()
@@ -321,6 +336,9 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         f"{own} {done}{f' and {others} repeats with other seeds' if others else ''} in {seconds / 60:.1f} minutes "
         f"with start-up; peak memory of driver, Ray and workers on this machine {gibibytes:.1f} GiB"
     )
+    if records.sampler_seconds:
+        mean = sum(records.sampler_seconds) / len(records.sampler_seconds)
+        print(f"sampler {config.sampler}: {mean:.2g} s a suggestion")
 
 
 def _workers(

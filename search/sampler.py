@@ -7,6 +7,7 @@ worker. Pure Python over Optuna: no Ray.
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -25,11 +26,15 @@ EXHAUSTED = 400
 
 @dataclass(frozen=True)
 class Proposal:
-    """A point that has to be trained: the trial, its exact cost, and the sampler parameters it came from."""
+    """A point that has to be trained: the trial, its exact cost, and the sampler parameters it came from.
+
+    sampler_seconds   what it took to think of it, the points answered on the way included
+    """
 
     trial: Trial
     trainable_params: int
     params: Mapping[str, Any]
+    sampler_seconds: float = 0.0
 
 
 def _ehvi(problem: Problem, seed: int) -> Any:
@@ -131,6 +136,7 @@ class Proposer:
             proposal = self._unfinished.pop(0)
             self._running[proposal.trial.digest] = [self._ask(proposal.params)[0]]
             return proposal
+        began = time.monotonic()
         for attempt in range(EXHAUSTED):
             self._study.sampler = self._sampler if attempt < PATIENCE else self._random
             starting = self._starting.pop(0) if self._starting else None
@@ -152,7 +158,7 @@ class Proposer:
                 self._running[digest].append(trial)
             else:
                 self._running[digest] = [trial]
-                return Proposal(resolved, cost, params)
+                return Proposal(resolved, cost, params, time.monotonic() - began)
             self._answered(_repeated(params, digest))
         return None
 
@@ -170,7 +176,10 @@ class Proposer:
         return trial, *self._problem.ask(trial)
 
     def _tell(self, trial: Any, outcome: Outcome) -> None:
-        if outcome.accuracy is None:
+        if outcome.status == "stopped":
+            # Worse than its rivals, but its accuracy is not that of a whole training: on no front, whatever it was.
+            self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+        elif outcome.accuracy is None:
             self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
         else:
             self._study.tell(trial, (outcome.accuracy, outcome.trainable_params))

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from allocators.core.types import Outcome
+from allocators.core.types import FINISHED, Outcome
 from search import pareto
+from search.halving import NO_HALVING, Halving, NoHalving
 from search.progress import Progress
 from search.records import Records, Study
 from search.sampler import Answered, Proposal, Proposer, table_rows
@@ -79,6 +80,8 @@ class Run:
     checkpoints   where workers keep the state of their trials; a finished trial needs none
     deadline      monotonic time after which nothing new is proposed; None: no limit
     keep          "front": adapters of points that left the front are deleted; "all": none is
+    halving       pauses trainings at rungs; those that were not gone on with in the end are `stopped`. Repeats with
+                  other seeds run to their end
     """
 
     def __init__(
@@ -94,6 +97,7 @@ class Run:
         keep: str,
         trials: int,
         seeds: int = 1,
+        halving: Halving | NoHalving = NO_HALVING,
     ) -> None:
         self._problem = problem
         self._records = records
@@ -104,6 +108,7 @@ class Run:
         self._keep = keep
         self._trials = trials
         self._seeds = seeds
+        self._halving = halving
         self._proposals: dict[str, Proposal] = {}
         for digest in records.finished:  # a driver that was killed may have recorded an end and not cleaned up
             self._drop_checkpoint(digest)
@@ -112,21 +117,39 @@ class Run:
         if problem.is_table:
             self._work: Iterator[Proposal | Literal["wait"]] = self._rows()
         else:
+            paused = [p for p in half_done if self._restored(records.outcomes[p.trial.digest])]
+            for outcome in own.values():
+                self._restored(outcome)
+            under_way = [p for p in half_done if p.trial.seed == problem.seed and p not in paused]
             self._proposer = Proposer(
                 problem,
                 sampler=sampler,
                 known=[(outcome, records.params_of(digest)) for digest, outcome in own.items()],
-                unfinished=[p for p in half_done if p.trial.seed == problem.seed],
+                unfinished=[*paused, *under_way],
                 answered=self._on_answered,
             )
             repeats = [p for p in half_done if p.trial.seed != problem.seed]
-            self._work = self._search(trials - len(own), repeats)
+            for _ in paused:  # the sampler knows that they are under way; they go on when it is their turn
+                proposal = self._proposer.propose()
+                assert proposal is not None
+                self._proposals[proposal.trial.digest] = proposal
+                progress.paused(proposal.trial.digest)
+            self._work = self._search(trials - len(own) - len(paused), repeats)
             self._expect()
 
     @property
     def cut_off(self) -> bool:
-        """Whether trials were started that have no result."""
-        return bool(self._proposals)
+        """Whether trials were started that have no result, and are not paused."""
+        return bool(self._running)
+
+    @property
+    def _running(self) -> list[Proposal]:
+        return [proposal for digest, proposal in self._proposals.items() if digest not in self._halving.paused]
+
+    @property
+    def _searching(self) -> bool:
+        """Whether a training with the study's own seed is under way."""
+        return any(proposal.trial.seed == self._problem.seed for proposal in self._running)
 
     def propose(self) -> Proposal | Literal["wait"] | None:
         """The next training; "wait" where a result has to come in first; None when there is nothing left to do."""
@@ -138,7 +161,7 @@ class Run:
             return proposal
         started = Outcome(proposal.trial, "started", proposal.trainable_params)
         self._proposals[proposal.trial.digest] = proposal
-        self._records.append_started(started, proposal.params)
+        self._records.append_started(started, proposal.params, sampler_seconds=proposal.sampler_seconds)
         self._tracker.started(started)
         self._progress.started(started)
         return proposal
@@ -146,21 +169,51 @@ class Run:
     def _search(self, own: int, repeats: list[Proposal]) -> Iterator[Proposal | Literal["wait"]]:
         """What the sampler proposes; then repeats of the front, which is looked at again after every result."""
         for _ in range(own):
+            yield from self._promoted()
             proposal = self._proposer.propose()
             if proposal is None:
                 self._progress.message("every point of the space has been answered")
                 break
             yield proposal
+        yield from self._last_rungs()
         yield from repeats
         while self._seeds > 1:
             missing = missing_repeats(self._problem, self._records, seeds=self._seeds)
-            searching = any(proposal.trial.seed == self._problem.seed for proposal in self._proposals.values())
-            if missing and not searching:  # before the search's last result the front is not known
+            if missing and not self._searching:  # before the search's last result the front is not known
                 yield missing[0]
             elif self._proposals:
                 yield "wait"
             else:
                 return
+
+    def _promoted(self) -> Iterator[Proposal]:
+        """Paused trainings that may go on."""
+        while (digest := self._halving.next()) is not None:
+            yield replace(self._proposals[digest], sampler_seconds=0.0)  # nobody had to think of it again
+
+    def _last_rungs(self) -> Iterator[Proposal | Literal["wait"]]:
+        """Every point was started: the best of the paused ones go on, and what is left in the end is stopped."""
+        self._halving.close()
+        while self._halving.paused:
+            yield from self._promoted()
+            if not self._halving.paused:
+                return
+            if self._searching:
+                yield "wait"
+                continue
+            for digest in list(self._halving.paused):
+                outcome = self._records.outcomes[digest]
+                last = outcome.rungs[-1]
+                found = {"accuracy": last["accuracy"], "tokens": last["tokens"], "seconds": last.get("seconds", 0.0)}
+                self.finished(outcome.updated(status="stopped", **found))
+
+    def _restored(self, outcome: Outcome) -> bool:
+        """Takes a training of an earlier run in; whether it is paused."""
+        if not self._is_own(outcome):
+            return False
+        accuracies = [rung.get("accuracy") for rung in outcome.rungs]
+        finished = outcome.status in FINISHED
+        return self._halving.restore(outcome.digest, accuracies, cost=outcome.trainable_params, finished=finished)
 
     def _rows(self) -> Iterator[Proposal]:
         """What is missing of a table."""
@@ -183,15 +236,24 @@ class Run:
         missing = missing_repeats(self._problem, self._records, seeds=self._seeds)
         self._progress.expect(self._trials, begun + len(missing))
 
-    def rung(self, digest: str, rung: Mapping[str, Any]) -> None:
+    def rung(self, digest: str, rung: Mapping[str, Any]) -> bool:
+        """An evaluation of a training; whether it goes on now, else it is paused until it is proposed again."""
         self._records.append_rung(digest, rung)
         self._tracker.rung(digest, rung)
         self._progress.rung(digest, rung)
+        outcome = self._records.outcomes[digest]
+        number = sum(int(known["step"]) <= int(rung["step"]) for known in outcome.rungs)
+        cost = outcome.trainable_params
+        if not self._is_own(outcome) or self._halving.reached(digest, number, accuracy=rung.get("accuracy"), cost=cost):
+            return True
+        self._progress.paused(digest)
+        return False
 
     def finished(self, outcome: Outcome) -> None:
         proposal = self._proposals.pop(outcome.digest)
         self._records.append_finished(outcome, proposal.params)
         self._drop_checkpoint(outcome.digest)
+        self._halving.drop(outcome.digest)
         if not self._problem.is_table:
             self._proposer.tell(outcome)
             self._expect()

@@ -148,7 +148,7 @@ class Bench:
                 seconds=result.seconds,
                 peak_memory_bytes=result.peak_memory_bytes,
             )
-            if leads and result.accuracy is not None:
+            if leads and result.status == "complete":  # one that was stopped is paused, perhaps: it has a checkpoint
                 outcome = outcome.updated(adapter=self._save(adapter, outcome))
             return outcome
         except OutOfMemoryError as error:

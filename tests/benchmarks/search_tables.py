@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.search_tables                                       all tables, 20 seeds, resumes
     python -m tests.benchmarks.search_tables tables=protein,llm samplers=tpe,ehvi seeds=5 evaluations=100
+    python -m tests.benchmarks.search_tables tables=llm samplers=rows,rows+halving,ehvi,ehvi+halving     early stopping
     python -m tests.benchmarks.search_tables show=true                             what is finished, nothing is run
 
 Tables
@@ -21,8 +22,9 @@ what is missing to 1.
 Every sampler is driven as `search/sampler.py` drives it: through Optuna's ask and tell, repeats answered with the known
 result at no cost, impossible points told as pruned, plain random points after 25 repeats in a row. Four workers run
 asynchronously under a virtual clock that counts trained tokens (HPOLib: every training takes as long as any other). A
-training that a scheduler stops counts the share that was trained; so budgets are in full trainings. `VARIANTS` pairs a
-sampler with a scheduler.
+training that a scheduler stops counts the share that was trained; so budgets are in full trainings. A variant pairs
+a sampler with a scheduler: `+halving` is `scheduler=pareto_halving` of search/halving.py; `rows` draws the rows of the
+llm table themselves, each once, as benchmarks of schedulers do.
 
 Printed are medians over the seeds with their quartiles; seeds are paired. The JSON line's `ratios` are
     TABLE/VARIANT/to95         full trainings until 95 % of the table's hypervolume (null: not within the evaluations)
@@ -44,6 +46,7 @@ import json
 import os
 import pickle
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -66,7 +69,9 @@ import sklearn
 
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError, ToolkitError, unknown
 from search import replay
+from search.config import RunConfig
 from search.ehvi import EHVISampler, Known, resolver
+from search.halving import NO_HALVING, Halving
 from search.pareto import point_of
 from search.records import write_atomically
 from search.sampler import EXHAUSTED, PATIENCE, Proposer
@@ -97,6 +102,7 @@ class Table:
     judged        training -> (quality, log parameters) that count for the front; diverged ones are not in it
     starting      parameters that every sampler tries first
     evaluations   of a whole training, equally spaced
+    points        parameters of every training, where they are no grid
     """
 
     name: str
@@ -106,6 +112,7 @@ class Table:
     judged: Mapping[str, tuple[float, float]]
     starting: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 1
+    points: list[dict[str, Any]] = field(default_factory=list)
 
     def scaled(self) -> dict[str, tuple[float, float]]:
         """Quality and cheapness of every training, worst 0 and best 1."""
@@ -126,29 +133,44 @@ class Scheduler(Protocol):
         """The paused training that a free worker goes on with; None: a new one."""
 
 
-class RunToTheEnd:
-    """No early stopping."""
+class Rows(optuna.samplers.RandomSampler):
+    """Rows of a table that is no grid, each once and all equally likely; `random` draws those in empty regions more."""
 
-    def reached(self, key: str, number: int, *, accuracy: float | None, cost: int) -> bool:
-        return True
+    def __init__(self, table: Table, seed: int) -> None:
+        super().__init__(seed=seed)
+        self._rows = random.Random(seed).sample(table.points, len(table.points))
+        self._space: dict[str, Any] = {}
+        if self._rows:
+            asked = optuna.trial.FixedTrial(self._rows[0])
+            table.suggest(asked)
+            self._space = asked.distributions
 
-    def next(self) -> str | None:
-        return None
+    def infer_relative_search_space(self, study: Any, trial: Any) -> dict[str, Any]:
+        return self._space
+
+    def sample_relative(self, study: Any, trial: Any, search_space: Any) -> dict[str, Any]:
+        return self._rows.pop() if self._rows else {}
+
+
+def run_to_the_end(table: Table) -> Scheduler:
+    return NO_HALVING
+
+
+def halving(table: Table) -> Scheduler:
+    """With the default of `eta=`."""
+    return Halving(evaluations=table.evaluations, eta=RunConfig().eta)
 
 
 Variant = tuple[Callable[[Table, int], Any], Callable[[Table], Scheduler]]
 VARIANTS: dict[str, Variant] = {
-    "random": (lambda table, seed: optuna.samplers.RandomSampler(seed=seed), lambda table: RunToTheEnd()),
-    "nsga2": (
-        lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
-        lambda table: RunToTheEnd(),
-    ),
-    "tpe": (
-        lambda table, seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
-        lambda table: RunToTheEnd(),
-    ),
-    "ehvi": (lambda table, seed: EHVISampler(table.suggest, seed=seed), lambda table: RunToTheEnd()),
+    "random": (lambda table, seed: optuna.samplers.RandomSampler(seed=seed), run_to_the_end),
+    "nsga2": (lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10), run_to_the_end),
+    "tpe": (lambda table, seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed), run_to_the_end),
+    "ehvi": (lambda table, seed: EHVISampler(table.suggest, seed=seed), run_to_the_end),
 }
+ROWS: dict[str, Variant] = {"rows": (Rows, run_to_the_end)}
+HALVED = {f"{name}+halving": (sampler, halving) for name, (sampler, _) in (VARIANTS | ROWS).items()}
+ALL = VARIANTS | ROWS | HALVED
 
 
 class Asker:
@@ -205,7 +227,7 @@ class Asker:
 
 def simulate(table: Table, variant: str, seed: int, *, evaluations: int) -> dict[str, Any]:
     """One search with asynchronous workers: `finished` holds (budget spent by all workers, training), in order."""
-    make_sampler, make_scheduler = VARIANTS[variant]
+    make_sampler, make_scheduler = ALL[variant]
     asker, scheduler = Asker(table, make_sampler(table, seed), seed), make_scheduler(table)
     clock: list[tuple[float, int, str]] = []  # when a running training is evaluated next
     order = itertools.count()
@@ -377,7 +399,7 @@ def llm(folder: Path) -> Table:
         return Known(key, cost[key], params=values[key])
 
     judged = {key: (rungs[key][-1].quality or 0.0, float(np.log(cost[key]))) for key in keys}
-    return Table("llm", suggest, rungs.__getitem__, tokens.__getitem__, judged, evaluations=4)
+    return Table("llm", suggest, rungs.__getitem__, tokens.__getitem__, judged, [], 4, list(values.values()))
 
 
 def _place(value: float, low: float, high: float, *, log: bool) -> float:
@@ -431,12 +453,13 @@ for _file in sorted(replay.SHIPPED.glob("*.parquet")):
 def fingerprint(variant: str) -> str:
     """What a finished cell depends on beside its name: the library's version, and the code of our own sampler."""
     parts = [str(VERSION), optuna.__version__]
-    if variant == "ehvi":
-        tree = ast.parse(Path(sys.modules[EHVISampler.__module__].__file__ or "").read_text())
+    ours = {"ehvi": EHVISampler, "halving": Halving}
+    for name in (name for name in ours if name in variant):
+        tree = ast.parse(Path(sys.modules[ours[name].__module__].__file__ or "").read_text())
         for node in ast.walk(tree):  # what is said about the code does not change what it does
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        parts += [ast.dump(tree), sklearn.__version__]
+        parts += [ast.dump(tree), sklearn.__version__ if name == "ehvi" else str(RunConfig().eta)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -467,7 +490,7 @@ def main(arguments: list[str]) -> int:
     given |= {"wheels": str(BUILD / "wheels"), "show": "false"}
     given |= dict(word.split("=", 1) for word in arguments)
     tables, variants = given["tables"].split(","), given["samplers"].split(",")
-    for kind, asked, known in (("table", tables, TABLES), ("sampler", variants, VARIANTS)):
+    for kind, asked, known in (("table", tables, TABLES), ("sampler", variants, ALL)):
         for name in asked:
             if name not in known:
                 raise unknown(kind, name, known)

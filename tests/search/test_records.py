@@ -107,6 +107,14 @@ def test_a_damaged_line_in_the_middle_is_named_and_costs_only_itself(tmp_path_fa
     assert f"line {bad + 1} " in seen.problems[0]
 
 
+def test_what_it_took_to_propose_a_point_is_kept(tmp_path):
+    with open_study(tmp_path) as study:
+        study.append_started(started(POINTS[0]), {}, sampler_seconds=0.25)
+        study.append_started(started(POINTS[1]), {})  # a study of an earlier version did not say
+        assert study.sampler_seconds == [0.25]
+    assert read(tmp_path).sampler_seconds == [0.25]
+
+
 def test_what_a_driver_left_behind(tmp_path):
     done, cut, never = POINTS[:3]
     with open_study(tmp_path) as study:

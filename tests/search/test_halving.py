@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from itertools import pairwise
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.halving import BEYOND, Halving, NoHalving, ordered, rungs, tokens_saved
+from allocators.core.types import Outcome
+from search.config import parse
+from search.halving import BEYOND, NO_HALVING, Halving, ordered, rungs, tokens_saved
+from search.pareto import candidates, front
 from search.pool import Board
+from search.records import Study, read
+from search.replay import export
+from search.run import prepare_replay
+from search.sampler import Proposer
+from tests.search.test_replay import record
+from tests.search.test_study import lines
 
 COSTS = st.integers(1, 10**9)
 ACCURACIES = st.sampled_from([0.0, 0.25, 0.5, 0.53, 0.7, 1.0]) | st.floats(0, 1)
@@ -238,7 +254,7 @@ def test_what_goes_on_from_its_checkpoint_reports_old_rungs_and_is_not_paused_th
 
 
 def test_without_halving_nothing_is_ever_paused():
-    halving = NoHalving()
+    halving = NO_HALVING
     assert halving.reached("a", 1, accuracy=None, cost=1)
     assert halving.next() is None
     assert not halving.restore("a", [0.1], cost=1, finished=False)
@@ -330,3 +346,86 @@ def test_closing_lets_those_go_who_ask():
         assert await board.take(0) is None
 
     asyncio.run(story())
+
+
+# --- through Ray Tune
+
+
+def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):
+    """A table answers instead of workers; what a killed driver leaves is written by hand: paused, under way, over."""
+    record(tmp_path / "recorded")
+    table = export([tmp_path / "recorded"], tmp_path / "small.parquet")
+    words = [f"replay={tmp_path / 'small.parquet'}", "scheduler=pareto_halving", "eta=2", "sampler=random", "trials=12"]
+    words += [f"storage={tmp_path}", "max_concurrent=3", "num_cpus=2"]
+    config, asked = prepare_replay(parse(words))
+    folder = tmp_path / config.study_name
+    proposer = Proposer(asked, sampler="random")
+    with Study.open(folder, config=config.to_json(), identity=config.identity(), shape=asked.shape) as study:
+        begun = [proposer.propose() for _ in range(5)]
+        for number, proposal in enumerate(begun):
+            row = table.rows[proposal.trial.digest].outcome
+            started = Outcome(proposal.trial, "started", proposal.trainable_params)
+            study.append_started(started, proposal.params)
+            for rung in row.rungs[: (1, 1, 2, 0, 3)[number]]:
+                study.append_rung(row.digest, rung)
+            if number == 4:
+                study.append_finished(row, proposal.params)
+    cut_off = len(lines(folder))
+
+    command = [sys.executable, "-m", "search.run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "150"}, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    finished = read(folder).finished
+    assert len(finished) == 12, "trials counts what was started"
+    statuses = Counter(outcome.status for outcome in finished.values())
+    assert statuses["complete"] >= 2
+    assert statuses["stopped"] >= 4
+    assert {p.trial.digest for p in begun} <= set(finished)
+    for digest, outcome in finished.items():
+        row = table.rows[digest].outcome
+        assert outcome.rungs == row.rungs[: len(outcome.rungs)]
+        if outcome.status == "stopped":
+            assert len(outcome.rungs) in rungs(3, 2)
+            assert (outcome.tokens, outcome.adapter) == (outcome.rungs[-1]["tokens"], "")
+        else:
+            assert (outcome.status, outcome.accuracy) == (row.status, row.accuracy)
+    assert all(run.status == "complete" for run in (c.best for c in front(candidates(finished.values()))))
+    began = Counter(
+        line["outcome"]["trial"]["digest"] for line in lines(folder)[cut_off:] if line["event"] == "started"
+    )
+    assert began[begun[4].trial.digest] == 0, "it had finished"
+    assert any(finished[digest].status == "complete" for digest, times in began.items() if times > 1), "pause, go on"
+    assert f"{statuses['stopped']} stopped" in done.stdout
+    assert "% of all tokens not trained" in done.stdout
+    assert f"Stopped early at an evaluation: {statuses['stopped']} trainings" in done.stdout
+
+
+@pytest.mark.slow
+def test_real_trainings_pause_go_on_from_their_checkpoints_and_survive_a_killed_driver(tmp_path):
+    words = ["space=sieve", "trials=8", "sampler=random", "scheduler=pareto_halving", "eta=2", "evaluations=4"]
+    words += ["limit=24", "calibration_samples=16", "recipe.steps=12", "recipe.batch_size=4", f"storage={tmp_path}"]
+    command = [sys.executable, "-m", "search.run", *words]
+    folder = tmp_path / "sieve-tiny-moe-default"
+    with (tmp_path / "first.log").open("w") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 400
+    while sum(line["event"] == "rung" for line in lines(folder)) < 5:
+        assert driver.poll() is None, (tmp_path / "first.log").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "first.log").read_text()
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    killed = read(folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    finished = read(folder).finished
+    assert len(finished) == 8
+    assert {"complete", "stopped"} == {outcome.status for outcome in finished.values()}
+    for outcome, _ in killed.in_flight:  # wall clock is never the same twice: equal seconds, trained once
+        seconds = [rung["seconds"] for rung in outcome.rungs]
+        assert [rung["seconds"] for rung in finished[outcome.digest].rungs][: len(seconds)] == seconds
+    whole = [outcome for outcome in finished.values() if outcome.status == "complete"]
+    assert all([rung["step"] for rung in outcome.rungs] == [3, 6, 9, 12] for outcome in whole)
+    assert not list((folder / "checkpoints").glob("*"))
+    adapters = {path.name for path in (folder / "adapters").glob("*")}
+    assert adapters == {c.best.digest for c in front(candidates(finished.values()))}

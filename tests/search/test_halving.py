@@ -23,9 +23,10 @@ from search.pareto import candidates, front
 from search.pool import Board
 from search.records import Study, read
 from search.replay import export
-from search.run import prepare_replay
+from search.run import main, prepare_replay
 from search.sampler import Proposer
 from tests.search.test_replay import record
+from tests.search.test_sampler import problem
 from tests.search.test_study import lines
 
 COSTS = st.integers(1, 10**9)
@@ -346,6 +347,46 @@ def test_closing_lets_those_go_who_ask():
         assert await board.take(0) is None
 
     asyncio.run(story())
+
+
+# --- as keys of a study
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["scheduler=pareto_halvin"], "did you mean 'pareto_halving'"),
+        (["scheduler=pareto_halving", "evaluations=1"], "set it to 2 or more"),
+        (["eta=1"], "eta must be at least 2, got 1"),
+        (["space=sieve_ablation", "scheduler=pareto_halving"], "every row of a table"),
+    ],
+)
+def test_halving_that_cannot_work_gets_one_line(capsys, words, expected):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_results_depend_on_who_is_trained_to_the_end():
+    plain = parse([]).identity()
+    assert parse(["scheduler=pareto_halving"]).identity() != plain
+    assert parse(["eta=4"]).identity() != plain
+
+
+def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_front():
+    asked = problem(seed=0)
+    first, second = Proposer(asked, sampler="random"), []
+    for status in ("complete", "stopped"):
+        proposal = first.propose()
+        outcome = Outcome(proposal.trial, status, proposal.trainable_params, accuracy=0.9)
+        second.append((outcome, proposal.params))
+    again = Proposer(asked, sampler="tpe", known=second)
+    states = [trial.state.name for trial in again._study.get_trials(deepcopy=False)]
+    assert states == ["COMPLETE", "PRUNED"]
+    assert len(again._study.best_trials) == 1
+    digests = {outcome.digest for outcome, _ in second}
+    assert again.propose().trial.digest not in digests
 
 
 # --- through Ray Tune

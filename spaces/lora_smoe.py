@@ -15,8 +15,8 @@ Knobs
 Starting points: uniform and random at T = 5 a layer, retention 0.6 with S and with U at 8 experts a block (4.8 a block
 on average), all with the study's recipe.
 
-Measured with the first command, trials=8 and evaluations=1, one seed (± about .02), on one CPU core: 3.7 minutes. S .903 at
-732k parameters, U .880 at 712k; uniform .970 and random .887 at 1.23M.
+Measured with the first command, trials=8 and evaluations=1, one seed (± about .02), on one CPU core: 3.7 minutes. S
+.903 at 732k parameters, U .880 at 712k; uniform .970 and random .887 at 1.23M.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Knobs
 Starting points: uniform and random at T = 5 a layer, and the layouts 2468, 8642, 8228 and 2882, which have the same T
 where four divides the number of layers. Needs no signal.
 
-Measured with the first command, trials=8 and evaluations=1, one seed (± about .02), on one CPU core: 3.5 minutes. At 1.23M
-parameters 8228 .973, uniform .970, 8642 .920, random .887, 2882 .793, 2468 .710.
+Measured with the first command, trials=8 and evaluations=1, one seed (± about .02), on one CPU core: 3.5 minutes. At
+1.23M parameters 8228 .973, uniform .970, 8642 .920, random .887, 2882 .793, 2468 .710.
 """
 
 from __future__ import annotations

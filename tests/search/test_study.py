@@ -16,11 +16,12 @@ import pytest
 from allocators.core.types import ExpertSelection
 from search.records import LINES, read
 
-TRIALS = 6
+TRIALS, SEEDS = 6, 2
 WORDS = [
     "space=sieve",
     "task=trainers/embedded/tasks/default.yaml",  # a relative path: workers run in another folder
     f"trials={TRIALS}",
+    f"seeds={SEEDS}",
     "limit=24",
     "calibration_samples=16",
     "evaluations=3",
@@ -76,12 +77,27 @@ def story(tmp_path_factory):
 def test_nothing_is_trained_twice_and_nothing_is_lost(story):
     folder, killed, _ = story
     finished = Counter(line["outcome"]["trial"]["digest"] for line in lines(folder) if line["event"] == "finished")
-    assert len(finished) == TRIALS
     assert set(finished.values()) == {1}
     assert set(killed.finished) <= set(finished)
     assert {outcome.digest for outcome, _ in killed.in_flight} <= set(finished)
     started = Counter(line["outcome"]["trial"]["digest"] for line in lines(folder) if line["event"] == "started")
     assert all(started[digest] == 1 for digest in killed.finished)
+
+
+def test_the_front_is_repeated_with_another_seed_and_trials_count_alone(story):
+    from search.pareto import candidates, front
+
+    folder, _, log = story
+    finished = read(folder).finished
+    seeds = Counter(outcome.trial.seed for outcome in finished.values())
+    assert seeds[0] == TRIALS
+    assert set(seeds) == {0, 1}
+    members = front(candidates(finished.values()))
+    assert all([run.trial.seed for run in member.runs] == [0, 1] for member in members)
+    for first, again in (member.runs for member in members):
+        assert first.trial.allocation == again.trial.allocation
+        assert first.rungs[0]["loss"] != again.rungs[0]["loss"], "another seed is another training"
+    assert f"{TRIALS} of {TRIALS} finished · {seeds[1]} of {seeds[1]} repeats with other seeds" in log
 
 
 def test_a_trial_that_was_cut_off_goes_on_from_its_checkpoint(story):
@@ -118,8 +134,8 @@ def test_mlflow_has_one_parent_and_one_finished_child_a_trial(story):
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
     assert len(parents) == 1
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
-    assert len(children) == TRIALS
     assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len({run.data.tags["point"] for run in children}) == TRIALS, "repeats have the tag of their point"
     accuracies = sorted(o.accuracy for o in read(folder).finished.values())
     assert sorted(run.data.metrics["accuracy"] for run in children) == pytest.approx(accuracies)
 

@@ -52,10 +52,10 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
         return []
     published = [entry for entry in records.header["table"]["published"] if _agrees(entry, records.header["config"])]
     beside = {id(found): entry for entry in published if (found := _row(records, points, entry["row"])) is not None}
-    head = ("row", "trainable parameters", "accuracy", "s.d.", "seeds")
+    head: tuple[str, ...] = ("row", "trainable parameters", "accuracy", "s.d.", "seeds")
     rows = []
     for candidate in points:
-        cells = (
+        cells: tuple[str, ...] = (
             point(candidate.runs[0]),
             human(candidate.trainable_params),
             "" if candidate.accuracy is None else f"{candidate.accuracy:.3f}",
@@ -63,10 +63,9 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
             f"{len(candidate.complete)}",
         )
         if published:
-            entry = beside.get(id(candidate))
-            known = entry is not None and candidate.accuracy is not None
+            entry, accuracy = beside.get(id(candidate)), candidate.accuracy
             cells += (f"{entry['accuracy']:.3f}" if entry else "",)
-            cells += (f"{candidate.accuracy - entry['accuracy']:+.3f}" if known else "",)
+            cells += (f"{accuracy - entry['accuracy']:+.3f}" if entry and accuracy is not None else "",)
         rows.append(cells)
     if published:
         head += ("published", "difference")

@@ -12,7 +12,8 @@ the published models do.
     expert_lora   tests/benchmarks/expert_lora at OLMoE's layer size: frozen, PEFT, ours; agreement with PEFT
     lora_moe      tests/benchmarks/lora_moe at Llama-7B's width: frozen, the loops of the papers, ours
     moe_steps     training steps as trainers/loop.py does them, 4 layers of OLMoE's size: attention and router alone,
-                  the hot quarter of the experts, all experts; PEFT on attention and all experts
+                  the hot quarter of the experts, all experts; PEFT on attention and all experts (it adapts no router,
+                  and gate and up share an A)
     dense_steps   the same, 4 layers of Llama-7B's size, all seven projections of a layer: ours with 1, with 5 routed
                   and with 5 Hydra experts; PEFT; the two loops
     whole_moe     OLMoE-1B-7B as it is, 16 layers, the hot quarter of the experts: tokens a second, peak memory
@@ -36,6 +37,7 @@ import datetime
 import gc
 import io
 import json
+import os
 import platform
 import random
 import subprocess
@@ -442,6 +444,7 @@ def facts(device: str) -> dict[str, Any]:
     from trainers.versions import versions
 
     known: dict[str, Any] = {"device": f"{platform.machine()} CPU, {torch.get_num_threads()} thread(s)"}
+    known |= {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "date": str(datetime.date.today())}
     if device.startswith("cuda"):
         known["device"] = torch.cuda.get_device_name(device)
         known["cuda"] = torch.version.cuda
@@ -476,7 +479,8 @@ def measure(bench: Bench, parts: Sequence[str], budget: float) -> tuple[dict[str
 HEAD = """# Measured on a machine at a time
 
 Written by `python -m tests.benchmarks.gpu write=true`, a section for each device and size; the newest run replaces its
-section. Ratios within a table are what carries over to another machine.
+section. Ratios within a table are what carries over to another machine; where `load` is above the number of cores,
+other programs had their share of them.
 """
 
 
@@ -530,7 +534,7 @@ def main(argv: Sequence[str]) -> int:
         if device == "cpu":
             remark = "**A CPU at small sizes: shows that the benchmark runs, and nothing about a GPU.**\n\n"
         command = " ".join(["python -m tests.benchmarks.gpu", *argv])
-        write(f"{known['device']}, {size}, {datetime.date.today()}", remark, command, tee.getvalue(), line)
+        write(f"{known['device']}, {size}", remark, command, tee.getvalue(), line)
         print(f"written to {RESULTS}")
     return 0
 

@@ -151,23 +151,22 @@ class ObeyTheStudy(TrialScheduler):
 class TrialHandle(tune.Trainable):
     """What Tune sees of a trial. Trains nothing: submits, waits, cancels."""
 
-    under_way = False
-
     def setup(self, config: dict) -> None:
         self.board = ray.get_actor(config["board"], namespace=NAMESPACE)
-        self._submit(config)
+        self.reset_config(config)
 
     def reset_config(self, new_config: dict) -> bool:  # with reuse_actors one process serves trial after trial
-        self._submit(new_config)
+        self.job_id = Trial.from_json(json.loads(new_config["trial"])).digest
+        self.job = {"kind": "trial", **{key: new_config[key] for key in ("trial", "trainable_params", "asks")}}
+        self.under_way = False
         return True
 
-    def _submit(self, config: dict) -> None:
-        self.job_id = Trial.from_json(json.loads(config["trial"])).digest
-        job = {"kind": "trial", "trial": config["trial"], "trainable_params": config["trainable_params"]}
-        ray.get(self.board.submit.remote(self.job_id, job | {"asks": config["asks"]}))
-        self.under_way = True
-
     def step(self) -> dict:
+        if not self.under_way:
+            # Not in `setup`: Tune may start a new process for a trial, and give the trial to another one that became
+            # free meanwhile. What is not submitted need not be cancelled under the other one's feet.
+            ray.get(self.board.submit.remote(self.job_id, self.job))
+            self.under_way = True
         report: Any = ray.get(self.board.next_report.remote(self.job_id))
         self.under_way = not report["done"]
         return {"rung": "", "outcome": "", "error": "", **report}

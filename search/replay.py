@@ -281,15 +281,15 @@ class TableBoard:
 
     def _pass_on(self) -> None:
         """Answers the job whose report comes first, once all that run have asked and no worker is about to begin."""
-        full = self._idle or self._over or len(self._due) >= self._workers
-        if not self._due or not full or any(job not in self._asking for job in self._due):
-            return
-        job_id = min(self._due, key=lambda job: self._due[job][0][:2])
-        self._now, _, message = self._due[job_id].pop(0)
-        if message["done"]:
-            del self._due[job_id]
-        self._idle = False
-        self._asking.pop(job_id).set_result(message)
+        while self._due and all(job in self._asking for job in self._due):
+            if not (self._idle or self._over or len(self._due) >= self._workers):
+                return
+            job_id = min(self._due, key=lambda job: self._due[job][0][:2])
+            self._now, _, message = self._due[job_id].pop(0)
+            if message["done"]:
+                del self._due[job_id]
+            self._idle = False
+            self._asking.pop(job_id).set_result(message)
 
 
 class Workers(Protocol):

@@ -11,7 +11,7 @@ import sys
 
 import optuna
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from allocators.core.errors import InfeasibleError, StudyError
@@ -106,8 +106,7 @@ def test_every_row_is_found_again_by_its_parameters_whatever_its_seed(table):
                 assert params == dict(row.params)
 
 
-@settings(max_examples=4, deadline=None)
-@given(st.sampled_from(["ehvi", "tpe", "nsga2", "random"]), st.integers(0, 2))
+@pytest.mark.parametrize(("sampler", "seed"), [("ehvi", 0), ("tpe", 1)])
 def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(table, sampler, seed):
     made, _ = table
     pins = {"allocator": "sieve", "learning_rate": RATES[0]}
@@ -212,7 +211,8 @@ def order(tokens: dict[str, list[int]], workers: int, *, pauses: tuple[str, ...]
     """
 
     async def run() -> list[tuple[str, str]]:
-        board, waiting, paused, came = TableBoard(answers(tokens), workers), list(tokens), [], []
+        board, waiting = TableBoard(answers(tokens), workers), list(tokens)
+        paused, came, over = [], [], []
 
         async def worker() -> None:
             while waiting or paused:
@@ -229,7 +229,9 @@ def order(tokens: dict[str, list[int]], workers: int, *, pauses: tuple[str, ...]
                         paused.append(job)
                         break
                     first = False
-            await board.idle(over=True)
+            if not over:  # as Tune: it asks until it hears that there is nothing, and then never again
+                over.append(True)
+                await board.idle(over=True)
 
         await asyncio.wait_for(asyncio.gather(*(worker() for _ in range(workers))), timeout=10)
         return came

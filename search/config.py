@@ -69,7 +69,11 @@ class RunConfig:
         "seed of the sampler, the random allocator, data order and adapter initialisation; repeats take those after it",
     )
     max_trainable_params: int = _key(0, "points with more trainable parameters are not trained (0: no limit)")
-    sampler: str = _key("tpe", f"who proposes points: {', '.join(SAMPLERS)}")
+    sampler: str = _key(
+        "ehvi",
+        "who proposes points: ehvi (expected hypervolume improvement; parameters are known, so only accuracy is "
+        "modelled), tpe, nsga2, random",
+    )
     replay: str = _key(
         "", "ask this table of recorded trainings instead of training: a name or FILE.parquet (search/replay.py)"
     )

@@ -92,7 +92,7 @@ class Proposer:
         self,
         problem: Problem,
         *,
-        sampler: str = "tpe",
+        sampler: str = "ehvi",
         known: Sequence[tuple[Outcome, Mapping[str, Any]]] = (),
         unfinished: Iterable[Proposal] = (),
         answered: Callable[[Answered], None] = lambda point: None,

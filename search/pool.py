@@ -188,15 +188,17 @@ def plan(
 def connect(address: str, *, num_cpus: int = 0) -> dict[str, float]:
     """Starts a local Ray or joins a cluster; returns its total resources.
 
-    Raises StudyError when the address does not answer.
+    Raises StudyError when the address does not answer, or no Ray can be started here.
     """
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": True}
     if address == "local":
         options |= {"include_dashboard": False, "num_cpus": num_cpus or None}
     try:
         ray.init(address=address, logging_level=logging.ERROR, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a node that takes too long to start raises no narrower class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if address == "local":
+            raise StudyError(f"Ray cannot be started here ({reason}): is the machine out of memory or busy?") from None
         raise StudyError(
             f"ray_address={address} does not answer ({reason}): start a cluster with 'ray start --head', "
             "or use ray_address=local"

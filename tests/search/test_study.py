@@ -38,9 +38,9 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
 
-def run(storage: Path, log: Path) -> subprocess.Popen:
+def run(storage: Path, log: Path, *more: str) -> subprocess.Popen:
     with log.open("w") as output:
-        command = [sys.executable, "-m", "search.run", *WORDS, f"storage={storage}"]
+        command = [sys.executable, "-m", "search.run", *WORDS, f"storage={storage}", *more]
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "150"})
 
 
@@ -171,3 +171,17 @@ def test_the_same_command_once_more_trains_nothing(story):
     assert again.wait(timeout=120) == 0
     assert (folder / LINES).read_bytes() == before
     assert "nothing to train" in (folder.parent / "third.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_workers_a_trial_and_two_trials_at_once_end_on_four_logical_cpus(tmp_path):
+    """Where Tune's handles or Train's controllers took a CPU each, the second trial would wait for ever."""
+    driver = run(tmp_path, tmp_path / "log", "workers_per_trial=2", "max_concurrent=2", "num_cpus=4", "seeds=1")
+    try:
+        assert driver.wait(timeout=500) == 0, (tmp_path / "log").read_text()
+    finally:
+        driver.kill()
+    log = (tmp_path / "log").read_text()
+    assert "2 trial(s) at once, 2 worker(s) each, 1 CPU a worker" in log
+    assert f"{TRIALS} of {TRIALS} finished" in log
+    assert {outcome.status for outcome in read(tmp_path / "sieve-tiny-moe-default").finished.values()} == {"complete"}

@@ -137,22 +137,6 @@ def reading_folder(location: Location) -> Iterator[Path]:
         yield local
 
 
-def put_file(local: Location, location: Location) -> None:
-    """Copies a file to `location`, replacing what is there as a whole. Raises StudyError where it cannot be written."""
-    with replacing(location) as temporary:
-        shutil.copyfile(local, temporary)
-
-
-def get_file(location: Location, local: Location) -> bool:
-    """Copies the file at `location` to `local`; False where there is none."""
-    if not exists(location):
-        return False
-    Path(local).parent.mkdir(parents=True, exist_ok=True)
-    with reading(location) as file:
-        shutil.copyfile(file, local)
-    return True
-
-
 def put_folder(local: Location, location: Location) -> None:
     """Makes `location` a copy of the folder `local`. Raises StudyError where it cannot be written."""
     with replacing_folder(location) as temporary:

@@ -6,6 +6,8 @@ python -m pytest tests/trainers/test_storage.py
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -51,29 +53,30 @@ def test_a_second_folder_replaces_the_first_whole(place, folder, tmp_path):
     assert contents(tmp_path / "back") == contents(folder)
 
 
-def test_a_file_comes_back_and_is_replaced(place, tmp_path):
-    local, target, back = tmp_path / "file", storage.join(place, "x", "checkpoint"), tmp_path / "deep" / "back"
-    assert not storage.get_file(target, back)
+def test_a_file_comes_back_and_is_replaced(place):
+    target = storage.join(place, "x", "checkpoint")
+    assert not storage.exists(target)
     for text in ("one", "two"):
-        local.write_text(text)
-        storage.put_file(local, target)
-        assert storage.get_file(target, back)
-        assert back.read_text() == text
+        with storage.replacing(target) as temporary:
+            Path(temporary).write_text(text)
+        with storage.reading(target) as file:
+            assert Path(file).read_text() == text
 
 
 def test_nothing_temporary_stays(folder, tmp_path):
     place = tmp_path / "place"
     for _ in range(2):
         storage.put_folder(folder, place / "f")
-        storage.put_file(folder / "a.txt", place / "a.txt")
+        with storage.replacing(place / "a.txt") as temporary:
+            Path(temporary).write_text("alpha")
     assert sorted(os.listdir(place)) == ["a.txt", "f"]
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     target = tmp_path / "a.txt"
     target.write_text("old")
-    with pytest.raises(StudyError, match="cannot write"):
-        storage.put_file(tmp_path / "missing", target)
+    with pytest.raises(StudyError, match="cannot write"), storage.replacing(target) as temporary:
+        shutil.copyfile(tmp_path / "missing", temporary)
     assert target.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
 

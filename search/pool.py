@@ -167,10 +167,16 @@ def plan(
     """Fits worker groups to what the cluster holds.
 
     Raises StudyError when not even one group fits, or fewer than `max_concurrent` asks for: a group that waits for
-    resources that do not exist would wait for ever.
+    resources that do not exist would wait for ever. Also for several workers of a trial with a part of a GPU each:
+    Ray would put them on one, and NCCL refuses two ranks on one device.
     """
     cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
     wanted = (1.0 if gpus else 0.0) if gpus_per_worker < 0 else gpus_per_worker
+    if workers_per_trial > 1 and 0 < wanted < 1:
+        raise StudyError(
+            f"{workers_per_trial} workers of one trial cannot share a GPU (gpus_per_worker={wanted:g}): use "
+            "gpus_per_worker=1, or workers_per_trial=1 to have several trials share one"
+        )
     fitting = int(cpus // (workers_per_trial * cpus_per_worker))
     if wanted:
         fitting = min(fitting, int(gpus / (workers_per_trial * wanted) + 1e-9))

@@ -44,6 +44,11 @@ def test_what_does_not_fit_is_refused_instead_of_waiting_for_ever(cluster, asked
         plan(cluster, **(DEFAULTS | asked))
 
 
+def test_workers_of_one_trial_need_a_gpu_each():
+    with pytest.raises(StudyError, match="2 workers of one trial cannot share a GPU"):
+        plan({"CPU": 16, "GPU": 1}, **(DEFAULTS | {"workers_per_trial": 2, "gpus_per_worker": 0.5}))
+
+
 def test_a_job_goes_to_one_group_and_its_reports_to_who_asked():
     async def story():
         board = Board(groups=2)

@@ -125,10 +125,10 @@ def train(
     """
     device = torch.device(device)
     try:
-        with _own_random_state(device), _one_sample_a_row():
-            return _Run(model, adapter, task, recipe, seed, tokenizer, device, evaluations, checkpoint).go(on_rung)
+        with own_random_state(device), one_sample_a_row():
+            return Run(model, adapter, task, recipe, seed, tokenizer, device, evaluations, checkpoint).go(on_rung)
     except RuntimeError as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0]
     finally:
@@ -136,9 +136,7 @@ def train(
         for parameter in adapter.parameters():
             parameter.grad = None
     # Only here, past the handler, does the error's traceback no longer hold the tensors of the step that failed.
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    give_memory_back(device)
     raise OutOfMemoryError(
         f"out of memory on {device} with micro_batch_size {recipe.micro_batch_size} and max_length "
         f"{recipe.max_length}: try less of either ({reason})"
@@ -236,19 +234,32 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, device: torch.device, cou
 
 def completion_loss(model: nn.Module, batch: MicroBatch) -> Tensor:
     """Sum of −log p over the completion tokens of a micro-batch, a scalar in fp32."""
+    return _log_losses(model, batch, reduction="sum")
+
+
+def completion_losses(model: nn.Module, batch: MicroBatch, *, parts: int) -> Tensor:
+    """The same sum for each of so many equal parts of the micro-batch's rows, [parts]."""
+    return _log_losses(model, batch, reduction="none").view(parts, -1).sum(dim=1)
+
+
+def _log_losses(model: nn.Module, batch: MicroBatch, *, reduction: str) -> Tensor:
     ids_BS, labels_BS, _ = batch.tokens_3BS
     # Logits only where a completion token follows in some row: prompts are most of the tokens, V is large.
     keep_K = torch.arange(batch.first - 1, ids_BS.shape[1] - 1, device=ids_BS.device)
     logits_BKV = model(input_ids=ids_BS, logits_to_keep=keep_K, use_cache=False).logits
-    return F.cross_entropy(
-        logits_BKV.float().flatten(0, 1), labels_BS[:, batch.first :].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    labels = labels_BS[:, batch.first :].flatten()
+    return F.cross_entropy(logits_BKV.float().flatten(0, 1), labels, ignore_index=IGNORED, reduction=reduction)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-class _Run:
+class Run:
+    """The steps of one run: `begin`, then `open_step`, gradients, `close_step`, `reach`, until there is a result.
+
+    trainers/packing.py makes the gradients of several runs in one pass; everything else of a run is here.
+    """
+
     def __init__(
         self,
         model: nn.Module,
@@ -291,43 +302,40 @@ class _Run:
         self.pending = torch.zeros(CHECK_EVERY, 2, device=device)  # loss and failures of the steps since the last look
         self.unseen = 0
 
+    @property
+    def step(self) -> int:
+        """How many steps were taken, which is the number of the next one."""
+        return len(self.past.losses) + self.unseen
+
     def go(self, on_rung: Callable[[Rung], bool]) -> Result:
+        result = self.begin(on_rung)
+        self.model.train()
+        while result is None:
+            self._step(self.step)
+            result = self.reach(on_rung)
+        return result
+
+    def begin(self, on_rung: Callable[[Rung], bool]) -> Result | None:
+        """Goes back to the checkpoint, where there is one, and tells its rungs; the result of a run that is over."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._resume()
-        self.model.train()
         for rung in self.past.rungs:
             if not on_rung(rung):
                 return self._result("complete" if rung.step == self.steps else "stopped")
-        for step in range(len(self.past.losses), self.steps):
-            self._step(step)
-            at_rung = step + 1 in self.rung_steps
-            if self.unseen == CHECK_EVERY or at_rung or not self.past.losses:
-                self._look()
-                if self.past.diverged or (at_rung and not self._parameters_are_finite()):
-                    return self._result("diverged")
-            if at_rung:
-                rung = self._evaluate(step + 1)
-                self.past.rungs.append(rung)
-                if self.checkpoint:
-                    self._together(self._save)
-                if not on_rung(rung) and step + 1 < self.steps:
-                    return self._result("stopped")
-        return self._result("complete")
+        return self._result("complete") if self.step == self.steps else None
 
     def _step(self, step: int) -> None:
         """One optimiser step. Launches work on the device and waits for none of it."""
-        recipe, batch = self.recipe, self._batch(step)
-        self.past.tokens += sum(len(row.input_ids) for row in batch)
+        completion_tokens = self.open_step(step)
         _seed_dropout(self.device, self.seed, step, self.rank)
-        self.gradients.clear()
         if self.failure is None or self.sharded:
             try:
-                self._accumulate(step, max(1, sum(row.completion_tokens for row in batch)))
+                self._accumulate(step, completion_tokens)
             except TrialError as error:
                 self.failure = error
             except RuntimeError as error:
-                if self.sharded or not _is_out_of_memory(error):  # sharded: the others wait in this pass, not below
+                if self.sharded or not is_out_of_memory(error):  # sharded: the others wait in this pass, not below
                     raise
                 self.failure = torch.OutOfMemoryError(str(error).splitlines()[0])
         if self.failure is not None and self.world_size == 1:
@@ -339,21 +347,49 @@ class _Run:
             self.gradients.failures.fill_(OTHER_FAILURE if isinstance(self.failure, TrialError) else OUT_OF_MEMORY)
         if self.world_size > 1:
             dist.all_reduce(self.gradients.flat)
+        self.close_step(step)
+
+    def open_step(self, step: int) -> int:
+        """Counts the tokens and clears the gradients; how many completion tokens the loss is a mean over."""
+        batch = self.batch(step)
+        self.past.tokens += sum(len(row.input_ids) for row in batch)
+        self.gradients.clear()
+        return max(1, sum(row.completion_tokens for row in batch))
+
+    def close_step(self, step: int) -> None:
+        """From gradients and loss, which are those of all workers, to new parameters."""
         self.pending[self.unseen] = self.gradients.flat[-2:]
         self.unseen += 1
-        self.gradients.clip(recipe.max_grad_norm)
+        self.gradients.clip(self.recipe.max_grad_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, step, self.steps)
+            group["lr"] = learning_rate(self.recipe, step, self.steps)
         self.optimizer.step()
 
-    def _batch(self, step: int) -> list[Row]:
+    def reach(self, on_rung: Callable[[Rung], bool]) -> Result | None:
+        """What follows from the steps taken so far: a look at the losses, an evaluation, perhaps the end."""
+        step = self.step
+        at_rung = step in self.rung_steps
+        if self.unseen == CHECK_EVERY or at_rung or not self.past.losses:
+            self._look()
+            if self.past.diverged or (at_rung and not self._parameters_are_finite()):
+                return self._result("diverged")
+        if at_rung:
+            rung = self.evaluate(step)
+            self.past.rungs.append(rung)
+            if self.checkpoint:
+                self._together(self._save)
+            if not on_rung(rung) and step < self.steps:
+                return self._result("stopped")
+        return self._result("complete") if step == self.steps else None
+
+    def batch(self, step: int) -> list[Row]:
         """Of all workers together."""
         chosen = batch_at(step, num_rows=len(self.rows), batch_size=self.recipe.batch_size, seed=self.seed)
         return [self.rows[i] for i in chosen]
 
     def _micro_batches(self, step: int) -> list[MicroBatch]:
         """This worker's of a step."""
-        batch = self._batch(step)
+        batch = self.batch(step)
         share = partial(share_of, batch, world_size=self.world_size, micro_batch_size=self.recipe.micro_batch_size)
         send = partial(collate, pad_token_id=self.pad_token_id, device=self.device)
         made = [send(rows) for rows in share(rank=self.rank)]
@@ -412,7 +448,7 @@ class _Run:
         """The last update may have spoilt what no loss has seen yet; NaN would answer every question with choice 0."""
         return bool(torch.stack([p.detach().isfinite().all() for p in self.adapter.parameters()]).all())
 
-    def _evaluate(self, step: int) -> Rung:
+    def evaluate(self, step: int) -> Rung:
         evaluation = self.task.evaluate(self.model)
         since = self.past.rungs[-1].step if self.past.rungs else 0
         losses = self.past.losses[since:]
@@ -507,12 +543,12 @@ class _Past:
     rungs: list[Rung] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0  # before this process
-    began: float = field(default_factory=time.monotonic)
+    began: float | None = field(default_factory=time.monotonic)  # None: who runs it counts its seconds
     exploded: int = 0  # steps in a row
     diverged: bool = False
 
     def elapsed(self) -> float:
-        return self.seconds + time.monotonic() - self.began
+        return self.seconds + (0.0 if self.began is None else time.monotonic() - self.began)
 
     def add(self, losses: Sequence[float]) -> None:
         factor, offset = EXPLODED
@@ -595,12 +631,19 @@ class _Feed:
         return self.batches
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def give_memory_back(device: torch.device) -> None:
+    """Call it where no traceback holds the tensors of a step that failed."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
 
 
 @contextmanager
-def _own_random_state(device: torch.device) -> Iterator[None]:
+def own_random_state(device: torch.device) -> Iterator[None]:
     """The process's random state afterwards is the one from before."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
@@ -608,7 +651,7 @@ def _own_random_state(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _one_sample_a_row() -> Iterator[None]:
+def one_sample_a_row() -> Iterator[None]:
     """Spares a look at the device in every pass: whether positions start anew within a row, several samples in one.
 
     transformers looks where it is given no mask, and has no argument that tells it what our rows are.
@@ -625,9 +668,13 @@ def _one_sample_a_row() -> Iterator[None]:
 
 def _seed_dropout(device: torch.device, seed: int, step: int, rank: int) -> None:
     """Anew at every step: a resumed run then needs no stored random state, and an evaluation cannot shift it."""
-    number = int.from_bytes(sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1
+    number = dropout_seed(seed, step, rank)
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(number)
     else:
         torch.default_generator.manual_seed(number)
+
+
+def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
+    return int.from_bytes(sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1

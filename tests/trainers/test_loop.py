@@ -388,13 +388,13 @@ def adapted(kind, *, device="cpu"):
 
 def steps_that_wait(monkeypatch, kind, task, tokenizer, *, device, watched):
     """Trains; `watched(step)` is entered around every optimiser step but the first, in which gradients are checked."""
-    original = loop._Run._step
+    original = loop.Run._step
 
     def step(self, number):
         with watched() if number else nullcontext():
             original(self, number)
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(loop.Run, "_step", step)
     recipe = replace(DROPOUT, steps=loop.CHECK_EVERY + 2, micro_batch_size=3)
     model, adapter = adapted(kind, device=device)
     return loop.train(

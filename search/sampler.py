@@ -124,10 +124,14 @@ class Proposer:
         self._starting = self.starting_points()
 
     def starting_points(self) -> list[dict[str, Any]]:
-        """The space's starting points; recipe settings that a point leaves out take the study's own values."""
+        """The space's starting points; recipe settings that a point leaves out take the study's own values.
+
+        A grid, which is searched once it was recorded (`replay=`), has none.
+        """
         recipe = make_recipe(self._problem.task_recipe, self._problem.fixed_recipe)
         own = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
-        points = self._problem.space.starting_points(self._problem.shape)
+        suggested = getattr(self._problem.space, "starting_points", lambda shape: [])
+        points = suggested(self._problem.shape)
         return [own | point | dict(self._problem.pins) for point in points]
 
     def propose(self) -> Proposal | None:

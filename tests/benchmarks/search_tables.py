@@ -3,6 +3,8 @@
     python -m tests.benchmarks.search_tables                                       all tables, 20 seeds, resumes
     python -m tests.benchmarks.search_tables tables=protein,llm samplers=tpe,ehvi seeds=5 evaluations=100
     python -m tests.benchmarks.search_tables tables=llm samplers=rows,rows+halving,ehvi,ehvi+halving     early stopping
+    python -m tests.benchmarks.search_tables tables=tiny-moe,tiny-dense samplers=random,nsga2,tpe,ehvi,ehvi+halving
+    python -m tests.benchmarks.search_tables tables=mine.parquet workers=2         a table that search.replay exported
     python -m tests.benchmarks.search_tables show=true                             what is finished, nothing is run
 
 Tables
@@ -11,8 +13,9 @@ Tables
     llm              language models from the wheel scan-bench 0.2.3: the 480 runs that were evaluated before 40 % of
                      their training; validation loss against the logarithm of the parameters. The runs are no grid: a
                      suggestion means the nearest run
-    tiny-moe, ...    tables of search/tables/: accuracy against the logarithm of trainable parameters; a sampler sees
-                     one seed of the table, the result is judged by the mean over its seeds
+    tiny-moe, ...    tables of search/tables/, or FILE.parquet: accuracy against the logarithm of trainable parameters.
+                     A sampler sees one seed of the table, searches take its seeds in turn, and the result is judged
+                     by the mean over the seeds: what one seed made look good is no find
 The wheels are downloaded once with pip into build/benchmarks/wheels (`wheels=FOLDER` for another place).
 
 Quality is scaled so that the table's worst is 0 and its best 1, log parameters so that the smallest is 1 and the
@@ -20,11 +23,13 @@ largest 0; the hypervolume is measured from (0, 0) and divided by that of the wh
 what is missing to 1.
 
 Every sampler is driven as `search/sampler.py` drives it: through Optuna's ask and tell, repeats answered with the known
-result at no cost, impossible points told as pruned, plain random points after 25 repeats in a row. Four workers run
-asynchronously under a virtual clock that counts trained tokens (HPOLib: every training takes as long as any other). A
-training that a scheduler stops counts the share that was trained; so budgets are in full trainings. A variant pairs
-a sampler with a scheduler: `+halving` is `scheduler=pareto_halving` of search/halving.py; `rows` draws the rows of the
-llm table themselves, each once, as benchmarks of schedulers do.
+result at no cost, impossible points told as pruned, plain random points after 25 repeats in a row. Four workers
+(`workers=`) run asynchronously under a virtual clock that counts trained tokens (HPOLib: every training takes as long
+as any other). A training that a scheduler stops counts the share that was trained; so budgets are in full trainings.
+A table that is used up ends a search: its regret stands for larger budgets too. A variant pairs a sampler with a
+scheduler: `+halving` is `scheduler=pareto_halving` of search/halving.py, `+repeats` trains a repeated point again, as
+Optuna alone does; `rows` draws the rows of the llm table themselves, each once, as benchmarks of schedulers do, and
+`nsga2-50` has Optuna's own population of 50 where `nsga2` has 10, as `sampler=nsga2` does.
 
 Printed are medians over the seeds with their quartiles; seeds are paired. The JSON line's `ratios` are
     TABLE/VARIANT/to95         full trainings until 95 % of the table's hypervolume (null: not within the evaluations)
@@ -68,6 +73,7 @@ import optuna
 import sklearn
 
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError, ToolkitError, unknown
+from allocators.core.types import canonical_json, digest_of
 from search import replay
 from search.config import RunConfig
 from search.ehvi import EHVISampler, Known, resolver
@@ -103,6 +109,7 @@ class Table:
     starting      parameters that every sampler tries first
     evaluations   of a whole training, equally spaced
     points        parameters of every training, where they are no grid
+    version       of the recorded trainings, where they can be recorded anew under the same name
     """
 
     name: str
@@ -113,6 +120,7 @@ class Table:
     starting: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 1
     points: list[dict[str, Any]] = field(default_factory=list)
+    version: str = ""
 
     def scaled(self) -> dict[str, tuple[float, float]]:
         """Quality and cheapness of every training, worst 0 and best 1."""
@@ -161,28 +169,41 @@ def halving(table: Table) -> Scheduler:
     return Halving(evaluations=table.evaluations, eta=RunConfig().eta)
 
 
-Variant = tuple[Callable[[Table, int], Any], Callable[[Table], Scheduler]]
-VARIANTS: dict[str, Variant] = {
-    "random": (lambda table, seed: optuna.samplers.RandomSampler(seed=seed), run_to_the_end),
-    "nsga2": (lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10), run_to_the_end),
-    "tpe": (lambda table, seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed), run_to_the_end),
-    "ehvi": (lambda table, seed: EHVISampler(table.suggest, seed=seed), run_to_the_end),
+class Variant(NamedTuple):
+    """A sampler and a scheduler; `repeats`: whether a point that was trained is trained again."""
+
+    sampler: Callable[[Table, int], Any]
+    scheduler: Callable[[Table], Scheduler] = run_to_the_end
+    repeats: bool = False
+
+
+VARIANTS = {
+    "random": Variant(lambda table, seed: optuna.samplers.RandomSampler(seed=seed)),
+    "nsga2": Variant(lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10)),
+    "tpe": Variant(lambda table, seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)),
+    "ehvi": Variant(lambda table, seed: EHVISampler(table.suggest, seed=seed)),
 }
-ROWS: dict[str, Variant] = {"rows": (Rows, run_to_the_end)}
-HALVED = {f"{name}+halving": (sampler, halving) for name, (sampler, _) in (VARIANTS | ROWS).items()}
-ALL = VARIANTS | ROWS | HALVED
+OTHERS = {"rows": Variant(Rows), "nsga2-50": Variant(lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed))}
+ALL = VARIANTS | OTHERS
+ALL |= {f"{name}+halving": variant._replace(scheduler=halving) for name, variant in ALL.items()}
+ALL |= {f"{name}+repeats": ALL[name]._replace(repeats=True) for name in (*VARIANTS, "nsga2-50")}
 
 
 class Asker:
-    """Optuna's ask and tell over a table: what has to be trained next, and its result."""
+    """Optuna's ask and tell over a table: what has to be trained next, and its result.
 
-    def __init__(self, table: Table, sampler: Any, seed: int) -> None:
+    A run is one training of a row of the table: `rows` has the row's key. Without `repeats` every row is run once.
+    """
+
+    def __init__(self, table: Table, sampler: Any, seed: int, *, repeats: bool = False) -> None:
         self._table = table
+        self._repeats = repeats
         self._sampler, self._random = sampler, optuna.samplers.RandomSampler(seed=seed)
         self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         self._results: dict[str, tuple[float, int] | None] = {}
         self._running: dict[str, list[Any]] = {}
         self._starting = list(table.starting)
+        self.rows: dict[str, str] = {}
         self.costs: dict[str, int] = {}
         self.seconds = 0.0
 
@@ -205,65 +226,67 @@ class Asker:
                 trial.set_constraint("feasible", 1.0)
                 self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 continue
-            if known.key in self._results:
-                self._answer(trial, known.key)
-            elif known.key in self._running:
-                self._running[known.key].append(trial)
+            run = f"{known.key} {len(self.rows)}" if self._repeats else known.key
+            if run in self._results:
+                self._answer(trial, run)
+            elif run in self._running:
+                self._running[run].append(trial)
             else:
-                self._running[known.key] = [trial]
-                self.costs[known.key] = known.cost
-                return known.key
+                self._running[run] = [trial]
+                self.rows[run], self.costs[run] = known.key, known.cost
+                return run
         return None
 
-    def tell(self, key: str, quality: float | None) -> None:
-        self._results[key] = None if quality is None else (quality, self.costs[key])
-        for trial in self._running.pop(key):
-            self._answer(trial, key)
+    def tell(self, run: str, quality: float | None) -> None:
+        self._results[run] = None if quality is None else (quality, self.costs[run])
+        for trial in self._running.pop(run):
+            self._answer(trial, run)
 
-    def _answer(self, trial: Any, key: str) -> None:
-        result = self._results[key]
+    def _answer(self, trial: Any, run: str) -> None:
+        result = self._results[run]
         self._study.tell(trial, result, state=None if result else optuna.trial.TrialState.FAIL)
 
 
-def simulate(table: Table, variant: str, seed: int, *, evaluations: int) -> dict[str, Any]:
+def simulate(table: Table, variant: str, seed: int, *, evaluations: int, workers: int = WORKERS) -> dict[str, Any]:
     """One search with asynchronous workers: `finished` holds (budget spent by all workers, training), in order."""
-    make_sampler, make_scheduler = ALL[variant]
-    asker, scheduler = Asker(table, make_sampler(table, seed), seed), make_scheduler(table)
+    make_sampler, make_scheduler, repeats = ALL[variant]
+    asker, scheduler = Asker(table, make_sampler(table, seed), seed, repeats=repeats), make_scheduler(table)
     clock: list[tuple[float, int, str]] = []  # when a running training is evaluated next
     order = itertools.count()
     passed: Counter[str] = Counter()  # evaluations of each training so far
     finished: list[tuple[float, str]] = []
     now = spent = 0.0
 
-    def part(key: str) -> float:
+    def part(run: str) -> float:
         """Share of a training between its last evaluation and the next."""
-        rungs, count = table.rungs(key), passed[key]
+        rungs, count = table.rungs(asker.rows[run]), passed[run]
         return rungs[count].share - (rungs[count - 1].share if count else 0.0)
 
-    def run(key: str) -> None:
-        heapq.heappush(clock, (now + part(key) * table.tokens(key), next(order), key))
+    def go_on(run: str) -> None:
+        heapq.heappush(clock, (now + part(run) * table.tokens(asker.rows[run]), next(order), run))
 
     def fill() -> None:
         """Gives free workers something to do."""
-        while len(clock) < WORKERS and len(asker.costs) < MOST * evaluations:
-            key = scheduler.next() or asker.propose()
-            if key is None:
+        while len(clock) < workers and len(asker.rows) < MOST * evaluations:
+            run = scheduler.next() or asker.propose()
+            if run is None:
                 return
-            run(key)
+            go_on(run)
 
     fill()
     while clock and spent < evaluations:
-        now, _, key = heapq.heappop(clock)
-        rung = table.rungs(key)[passed[key]]
-        spent += part(key)
-        passed[key] += 1
-        if passed[key] == len(table.rungs(key)):
-            finished.append((spent, key))
-            asker.tell(key, rung.quality)
-        elif scheduler.reached(key, rung.number, accuracy=rung.quality, cost=asker.costs[key]):
-            run(key)
+        now, _, run = heapq.heappop(clock)
+        rungs = table.rungs(asker.rows[run])
+        rung = rungs[passed[run]]
+        spent += part(run)
+        passed[run] += 1
+        if passed[run] == len(rungs):
+            finished.append((spent, asker.rows[run]))
+            asker.tell(run, rung.quality)
+        elif scheduler.reached(run, rung.number, accuracy=rung.quality, cost=asker.costs[run]):
+            go_on(run)
         fill()
-    return {"finished": finished, "seconds": asker.seconds / max(len(asker.costs), 1)}
+    return {"finished": finished, "seconds": asker.seconds / max(len(asker.rows), 1)}
 
 
 def hypervolumes(table: Table, finished: list[tuple[float, str]]) -> tuple[np.ndarray, np.ndarray]:
@@ -406,16 +429,20 @@ def _place(value: float, low: float, high: float, *, log: bool) -> float:
     return float(np.log(value / low) / np.log(high / low)) if log else (value - low) / (high - low)
 
 
-def own(name: str, seed: int) -> Table:
-    """A table of the toolkit: seeds of the search take the table's seeds in turn."""
-    table = replay.load(name)
+@cache
+def own(name: str, seed: int, *, mean: bool = True) -> Table:
+    """A table of the toolkit: seeds of the search take the table's seeds in turn.
+
+    mean   what is found is judged by the mean accuracy over the table's seeds, else by the seed that the sampler saw
+    """
+    table = _loaded(name)
     problem = table.problem(seed=table.seeds[seed % len(table.seeds)])
     outcomes = {key: row.outcome for key, row in table.rows.items()}
+    mine = {key: outcome for key, outcome in outcomes.items() if outcome.trial.seed == problem.seed}
     accuracies: dict[str, list[float]] = {}
-    for outcome in outcomes.values():
+    for outcome in (outcomes if mean else mine).values():
         if outcome.accuracy is not None:
             accuracies.setdefault(point_of(outcome.trial), []).append(outcome.accuracy)
-    mine = {key: outcome for key, outcome in outcomes.items() if outcome.trial.seed == problem.seed}
     judged = {
         key: (statistics.fmean(accuracies[point_of(outcome.trial)]), float(np.log(outcome.trainable_params)))
         for key, outcome in mine.items()
@@ -425,17 +452,40 @@ def own(name: str, seed: int) -> Table:
     def rungs(key: str) -> list[Rung]:
         outcome = mine[key]
         curve = [Rung(n, r["tokens"] / outcome.tokens, r["accuracy"]) for n, r in enumerate(outcome.rungs, start=1)]
-        return [*curve[:-1], Rung(len(curve), 1.0, outcome.accuracy)]
+        return [*curve[:-1], Rung(max(len(curve), 1), 1.0, outcome.accuracy)]
 
     return Table(
         name,
-        resolver(problem),
+        _remembering(problem),
         rungs,
         lambda key: float(mine[key].tokens),
         judged,
         Proposer(problem, sampler="random").starting_points(),
         evaluations=table.settings["evaluations"],
+        version=digest_of(sorted((key, outcome.accuracy, outcome.tokens) for key, outcome in outcomes.items())),
     )
+
+
+_loaded = cache(replay.load)
+
+
+def _remembering(problem: replay.TableProblem) -> Callable[[Any], Known]:
+    """`resolver`, which allocates and counts a point once: twenty searches ask for the same hundred points."""
+    resolve, known = resolver(problem), {}
+
+    def suggest(trial: Any) -> Known:
+        _, params = problem.ask(trial)
+        point = canonical_json(params)
+        if point not in known:
+            try:
+                known[point] = resolve(optuna.trial.FixedTrial(params))
+            except (InfeasibleError, BudgetError) as error:
+                known[point] = error
+        if isinstance(known[point], Exception):
+            raise known[point]
+        return known[point]
+
+    return suggest
 
 
 TABLES: dict[str, Callable[[Path, int], Table]] = {
@@ -444,15 +494,15 @@ TABLES: dict[str, Callable[[Path, int], Table]] = {
     "llm": cache(lambda wheels, seed=0: llm(wheels)),
 }
 for _file in sorted(replay.SHIPPED.glob("*.parquet")):
-    TABLES[_file.stem] = cache(lambda wheels, seed, name=_file.stem: own(name, seed))
+    TABLES[_file.stem] = lambda wheels, seed, name=_file.stem: own(name, seed)
 
 
 # --- cells
 
 
-def fingerprint(variant: str) -> str:
-    """What a finished cell depends on beside its name: the library's version, and the code of our own sampler."""
-    parts = [str(VERSION), optuna.__version__]
+def fingerprint(variant: str, version: str) -> str:
+    """What a finished cell depends on beside its name: the table, the library's version, our own sampler's code."""
+    parts = [str(VERSION), optuna.__version__, *filter(None, [version])]
     ours = {"ehvi": EHVISampler, "halving": Halving}
     for name in (name for name in ours if name in variant):
         tree = ast.parse(Path(sys.modules[ours[name].__module__].__file__ or "").read_text())
@@ -463,16 +513,21 @@ def fingerprint(variant: str) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def cell(table: str, variant: str, seed: int, *, evaluations: int, wheels: Path, show: bool) -> dict[str, Any] | None:
+def cell(
+    table: Table, variant: str, seed: int, *, evaluations: int, workers: int = WORKERS, show: bool = False
+) -> dict[str, Any] | None:
     """One search, from disk where it was run before; None where it was not and `show` only asks."""
-    file = BUILD / "search_tables" / f"{table}-{variant}-{seed}-{evaluations}-{fingerprint(variant)}.json"
+    parts = [Path(table.name).stem, variant, seed, evaluations, fingerprint(variant, table.version)]
+    if workers != WORKERS:
+        parts.append(workers)
+    file = BUILD / "search_tables" / f"{'-'.join(map(str, parts))}.json"
     if file.exists():
         return json.loads(file.read_text())
     if show:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna's notes that multivariate TPE and constraints are experimental
-        result = simulate(TABLES[table](wheels, seed), variant, seed, evaluations=evaluations)
+        result = simulate(table, variant, seed, evaluations=evaluations, workers=workers)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(result))
     return result
@@ -487,30 +542,32 @@ def middle(values: list[float | None]) -> tuple[float, float, float] | None:
 
 def main(arguments: list[str]) -> int:
     given = {"tables": ",".join(TABLES), "samplers": ",".join(VARIANTS), "seeds": "20", "evaluations": "200"}
-    given |= {"wheels": str(BUILD / "wheels"), "show": "false"}
+    given |= {"wheels": str(BUILD / "wheels"), "workers": str(WORKERS), "show": "false"}
     given |= dict(word.split("=", 1) for word in arguments)
     tables, variants = given["tables"].split(","), given["samplers"].split(",")
-    for kind, asked, known in (("table", tables, TABLES), ("sampler", variants, ALL)):
+    files = {name: lambda wheels, seed, name=name: own(name, seed) for name in tables if name.endswith(".parquet")}
+    for kind, asked, known in (("table", tables, TABLES | files), ("sampler", variants, ALL)):
         for name in asked:
             if name not in known:
                 raise unknown(kind, name, known)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    wheels, evaluations, show = Path(given["wheels"]), int(given["evaluations"]), given["show"] == "true"
+    wheels, evaluations, workers = Path(given["wheels"]), int(given["evaluations"]), int(given["workers"])
     wheels.mkdir(parents=True, exist_ok=True)
     ratios: dict[str, float | None] = {}
     columns = ("to95", *(f"regret@{at}" for at in AT if at <= evaluations), "seconds")
-    print(f"{'table':<10} {'sampler':<10} {'seeds':>5}  " + "".join(f"{name:>26}" for name in columns))
+    print(f"{'table':<10} {'sampler':<14} {'seeds':>5}  " + "".join(f"{name:>26}" for name in columns))
     for name in tables:
         results: dict[str, list[dict[str, float | None]]] = {variant: [] for variant in variants}
         for seed, variant in itertools.product(range(int(given["seeds"])), variants):
-            found = cell(name, variant, seed, evaluations=evaluations, wheels=wheels, show=show)
+            table = (TABLES | files)[name](wheels, seed)
+            found = cell(table, variant, seed, evaluations=evaluations, workers=workers, show=given["show"] == "true")
             if found is not None:
-                results[variant].append(measured(TABLES[name](wheels, seed), found, evaluations))
+                results[variant].append(measured(table, found, evaluations))
         for variant, rows in results.items():
-            line = f"{name:<10} {variant:<10} {len(rows):>5}  "
+            line = f"{Path(name).stem:<10} {variant:<14} {len(rows):>5}  "
             for column in columns:
                 summary = middle([row.get(column) for row in rows]) if rows else None
-                ratios[f"{name}/{variant}/{column}"] = round(summary[0], 4) if summary else None
+                ratios[f"{Path(name).stem}/{variant}/{column}"] = round(summary[0], 4) if summary else None
                 digits = 1 if column == "to95" else 4
                 shown = "{0:.{d}f} ({1:.{d}f}..{2:.{d}f})".format(*summary, d=digits) if summary else "not reached"
                 line += f"{shown:>26}"
@@ -519,7 +576,7 @@ def main(arguments: list[str]) -> int:
         "benchmark": "search_tables",
         "device": platform.processor() or platform.machine(),
         "versions": {"optuna": optuna.__version__, "scikit-learn": sklearn.__version__, "moocore": moocore.__version__},
-        "settings": {"workers": WORKERS, "seeds": int(given["seeds"]), "evaluations": evaluations},
+        "settings": {"workers": workers, "seeds": int(given["seeds"]), "evaluations": evaluations},
         "ratios": ratios,
     }
     print(json.dumps(report))

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import spaces.moe_grid
 import spaces.sieve
 from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape, ModuleShape, Outcome, Signal
@@ -54,6 +55,10 @@ def test_starting_points_come_first_with_the_studys_recipe():
     assert {p.trial.recipe.rank for p in first} == {12}
     assert {p.trial.recipe.learning_rate for p in first} == {2e-3}
     assert [p.trial.allocation.total_experts for p in first] == [0, 48, 12, 12]
+
+
+def test_a_grid_has_no_starting_points():
+    assert Proposer(problem(space=spaces.moe_grid), sampler="random").starting_points() == []
 
 
 @settings(max_examples=5, deadline=None)

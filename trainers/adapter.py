@@ -137,17 +137,7 @@ class Adapter(ABC):
     # --- for subclasses ---
 
     def _freeze(self) -> Callable[[], None]:
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        self.model.lora_adapter = self
-
-        def undo() -> None:
-            delattr(self.model, "lora_adapter")
-            for parameter in trainable:
-                parameter.requires_grad_(True)
-
-        return undo
+        return freeze(self.model, self)
 
     def _put(self, put: Callable[[], Callable[[], Any]]) -> None:
         """Puts something into the model, now and at every `reattach`; `put` returns what takes it out again."""
@@ -170,28 +160,15 @@ class Adapter(ABC):
             f"{spec.path}.lora_A", uniform(self.rank, spec.in_features, seed=seed, name=spec.path), device=weight.device
         )
         b_OR = self._add(f"{spec.path}.lora_B", torch.zeros(spec.out_features, self.rank), device=weight.device)
-        packed = is_quantized(module)
-        if packed or type(module).forward is nn.Linear.forward:
 
-            def hook(linear: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-                x = F.dropout(args[0], self.lora_dropout, linear.training)
-                if packed:  # what bitsandbytes returns may be a view, which must not be written to
-                    out = out.clone()
-                return add_lora(out, x, a_RI, b_OR, scale=self.scale)
+        def add(out: Tensor, x: Tensor) -> Tensor:
+            x = F.dropout(x, self.lora_dropout, module.training)
+            return add_lora(out, x, a_RI, b_OR, scale=self.scale)
 
-            self._put(lambda: module.register_forward_hook(hook).remove)
-        else:
-            # An instance attribute hides the parameter from the router's forward, and from nothing else.
-            self._put_attribute(module, "weight", _RouterWeight(module, a_RI, b_OR, self.scale, self.lora_dropout))
+        self._put(lambda: put_on_linear(module, add))
 
     def _put_attribute(self, module: nn.Module, name: str, value: Any) -> None:
-        """An attribute of one module alone, which is no submodule or parameter and so not in the state_dict."""
-
-        def put() -> Callable[[], Any]:
-            vars(module)[name] = value
-            return lambda: vars(module).pop(name)
-
-        self._put(put)
+        self._put(lambda: put_attribute(module, name, value))
 
     def _merge_linear_lora(self, module: Any, spec: ModuleShape) -> None:
         """W += (lora_alpha/r)·B·A, summed in fp32. Call it after the hooks are gone."""
@@ -320,6 +297,29 @@ def add_to_weight(weight: Tensor, delta: Tensor) -> None:
         rows.copy_(rows.float() + delta[first : first + len(rows)])
 
 
+def put_on_linear(module: Any, add: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+    """`add(out, x)`, which may write to `out`, after a linear layer, or inside a router before its softmax.
+
+    Returns what takes it off.
+    """
+    packed = is_quantized(module)
+    if packed or type(module).forward is nn.Linear.forward:
+
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            # what bitsandbytes returns may be a view, which must not be written to
+            return add(out.clone() if packed else out, args[0])
+
+        return module.register_forward_hook(hook).remove
+    # An instance attribute hides the parameter from the router's forward, and from nothing else.
+    return put_attribute(module, "weight", _RouterWeight(module, add))
+
+
+def put_attribute(module: nn.Module, name: str, value: Any) -> Callable[[], None]:
+    """An attribute of one module alone, which is no submodule or parameter and so not in the state_dict."""
+    vars(module)[name] = value
+    return lambda: vars(module).pop(name)
+
+
 class _RouterWeight:
     """What a router's forward finds as `self.weight`: F.linear with it yields logits that include the LoRA part.
 
@@ -330,13 +330,10 @@ class _RouterWeight:
     def __init__(
         self,
         router: nn.Module,
-        a_RI: Tensor,
-        b_OR: Tensor,
-        scale: float,
-        dropout: float,
+        add: Callable[[Tensor, Tensor], Tensor],
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.router, self.a_RI, self.b_OR, self.scale, self.dropout = router, a_RI, b_OR, scale, dropout
+        self.router, self.add = router, add
         self._dtype = dtype  # None: the parameter's own
 
     @property
@@ -352,7 +349,7 @@ class _RouterWeight:
 
     def type(self, dtype: torch.dtype) -> _RouterWeight:
         """Some families compute their logits in fp32: F.linear(x.type(float32), weight.type(float32))."""
-        return _RouterWeight(self.router, self.a_RI, self.b_OR, self.scale, self.dropout, dtype)
+        return _RouterWeight(self.router, self.add, dtype)
 
     def float(self) -> _RouterWeight:
         return self.type(torch.float32)
@@ -362,13 +359,26 @@ class _RouterWeight:
         if func is not F.linear:  # anything else would compute on W alone and lose the adapter silently
             raise StudyError(f"LoRA on a router supports F.linear(x, weight), this router calls {func.__name__}")
         x, self, *bias = args
-        out = F.linear(x, self.weight, *bias, **(kwargs or {}))
-        x = F.dropout(x, self.dropout, self.router.training)
-        return add_lora(out, x, self.a_RI, self.b_OR, scale=self.scale)
+        return self.add(F.linear(x, self.weight, *bias, **(kwargs or {})), x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The base model
+
+
+def freeze(model: Any, owner: Any) -> Callable[[], None]:
+    """No gradient for the base, and a sign on it that `owner` is attached; returns what undoes both."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    model.lora_adapter = owner
+
+    def undo() -> None:
+        delattr(model, "lora_adapter")
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+    return undo
 
 
 def _refuse_second(model: nn.Module, name: str) -> None:

@@ -97,16 +97,7 @@ class ExpertLoraAdapter(Adapter):
         return lora
 
     def _dispatch(self) -> None:
-        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-        ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-
-        def put() -> Callable[[], None]:
-            before = self.model.get_experts_implementation()
-            self.model.set_experts_implementation(IMPLEMENTATION)
-            return lambda: self.model.set_experts_implementation(before)
-
-        self._put(put)
+        self._put(lambda: dispatch(self.model))
         for lora in self.experts.values():
             if lora.module.config._experts_implementation != IMPLEMENTATION:  # set_… skips classes it does not know
                 raise StudyError(
@@ -138,7 +129,47 @@ class ExpertLoraAdapter(Adapter):
             lora.merge()
 
 
-class ExpertLora:
+def dispatch(model: Any) -> Callable[[], None]:
+    """Lets the experts of a model run on `experts_forward`; returns what undoes it."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    before = model.get_experts_implementation()
+    model.set_experts_implementation(IMPLEMENTATION)
+    return lambda: model.set_experts_implementation(before)
+
+
+class ExpertStacks:
+    """The frozen weights of one layer's experts, and what happens between the two stacks."""
+
+    def __init__(self, module: Any, *, path: str) -> None:
+        self.module, self.path = module, path
+        self.device = module.down_proj.device
+        self.stacks = weight_stacks(module, path=path)
+
+    def sort(self, index_TK: Tensor, *, stable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The first fields of a `Route`. `stable`: rows of one expert stay in the order of their tokens."""
+        ids_S, order_S = torch.sort(index_TK.reshape(-1), stable=stable)
+        inverse_S = torch.empty_like(order_S)
+        inverse_S[order_S] = torch.arange(order_S.size(0), device=order_S.device)
+        experts_E = torch.arange(self.module.num_experts, device=ids_S.device)
+        ends_E = torch.searchsorted(ids_S, experts_E, right=True, out_int32=True)
+        return ids_S, order_S, inverse_S, order_S // index_TK.size(-1), ends_E
+
+    def weight(self, stack: str) -> Tensor:
+        """The frozen weights [E, I, O], as grouped_mm multiplies them from the right."""
+        weight = getattr(self.module, stack)
+        return weight if self.module.is_transposed else weight.transpose(-2, -1)
+
+    def gate(self, inner_SO: Tensor) -> Tensor:
+        return self.module._apply_gate(inner_SO) if self.module.has_gate else self.module.act_fn(inner_SO)
+
+    def bias(self, stack: str, route: Route) -> Tensor:
+        """Of every row's expert, [S, O]."""
+        return getattr(self.module, f"{stack}_bias").index_select(0, route.ids_S)
+
+
+class ExpertLora(ExpertStacks):
     """LoRA of one layer's chosen experts: what `experts_forward` needs besides the experts module itself.
 
     pairs        projection name → (A [C, R, I], B [C, O, R])
@@ -158,31 +189,25 @@ class ExpertLora:
         scale: float,
         dropout: float,
     ) -> None:
-        self.module, self.path = module, path
+        super().__init__(module, path=path)
         self.pairs, self.scale, self.dropout = pairs, scale, dropout
-        device = module.down_proj.device
         self.ids = ids
-        self.ids_C = torch.tensor(ids, device=device)
-        self.is_chosen_E = torch.zeros(module.num_experts, dtype=torch.bool, device=device)
+        self.ids_C = torch.tensor(ids, device=self.device)
+        self.is_chosen_E = torch.zeros(module.num_experts, dtype=torch.bool, device=self.device)
         self.is_chosen_E[self.ids_C] = True
         self.all_chosen = len(ids) == module.num_experts
-        self.every_row = self.all_chosen or device.type != "cpu"
-        self.stacks = weight_stacks(module, path=path)
+        self.every_row = self.all_chosen or self.device.type != "cpu"
         self._watch_gradients()
 
     def route(self, index_TK: Tensor) -> Route:
         """Sorts the rows by expert and finds those of chosen experts; no synchronisation where `every_row`."""
-        ids_S, order_S = torch.sort(index_TK.reshape(-1))
-        inverse_S = torch.empty_like(order_S)
-        inverse_S[order_S] = torch.arange(order_S.size(0), device=order_S.device)
-        experts_E = torch.arange(self.module.num_experts, device=ids_S.device)
-        ends_E = torch.searchsorted(ids_S, experts_E, right=True, out_int32=True)
-        token_S = order_S // index_TK.size(-1)
+        # inputs that are dropped are drawn row by row: in an order that says which row is which
+        ids_S, *order, ends_E = self.sort(index_TK, stable=self.dropout > 0)
         if self.every_row:
-            return Route(ids_S, order_S, inverse_S, token_S, ends_E, None, ends_E)
+            return Route(ids_S, *order, ends_E, None, ends_E, None)
         rows_Q = self.is_chosen_E[ids_S].nonzero().squeeze(1)
         ends_C = torch.searchsorted(ids_S[rows_Q], self.ids_C, right=True, out_int32=True)
-        return Route(ids_S, order_S, inverse_S, token_S, ends_E, rows_Q, ends_C)
+        return Route(ids_S, *order, ends_E, rows_Q, ends_C, None)
 
     def factors(self, stack: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [C, R, I] and B [C, O, R] of one weight stack, as `side_by_side` puts its projections.
@@ -196,19 +221,7 @@ class ExpertLora:
             b_COR = b_COR.new_zeros(self.module.num_experts, *b_COR.shape[1:]).index_copy(0, self.ids_C, b_COR)
         return a_CRI.to(dtype), b_COR.to(dtype)
 
-    def weight(self, stack: str) -> Tensor:
-        """The frozen weights [E, I, O], as grouped_mm multiplies them from the right."""
-        weight = getattr(self.module, stack)
-        return weight if self.module.is_transposed else weight.transpose(-2, -1)
-
-    def gate(self, inner_SO: Tensor) -> Tensor:
-        return self.module._apply_gate(inner_SO) if self.module.has_gate else self.module.act_fn(inner_SO)
-
-    def bias(self, stack: str, route: Route) -> Tensor:
-        """Of every row's expert, [S, O]."""
-        return getattr(self.module, f"{stack}_bias").index_select(0, route.ids_S)
-
-    def scale_of(self, keep_QI: Tensor | None) -> float:
+    def scale_of(self, route: Route, keep_QI: Tensor | None) -> float:
         """lora_alpha/r, and 1/(1 − p) where inputs were dropped: one multiplication, in rank space."""
         return self.scale if keep_QI is None else self.scale / (1 - self.dropout)
 
@@ -310,6 +323,7 @@ class Route(NamedTuple):
     ends_E: Tensor
     rows_Q: Tensor | None  # sorted positions of chosen experts' rows; None: all of them
     ends_C: Tensor
+    scale_Q1: Tensor | None  # where rows differ in it (trainers/packing.py)
 
     def pick(self, rows: Tensor) -> Tensor:
         """Of S rows those of chosen experts."""
@@ -325,7 +339,7 @@ class Route(NamedTuple):
 
 def experts_forward(module: Any, hidden_TI: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Stands in for the experts' forward; the base part computes what transformers' grouped_mm does, in its order."""
-    lora: ExpertLora | None = vars(module).get("lora")
+    lora = vars(module).get("lora")
     if lora is None:  # a layer without chosen experts
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -421,7 +435,7 @@ def _forward(
     x_QI = route.pick(x_SI)
     if keep_QI is not None:
         x_QI = x_QI * keep_QI
-    rank_QR = F.grouped_mm(x_QI, a_CRI.transpose(-2, -1), offs=route.ends_C).mul_(lora.scale_of(keep_QI))
+    rank_QR = F.grouped_mm(x_QI, a_CRI.transpose(-2, -1), offs=route.ends_C).mul_(lora.scale_of(route, keep_QI))
     route.add_(out_SO, F.grouped_mm(rank_QR, b_COR.transpose(-2, -1), offs=route.ends_C))
     return out_SO, rank_QR
 
@@ -440,7 +454,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x [S, I], A and B. Where rows are weighed afterwards, A's and B's are; x's is left unweighed."""
     grad_QO = route.pick(grad_SO)
-    grad_rank_QR = F.grouped_mm(grad_QO, b_COR, offs=route.ends_C).mul_(lora.scale_of(keep_QI))
+    grad_rank_QR = F.grouped_mm(grad_QO, b_COR, offs=route.ends_C).mul_(lora.scale_of(route, keep_QI))
     grad_x = F.grouped_mm(grad_SO, lora.weight(stack).transpose(-2, -1), offs=route.ends_E)
     grad_QI = F.grouped_mm(grad_rank_QR, a_CRI, offs=route.ends_C)
     if keep_QI is not None:

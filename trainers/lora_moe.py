@@ -322,7 +322,7 @@ class LoraMoeAdapter(Adapter):
                 want_logits=self._balanced and torch.is_grad_enabled(),
             )
             if self._collecting and logits_TN is not None:
-                self._logits[path] = logits_TN
+                self.collect(path, logits_TN)
             return y
 
         self._put_attribute(module, "forward", forward)
@@ -331,6 +331,15 @@ class LoraMoeAdapter(Adapter):
         self._logits.clear()
         self._mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self._collecting = True
+
+    @property
+    def balanced(self) -> bool:
+        """Whether there is a balance loss."""
+        return self._balanced
+
+    def collect(self, path: str, logits_TN: Tensor) -> None:
+        """Router logits of one module, for `extra_loss`."""
+        self._logits[path] = logits_TN
 
     def extra_loss(self, real_BS: Tensor | None = None) -> Tensor | None:
         """`balance_coef` × the balance losses of the last forward pass, summed over layers; padding left out.

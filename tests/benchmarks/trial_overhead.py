@@ -148,7 +148,7 @@ def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
         setup=setup(folder) | {"namespace": pools.NAMESPACE, "plugins": []},
     )
     pool.start()
-    ray_tune.search(Conductor(), pool, study="warm", trials=len(trials))
+    ray_tune.search(Conductor(), pool, study="warm", trials=len(trials), pausing=False)
     pool.close()
     return clock
 

@@ -1,0 +1,798 @@
+"""What 95 % of a front costs: Ray Tune as its guide has it against this toolkit, split into factors.
+
+    python -m tests.benchmarks.end_to_end                                    costs and replayed searches
+    python -m tests.benchmarks.end_to_end table=mine.parquet seeds=20 repeats=3
+    python -m tests.benchmarks.end_to_end costs=false                        replayed searches alone: nothing is trained
+    python -m tests.benchmarks.end_to_end real=true seed=0 cap=100           and both ways once to the target, trained
+
+The target is 95 % of the hypervolume of everything in a recorded table of a full grid (search/tables/): accuracy up,
+log trainable parameters down, both scaled by the table as in search_tables.py. Both ways search the table's grid with
+the table's model, task, recipe and routing signal, on two CPUs, two trainings at once.
+
+The plain way is what one writes today: Ray Tune with OptunaSearch (NSGA-II, two objectives, a define-by-run space);
+every trial is a Tune function that runs one TorchTrainer, which loads model and task, trains PEFT adapters and
+evaluates by lm-eval. PEFT adapts all experts of a layer, so the gradient of the B of those that were not chosen is
+masked; layers without a chosen one stay as they are. Its gate and up share an A: fewer parameters than ours, which its
+objective does not see (both ways count what the allocation says). In its favour: its training loop, data order and
+number of steps are ours; lm-eval's records of the environment (seconds of git and pip a trial) are left out; the
+routing signal is a gift; NSGA-II has a population of 10, as `sampler=nsga2` has, with 50, Optuna's own, beside it.
+
+Cost of a training, the same points in all ways, which take turns, medians over `repeats` after one that warms up:
+    plain        one Tune trial from the last one's end to its own
+    peft         a warm worker: PEFT, lm-eval's evaluation
+    lm-eval      a warm worker: our adapter, lm-eval's evaluation
+    ours         a warm worker: our adapter, our evaluation
+    curve        the same with three evaluations on the way, as a study has them by default
+    packed       `pack` of these in one pass over the base, one's share
+To those of a warm worker comes what Tune and the workers' board cost (trial_overhead.py, measured in the same run).
+Wall clock is that of a training alone on the machine; CPU-seconds are those of all its processes. Two trainings at once
+keep both CPUs busy, so a study's wall clock goes by CPU-seconds; they also depend less on what else the machine does.
+
+Trainings to the target: searches of the table by search_tables.py with two asynchronous workers, paired seeds. A search
+takes one of the table's seeds and is judged by it. `+repeats` trains a repeated point again; trainings that halving
+stops count their share. A search that does not get there in `evaluations` counts as having needed so many.
+
+The table's factors are medians (quartiles; of costs: smallest..largest) of paired ratios, the last line their product.
+JSON `ratios`, how many times less (null: not in this run):
+    warm_workers, adapters, evaluation, packing          cost of a training, as {"wall", "cpu"}
+    sampler, dedupe, halving                             trainings to 95 %, the same as tokens
+    trainings, tokens, wall, cpu                         plain/ours in all; halving and packing where they gain
+    real_trainings, real_wall, real_cpu                  the same of one real run of both
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"RAY_AUTH_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+from allocators.core.errors import StudyError, ToolkitError, unknown
+from allocators.core.types import ExpertSelection, ModelShape, Outcome, Trial
+from tests.benchmarks import search_tables
+from tests.benchmarks.trial_overhead import CpuWatch, make_trials, warm
+
+FOLDER = search_tables.BUILD / "end_to_end"
+PLAIN, DEDUPED, OURS, HALVED = "nsga2+repeats", "nsga2", "ehvi", "ehvi+halving"
+SEARCHES = (PLAIN, DEDUPED, "ehvi+repeats", OURS, HALVED, "nsga2-50+repeats", "random+repeats", "random")
+WARM = ("peft", "lm-eval", "ours", "curve", "packed")
+WORKERS = 2
+POPULATION = 10
+
+
+@dataclass(frozen=True)
+class Settings:
+    table: str = "tiny-moe"
+    seeds: int = 20
+    evaluations: int = 400
+    costs: bool = True
+    repeats: int = 3
+    pack: int = 2
+    real: bool = False
+    seed: int = 0
+    cap: int = 100
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of one training: wall clock, and CPU of all processes."""
+
+    wall: float
+    cpu: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.wall + other.wall, self.cpu + other.cpu)
+
+    def __truediv__(self, share: float) -> Cost:
+        return Cost(self.wall / share, self.cpu / share)
+
+
+Spread = tuple[float, float, float]  # median, low, high
+
+
+# --- factors
+
+
+def ratios(slow: Sequence[float], fast: Sequence[float]) -> list[float]:
+    """How many times less, pair by pair."""
+    return [a / b for a, b in zip(slow, fast, strict=True)]
+
+
+def spread(values: Sequence[float], *, quartiles: bool) -> Spread:
+    """Median, and quartiles or ends."""
+    low, high = min(values), max(values)
+    if quartiles and len(values) > 1:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return statistics.median(values), low, high
+
+
+def cost_factors(costs: Mapping[str, Sequence[Cost]], unit: str) -> dict[str, Spread]:
+    """What each change of a training alone is worth, in wall clock or CPU-seconds (`unit`)."""
+    steps = {
+        "warm_workers": ("plain", "peft"),
+        "adapters": ("peft", "lm-eval"),
+        "evaluation": ("lm-eval", "ours"),
+        "packing": ("ours", "packed"),
+    }
+    seconds = {way: [getattr(cost, unit) for cost in found] for way, found in costs.items()}
+    return {name: spread(ratios(seconds[a], seconds[b]), quartiles=False) for name, (a, b) in steps.items()}
+
+
+def search_factors(trainings: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
+    """What each change of the search is worth, in trainings to the target; searches of a seed are a pair."""
+    steps = {"sampler": (DEDUPED, OURS), "dedupe": (PLAIN, DEDUPED), "halving": (OURS, HALVED)}
+    return {name: spread(ratios(trainings[a], trainings[b]), quartiles=True) for name, (a, b) in steps.items()}
+
+
+def product(factors: Mapping[str, Spread]) -> float:
+    """Of all factors. Packing and halving are left to the user: they count where they gain."""
+    chosen = (median for name, (median, _, _) in factors.items() if name not in ("packing", "halving") or median > 1)
+    return math.prod(chosen)
+
+
+# --- trainings to the target, replayed
+
+
+def searches(settings: Settings) -> dict[str, list[float]]:
+    """Full trainings until 95 % of the table's hypervolume, of every kind of search, seed by seed."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    found: dict[str, list[float]] = {variant: [] for variant in SEARCHES}
+    for seed, variant in itertools.product(range(settings.seeds), SEARCHES):
+        table = search_tables.own(settings.table, seed, mean=False)
+        options: dict[str, Any] = {"evaluations": settings.evaluations, "workers": WORKERS}
+        cell = search_tables.cell(table, variant, seed, until=search_tables.ENOUGH, **options)
+        assert cell is not None
+        reached = search_tables.measured(table, cell, settings.evaluations)["to95"]
+        found[variant].append(settings.evaluations if reached is None else reached)
+    return found
+
+
+def tokens_of_training(name: str) -> float:
+    table = search_tables.own(name, 0, mean=False)
+    return statistics.median(table.tokens(key) for key in table.judged)
+
+
+# --- the plain way
+
+
+class PeftAdapter:
+    """PEFT's LoRA on a model, as `trainers/loop.py` asks for an adapter.
+
+    masked   stacks of experts that are adapted: the chosen ones, and how many there are
+    """
+
+    def __init__(self, wrapped: Any, masked: Mapping[str, tuple[tuple[int, ...], int]]) -> None:
+        self.wrapped = wrapped
+        self._named = [(name, p) for name, p in wrapped.named_parameters() if p.requires_grad]
+        self._idle = 0
+        from tests.trainers.reference import peft_factors
+
+        for stack, (a, b) in peft_factors(wrapped).items():
+            if stack in masked:
+                self._mask(a, b, *masked[stack])
+
+    def _mask(self, a: Any, b: Any, ids: tuple[int, ...], num_experts: int) -> None:
+        """Keeps the experts that were not chosen where they start: B = 0, under which A gets no gradient either."""
+        import torch
+
+        kept = torch.zeros(num_experts).index_fill(0, torch.tensor(ids), 1.0).repeat(b.size(1) // num_experts)
+        b.register_hook(lambda gradient: gradient * kept)  # B's columns are rank-major: expert by expert, rank times
+        self._idle += (a.numel() + b.numel()) * (num_experts - len(ids)) // num_experts
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that can leave their start."""
+        return sum(p.numel() for _, p in self._named) - self._idle
+
+    def parameters(self) -> list[Any]:
+        return [p for _, p in self._named]
+
+    def named_parameters(self) -> list[tuple[str, Any]]:
+        return self._named
+
+    def extra_loss(self, real_BS: Any) -> None:
+        return None
+
+    def check_gradients(self) -> None:
+        pass
+
+
+@contextmanager
+def peft_adapter(model: Any, shape: ModelShape, trial: Trial) -> Iterator[PeftAdapter]:
+    """PEFT's LoRA where the trial's allocation says, on experts by `target_parameters`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    assert isinstance(trial.allocation, ExpertSelection)
+    masked = {}
+    for module in shape.of_role("expert"):
+        if ids := trial.allocation.in_layer(module.layer):
+            experts = module.path.rpartition(".")[0]
+            masked |= {f"{experts}.{stack}": (ids, module.num_experts) for stack in ("gate_up_proj", "down_proj")}
+    config = LoraConfig(
+        r=trial.recipe.rank,
+        lora_alpha=trial.recipe.lora_alpha,
+        target_modules=[module.path for module in shape.of_role("attention")],
+        target_parameters=[f"{module.path}.weight" for module in shape.of_role("router", "shared_expert")] + [*masked],
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(trial.seed)
+        wrapped = get_peft_model(model, config)
+    try:
+        yield PeftAdapter(wrapped, masked)
+    finally:
+        wrapped.unload()
+        model.requires_grad_(False)
+
+
+class ByLmEval:
+    """A task whose evaluation is `lm_eval.evaluate` around the model, from prompts to metrics."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._task, name)
+
+    def prepare(self, tokenizer: Any, **_: Any) -> None:
+        self._tokenizer = tokenizer
+
+    def evaluate(self, model: Any) -> Any:
+        from lm_eval.evaluator import evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        from trainers.tasks import Evaluation
+
+        began, task = time.perf_counter(), self._task
+        model.eval()
+        lm = HFLM(pretrained=model, tokenizer=self._tokenizer, backend="causal", batch_size=task.batch_size)
+        asked = {"tasks": {task.name: task._task}, "groups": {}}
+        found = evaluate(lm=lm, task_dict=asked, limit=task.limit, bootstrap_iters=0, log_samples=False)
+        accuracy = found["results"][task.name][f"{task._metric},{task._filter}"]
+        model.train()
+        return Evaluation(accuracy, 0.0, (), task.metric, time.perf_counter() - began)
+
+
+def train_with_peft(base: Any, shape: ModelShape, task: Any, trial: Trial, folder: str) -> tuple[float | None, int]:
+    """Accuracy and trained tokens; the adapter is saved."""
+    from trainers import loop
+
+    with peft_adapter(base.model, shape, trial) as adapter:
+        result = loop.train(
+            base.model,
+            adapter,
+            ByLmEval(task),
+            trial.recipe,
+            seed=trial.seed,
+            tokenizer=base.tokenizer,
+            evaluations=1,
+            device="cpu",
+            on_rung=lambda rung: True,
+        )
+        adapter.wrapped.save_pretrained(folder, save_embedding_layers=False)
+    return result.accuracy, result.tokens
+
+
+def plain_loop(config: dict[str, Any]) -> None:
+    """What the TorchTrainer of a trial runs."""
+    import ray.train
+    import torch
+
+    from trainers import models, tasks
+
+    torch.set_num_threads(1)
+    base = models.load(config["model"])
+    task = tasks.load_task(config["task"])
+    trial = Trial.from_json(json.loads(config["trial"]))
+    with tempfile.TemporaryDirectory() as folder:
+        shape = models.shape_of_model(base.model, name=config["model"])
+        accuracy, tokens = train_with_peft(base, shape, task, trial, folder)
+        metrics = {"accuracy": math.nan if accuracy is None else accuracy, "tokens": tokens}
+        ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def plain_trial(config: dict[str, Any]) -> None:
+    """The Tune function: one TorchTrainer, as the Ray guide has it."""
+    from ray import tune
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    result = TorchTrainer(
+        plain_loop,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(name=uuid.uuid4().hex, storage_path=config["storage"]),
+    ).fit()
+    assert result.metrics is not None
+    told = {"params": config["params"], "digest": Trial.from_json(json.loads(config["trial"])).digest}
+    tune.report({**told, "accuracy": result.metrics["accuracy"], "tokens": result.metrics["tokens"]})
+
+
+# --- cost of a training
+
+
+class Resident:
+    """A warm worker for all the ways that have one. Runs as an actor."""
+
+    def __init__(self, setup: Mapping[str, Any]) -> None:
+        from trainers.worker import Bench
+
+        self._bench = Bench(setup, "cpu")
+        self._task = self._bench.task
+
+    def train(self, way: str, trials: Sequence[tuple[str, int]]) -> Cost:
+        """The first of the trials in this way, or all of them packed; one's share."""
+        known = [(Trial.from_json(json.loads(text)), cost) for text, cost in trials]
+        setup = dict(self._bench.setup)
+        with tempfile.TemporaryDirectory() as folder:
+            self._bench.setup = setup | {"checkpoints": folder, "evaluations": 3 if way == "curve" else 1}
+            self._bench.task = ByLmEval(self._task) if way == "lm-eval" else self._task
+            wall, cpu = time.perf_counter(), time.process_time()
+            if way == "peft":
+                train_with_peft(self._bench, self._bench.shape, self._task, known[0][0], folder)
+            elif way == "packed":
+                self._pack([trial for trial, _ in known], folder)
+            else:
+                outcome = self._bench.train(*known[0], report=lambda rung: True)
+                assert outcome.status == "complete", outcome.message
+            spent = Cost(time.perf_counter() - wall, time.process_time() - cpu)
+        self._bench.setup = setup
+        return spent / len(known) if way == "packed" else spent
+
+    def _pack(self, trials: Sequence[Trial], folder: str) -> None:
+        from trainers import adapter as adapters
+        from trainers.packing import Crew
+
+        bench = self._bench
+        crew = Crew(bench.model, self._task, tokenizer=bench.tokenizer, device="cpu", evaluations=1)
+        for trial in trials:
+            recipe = trial.recipe
+            adapter = adapters.attach(
+                bench.model,
+                trial.allocation,
+                shape=bench.shape,
+                rank=recipe.rank,
+                lora_alpha=recipe.lora_alpha,
+                seed=trial.seed,
+            )
+            adapter.detach()
+            own = str(Path(folder) / trial.digest)
+            crew.join(adapter, recipe, seed=trial.seed, on_rung=lambda rung: True, checkpoint=own)
+        while crew.members:
+            for ended in crew.step():
+                if ended.error is not None:
+                    raise ended.error
+                with tempfile.TemporaryDirectory() as saved:
+                    adapters.save(ended.adapter, Path(saved), metadata={})
+
+
+def costs(settings: Settings) -> dict[str, list[Cost]]:
+    """Of a training in every way, repeat by repeat."""
+    import ray
+    from ray import tune
+
+    from search import pool as pools
+
+    recorded = problem_of(settings.table, 0)
+    chosen = spaced(recorded.rows, settings.repeats + settings.pack)
+    watch = CpuWatch()
+    watch.start()
+    found: dict[str, list[Cost]] = {way: [] for way in ("plain", *WARM)}
+    # One CPU more than trains: the outer Tune function takes a slot of its own, and the warm worker stays in between.
+    pools.connect("local", num_cpus=3)
+    with tempfile.TemporaryDirectory() as name:
+        overhead = warm(make_trials(6), Path(name) / "warm", watch)
+        extra = Cost(statistics.median(overhead.overhead_seconds()), statistics.median(overhead.overhead_cpu()))
+        resident: Any = ray.remote(num_cpus=1)(Resident).remote(worker_setup(recorded, Path(name)))
+        for way in WARM:
+            ray.get(resident.train.remote(way, chosen[-settings.pack :]))  # warms up
+
+        class TakeTurns(tune.Callback):
+            """After a plain trial, the same point in all other ways; Tune starts the next one when that is done."""
+
+            def __init__(self) -> None:
+                self.number = -1  # the first one pays for Tune's start
+                self.rest = (time.monotonic(), watch.seconds())
+
+            def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+                now = (time.monotonic(), watch.seconds())
+                if self.number >= 0:
+                    found["plain"].append(Cost(*(b - a for a, b in zip(self.rest, now, strict=True))))
+                    for way in WARM[:: -1 if self.number % 2 else 1]:
+                        points = chosen[self.number : self.number + settings.pack]
+                        found[way].append(ray.get(resident.train.remote(way, points)) + extra)
+                    show_costs(self.number, found)
+                self.number += 1
+                self.rest = (time.monotonic(), watch.seconds())
+
+        points = [
+            {"trial": text, "params": cost, "model": recorded.model, "task": recorded.task, "storage": f"{name}/train"}
+            for text, cost in [chosen[0], *chosen[: settings.repeats]]
+        ]
+        tune.Tuner(
+            tune.with_resources(inner_of_case, {"CPU": 0.01}),
+            param_space={"case": tune.grid_search(points)},
+            tune_config=tune.TuneConfig(max_concurrent_trials=1),
+            run_config=tune.RunConfig(verbose=0, storage_path=f"{name}/tune", callbacks=[TakeTurns()]),
+        ).fit()
+        ray.kill(resident)
+    watch.stop()
+    ray.shutdown()
+    return found
+
+
+def inner_of_case(config: dict[str, Any]) -> None:
+    plain_trial(config["case"])
+
+
+def show_costs(number: int, found: Mapping[str, Sequence[Cost]]) -> None:
+    latest = "  ".join(f"{way} {costs[-1].wall:.1f}/{costs[-1].cpu:.1f}" for way, costs in found.items())
+    print(f"  point {number + 1}, wall/CPU-seconds: {latest}", flush=True)
+
+
+def spaced(rows: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int]]:
+    """So many rows (trial, parameters), in equal steps from the smallest to the largest."""
+    ordered = sorted(rows, key=lambda row: (row[1], row[0]))
+    return [ordered[round((2 * n + 1) * len(ordered) / (2 * count) - 0.5)] for n in range(count)]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a search against the table asks of it: the problem of one seed, and its rows (trial, parameters)."""
+
+    problem: Any
+    rows: list[tuple[str, int]]
+
+    @property
+    def model(self) -> str:
+        return self.problem.model
+
+    @property
+    def task(self) -> str:
+        return self.problem.task
+
+
+@cache
+def problem_of(name: str, seed: int) -> Recorded:
+    from search import replay
+
+    table = replay.load(name)
+    problem = table.problem(seed=table.seeds[seed % len(table.seeds)])
+    outcomes = [row.outcome for row in table.rows.values() if row.outcome.trial.seed == problem.seed]
+    return Recorded(problem, [(json.dumps(o.trial.to_json()), o.trainable_params) for o in outcomes])
+
+
+def worker_setup(recorded: Recorded, folder: Path) -> dict[str, Any]:
+    """Of `trainers.worker.Bench`."""
+    return {
+        "model": recorded.model,
+        "options": {},
+        "task": recorded.task,
+        "task_options": {},
+        "seed": recorded.problem.seed,
+        "evaluations": 1,
+        "calibration_samples": 8,
+        "cpus_per_worker": 1,
+        **{name: str(folder / name) for name in ("signals", "adapters", "checkpoints")},
+    }
+
+
+# --- both ways, for real
+
+
+@dataclass
+class Target:
+    """Follows a real search until it has trained points that make 95 % of the table's hypervolume, as recorded."""
+
+    covered: search_tables.Covered
+    cap: int
+    watch: CpuWatch
+    way: str
+    began: float = field(default_factory=time.monotonic)
+    cpu: float = 0.0
+    trainings: int = 0
+    tokens: int = 0
+    spent: Cost = Cost(0.0, 0.0)
+    reached: bool = False
+
+    def __post_init__(self) -> None:
+        self.cpu = self.watch.seconds()
+
+    @property
+    def over(self) -> bool:
+        return self.reached or self.trainings >= self.cap
+
+    def add(self, digest: str, accuracy: float | None, tokens: int, *, spent: Cost | None = None) -> None:
+        """A training has ended, now or (`spent`) in an earlier run of this benchmark."""
+        if self.over:
+            return
+        self.trainings += 1
+        self.tokens += tokens
+        if spent is None:
+            self.spent = Cost(time.monotonic() - self.began, self.watch.seconds() - self.cpu)
+        else:
+            self.spent = spent
+            self.began = time.monotonic() - spent.wall
+            self.cpu = self.watch.seconds() - spent.cpu
+        self.reached = self.covered.add(digest) >= search_tables.ENOUGH
+        shown = "diverged" if accuracy is None else f"{accuracy:.3f}"
+        print(
+            f"  {self.way}: training {self.trainings}, accuracy {shown}, {self.covered.share:.1%} of the table, "
+            f"{self.spent.wall:.0f} s, {self.spent.cpu:.0f} CPU-seconds",
+            flush=True,
+        )
+
+
+def real_ours(settings: Settings, target: Target, folder: Path) -> None:
+    """A study of the toolkit, but for its report: records, MLflow, live view, warm workers, ehvi."""
+    from search import pool as pools
+    from search import ray_tune
+    from search.config import RunConfig
+    from search.progress import Progress
+    from search.records import Study
+    from search.run import _workers
+    from search.study import Run
+    from search.tracking import Tracker
+
+    recorded = problem_of(settings.table, settings.seed)
+    space = recorded.problem.table.about["identity"]["space"]
+    config = RunConfig(
+        space=space,
+        model=recorded.model,
+        task=recorded.task,
+        seed=recorded.problem.seed,
+        evaluations=1,
+        max_concurrent=WORKERS,
+        storage=str(folder),
+        trials=settings.cap,
+        name="ours",
+    )
+
+    class ToTarget(Run):
+        def propose(self) -> Any:
+            return None if target.over else super().propose()
+
+        def finished(self, outcome: Outcome) -> None:
+            super().finished(outcome)
+            target.add(outcome.digest, outcome.accuracy, outcome.tokens)
+
+    cluster = pools.connect("local", num_cpus=WORKERS)
+    own = folder / "ours"
+    with Study.open(
+        own, config=config.to_json(), identity=config.identity(), shape=recorded.problem.shape, command=config.command()
+    ) as records:
+        tracker = Tracker.open(
+            None, folder, experiment=space, study_name="ours", tags={"model": recorded.model}, params=config.to_json()
+        )
+        tracker.sync(records)
+        study = records.header["id"]
+        pool = _workers(config, cluster, trials=settings.cap, folder=own, shared=str(own), study=study)
+        with Progress(settings.cap, quiet=True, seed=config.seed) as progress:
+            pool.start()
+            conductor = ToTarget(
+                recorded.problem,
+                records,
+                tracker,
+                progress,
+                checkpoints=str(own / "checkpoints"),
+                sampler="ehvi",
+                deadline=None,
+                keep="front",
+                trials=settings.cap,
+            )
+            ray_tune.search(conductor, pool, study=study, trials=settings.cap + 1, pausing=False)
+            pool.close()
+        tracker.close(status="FINISHED")
+    pools.disconnect()
+
+
+class PlainSpace:
+    """The define-by-run function of OptunaSearch: Tune pickles it, so it holds names only."""
+
+    def __init__(self, table: str, seed: int) -> None:
+        self._table, self._seed = table, seed
+
+    def __call__(self, trial: Any) -> dict[str, Any]:
+        problem = problem_of(self._table, self._seed).problem
+        point, _ = problem.ask(trial)
+        resolved, cost = problem.resolve(point)
+        return {"trial": json.dumps(resolved.to_json()), "params": cost}
+
+
+def real_plain(settings: Settings, target: Target, folder: Path) -> None:
+    """Ray Tune with Optuna's NSGA-II. What an earlier run of this benchmark trained counts, with what it took."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+    from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    from search import pool as pools
+
+    recorded = problem_of(settings.table, settings.seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    log, stop = folder / "plain.jsonl", folder / "over"
+    stop.unlink(missing_ok=True)
+    for line in log.read_text().splitlines() if log.exists() else ():
+        known = json.loads(line)
+        target.add(known["digest"], known["accuracy"], known["tokens"], spent=Cost(known["wall"], known["cpu"]))
+    if target.over:
+        return
+
+    class Follow(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            told = trial.last_result
+            accuracy = told["accuracy"] if math.isfinite(told["accuracy"]) else None
+            target.add(told["digest"], accuracy, told["tokens"])
+            known = {"digest": told["digest"], "accuracy": accuracy, "tokens": told["tokens"]}
+            with log.open("a") as file:
+                file.write(json.dumps(known | {"wall": target.spent.wall, "cpu": target.spent.cpu}) + "\n")
+            if target.over:
+                stop.touch()
+
+    class StopAll(tune.Stopper):
+        """By a file: Tune works with a copy of its stopper."""
+
+        def __init__(self, file: Path) -> None:
+            self._file = file
+
+        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+            return False
+
+        def stop_all(self) -> bool:
+            return self._file.exists()
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    pools.connect("local", num_cpus=WORKERS + 1)  # the Tune functions around the trainers take slots of their own
+    # the same seed again would propose the same points again
+    sampler = optuna.samplers.NSGAIISampler(seed=settings.seed + 7919 * target.trainings, population_size=POPULATION)
+    search = OptunaSearch(
+        PlainSpace(settings.table, settings.seed),
+        metric=["accuracy", "params"],
+        mode=["max", "min"],
+        sampler=sampler,
+        storage=JournalStorage(JournalFileBackend(str(folder / "optuna.log"))),
+    )
+    tune.Tuner(
+        tune.with_resources(plain_trial, {"CPU": 0.01}),
+        param_space={"model": recorded.model, "task": recorded.task, "storage": str((folder / "train").absolute())},
+        tune_config=tune.TuneConfig(
+            search_alg=search, num_samples=settings.cap - target.trainings, max_concurrent_trials=WORKERS
+        ),
+        run_config=tune.RunConfig(
+            verbose=0, storage_path=str((folder / "tune").absolute()), callbacks=[Follow()], stop=StopAll(stop)
+        ),
+    ).fit()
+    pools.disconnect()
+
+
+def both_for_real(settings: Settings) -> tuple[Target, Target]:
+    """Plain and ours, one after the other; the plain way goes on where an earlier run was cut off."""
+    watch = CpuWatch()
+    watch.start()
+    table = search_tables.own(settings.table, settings.seed, mean=False)
+    done = []
+    for way, run in (("ours", real_ours), ("plain", real_plain)):
+        folder = FOLDER / f"{way}-{Path(settings.table).stem}-{settings.seed}-{table.version}"
+        if way == "ours":  # minutes: from the start each time
+            shutil.rmtree(folder, ignore_errors=True)
+        target = Target(search_tables.Covered(table), settings.cap, watch, way)
+        run(settings, target, folder)
+        done.append(target)
+    watch.stop()
+    return done[1], done[0]
+
+
+# --- the report
+
+
+def parse(arguments: Sequence[str]) -> Settings:
+    settings = Settings()
+    known = {f.name: f for f in fields(Settings)}
+    for word in arguments:
+        name, _, text = word.partition("=")
+        if name not in known:
+            raise unknown("argument", name, known)
+        old = getattr(settings, name)
+        if isinstance(old, bool) and text not in ("true", "false"):
+            raise StudyError(f"{name} must be true or false, got '{text}'")
+        try:
+            value = text == "true" if isinstance(old, bool) else type(old)(text)
+        except ValueError:
+            raise StudyError(f"{name} must be a whole number, got '{text}'") from None
+        settings = replace(settings, **{name: value})
+    return settings
+
+
+def show(value: Spread, digits: int = 2) -> str:
+    return "{0:.{d}f} ({1:.{d}f}..{2:.{d}f})".format(*value, d=digits)
+
+
+def main(arguments: Sequence[str]) -> None:
+    settings = parse(arguments)
+    from trainers.versions import versions
+
+    report: dict[str, Any] = {}
+    tokens = tokens_of_training(settings.table)
+    trainings = searches(settings)
+    print(f"Trainings until 95 % of the hypervolume of {settings.table}, {settings.seeds} seeds, {WORKERS} workers")
+    print(f"{'':<22}{'trainings':>24}{'tokens':>12}{'not in ' + str(settings.evaluations):>16}")
+    for variant, needed in trainings.items():
+        middle = spread(needed, quartiles=True)
+        late = sum(number >= settings.evaluations for number in needed)
+        print(f"{variant:<22}{show(middle, 1):>24}{middle[0] * tokens:>12,.0f}{f'{late} of {len(needed)}':>16}")
+    found = search_factors(trainings)
+    in_all = spread(ratios(trainings[PLAIN], trainings[OURS]), quartiles=True)
+    rows: dict[str, dict[str, Spread]] = {name: {"wall": value, "cpu": value} for name, value in found.items()}
+    report |= {name: round(value[0], 2) for name, value in found.items()}
+    report |= {"trainings": round(in_all[0], 2), "tokens": round(in_all[0] * max(found["halving"][0], 1.0), 2)}
+    report |= dict.fromkeys(("warm_workers", "adapters", "evaluation", "packing", "wall", "cpu"))
+    if settings.costs:
+        print(f"\nCost of a training, {settings.repeats} points")
+        spent = costs(settings)
+        print(f"{'':<22}{'wall clock s':>24}{'CPU-seconds':>24}")
+        for way, each in spent.items():
+            wall, cpu = (spread([getattr(cost, unit) for cost in each], quartiles=False) for unit in ("wall", "cpu"))
+            print(f"{way:<22}{show(wall):>24}{show(cpu):>24}")
+        parts = {unit: cost_factors(spent, unit) for unit in ("wall", "cpu")}
+        rows = {name: {unit: parts[unit][name] for unit in parts} for name in parts["wall"]} | rows
+        report |= {name: {u: round(s[0], 2) for u, s in rows[name].items()} for name in parts["wall"]}
+    whole = {unit: product({name: row[unit] for name, row in rows.items()}) for unit in ("wall", "cpu")}
+    print(f"\n{'× less':<22}{'wall clock':>24}{'CPU-seconds':>24}")
+    for name, row in rows.items():
+        print(f"{name:<22}{show(row['wall']):>24}{show(row['cpu']):>24}")
+    if settings.costs:
+        report |= {unit: round(value, 2) for unit, value in whole.items()}
+        print(
+            f"{'product':<22}{whole['wall']:>24.1f}{whole['cpu']:>24.1f}   without packing and halving where they lose"
+        )
+    else:
+        print("costs=true measures what a training costs: warm workers, adapters, evaluation, packing")
+    report |= dict.fromkeys(("real_trainings", "real_wall", "real_cpu"))
+    if settings.real:
+        print(f"\nBoth ways until 95 %, or {settings.cap} trainings")
+        plain, ours = both_for_real(settings)
+        for target in (plain, ours):
+            end = "reached" if target.reached else f"only {target.covered.share:.1%} reached"
+            print(
+                f"{target.way:<8}{end}: {target.trainings} trainings, {target.tokens:,} tokens, "
+                f"{target.spent.wall:.0f} s, {target.spent.cpu:.0f} CPU-seconds, starts included"
+            )
+        if ours.reached:  # the plain way's cost up to the cap is a lower bound of what it needs
+            report |= {
+                "real_trainings": round(plain.trainings / ours.trainings, 2),
+                "real_wall": round(plain.spent.wall / ours.spent.wall, 2),
+                "real_cpu": round(plain.spent.cpu / ours.spent.cpu, 2),
+                "real_is_lower_bound": not plain.reached,
+            }
+            least = "" if plain.reached else "at least "
+            print(
+                f"{least}{report['real_wall']} × less wall clock, {report['real_cpu']} × fewer CPU-seconds, "
+                f"{report['real_trainings']} × fewer trainings"
+            )
+    record = {"benchmark": "end_to_end", "device": "cpu", "versions": versions(), "settings": vars(settings)}
+    print(json.dumps(record | {"ratios": report}))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ToolkitError as error:
+        sys.exit(f"error: {error}")

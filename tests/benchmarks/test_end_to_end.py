@@ -1,0 +1,153 @@
+"""What the end-to-end benchmark computes from its measurements, and that its plain way trains what it says.
+
+python -m pytest tests/benchmarks/test_end_to_end.py
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocators.core.errors import StudyError
+from allocators.core.types import Recipe, Trial
+from search.ehvi import Known
+from tests.benchmarks import end_to_end
+from tests.benchmarks.end_to_end import Cost, Settings, cost_factors, parse, product, search_factors, spaced, spread
+from tests.benchmarks.search_tables import Asker, Covered, Rung, Table, simulate
+from tests.trainers.reference import (
+    every_expert,
+    from_peft,
+    peft_factors,
+    shape_of_model,
+    some_experts,
+    tiny_model,
+    tokens,
+)
+
+
+def test_factors_of_a_training_multiply_to_plain_against_ours():
+    costs = {"plain": [Cost(40, 30)], "peft": [Cost(10, 10)], "lm-eval": [Cost(8, 8)]}
+    costs |= {"ours": [Cost(4, 5)], "packed": [Cost(5, 4)]}
+    wall, cpu = cost_factors(costs, "wall"), cost_factors(costs, "cpu")
+    assert {name: value[0] for name, value in wall.items()} == {
+        "warm_workers": 4.0,
+        "adapters": 1.25,
+        "evaluation": 2.0,
+        "packing": 0.8,
+    }
+    assert product(wall) == 40 / 4  # packing loses here and is left out
+    assert product(cpu) == pytest.approx(30 / 4)
+
+
+def test_factors_of_the_search_are_medians_of_pairs():
+    trainings = {"nsga2+repeats": [90.0, 40.0, 60.0], "nsga2": [45.0, 40.0, 20.0], "ehvi": [15.0, 10.0, 10.0]}
+    found = search_factors(trainings | {"ehvi+halving": [30.0, 20.0, 5.0]})
+    assert found["dedupe"] == (2.0, 1.5, 2.5)
+    assert found["sampler"] == (3.0, 2.5, 3.5)
+    assert found["halving"][0] == 0.5
+    assert product(found) == 6.0
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=30))
+def test_a_median_lies_between_its_quartiles_and_those_between_the_ends(values):
+    inner, outer = spread(values, quartiles=True), spread(values, quartiles=False)
+    assert outer[1] <= inner[1] + 1e-9
+    assert inner[1] <= inner[0] + 1e-9
+    assert inner[0] <= inner[2] + 1e-9
+    assert inner[2] <= outer[2] + 1e-9
+    assert inner[0] == outer[0]
+
+
+@given(st.integers(1, 9))
+def test_points_are_spread_from_small_to_large(count):
+    rows = [(str(n), 10 * n) for n in range(9)]
+    chosen = spaced(rows[::-1], count)
+    assert len(set(chosen)) == count
+    assert chosen == sorted(chosen, key=lambda row: row[1])
+    assert spaced(rows, 1) == [("4", 40)]
+
+
+def small_table() -> Table:
+    """Four points of a front, of which b covers two thirds of what there is and c the rest; the ends cover nothing."""
+    judged = {"a": (0.0, 0.0), "b": (0.4, 1.0), "c": (0.8, 2.0), "d": (1.0, 3.0)}
+
+    def suggest(trial):
+        key = trial.suggest_categorical("key", list(judged))
+        return Known(key, 1 + "abcd".index(key))
+
+    return Table("small", suggest, lambda key: [Rung(1, 1.0, judged[key][0])], lambda key: 1.0, judged)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_repeat_costs_a_training_only_where_it_is_trained_again(workers):
+    table = small_table()
+    once = simulate(table, "random", 3, evaluations=30, workers=workers)["finished"]
+    again = simulate(table, "random+repeats", 3, evaluations=30, workers=workers)["finished"]
+    assert sorted(key for _, key in once) == ["a", "b", "c", "d"]
+    assert len(again) == 30
+    assert [budget for budget, _ in again] == [float(n) for n in range(1, 31)]
+
+
+def test_a_search_may_end_when_enough_is_covered():
+    table, covered = small_table(), Covered(small_table())
+    found = simulate(table, "random+repeats", 0, evaluations=100, until=0.95)["finished"]
+    shares = [covered.add(key) for _, key in found]
+    assert shares[-1] == pytest.approx(1.0)
+    assert all(share < 0.7 for share in shares[:-1])
+    assert {"b", "c"} <= {key for _, key in found}
+
+
+def test_results_of_equal_points_under_way_at_once_reach_their_own_trials():
+    import optuna
+
+    asker = Asker(small_table(), optuna.samplers.RandomSampler(seed=0), 0, repeats=True)
+    runs = [asker.propose() for _ in range(12)]
+    assert len(set(runs)) == 12
+    assert len({asker.rows[run] for run in runs}) < 12
+    for run in runs:
+        asker.tell(run, 0.5)
+
+
+@pytest.mark.parametrize("choose", [some_experts, every_expert])
+def test_the_plain_way_trains_the_chosen_experts_and_counts_them(choose):
+    model = tiny_model("olmoe")
+    shape = shape_of_model(model)
+    recipe = Recipe(rank=2, lora_alpha=4.0, steps=1)
+    trial = Trial(choose(shape), recipe, "tiny", "default", 0)
+    with end_to_end.peft_adapter(model, shape, trial) as adapter:
+        shared = sum(len(ids) for ids in trial.allocation.experts.values()) * recipe.rank * 32  # one A for gate and up
+        assert adapter.num_trained == trial.allocation.trainable_params(shape, rank=recipe.rank) - shared
+        optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, weight_decay=0.0)
+        started = {
+            name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in peft_factors(adapter.wrapped).items()
+        }
+        for _ in range(2):
+            optimizer.zero_grad()
+            model(tokens()).logits.square().mean().backward()
+            optimizer.step()
+        adapted = set()
+        for stack, (a, b) in peft_factors(adapter.wrapped).items():
+            if "experts" not in stack:
+                continue
+            layer = int(stack.split(".")[2])
+            adapted.add(layer)
+            ids = set(trial.allocation.in_layer(layer))
+            before = from_peft(stack, *started[stack], rank=2)
+            for name, value in from_peft(stack, a.detach(), b.detach(), rank=2).items():
+                moved = {e for e in range(8) if not torch.equal(value[e], before[name][e])}
+                assert moved <= ids, name
+                assert moved, name
+        assert adapted == set(trial.allocation.experts)
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_arguments_are_checked():
+    assert parse(["seeds=3", "real=true"]) == Settings(seeds=3, real=True)
+    with pytest.raises(StudyError, match="did you mean 'seeds'"):
+        parse(["seed_s=3"])
+    with pytest.raises(StudyError, match="must be true or false"):
+        parse(["real=yes"])
+    with pytest.raises(StudyError, match="whole number"):
+        parse(["cap=many"])

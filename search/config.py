@@ -112,6 +112,11 @@ class RunConfig:
     storage: str = _key("studies", "folder, or URI such as s3://bucket/dir, that all nodes see")
     name: str = _key("", "name of the study, its folder under storage (empty: SPACE-MODEL-TASK)")
     tracking_uri: str = _key("", "MLflow tracking URI (empty: sqlite in the storage folder)")
+    reuse: bool = _key(
+        False,
+        "take results from the other studies in the storage folder that did an equal training (allocation, recipe, "
+        "model, task, seed, and all settings that decide a result); in a search they do not count as trials",
+    )
     keep: str = _key("front", "which trained adapters stay on disk: front or all")
     plugins: list[str] = field(
         default_factory=list, metadata={"help": "files, folders or modules with own allocators and spaces"}

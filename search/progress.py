@@ -37,6 +37,7 @@ class Progress:
     evaluations  of a whole training: what one that was stopped early would still have taken
     time_budget  seconds after which no trial is started; None or 0: no limit
     done         outcomes of earlier runs of the same study
+    reused       digests of those that another study trained: they have a result and count apart, not as trainings
     quiet        show nothing but messages
     """
 
@@ -46,6 +47,7 @@ class Progress:
         time_budget: float | None = None,
         *,
         done: Iterable[Outcome] = (),
+        reused: Iterable[str] = (),
         seed: int | None = None,
         evaluations: int = 1,
         quiet: bool = False,
@@ -59,7 +61,8 @@ class Progress:
         self._budget = time_budget
         self._quiet = quiet
         self._done = list(done)
-        self._earlier = len(self._done)
+        self._reused = set(reused)
+        self._earlier = len(self._trained)
         self._front = front(candidates(self._done))
         self._running: dict[str, tuple[Outcome, Mapping[str, Any]]] = {}
         self._paused: set[str] = set()
@@ -111,7 +114,14 @@ class Progress:
         self._running.pop(digest, None)
         self._paused.add(digest)
 
-    def finished(self, outcome: Outcome) -> None:
+    @property
+    def _trained(self) -> list[Outcome]:
+        return [outcome for outcome in self._done if outcome.digest not in self._reused]
+
+    def finished(self, outcome: Outcome, *, reused: str = "") -> None:
+        """A training has ended; `reused` names the study that trained it, where it was another one."""
+        if reused:
+            self._reused.add(outcome.digest)
         self._running.pop(outcome.digest, None)
         self._paused.discard(outcome.digest)
         self._done.append(outcome)
@@ -119,7 +129,7 @@ class Progress:
         if self._quiet:
             return
         if self._live is None or outcome.status in ("diverged", "failed", "out_of_memory"):
-            self._console.print(self._line(outcome), soft_wrap=True)
+            self._console.print(self._line(outcome, reused), soft_wrap=True)
 
     def answered(self, reason: str, message: str = "") -> None:
         """A point that needed no training. Counted only: a sampler near its end repeats itself by the hundred."""
@@ -140,23 +150,24 @@ class Progress:
     def seconds_left(self) -> float | None:
         """By the pace since the first start, and by the budget; None before either is known."""
         now, guesses = time.monotonic(), []
-        new = len(self._done) - self._earlier
+        trained = len(self._trained)
+        new = trained - self._earlier
         if new and self._first_start:
-            guesses.append((now - self._first_start) / new * max(self._total - len(self._done), 0))
+            guesses.append((now - self._first_start) / new * max(self._total - trained, 0))
         if self._budget:
             guesses.append(max(self._began + self._budget - now, 0.0))
         return min(guesses, default=None)
 
-    def _line(self, outcome: Outcome) -> Text:
+    def _line(self, outcome: Outcome, reused: str) -> Text:
         on_front = any(outcome in candidate.runs for candidate in self._front)
         result = f"accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else outcome.status
         parts = [
-            f"[{len(self._done):>{len(str(self._total))}}/{self._total}]",
+            f"[{len(self._trained):>{len(str(self._total))}}/{self._total}]",
             f"{result:<14}",
             f"{human(outcome.trainable_params):>8}",
             point(outcome),
             f"seed {outcome.trial.seed}" if self._seed not in (None, outcome.trial.seed) else "",
-            clock(outcome.seconds),
+            f"reused from {reused}" if reused else clock(outcome.seconds),
             "stopped early" if outcome.status == "stopped" else "on the front" if on_front else "",
             outcome.message,
             f"({_left(self.seconds_left)})" if self.seconds_left is not None else "",
@@ -165,16 +176,18 @@ class Progress:
 
     def _counts(self) -> Text:
         by_status = Counter(outcome.status for outcome in self._done)
-        repeats = sum(1 for outcome in self._done if self._seed is not None and outcome.trial.seed != self._seed)
+        trained = self._trained
+        repeats = sum(1 for outcome in trained if self._seed is not None and outcome.trial.seed != self._seed)
         lost = {s: n for s, n in by_status.items() if s in ("diverged", "failed", "out_of_memory", "stopped")}
         parts = [
             f"{len(self._running)} running" if self._running else "",
             f"{len(self._paused)} paused" if self._paused else "",
-            f"{len(self._done) - repeats} of {self._trials} finished",
+            f"{len(trained) - repeats} of {self._trials} finished",
             f"{repeats} of {self._repeats} repeats with other seeds" if self._repeats else "",
         ]
+        parts += [f"{len(self._reused)} reused from other studies"] if self._reused else []
         parts += [f"{n} {status.replace('_', ' ')}" for status, n in sorted(lost.items())]
-        saved, whole = tokens_saved(self._done, evaluations=self._evaluations)
+        saved, whole = tokens_saved(trained, evaluations=self._evaluations)
         parts += [f"{saved / whole:.0%} of all tokens not trained"] if saved else []
         if self._answered:
             reasons = ", ".join(f"{n} {r.replace('_', ' ')}" for r, n in sorted(self._answered.items()))
@@ -192,8 +205,8 @@ class Progress:
             parts.append(Text(f"  {self._measuring}", style="dim"))
         grid = Table.grid(padding=(0, 2))
         left = self.seconds_left
-        bar = ProgressBar(total=self._total, completed=len(self._done), width=30)
-        grid.add_row(bar, f"{len(self._done)}/{self._total}", _left(left) if left is not None else "")
+        bar = ProgressBar(total=self._total, completed=len(self._trained), width=30)
+        grid.add_row(bar, f"{len(self._trained)}/{self._total}", _left(left) if left is not None else "")
         return Group(*parts, grid, self._counts())
 
 

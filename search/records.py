@@ -15,7 +15,7 @@ A folder holds
 Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
     {"event": "started",  "outcome": Outcome, "params": {...}, "sampler_seconds": what it took to propose the point}
     {"event": "rung",     "digest": "...", "rung": {"step", "tokens", "accuracy", "loss", ...}}
-    {"event": "finished", "outcome": Outcome, "params": {...}}
+    {"event": "finished", "outcome": Outcome, "params": {...}, "reused": name of the study that trained it, or none}
     {"event": "answered", "params": {...}, "reason": "duplicate"|"infeasible"|"over_budget", "digest", "message"}
 `params` is the sampler's flat dictionary of the point. The last line of a digest wins. A driver that is killed in
 mid-write leaves a torn last line, which is dropped; a damaged line elsewhere is named and skipped.
@@ -73,6 +73,7 @@ class Records:
     answered   points answered without training, in order
     problems   one sentence for every damaged line
     sampler_seconds   what it took to propose each point that was started
+    reused     digest -> the study of the same storage that trained it, of outcomes that were not trained here
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
@@ -83,6 +84,7 @@ class Records:
         self.answered: list[Answered] = []
         self.problems: list[str] = []
         self.sampler_seconds: list[float] = []
+        self.reused: dict[str, str] = {}
         self._params: dict[str, dict[str, Any]] = {}
         self._rungs: dict[str, dict[int, Mapping[str, Any]]] = {}
 
@@ -104,6 +106,13 @@ class Records:
         """Sampler parameters of the point that was trained as this digest (KeyError where there is none)."""
         return self._params[digest]
 
+    def adapter_of(self, outcome: Outcome) -> str | None:
+        """Where its adapter lies: a URI, or a folder that is still there (with the study, if it was moved)."""
+        if not outcome.adapter or "://" in outcome.adapter:
+            return outcome.adapter or None
+        recorded, moved = Path(outcome.adapter), self.folder / "adapters" / outcome.digest
+        return next((str(folder.absolute()) for folder in (recorded, moved) if folder.is_dir()), None)
+
     def apply(self, line: Mapping[str, Any]) -> None:
         """Takes one line in; raises ValueError, KeyError or TypeError and changes nothing where it is no such line."""
         match line["event"]:
@@ -117,6 +126,8 @@ class Records:
                 self._params[digest] = params
                 if line.get("sampler_seconds"):
                     self.sampler_seconds.append(float(line["sampler_seconds"]))
+                if line.get("reused"):
+                    self.reused[digest] = str(line["reused"])
             case "rung":
                 digest, rung = line["digest"], dict(line["rung"])
                 # by step: a run that goes on from its checkpoint reports some rungs a second time
@@ -259,10 +270,11 @@ class Study(Records):
         """An evaluation on the way."""
         self._append({"event": "rung", "digest": digest, "rung": dict(rung)})
 
-    def append_finished(self, outcome: Outcome, params: Mapping[str, Any]) -> None:
-        """A run is over, well or not."""
+    def append_finished(self, outcome: Outcome, params: Mapping[str, Any], *, reused: str = "") -> None:
+        """A run is over, well or not; `reused` names the study that trained it, where it was another one."""
         assert outcome.status in FINISHED, outcome.status
-        self._append({"event": "finished", "outcome": outcome.to_json(), "params": dict(params)})
+        line = {"event": "finished", "outcome": outcome.to_json(), "params": dict(params)}
+        self._append(line | ({"reused": reused} if reused else {}))
 
     def append_answered(
         self, params: Mapping[str, Any], *, reason: Reason, digest: str | None = None, message: str = ""
@@ -312,17 +324,35 @@ class Study(Records):
         self.close()
 
 
+class Followed:
+    """Another study's records, read on from where they were read to the last time; no lock, nothing written.
+
+    A line counts when its newline is there, so one that is being written, or was torn, is left for later.
+
+    Raises StudyError where there is no study in the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.records = _records(folder)
+        self._read = 0
+
+    def update(self) -> Records:
+        """The records as of now. Raises OSError where the folder is gone."""
+        with (self.records.folder / LINES).open("rb") as file:
+            file.seek(self._read)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read += len(whole + newline)
+        self.records._load(whole + newline)
+        return self.records
+
+
 def read(folder: str | Path) -> Records:
     """What a study folder says now; takes no lock and writes nothing.
 
     Raises StudyError where there is no study in the folder.
     """
     folder = Path(folder)
-    header = _read_header(folder)
-    try:
-        records = Records(folder, header)
-    except (KeyError, TypeError) as error:
-        raise StudyError(f"{folder / HEADER} is damaged ({error!r}): put it back from a copy") from None
+    records = _records(folder)
     try:
         records._load((folder / LINES).read_bytes())
     except OSError as error:
@@ -330,6 +360,15 @@ def read(folder: str | Path) -> Records:
     for problem in records.problems:
         log.warning(problem)
     return records
+
+
+def _records(folder: Path) -> Records:
+    """Records of a folder whose lines were not read yet."""
+    header = _read_header(folder)
+    try:
+        return Records(folder, header)
+    except (KeyError, TypeError) as error:
+        raise StudyError(f"{folder / HEADER} is damaged ({error!r}): put it back from a copy") from None
 
 
 def _read_header(folder: Path) -> dict[str, Any]:

@@ -137,10 +137,14 @@ class Table:
             study_seed=rows[0].study_seed,
         )
 
+    @cached_property
+    def mark(self) -> str:
+        """Its name and the digest of its rows, as `replayed` in the versions of every outcome that it answers."""
+        return f"{self.name} {digest_of(sorted(self.rows))}"
+
     def answers(self) -> dict[str, dict[str, Any]]:
         """What the board needs: outcomes as JSON by digest, marked as recorded."""
-        digest = digest_of(sorted(self.rows))
-        marked = {"replayed": f"{self.name} {digest}"}
+        marked = {"replayed": self.mark}
         return {
             key: row.outcome.updated(adapter="", versions={**row.outcome.versions, **marked}).to_json()
             for key, row in self.rows.items()

@@ -93,7 +93,8 @@ class Report:
     def tokens_saved(self) -> tuple[int, int]:
         """Tokens that stopped trainings were not trained for, and what all trainings would have taken to their ends."""
         evaluations = self.records.header["config"].get("evaluations", 1)
-        return tokens_saved(self.records.finished.values(), evaluations=evaluations)
+        trained = (run for digest, run in self.records.finished.items() if digest not in self.records.reused)
+        return tokens_saved(trained, evaluations=evaluations)
 
     @cached_property
     def sections(self) -> list[Section]:
@@ -149,6 +150,8 @@ class Report:
                 found[f"{name}_trainable_params"] = candidate.trainable_params
         if (correlation := self.early_ranks[0]) is not None:
             found["rank_correlation_first_rung"] = correlation
+        if self.records.reused:
+            found["runs_reused"] = len(self.records.reused)
         if self.tokens_saved[0]:
             found["tokens_saved"], found["tokens_without_stopping"] = self.tokens_saved
         if self.noise is not None:
@@ -181,12 +184,14 @@ class Report:
         found = {c.best.digest: self.loadable(c) for c in self.front}
         return {digest: (run[0].digest if run else digest)[:SHORT] for digest, run in found.items()}
 
+    def message(self, run: Outcome) -> str:
+        """What a run has to say of itself, and where it was trained if that was not here."""
+        study = self.records.reused.get(run.digest)
+        return "; ".join(text for text in (f"reused from {study}" if study else "", run.message) if text)
+
     def adapter_folder(self, outcome: Outcome) -> str | None:
-        """Where the trained adapter lies: a URI, or a folder that is still there (with the study, if it was moved)."""
-        if not outcome.adapter or "://" in outcome.adapter:
-            return outcome.adapter or None
-        recorded, moved = Path(outcome.adapter), self.records.folder / "adapters" / outcome.digest
-        return next((str(folder.absolute()) for folder in (recorded, moved) if folder.is_dir()), None)
+        """Where the trained adapter lies, None where it is not kept."""
+        return self.records.adapter_of(outcome)
 
 
 def write(folder: str | Path) -> Report:
@@ -404,8 +409,11 @@ def _against_baselines(report: Report) -> list[str]:
 def _state(report: Report) -> list[str]:
     """How much is done, what was not trained and why, what is damaged."""
     records = report.records
-    config, finished = records.header["config"], records.finished.values()
+    config = records.header["config"]
+    finished = [outcome for digest, outcome in records.finished.items() if digest not in records.reused]
     asked = config.get("trials")
+    if asked and is_table(records):  # there a row that is known is done; in a search `trials` are trained
+        asked -= sum(records.finished[digest].trial.seed == report.seed for digest in records.reused)
     statuses = Counter(outcome.status.replace("_", " ") for outcome in finished)
     said = []
     if statuses:
@@ -421,6 +429,9 @@ def _state(report: Report) -> list[str]:
             f"Stopped early at an evaluation: {stopped} {'training' if stopped == 1 else 'trainings'}, which left "
             f"{human(saved)} of {human(whole)} tokens ({saved / whole:.0%}) untrained; none of them is on the front."
         )
+    for study, count in Counter(records.reused.values()).items():
+        what = "training, which was" if count == 1 else "trainings, which were"
+        said.append(f"Reused from {study}: {count} {what} not run again.")
     if flying := len(records.in_flight):
         what, them = ("run is", "it") if flying == 1 else ("runs are", "them")
         said.append(f"{flying} {what} in flight, or cut off with the driver: the same command takes {them} up again.")
@@ -479,6 +490,7 @@ def _run_row(report: Report, run: Outcome) -> dict[str, Any]:
         "tokens": run.tokens,
         "peak_memory_bytes": run.peak_memory_bytes,
         "message": run.message,
+        "reused_from": report.records.reused.get(run.digest, ""),
         "adapter": report.adapter_folder(run) or "",
         **_recipe(run),
     }
@@ -691,7 +703,7 @@ def _point(report: Report, candidate: Candidate) -> dict[str, Any]:
                 "seconds": run.seconds,
                 "tokens": run.tokens,
                 "memory": run.peak_memory_bytes,
-                "message": run.message,
+                "message": report.message(run),
                 "rungs": [{key: rung.get(key) for key in ("tokens", "step", "accuracy", "loss")} for rung in run.rungs],
             }
             for run in candidate.runs

@@ -263,6 +263,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
     from search import ray_tune
     from search.halving import NO_HALVING, Halving
     from search.replay import WORKERS, Announcing, TableProblem
+    from search.reuse import FACTS, NOWHERE, Elsewhere, Nowhere
     from search.usage import PeakMemory
     from trainers import models
 
@@ -280,6 +281,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
     pool: pools.Pool | pools.TablePool
     if isinstance(problem, TableProblem):
         pool = pools.TablePool(problem.table.answers(), workers=config.max_concurrent or WORKERS, study=study)
+        facts = {"replayed": problem.table.mark}
     else:
         pool = _workers(config, cluster, trials=left + repeats, folder=folder, shared=shared, study=study)
     memory, before = PeakMemory(), list(records.finished.values())
@@ -289,6 +291,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             config.trials,
             config.time_budget_seconds or None,
             done=before,
+            reused=records.reused,
             seed=config.seed,
             evaluations=config.evaluations,
         ) as progress,
@@ -299,8 +302,21 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 progress.message(f"nothing is trained: {pool.plan.groups} simulated workers read {config.replay}")
             else:
                 progress.message(f"starting workers: {pool.plan.describe()}")
-                progress.message(pool.ask({"kind": "task"}, told=lambda *_: None)["task"])
+                told = pool.ask({"kind": "task"}, told=lambda *_: None)
+                progress.message(told["task"])
+                facts = {key: told["versions"][key] for key in FACTS}
                 problem = replace(problem, signals=_signals(config, problem, pool, folder, progress))
+            elsewhere: Elsewhere | Nowhere = NOWHERE
+            if config.reuse:
+                elsewhere = Elsewhere(
+                    folder,
+                    identity=config.identity(),
+                    defaults=RunConfig().identity(),
+                    facts=facts,
+                    adapters=storage.join(shared, "adapters"),
+                )
+                count = len(elsewhere)
+                progress.message(f"other studies in {folder.parent} have {count} trainings with the same settings")
             pausing = config.scheduler != "none"
             conductor = Run(
                 problem,
@@ -314,10 +330,11 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 trials=config.trials,
                 seeds=config.seeds,
                 halving=Halving(evaluations=config.evaluations, eta=config.eta) if pausing else NO_HALVING,
+                elsewhere=elsewhere,
             )
             # the conductor ends it; Tune wants a number, so one that every point with every seed stays below: at that
             # number it would ask no more, not for what is paused either
-            most = repeats + max(config.trials, len(records.outcomes)) * config.seeds + 1
+            most = repeats + (max(config.trials, len(records.outcomes)) + len(elsewhere)) * config.seeds + 1
             asked: Any = Announcing(conductor, pool) if isinstance(pool, pools.TablePool) else conductor
             ray_tune.search(asked, pool, study=study, trials=most, pausing=pausing)
             if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
@@ -328,9 +345,10 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             pools.disconnect()
             storage.delete_folder(storage.join(shared, ".ray"))  # Ray Train's own notes: a resume needs none of them
     seconds, gibibytes = time.monotonic() - began, memory.peak_bytes / 2**30
-    own = sum(outcome.trial.seed == config.seed for outcome in records.finished.values())
-    own -= sum(outcome.trial.seed == config.seed for outcome in before)
-    others = len(records.finished) - len(before) - own
+    earlier = {outcome.digest for outcome in before}
+    new = [outcome for digest, outcome in records.finished.items() if digest not in earlier | records.reused.keys()]
+    own = sum(outcome.trial.seed == config.seed for outcome in new)
+    others = len(new) - own
     done = "rows of the table read" if config.replay else "trainings"
     print(
         f"{own} {done}{f' and {others} repeats with other seeds' if others else ''} in {seconds / 60:.1f} minutes "

@@ -4,7 +4,9 @@ Tune asks `propose`, workers' reports arrive at `rung` and `finished`. Pure glue
 
 A study has `trials` trainings at its own seed, and then repeats with the seeds after it, until the points that matter
 have `seeds` in all: the members of the front in a search, every row of a table. What was asked for earlier and is
-recorded is never trained again, so more seeds (or trials) in a rerun add only what is missing.
+recorded is never trained again, so more seeds (or trials) in a rerun add only what is missing. What another study of
+the same storage has trained is recorded with its result and where it is from, and counts as a repeat or a row of a
+table, but not as one of `trials`: those are trained.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from search import pareto
 from search.halving import NO_HALVING, Halving, NoHalving
 from search.progress import Progress
 from search.records import Records, Study
+from search.reuse import NOWHERE, Elsewhere, Nowhere
 from search.sampler import Answered, Proposal, Proposer, table_rows
 from search.tracking import Tracker
 from search.trial import Problem
@@ -67,7 +70,7 @@ def remaining(problem: Problem, records: Records, *, trials: int, seeds: int) ->
         left = [p for p in table_plan(problem, trials=trials, seeds=seeds)[0] if p.trial.digest not in finished]
         own = sum(p.trial.seed == problem.seed for p in left)
         return own, len(left) - own
-    own = trials - sum(outcome.trial.seed == problem.seed for outcome in finished.values())
+    own = trials - sum(o.trial.seed == problem.seed for digest, o in finished.items() if digest not in records.reused)
     half_done = sum(outcome.trial.seed != problem.seed for outcome, _ in records.in_flight)
     return max(own, 0), len(missing_repeats(problem, records, seeds=seeds)) + half_done
 
@@ -82,6 +85,7 @@ class Run:
     keep          "front": adapters of points that left the front are deleted; "all": none is
     halving       pauses trainings at rungs; those that were not gone on with in the end are `stopped`. Repeats with
                   other seeds run to their end
+    elsewhere     trainings of other studies, whose results are taken instead of training again
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Run:
         trials: int,
         seeds: int = 1,
         halving: Halving | NoHalving = NO_HALVING,
+        elsewhere: Elsewhere | Nowhere = NOWHERE,
     ) -> None:
         self._problem = problem
         self._records = records
@@ -109,6 +114,7 @@ class Run:
         self._trials = trials
         self._seeds = seeds
         self._halving = halving
+        self._elsewhere = elsewhere
         self._proposals: dict[str, Proposal] = {}
         for digest in records.finished:  # a driver that was killed may have recorded an end and not cleaned up
             self._drop_checkpoint(digest)
@@ -134,7 +140,8 @@ class Run:
                 assert proposal is not None
                 self._proposals[proposal.trial.digest] = proposal
                 progress.paused(proposal.trial.digest)
-            self._work = self._search(trials - len(own) - len(paused), repeats)
+            trained = len(own.keys() - records.reused.keys())
+            self._work = self._search(trials - trained - len(paused), repeats)
             self._expect()
 
     @property
@@ -170,17 +177,19 @@ class Run:
         """What the sampler proposes; then repeats of the front, which is looked at again after every result."""
         for _ in range(own):
             yield from self._promoted()
-            proposal = self._proposer.propose()
+            while (proposal := self._proposer.propose()) is not None and self._taken(proposal):
+                pass
             if proposal is None:
                 self._progress.message("every point of the space has been answered")
                 break
             yield proposal
         yield from self._last_rungs()
-        yield from repeats
+        yield from (proposal for proposal in repeats if not self._taken(proposal))
         while self._seeds > 1:
             missing = missing_repeats(self._problem, self._records, seeds=self._seeds)
             if missing and not self._searching:  # before the search's last result the front is not known
-                yield missing[0]
+                if not self._taken(missing[0]):
+                    yield missing[0]
             elif self._proposals:
                 yield "wait"
             else:
@@ -221,18 +230,23 @@ class Run:
         for point in answered:
             if point not in self._records.answered:  # every run of a study meets the same rows
                 self._on_answered(point)
-        own = sum(proposal.trial.seed == self._problem.seed for proposal in plan)
-        self._progress.expect(own, len(plan) - own)
-        finished = set(self._records.finished)
-        yield from (proposal for proposal in plan if proposal.trial.digest not in finished)
+        missing = []
+        for proposal in plan:  # all that was trained elsewhere at once: then it is known how much is left
+            if proposal.trial.digest not in self._records.finished and not self._taken(proposal):
+                missing.append(proposal)
+        trained = [proposal for proposal in plan if proposal.trial.digest not in self._records.reused]
+        own = sum(proposal.trial.seed == self._problem.seed for proposal in trained)
+        self._progress.expect(own, len(trained) - own)
+        yield from missing
 
     def _is_own(self, outcome: Outcome) -> bool:
-        """Whether it was trained with the study's own seed, and not to repeat a point."""
+        """Whether it has the study's own seed, and does not repeat a point."""
         return outcome.trial.seed == self._problem.seed
 
     def _expect(self) -> None:
         """Tells the live view how many repeats there will be, by the front as it is now."""
-        begun = sum(not self._is_own(outcome) for outcome in self._records.outcomes.values())
+        here = self._records.outcomes.keys() - self._records.reused.keys()
+        begun = sum(not self._is_own(self._records.outcomes[digest]) for digest in here)
         missing = missing_repeats(self._problem, self._records, seeds=self._seeds)
         self._progress.expect(self._trials, begun + len(missing))
 
@@ -250,15 +264,27 @@ class Run:
         return False
 
     def finished(self, outcome: Outcome) -> None:
-        proposal = self._proposals.pop(outcome.digest)
-        self._records.append_finished(outcome, proposal.params)
+        self._finished(outcome, self._proposals.pop(outcome.digest).params)
+
+    def _taken(self, proposal: Proposal) -> bool:
+        """Whether another study has trained it; its result is then this study's."""
+        found = self._elsewhere.take(proposal)
+        if found is None:
+            return False
+        outcome, study = found
+        self._restored(outcome)  # a rival at every rung that it passed
+        self._finished(outcome, proposal.params, reused=study)
+        return True
+
+    def _finished(self, outcome: Outcome, params: Mapping[str, Any], *, reused: str = "") -> None:
+        self._records.append_finished(outcome, params, reused=reused)
         self._drop_checkpoint(outcome.digest)
         self._halving.drop(outcome.digest)
         if not self._problem.is_table:
             self._proposer.tell(outcome)
             self._expect()
         self._tracker.finished(outcome)
-        self._progress.finished(outcome)
+        self._progress.finished(outcome, reused=reused)
         if self._keep == "front":
             self._drop_adapters(spare_repeated=True)
 

@@ -60,10 +60,10 @@ class Bench:
         self.progress: Callable[[int, int, str], None] = lambda done, total, what: None
 
     def told_of_task(self) -> dict[str, Any]:
-        """What is trained and counted on, in one line."""
+        """What is trained and counted on, in one line, and what an outcome's versions say of it."""
         from trainers import tasks
 
-        return {"task": tasks.sizes(self.task)}
+        return {"task": tasks.sizes(self.task), "versions": self.versions}
 
     def needs_all(self, kind: str) -> bool:
         """Whether all workers of the group have to measure a signal together: those that run a sharded model.

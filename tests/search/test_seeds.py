@@ -14,6 +14,7 @@ from allocators.core.types import FINISHED, Outcome
 from search import pareto
 from search.progress import Progress
 from search.records import Study
+from search.reuse import NOWHERE, Elsewhere
 from search.study import Run, missing_repeats, remaining, table_plan
 from search.tracking import Tracker
 from tests.search.studies import CONFIG, IDENTITY
@@ -39,8 +40,11 @@ def accuracy_of(outcome: Outcome) -> float:
     return round(min(max(0.4 + 0.2 * share + point.gauss(0, 0.05) + run.gauss(0, 0.08), 0), 1), 4)
 
 
-def drive(problem, folder, mlflow_folder, *, seeds, trials=TRIALS, stop=10**6, at_once=2, end="complete"):
+def drive(
+    problem, folder, mlflow_folder, *, seeds, trials=TRIALS, stop=10**6, at_once=2, end="complete", reuse=False, **more
+):
     """A study's driver without Ray: `at_once` workers that finish in order. Killed after `stop` results."""
+    settings = {"identity": IDENTITY, "defaults": {}, "facts": {}, "adapters": str(folder / "adapters")}
     out = Console(file=io.StringIO(), width=200)
     names = {"study_name": folder.name, "experiment": "seeds", "tags": {}, "params": {}}
     with Study.open(folder, config=CONFIG, identity=IDENTITY, shape=problem.shape) as records:
@@ -48,18 +52,19 @@ def drive(problem, folder, mlflow_folder, *, seeds, trials=TRIALS, stop=10**6, a
         tracker.sync(records)
         expected = remaining(problem, records, trials=trials, seeds=seeds)
         proposed, running, results = [], [], 0
-        with Progress(trials, done=list(records.finished.values()), seed=problem.seed, console=out) as progress:
+        known = {"done": list(records.finished.values()), "reused": records.reused, "seed": problem.seed}
+        with Progress(trials, console=out, **known) as progress:
             run = Run(
                 problem,
                 records,
                 tracker,
                 progress,
                 checkpoints=str(folder / "checkpoints"),
-                sampler="random",
                 deadline=None,
-                keep="front",
                 trials=trials,
                 seeds=seeds,
+                elsewhere=Elsewhere(folder, **settings) if reuse else NOWHERE,
+                **{"sampler": "random", "keep": "front"} | more,
             )
             while results < stop:
                 while len(running) < at_once and (proposal := run.propose()) not in (None, "wait"):

@@ -288,7 +288,7 @@ def test_what_cannot_share_a_pass_is_refused(task, tokenizer):
     story = Story((ROUTED[0], other), task, tokenizer).join(0)
     with pytest.raises(StudyError, match=r"\(8, 4, 64\), of the trainings under way \(4, 4, 64\)"):
         story.join(1)
-    story.model.gradient_checkpointing_enable({"use_reentrant": False})
+    story.model.model.gradient_checkpointing = True
     assert "checkpointing" in packing.refused(story.model)
     assert packing.refused(tiny_olmoe()) == ""
 

@@ -1,0 +1,315 @@
+"""K trainings in one pass over the frozen base: against one after another, and against taking turns.
+
+    python -m tests.benchmarks.packing                               K = 8; 16, 64 and 256 tokens a training and step
+    python -m tests.benchmarks.packing members=4 tokens=64 repeats=3
+    python -m tests.benchmarks.packing device=cuda hidden=2048 dtype=bfloat16 layers=8
+
+Two cases, random models: LoRA experts on a dense Llama (`dense`), LoRA on chosen experts of an OLMoE (`moe`, hidden and
+width halved). The K trainings differ in rank, number of experts, learning rate and seed. A step is forward, backward,
+clipping and AdamW (`loop.Run`), of rows of 16 tokens, half of them completion.
+
+    alone    one after another: one model, one adapter attached, so many steps; then the next
+    turns    a loop over trainings inside of every step: adapters are switched, nothing is shared
+    packed   trainers/packing.py
+
+The three are measured in turn, so that a busy moment strikes all; a figure is the median over the turns of the ratio
+within a turn. Seconds are CPU seconds of the process where there is one thread (what else the machine does counts
+less), wall clock otherwise. c0 (seconds a step) and c1 (seconds a token) are a fit of the base with one training
+alone to the three sizes by least squares of relative errors; `predicted` is what they would make of packing if
+adapters and optimisers cost nothing of their own: K·(c0 + c1·M)/(c0 + c1·K·M).
+
+Names in the JSON line, for each case and number M of tokens:
+    gain_{case}_{M}         time of `alone` over that of `packed`
+    turns_{case}_{M}        time of `turns` over that of `packed`
+    predicted_{case}_{M}    K·(c0 + c1·M)/(c0 + c1·K·M)
+    c0_{case}, c1_{case}    seconds; of this machine alone
+    weights_{case}          largest difference of a training's tensors, packed against alone, after 15 steps: norm of
+                            the difference over norm, by tensor
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from allocators.core.shapes import shape_of
+from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from trainers import loop, packing
+from trainers.adapter import Adapter, attach
+from trainers.tasks import Row
+
+ROW = 16  # tokens
+STEPS = 15  # of the comparison of weights
+
+
+@dataclass(frozen=True)
+class Settings:
+    tokens: tuple[int, ...] = (16, 64, 256)
+    members: int = 8
+    layers: int = 4
+    hidden: int = 256
+    repeats: int = 5
+    steps: int = 4
+    threads: int = 1
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: str = "float32"
+
+
+class Rows:
+    """As much of a task as a run that is never evaluated needs."""
+
+    data_hash = metric = "benchmark"
+
+    def __init__(self, count: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.rows = [Row(torch.randint(3, 250, (ROW,), generator=generator).tolist(), ROW // 2) for _ in range(count)]
+
+    def training_rows(self, tokenizer: Any, max_length: int) -> list[Row]:
+        return self.rows
+
+    def prepare(self, tokenizer: Any, *, rank: int, world_size: int) -> None:
+        pass
+
+
+class Tokenizer:
+    pad_token_id = 0
+
+
+def build(case: str, settings: Settings) -> Any:
+    from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig
+
+    common = {
+        "vocab_size": 256,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": settings.hidden // 64,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    if case == "dense":
+        config: Any = LlamaConfig(hidden_size=settings.hidden, intermediate_size=3 * settings.hidden, **common)
+    else:
+        config = OlmoeConfig(
+            hidden_size=settings.hidden // 2,
+            intermediate_size=settings.hidden // 4,
+            num_experts=16,
+            num_experts_per_tok=2,
+            **{**common, "num_attention_heads": max(1, settings.hidden // 128)},
+        )
+    torch.manual_seed(0)
+    with torch.device(settings.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+    return model.requires_grad_(False).eval()
+
+
+def recipes(settings: Settings, tokens: int, steps: int) -> list[Recipe]:
+    batch = tokens // ROW
+    return [
+        Recipe(
+            rank=(4, 8)[k % 2],
+            learning_rate=1e-3 * (1 + k % 3),
+            batch_size=batch,
+            micro_batch_size=batch,
+            steps=steps,
+            max_length=ROW,
+            top_k=1 + k % 2,
+        )
+        for k in range(settings.members)
+    ]
+
+
+def adapters(case: str, model: Any, recipes: list[Recipe]) -> list[Adapter]:
+    """Detached."""
+    shape = shape_of(model.config, name=case)
+    made = []
+    for k, recipe in enumerate(recipes):
+        allocation: Any
+        if case == "dense":
+            allocation = ExpertCounts({m.path: 2 + (m.layer + k) % 3 for m in shape.of_role("attention", "mlp")})
+        else:
+            allocation = ExpertSelection({layer: tuple(range(k % 4, k % 4 + 4)) for layer in shape.moe_layers})
+        adapter = attach(
+            model,
+            allocation,
+            shape=shape,
+            rank=recipe.rank,
+            lora_alpha=2 * recipe.rank,
+            top_k=recipe.top_k,
+            seed=k,
+        )
+        for lora in getattr(adapter, "experts", {}).values():
+            lora.stop_watching()  # as after the first step of a training
+        adapter.detach()
+        made.append(adapter)
+    return made
+
+
+def runs(model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows, device: Any) -> list[loop.Run]:
+    """As `loop.train` makes them."""
+    return [
+        loop.Run(model, adapter, task, recipe, k, Tokenizer, torch.device(device), 1, None)  # type: ignore[arg-type]
+        for k, (adapter, recipe) in enumerate(zip(adapters, recipes, strict=True))
+    ]
+
+
+def crew_of(model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows, device: Any) -> packing.Crew:
+    crew = packing.Crew(model, task, tokenizer=Tokenizer, device=device, evaluations=1)
+    for k, (adapter, recipe) in enumerate(zip(adapters, recipes, strict=True)):
+        crew.join(adapter, recipe, seed=k, on_rung=lambda rung: True)
+    return crew
+
+
+def step(run: loop.Run) -> None:
+    run.model.train()
+    run._step(run.step)
+    if run.unseen == loop.CHECK_EVERY:
+        run._look()
+
+
+def one_after_another(runs: list[loop.Run], steps: int) -> None:
+    for run in runs:
+        run.adapter.reattach()
+        for _ in range(steps):
+            step(run)
+        run.adapter.detach()
+
+
+def in_turns(runs: list[loop.Run], steps: int) -> None:
+    for _ in range(steps):
+        for run in runs:
+            run.adapter.reattach()
+            step(run)
+            run.adapter.detach()
+
+
+def measure(case: str, model: Any, tokens: int, settings: Settings) -> tuple[dict[str, float], float]:
+    """(median ratios to `packed`, seconds of a step of one training alone)."""
+    endless = 10**6  # no run ends here
+    task = Rows(16 * tokens // ROW)
+    made = recipes(settings, tokens, endless)
+    crew = crew_of(model, adapters(case, model, made), made, task, settings.device)
+    alone = runs(model, adapters(case, model, made), made, task, settings.device)
+    turns = runs(model, adapters(case, model, made), made, task, settings.device)
+
+    def packed(steps: int) -> None:
+        for _ in range(steps):
+            crew.step()
+        crew.step_aside()
+
+    variants: dict[str, Callable[[int], None]] = {
+        "alone": lambda steps: one_after_another(alone, steps),
+        "turns": lambda steps: in_turns(turns, steps),
+        "packed": packed,
+    }
+    clock = time.process_time if settings.device == "cpu" and settings.threads == 1 else time.perf_counter
+    synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    with loop.own_random_state(torch.device(settings.device)), loop.one_sample_a_row():
+        for turn in range(settings.repeats + 1):
+            for name in list(variants)[:: -1 if turn % 2 else 1]:
+                synchronize()
+                began = clock()
+                variants[name](settings.steps)
+                synchronize()
+                if turn:  # the first warms up
+                    seconds[name].append(clock() - began)
+    crew.disband()
+    ratios = {
+        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["packed"], strict=True))
+        for name in ("alone", "turns")
+    }
+    return ratios, statistics.median(seconds["alone"]) / settings.members / settings.steps
+
+
+def difference(case: str, model: Any, settings: Settings) -> float:
+    """Of weights after STEPS steps, packed and alone."""
+    made, task = recipes(settings, 64, STEPS + 1), Rows(64)
+    packed, alone = adapters(case, model, made), adapters(case, model, made)
+    crew = crew_of(model, packed, made, task, settings.device)
+    with loop.own_random_state(torch.device(settings.device)), loop.one_sample_a_row():
+        for _ in range(STEPS):
+            crew.step()
+        crew.disband()
+        one_after_another(runs(model, alone, made, task, settings.device), STEPS)
+    worst = 0.0
+    for ours, theirs in zip(packed, alone, strict=True):
+        other = theirs.state_dict()
+        for name, tensor in ours.state_dict().items():
+            norm = torch.linalg.vector_norm(other[name])
+            if norm > 0:
+                worst = max(worst, float(torch.linalg.vector_norm(tensor - other[name]) / norm))
+    return worst
+
+
+def fit(seconds: dict[int, float]) -> tuple[float, float]:
+    """c0, c1 of seconds = c0 + c1·tokens, by least squares of relative errors."""
+    rows = torch.tensor([[1 / s, m / s] for m, s in seconds.items()], dtype=torch.float64)
+    c0, c1 = torch.linalg.lstsq(rows, torch.ones(len(rows), 1, dtype=torch.float64)).solution.flatten().tolist()
+    return c0, c1
+
+
+def parse(argv: list[str]) -> Settings:
+    settings = Settings()
+    for argument in argv:
+        key, _, value = argument.partition("=")
+        if key not in {f.name for f in fields(Settings)} or not value:
+            sys.exit(f"unknown argument {argument!r}: possible are {', '.join(f.name + '=' for f in fields(Settings))}")
+        old = getattr(settings, key)
+        new = tuple(map(int, value.split(","))) if isinstance(old, tuple) else type(old)(value)
+        settings = replace(settings, **{key: new})
+    return settings
+
+
+def main(argv: list[str]) -> None:
+    settings = parse(argv)
+    torch.set_num_threads(settings.threads)
+    import transformers
+
+    k = settings.members
+    print(
+        f"{k} trainings, {settings.layers} layers, hidden {settings.hidden} (moe: {settings.hidden // 2}), "
+        f"{settings.dtype}, {settings.device}, median of {settings.repeats}"
+    )
+    ratios: dict[str, float] = {}
+    for case in ("dense", "moe"):
+        model = build(case, settings)
+        found, seconds = {}, {}
+        for tokens in settings.tokens:
+            found[tokens], seconds[tokens] = measure(case, model, tokens, settings)
+        c0, c1 = fit(seconds) if len(seconds) > 1 else (float("nan"), float("nan"))
+        print(f"\n{case}: c0 {c0:.4f} s a step, c1 {c1 * 1e6:.1f} µs a token, one training alone")
+        print(f"{'tokens a training':>18}{'alone/packed':>14}{'turns/packed':>14}{'predicted':>11}{'step alone s':>14}")
+        for tokens in settings.tokens:
+            predicted = k * (c0 + c1 * tokens) / (c0 + c1 * k * tokens)
+            ratios[f"gain_{case}_{tokens}"] = round(found[tokens]["alone"], 3)
+            ratios[f"turns_{case}_{tokens}"] = round(found[tokens]["turns"], 3)
+            ratios[f"predicted_{case}_{tokens}"] = round(predicted, 3)
+            print(
+                f"{tokens:18}{found[tokens]['alone']:13.2f}×{found[tokens]['turns']:13.2f}×{predicted:10.2f}×"
+                f"{seconds[tokens]:14.4f}",
+                flush=True,
+            )
+        ratios |= {f"c0_{case}": round(c0, 6), f"c1_{case}": round(c1, 9)}
+        ratios[f"weights_{case}"] = difference(case, model, settings)
+        print(f"largest relative difference of weights after {STEPS} steps: {ratios[f'weights_{case}']:.1e}")
+    print(
+        json.dumps(
+            {
+                "benchmark": "packing",
+                "device": torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine(),
+                "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+                "ratios": ratios,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

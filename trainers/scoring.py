@@ -39,6 +39,8 @@ Request = tuple[Any, list[int], list[int]]  # what was asked, context, continuat
 Answer = tuple[float, bool]
 
 MANY = 4  # × batch_size branches in a pass, at most: each has a copy of its context's keys and values in one layer
+# What a pass costs besides its tokens, in tokens: no more are run in vain (padding, contexts again) to spare one.
+PASS = {"cpu": 64, "else": 4096}
 AT_ONCE = 1024  # positions whose V logits are summed up in fp32 together
 
 
@@ -70,8 +72,10 @@ def loglikelihoods(model: Any, requests: Sequence[Request], *, max_length: int, 
     The model should be in eval mode. log p is summed in fp32 whatever its dtype (lm-eval's stays in that dtype).
     """
     places, results = [], []
-    for contexts, trunk in _batches(requests, shares_contexts(model), max_length=max_length, batch_size=batch_size):
-        for branches, past in _passes(model, contexts, trunk, batch_size=batch_size):
+    spare = PASS["cpu" if model.device.type == "cpu" else "else"]
+    share = shares_contexts(model)
+    for contexts, trunk in _batches(requests, share, max_length=max_length, batch_size=batch_size, spare=spare):
+        for branches, past in _passes(model, contexts, trunk, batch_size=batch_size, spare=spare):
             places += [place for branch in branches for place in branch.places]
             results.append(_scores(model, branches, past, requests))
     answers: list[Any] = [None] * len(requests)
@@ -115,7 +119,7 @@ _Contexts = list[tuple[tuple[int, ...], dict[tuple[int, ...], list[int]]]]  # co
 
 
 def _batches(
-    requests: Sequence[Request], share: bool, *, max_length: int, batch_size: int
+    requests: Sequence[Request], share: bool, *, max_length: int, batch_size: int, spare: int
 ) -> Iterator[tuple[_Contexts, int]]:
     """At most batch_size contexts each, of like length, the longest first; and the length of the trunk."""
     by_context: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
@@ -132,14 +136,21 @@ def _batches(
             shared.append((tokens, heads))
         else:
             alone += [(tokens, {head: places}) for head, places in heads.items()]
-    for contexts, trunks in ((shared, True), (alone, False)):
-        for start in range(0, len(contexts), batch_size):
-            batch = contexts[start : start + batch_size]
-            yield batch, len(batch[-1][0]) - 1 if trunks else 0
+    batch: _Contexts = []
+    for tokens, heads in shared:
+        again = sum((len(longer) - len(tokens)) * len(branches) for longer, branches in batch)
+        if len(batch) == batch_size or again > spare:
+            yield batch, len(batch[-1][0]) - 1
+            batch = []
+        batch.append((tokens, heads))
+    if batch:
+        yield batch, len(batch[-1][0]) - 1
+    for start in range(0, len(alone), batch_size):
+        yield alone[start : start + batch_size], 0
 
 
 def _passes(
-    model: Any, contexts: _Contexts, trunk: int, *, batch_size: int
+    model: Any, contexts: _Contexts, trunk: int, *, batch_size: int, spare: int
 ) -> Iterator[tuple[list[_Branch], _Branches | None]]:
     """Runs the trunk of a batch, and says which branches go through the model together behind it."""
     past = None
@@ -156,7 +167,11 @@ def _passes(
     branches.sort(key=lambda branch: -len(branch.tokens))
     most_tokens = batch_size * (trunk + len(branches[0].tokens))
     while branches:
-        count = min(MANY * batch_size, most_tokens // len(branches[0].tokens))
+        width, count, padding = len(branches[0].tokens), 0, 0
+        most = min(MANY * batch_size, most_tokens // width, len(branches))
+        while count < most and padding <= spare:
+            padding += width - len(branches[count].tokens)
+            count += 1
         together, branches = branches[:count], branches[count:]
         rows_B = torch.tensor([branch.context for branch in together], device=model.device)
         yield together, _Branches(past, rows_B) if past is not None else None

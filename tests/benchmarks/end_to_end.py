@@ -29,8 +29,9 @@ Wall clock is that of a training alone on the machine; CPU-seconds are those of 
 keep both CPUs busy, so a study's wall clock goes by CPU-seconds; they also depend less on what else the machine does.
 
 Trainings to the target: searches of the table by search_tables.py with two asynchronous workers, paired seeds. A search
-takes one of the table's seeds and is judged by it. `+repeats` trains a repeated point again; trainings that halving
-stops count their share. A search that does not get there in `evaluations` counts as having needed so many.
+takes one of the table's seeds and is judged by it, by the mean over all seeds with `mean=true`: then a point that one
+seed was lucky with is no find. `+repeats` trains a repeated point again; trainings that halving stops count their
+share. A search that does not get there in `evaluations` counts as having needed so many.
 
 The table's factors are medians (quartiles; of costs: smallest..largest) of paired ratios, the last line their product.
 JSON `ratios`, how many times less (null: not in this run):
@@ -79,6 +80,7 @@ POPULATION = 10
 class Settings:
     table: str = "tiny-moe"
     seeds: int = 20
+    mean: bool = False
     evaluations: int = 400
     costs: bool = True
     repeats: int = 3
@@ -155,7 +157,7 @@ def searches(settings: Settings) -> dict[str, list[float]]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     found: dict[str, list[float]] = {variant: [] for variant in SEARCHES}
     for seed, variant in itertools.product(range(settings.seeds), SEARCHES):
-        table = search_tables.own(settings.table, seed, mean=False)
+        table = search_tables.own(settings.table, seed, mean=settings.mean)
         options: dict[str, Any] = {"evaluations": settings.evaluations, "workers": WORKERS}
         cell = search_tables.cell(table, variant, seed, until=search_tables.ENOUGH, **options)
         assert cell is not None
@@ -732,7 +734,11 @@ def main(arguments: Sequence[str]) -> None:
     report: dict[str, Any] = {}
     tokens = tokens_of_training(settings.table)
     trainings = searches(settings)
-    print(f"Trainings until 95 % of the hypervolume of {settings.table}, {settings.seeds} seeds, {WORKERS} workers")
+    by = "the mean over its seeds" if settings.mean else "one of its seeds"
+    print(
+        f"Trainings until 95 % of the hypervolume of {settings.table}, by {by}; {settings.seeds} searches, "
+        f"{WORKERS} workers"
+    )
     print(f"{'':<22}{'trainings':>24}{'tokens':>12}{'not in ' + str(settings.evaluations):>16}")
     for variant, needed in trainings.items():
         middle = spread(needed, quartiles=True)

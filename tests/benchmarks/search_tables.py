@@ -482,7 +482,7 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
         judged,
         Proposer(problem, sampler="random").starting_points(),
         evaluations=table.settings["evaluations"],
-        version=digest_of(sorted((key, outcome.accuracy, outcome.tokens) for key, outcome in outcomes.items())),
+        version=digest_of([mean, sorted((key, o.accuracy, o.tokens) for key, o in outcomes.items())]),
     )
 
 

@@ -57,12 +57,13 @@ class CpuWatch(threading.Thread):
     """CPU-seconds of this process and all its descendants, those that have ended included.
 
     Ray does not wait for its workers' exit codes, so their usage never reaches a parent: it is read while they live,
-    several times a second, and the last reading of each process counts.
+    several times a second, and the last reading of each process counts. What the reading itself takes does not.
     """
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self._last: dict[tuple[int, float], float] = {}
+        self._own = 0.0
         self._lock = threading.Lock()
         self._over = threading.Event()
 
@@ -72,13 +73,15 @@ class CpuWatch(threading.Thread):
 
     def seconds(self) -> float:
         with self._lock:
+            began = time.thread_time()
             for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
                 try:
                     times = process.cpu_times()
                     self._last[process.pid, process.create_time()] = times.user + times.system
                 except psutil.Error:
                     continue
-            return sum(self._last.values())
+            self._own += time.thread_time() - began
+            return sum(self._last.values()) - self._own
 
     def __reduce__(self):  # Tune pickles its callbacks; the copy is never asked
         return (CpuWatch, ())

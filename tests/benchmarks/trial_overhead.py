@@ -133,7 +133,7 @@ def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
             return waiting.pop(0) if waiting else None
 
         def rung(self, digest, rung):
-            pass
+            return True
 
         def finished(self, outcome):
             assert outcome.status == "complete", outcome.message

@@ -34,6 +34,7 @@ from rich.text import Text
 
 from allocators.core.errors import ToolkitError
 from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, best_under
+from search import attribution
 from search.halving import tokens_saved
 from search.pareto import Candidate, candidates, front, human, knee
 from search.progress import accuracy_text, front_table, number, point, probability, varying
@@ -99,7 +100,17 @@ class Report:
     @cached_property
     def sections(self) -> list[Section]:
         """Tables beyond the front."""
-        return sections(self.records, self.points)
+        return [
+            *sections(self.records, self.points),
+            *attribution.attributed(self.importance),
+            *attribution.recipes(self.records, self.points, self.front, noise=self.noise),
+            *attribution.saved(self.records),
+        ]
+
+    @cached_property
+    def importance(self) -> attribution.Importance | None:
+        """Which settings accuracy goes with."""
+        return attribution.importance(self.points)
 
     @property
     def seed(self) -> int:
@@ -212,10 +223,13 @@ def write(folder: str | Path) -> Report:
     return report
 
 
-def show(folder: str | Path, *, console: Console | None = None) -> None:
-    """Prints the front, what it means, how to load the best adapter and where the files are."""
+def show(study: Report | str | Path, *, console: Console | None = None) -> None:
+    """Prints the front, what it means, how to load the best adapter and where the files are.
+
+    study   its folder, or what `write` returned
+    """
     console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    report = Report(read(folder))
+    report = study if isinstance(study, Report) else Report(read(study))
     records_folder = report.records.folder
     if report.front:
         console.print(
@@ -293,7 +307,8 @@ def _words(report: Report) -> list[str]:
         sentences.append(f"The knee, after which parameters buy less: {name(report.knee)}.")
     elif len(on_front) > 2:
         sentences.append("The front has no knee: nowhere does it rise above the straight line between its ends.")
-    return [*sentences, *_honesty(report), *_against_baselines(report), *_early(report), *_state(report)]
+    told = attribution.in_words(report.importance, report.points)
+    return [*sentences, *_honesty(report), *_against_baselines(report), *told, *_early(report), *_state(report)]
 
 
 def _budgets(report: Report) -> list[int]:
@@ -751,8 +766,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", help="folder of the study, as search.run named it")
     folder = parser.parse_args(argv).folder
     try:
-        write(folder)
-        show(folder)
+        show(write(folder))
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -25,12 +25,16 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class Section:
-    """A table: `head` has one text a column, every row as many; the first column stands left, numbers right."""
+    """A table: `head` has one text a column, every row as many; the first column stands left, numbers right.
+
+    bars   (label, share, error), which the page draws above the table
+    """
 
     title: str
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    bars: tuple[tuple[str, float, float], ...] = ()
 
 
 def is_table(records: Records) -> bool:

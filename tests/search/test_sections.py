@@ -50,7 +50,7 @@ def rows_of(section: Section) -> dict[str, dict[str, str]]:
 
 
 def test_every_row_has_mean_and_spread_over_its_seeds(tmp_path):
-    rows, _ = table_study(tmp_path).sections
+    rows, *_ = table_study(tmp_path).sections
     (hot,) = [row for label, row in rows_of(rows).items() if label.startswith("hot")]
     assert (hot["accuracy"], hot["s.d."], hot["seeds"]) == ("0.615", "0.013", "4")
 
@@ -90,12 +90,12 @@ def test_rows_that_coincide_are_absent_or_have_one_seed_are_not_tested(tmp_path)
 
 
 def test_published_numbers_stand_beside_only_where_model_and_task_are_the_papers(tmp_path):
-    here, _ = table_study(tmp_path / "a").sections
+    here, *_ = table_study(tmp_path / "a").sections
     assert "published" not in here.head
     assert here.notes[0].startswith("Not trained: allocator=sieve fraction=0.25 score=mass (the allocation of hot")
     assert "this study has tiny-moe on shift, so none stands beside" in here.notes[1]
     assert "OLMoE-1B-7B-0924, Qwen1.5-MoE-A2.7B on spider, gsm8k, hellaswag" in here.notes[1]
-    papers, _ = table_study(tmp_path / "b", model="allenai/OLMoE-1B-7B-0924", task="gsm8k").sections
+    papers, *_ = table_study(tmp_path / "b", model="allenai/OLMoE-1B-7B-0924", task="gsm8k").sections
     found = {label.split()[0]: row for label, row in rows_of(papers).items()}
     assert (found["random"]["published"], found["random"]["difference"]) == ("0.279", "+0.236")
     assert found["greedy"]["published"] == ""

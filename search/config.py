@@ -106,7 +106,14 @@ class RunConfig:
     gpus_per_worker: float = _key(
         -1.0, "GPUs of one worker; fractions share a GPU (-1: 1 if the cluster has GPUs, else 0)"
     )
-    max_concurrent: int = _key(0, "trials that train at once (0: as many as the cluster holds)")
+    pack: int = _key(
+        1,
+        "trainings that share a worker and its passes over the frozen base: up to so many begin, pause and end by "
+        "themselves, each with the result that it has alone but for rounding (1: each has a worker for itself)",
+    )
+    max_concurrent: int = _key(
+        0, "trials that train at once, those in a pack counting as one (0: as many as the cluster holds)"
+    )
     ray_address: str = _key("local", "'local' starts Ray here; 'auto' or an address joins a cluster")
     num_cpus: int = _key(0, "logical CPUs of a local Ray (0: as many as the machine has)")
     storage: str = _key("studies", "folder, or URI such as s3://bucket/dir, that all nodes see")
@@ -275,7 +282,7 @@ def _load_file(file: str) -> Mapping[str, Any]:
 def check(config: RunConfig) -> None:
     """Raises StudyError for a value that cannot work."""
     at_least = {"evaluations": 1, "limit": 0, "calibration_samples": 1, "workers_per_trial": 1}
-    at_least |= {"eta": 2, "training_limit": 0, "num_fewshot": -1, "fewshot_seed": 0}
+    at_least |= {"pack": 1, "eta": 2, "training_limit": 0, "num_fewshot": -1, "fewshot_seed": 0}
     at_least |= {"cpus_per_worker": 1, "max_concurrent": 0, "num_cpus": 0, "max_trainable_params": 0, "seed": 0}
     for key, minimum in at_least.items():
         if getattr(config, key) < minimum:
@@ -298,6 +305,8 @@ def check(config: RunConfig) -> None:
             f"shard=true spreads the model over the workers of a trial, and workers_per_trial is "
             f"{config.workers_per_trial}: set it to 2 or more, or leave shard out"
         )
+    if config.pack > 1 and (reason := _no_pack(config)):
+        raise StudyError(f"pack={config.pack} and {reason} do not go together: leave one of them out")
     if config.shard and config.quantization:
         raise StudyError(
             f"shard=true and quantization={config.quantization} do not go together: packed weights cannot be cut into "
@@ -315,6 +324,15 @@ def check(config: RunConfig) -> None:
                 f"unknown key 'recipe.{name}': choose from {', '.join(sorted(known))}{did_you_mean(name, known)}"
             )
     make_recipe(config.recipe)
+
+
+def _no_pack(config: RunConfig) -> str:
+    """What keeps trainings from sharing a pass."""
+    if config.workers_per_trial > 1:
+        return f"workers_per_trial={config.workers_per_trial}"
+    if config.quantization:
+        return f"quantization={config.quantization}"
+    return "gradient_checkpointing=true" if config.gradient_checkpointing else ""
 
 
 def make_recipe(*layers: Mapping[str, Any]) -> Recipe:

@@ -37,6 +37,7 @@ ATTEMPTS = 3  # a job whose worker died this often is given up: it is the likely
 # Seconds that the workers of one trial wait for the first of them, who waits for a trial or measures a signal: torch's
 # half an hour would end groups that have nothing to do while others train.
 LONGEST_WAIT = 7 * 24 * 3600
+NOTHING: tuple[str, dict] = ("", {})  # no job is waiting now
 MOST_CPU_GROUPS = 8  # default on machines without a GPU: every group holds one copy of the base model
 
 
@@ -46,7 +47,9 @@ class Board:
     def __init__(self, groups: int) -> None:
         self.waiting: asyncio.Queue = asyncio.Queue()
         self.reports: dict[str, asyncio.Queue] = collections.defaultdict(asyncio.Queue)
-        self.held: dict[int, tuple[str, dict] | None] = {}
+        self.held: dict[int, dict[str, dict]] = {}  # group -> the jobs in its places
+        self.again: dict[int, list[tuple[str, dict]]] = {}  # those it held when it died
+        self.starts: collections.Counter[int] = collections.Counter()
         self.attempts: collections.Counter[str] = collections.Counter()
         self.cancelled: set[str] = set()
         self.asking: dict[str, tuple[int, asyncio.Future]] = {}  # job -> who waits to hear whether it goes on
@@ -59,32 +62,53 @@ class Board:
         else:
             await self.waiting.put((job_id, job))
 
-    async def take(self, group: int) -> tuple[str, dict] | None:
-        """The next job; a restarted group gets the job it held, unless that job keeps killing its worker."""
-        held = self.held.get(group)
-        if held is not None and self.attempts[held[0]] >= ATTEMPTS:
-            await self._give_up(held[0], f"its worker died {ATTEMPTS} times (out of memory?)")
-            held = None
-        self.held[group] = held if held is not None else await self.waiting.get()
-        job = self.held[group]
-        if job is not None:
-            self.attempts[job[0]] += 1
-        return job
+    async def start(self, group: int) -> None:
+        """A worker begins, or begins anew after it died: it then takes what it held again, before anything else."""
+        self.starts[group] += 1
+        self.again[group] = list(self.held.pop(group, {}).items())
+
+    async def take(self, group: int, *, wait: bool = True) -> tuple[str, dict] | None:
+        """The next job for a free place of a worker; None: there is none any more. A job's `attempt` counts from 1.
+
+        After a restart those that the worker held come first, but for a job that keeps killing its worker.
+
+        wait   False: `NOTHING` where no job is waiting now
+        """
+        start, again = self.starts[group], self.again.get(group, [])
+        job: tuple[str, dict] | None = None
+        while again and job is None:
+            job = again.pop(0)
+            if self.attempts[job[0]] >= ATTEMPTS:
+                await self._give_up(job[0], f"its worker died {ATTEMPTS} times (out of memory?)")
+                job = None
+        if job is None:
+            if not wait and self.waiting.empty():
+                return NOTHING
+            job = await self.waiting.get()
+            if start != self.starts[group]:  # who asked died while waiting: nobody would hear of this job
+                await self.waiting.put(job)
+                return None
+        if job is None:
+            return None
+        job_id, work = job
+        self.held.setdefault(group, {})[job_id] = work
+        self.attempts[job_id] += 1
+        return job_id, work | {"attempt": self.attempts[job_id]}
 
     async def report(self, group: int, job_id: str, message: dict) -> bool:
         """Passes a report on; False tells the worker to stop this job.
 
         Of several workers of a group that report one job's end, each in its own trouble, the first is heard. A job that
-        `asks` is answered when its next report is wanted (go on) or it is cancelled; then it holds no group any more,
+        `asks` is answered when its next report is wanted (go on) or it is cancelled; then it holds no place any more,
         and may be submitted again.
         """
-        held = self.held.get(group)
-        if held is None or held[0] != job_id:
+        work = self.held.get(group, {}).get(job_id)
+        if work is None:
             return False
         if message["done"]:
-            self.held[group] = None
+            del self.held[group][job_id]
         await self.reports[job_id].put(message)
-        if held[1].get("asks") and not message["done"] and job_id not in self.cancelled:
+        if work.get("asks") and not message["done"] and job_id not in self.cancelled:
             answer = asyncio.get_running_loop().create_future()
             self.asking[job_id] = (group, answer)
             return await answer
@@ -108,8 +132,7 @@ class Board:
             return False
         group, answer = self.asking.pop(job_id)
         if not go_on:
-            if (held := self.held.get(group)) is not None and held[0] == job_id:
-                self.held[group] = None
+            self.held.get(group, {}).pop(job_id, None)
             self.attempts.pop(job_id, None)  # what it did so far is no sign that it kills its workers
             self.reports.pop(job_id, None)
         answer.set_result(go_on)
@@ -121,17 +144,16 @@ class Board:
             return
         self.alive.discard(group)
         self.reason = reason
-        held = self.held.pop(group, None)
-        if held is not None:
-            await self._give_up(held[0], reason)
+        for job_id in [*self.held.pop(group, {}), *(job_id for job_id, _ in self.again.pop(group, []))]:
+            await self._give_up(job_id, reason)
         while not self.alive and not self.waiting.empty():
             job = self.waiting.get_nowait()
             if job is not None:
                 await self._give_up(job[0], f"no worker is left: {reason}")
 
     async def close(self) -> None:
-        """Every group ends after its job; a job still under way (the driver was interrupted) ends at its next rung."""
-        self.cancelled |= {held[0] for held in self.held.values() if held is not None}
+        """Every group ends after its jobs; one still under way (the driver was interrupted) ends at its next rung."""
+        self.cancelled |= {job_id for held in self.held.values() for job_id in held}
         for job_id in list(self.asking):
             self._answer(job_id, False)
         for _ in range(len(self.alive)):
@@ -143,15 +165,23 @@ class Board:
 
 @dataclass(frozen=True)
 class Plan:
-    """How many worker groups of what size run at once."""
+    """How many worker groups of what size run at once, and how many trials each of them packs."""
 
     groups: int
     workers: int
     cpus_per_worker: int
     gpus_per_worker: float
+    pack: int = 1
+
+    @property
+    def places(self) -> int:
+        """Trials that train at once."""
+        return self.groups * self.pack
 
     def describe(self) -> str:
         devices = f"{self.gpus_per_worker:g} GPU" if self.gpus_per_worker else f"{self.cpus_per_worker} CPU"
+        if self.pack > 1:
+            return f"{self.groups} worker(s) that train up to {self.pack} trials in one pass, {devices} each"
         return f"{self.groups} trial(s) at once, {self.workers} worker(s) each, {devices} a worker"
 
 
@@ -163,8 +193,9 @@ def plan(
     gpus_per_worker: float,
     max_concurrent: int,
     trials: int,
+    pack: int = 1,
 ) -> Plan:
-    """Fits worker groups to what the cluster holds.
+    """Fits worker groups to what the cluster holds. Rather another worker than another trial in a pack.
 
     Raises StudyError when not even one group fits, or fewer than `max_concurrent` asks for: a group that waits for
     resources that do not exist would wait for ever. Also for several workers of a trial with a part of a GPU each:
@@ -188,7 +219,8 @@ def plan(
             "workers_per_trial, cpus_per_worker or gpus_per_worker (num_cpus raises a local cluster's logical CPUs)"
         )
     groups = max_concurrent or (fitting if wanted else min(fitting, MOST_CPU_GROUPS))
-    return Plan(min(groups, trials), workers_per_trial, cpus_per_worker, wanted)
+    groups = min(groups, trials)
+    return Plan(groups, workers_per_trial, cpus_per_worker, wanted, min(pack, -(-trials // groups)))
 
 
 def connect(address: str, *, num_cpus: int = 0) -> dict[str, float]:
@@ -245,7 +277,7 @@ class Pool:
         try:
             TorchTrainer(
                 serve,
-                train_loop_config=self._setup | {"group": group, "board": self.board_name},
+                train_loop_config=self._setup | {"group": group, "board": self.board_name, "pack": self.plan.pack},
                 torch_config=TorchConfig(timeout_s=LONGEST_WAIT),
                 scaling_config=ScalingConfig(
                     num_workers=self.plan.workers,

@@ -48,7 +48,7 @@ class _Stage:
     """
 
     conductor: Conductor
-    workers: int
+    places: int
     digests: dict[str, str] = field(default_factory=dict)
     paused: dict[str, TuneTrial] = field(default_factory=dict)
     resumed: list[TuneTrial] = field(default_factory=list)
@@ -56,7 +56,7 @@ class _Stage:
 
     @property
     def full(self) -> bool:
-        return len(self.digests) - len(self.paused) >= self.workers
+        return len(self.digests) - len(self.paused) >= self.places
 
 
 class AskTheStudy(Searcher):
@@ -192,7 +192,7 @@ def search(conductor: Conductor, pool: Pool | TablePool, *, study: str, trials: 
 
     pausing   whether the conductor may pause a training: workers then wait at every evaluation for its answer
     """
-    _STAGES[study] = _Stage(conductor, pool.plan.groups)
+    _STAGES[study] = _Stage(conductor, pool.plan.places)
     resources = tune.PlacementGroupFactory([{driver_node(): 0.001}])  # no CPU: the workers have them all
     try:
         with tempfile.TemporaryDirectory(prefix="tune-") as folder:
@@ -203,7 +203,7 @@ def search(conductor: Conductor, pool: Pool | TablePool, *, study: str, trials: 
                     search_alg=AskTheStudy(study),
                     scheduler=ObeyTheStudy(study),
                     num_samples=trials,
-                    max_concurrent_trials=pool.plan.groups,
+                    max_concurrent_trials=pool.plan.places,
                     reuse_actors=True,
                 ),
                 run_config=tune.RunConfig(name="study", storage_path=folder, verbose=0),

@@ -373,6 +373,7 @@ def _workers(
         gpus_per_worker=config.gpus_per_worker,
         max_concurrent=config.max_concurrent,
         trials=trials,
+        pack=config.pack,
     )
     return pools.Pool(
         plan,

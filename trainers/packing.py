@@ -531,7 +531,7 @@ class _PackedExperts(ExpertStacks):
 
 
 class Member(loop.Run):
-    """One run of a crew. `result` or `error` once it has ended."""
+    """One run of a crew. `result` or `error` once it has ended; `most` is how many shared its passes at most."""
 
     def __init__(self, crew: Crew, adapter: Adapter, recipe: Recipe, seed: int, on_rung: Any, checkpoint: Any) -> None:
         super().__init__(
@@ -541,6 +541,7 @@ class Member(loop.Run):
         self.generator = torch.Generator(device=self.device)
         self.result: loop.Result | None = None
         self.error: Exception | None = None
+        self.most = 1  # members in a step of its, itself included
         self.past.began = None
 
     def begin(self, on_rung: Callable[[loop.Rung], bool]) -> loop.Result | None:
@@ -628,9 +629,12 @@ class Crew:
             raise
         if reason:
             loop.give_memory_back(self.device)
-            raise OutOfMemoryError(f"out of memory on {self.device} with {len(members)} trainings in a pack ({reason})")
+            raise OutOfMemoryError(
+                f"out of memory on {self.device} with {len(members)} training(s) in a pack ({reason})"
+            )
         for member in members:
             member.past.seconds += (time.monotonic() - began) / len(members)
+            member.most = max(member.most, len(members))
         for member in members:
             try:
                 with loop.own_random_state(self.device), loop.one_sample_a_row():

@@ -15,6 +15,7 @@ import gc
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -107,62 +108,88 @@ class Bench:
         self, trial: Trial, trainable_params: int, *, report: Callable[[Any], bool], leads: bool = True
     ) -> Outcome:
         """One trial from attach to detach; every ending that belongs to the trial becomes an outcome."""
-        from trainers import adapter as adapters
-        from trainers import loop, storage
+        from trainers import loop
 
-        started = Outcome(trial, "started", trainable_params, versions=self.versions)
+        started = self.started(trial, trainable_params)
         began, self.broken = time.monotonic(), False
-        recipe, adapter = trial.recipe, None
+        adapter = None
         try:
-            adapter = adapters.attach(
-                self.model,
-                trial.allocation,
-                shape=self.shape,
-                rank=recipe.rank,
-                lora_alpha=recipe.lora_alpha,
-                lora_dropout=recipe.lora_dropout,
-                top_k=recipe.top_k,
-                balance_coef=recipe.balance_coef,
-                seed=trial.seed,
-            )
-            if adapter.num_trainable != trainable_params:
-                raise TrialError(f"the adapter has {adapter.num_trainable:,} parameters, counted {trainable_params:,}")
+            adapter = self.attach(trial, trainable_params)
             result = loop.train(
                 self.model,
                 adapter,
                 self.task,
-                recipe,
+                trial.recipe,
                 seed=trial.seed,
                 tokenizer=self.tokenizer,
                 evaluations=self.setup["evaluations"],
                 device=self.device,
                 on_rung=report,
-                checkpoint=storage.join(self.setup["checkpoints"], trial.digest),
+                checkpoint=self.checkpoint(trial),
             )
-            rungs = tuple(rung.to_json() for rung in result.rungs)
-            outcome = started.updated(
-                status=result.status,
-                accuracy=result.accuracy,
-                rungs=rungs,
-                tokens=result.tokens,
-                seconds=result.seconds,
-                peak_memory_bytes=result.peak_memory_bytes,
-            )
-            if leads and result.status == "complete":  # one that was stopped is paused, perhaps: it has a checkpoint
-                outcome = outcome.updated(adapter=self._save(adapter, outcome))
-            return outcome
-        except OutOfMemoryError as error:
-            self.broken = self.sharded
-            return started.updated(status="out_of_memory", message=str(error), seconds=time.monotonic() - began)
+            return self.ended(started, adapter, result, leads=leads)
         except Exception as error:  # a trial never takes the worker with it: its error is its outcome
-            self.broken = not isinstance(error, ToolkitError)
-            message = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
-            return started.updated(status="failed", message=message, seconds=time.monotonic() - began)
+            self.broken = self.sharded if isinstance(error, OutOfMemoryError) else not isinstance(error, ToolkitError)
+            return self.failed(started, error).updated(seconds=time.monotonic() - began)
         finally:
             if adapter is not None:
                 adapter.detach()
-            gc.collect()
-            _return_memory(self.device)
+            self.clean_up()
+
+    # --- the parts of a trial, which `Places` takes one by one ---
+
+    def started(self, trial: Trial, trainable_params: int) -> Outcome:
+        return Outcome(trial, "started", trainable_params, versions=self.versions)
+
+    def checkpoint(self, trial: Trial) -> Any:
+        from trainers import storage
+
+        return storage.join(self.setup["checkpoints"], trial.digest)
+
+    def attach(self, trial: Trial, trainable_params: int) -> Any:
+        """The trial's adapter on the model. Raises TrialError where it is not as large as was counted."""
+        from trainers import adapter as adapters
+
+        recipe = trial.recipe
+        adapter = adapters.attach(
+            self.model,
+            trial.allocation,
+            shape=self.shape,
+            rank=recipe.rank,
+            lora_alpha=recipe.lora_alpha,
+            lora_dropout=recipe.lora_dropout,
+            top_k=recipe.top_k,
+            balance_coef=recipe.balance_coef,
+            seed=trial.seed,
+        )
+        if adapter.num_trainable != trainable_params:
+            adapter.detach()
+            raise TrialError(f"the adapter has {adapter.num_trainable:,} parameters, counted {trainable_params:,}")
+        return adapter
+
+    def ended(self, started: Outcome, adapter: Any, result: Any, *, leads: bool = True) -> Outcome:
+        """The outcome of a run that trained; its adapter is saved where it is complete."""
+        outcome = started.updated(
+            status=result.status,
+            accuracy=result.accuracy,
+            rungs=tuple(rung.to_json() for rung in result.rungs),
+            tokens=result.tokens,
+            seconds=result.seconds,
+            peak_memory_bytes=result.peak_memory_bytes,
+        )
+        if leads and result.status == "complete":  # one that was stopped is paused, perhaps: it has a checkpoint
+            return outcome.updated(adapter=self._save(adapter, outcome))
+        return outcome
+
+    def failed(self, started: Outcome, error: Exception) -> Outcome:
+        if isinstance(error, OutOfMemoryError):
+            return started.updated(status="out_of_memory", message=str(error))
+        message = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
+        return started.updated(status="failed", message=message)
+
+    def clean_up(self) -> None:
+        gc.collect()
+        _return_memory(self.device)
 
     def _save(self, adapter: Any, outcome: Outcome) -> str:
         from trainers import adapter as adapters
@@ -203,6 +230,17 @@ def serve(config: dict[str, Any]) -> None:
         message = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
         ray.get(board.lost.remote(group, message))
         return
+    if leads:
+        ray.get(board.start.remote(group))
+    if config["pack"] > 1 and not several:
+        Places(
+            bench,
+            config["pack"],
+            take=lambda wait: ray.get(board.take.remote(group, wait=wait)),
+            report=lambda job_id, message: ray.get(board.report.remote(group, job_id, message)),
+            told=lambda job_id: _now_and_then(partial(_pass_on, board, group, job_id)),
+        ).serve()
+        return
     while (job := shared(ray.get(board.take.remote(group)) if leads else None)) is not None:
         job_id, work = job
 
@@ -238,6 +276,158 @@ def serve(config: dict[str, Any]) -> None:
             trial = Trial.from_json(json.loads(work["trial"]))
             outcome = bench.train(trial, work["trainable_params"], report=on_rung, leads=leads)
             finish({"outcome": json.dumps(outcome.to_json())}, broken=bench.broken)
+
+
+class Places:
+    """A worker whose trials train in one pass (trainers/packing.py): it takes jobs while it has a free place.
+
+    take     the next job, None where there is none any more; without `wait` a job without a name where none is waiting
+    report   passes a message of a job on; whether it goes on
+    told     of a job: who hears how far it is
+
+    What cannot share the pass under way (another batch size, a signal to measure) waits until it is over. Where a pass
+    of all fails, or killed this process before, each of them is run alone from its last checkpoint, so that one alone
+    is to blame, and recorded.
+    """
+
+    def __init__(
+        self,
+        bench: Bench,
+        places: int,
+        *,
+        take: Callable[[bool], tuple[str, dict[str, Any]] | None],
+        report: Callable[[str, dict[str, Any]], bool],
+        told: Callable[[str], Callable[[int, int, str], None]],
+    ) -> None:
+        from trainers import packing
+
+        self.bench, self.take, self.report, self.told = bench, take, report, told
+        self.places = 1 if packing.refused(bench.model) else places
+        self.crew = packing.Crew(
+            bench.model,
+            bench.task,
+            tokenizer=bench.tokenizer,
+            device=bench.device,
+            evaluations=bench.setup["evaluations"],
+        )
+        self.jobs: dict[Any, tuple[str, dict[str, Any]]] = {}  # of the members of the crew
+        self.waiting: list[tuple[str, dict[str, Any]]] = []  # taken, and to be begun when the crew is empty
+        self.looked = 0.0
+
+    def serve(self) -> None:
+        """Until the board has no job any more."""
+        open_ = True
+        while open_ or self.jobs or self.waiting:
+            if not self.jobs and self.waiting:
+                self._begin(*self.waiting.pop(0))
+            elif open_ and not self.waiting and len(self.jobs) < self.places and (self._is_time() or not self.jobs):
+                job = self.take(not self.jobs)
+                open_ = job is not None
+                if job is not None and job[0]:
+                    self._begin(*job)
+                    self.looked = 0.0
+                    continue  # there may be more, which then begin with the same step
+            if self.jobs:
+                self._step()
+
+    def _is_time(self) -> bool:
+        """A look at the board costs as much as a step of a tiny model: ten a second."""
+        now = time.monotonic()
+        if now - self.looked < 0.1:
+            return False
+        self.looked = now
+        return True
+
+    def _begin(self, job_id: str, work: dict[str, Any]) -> None:
+        trial = Trial.from_json(json.loads(work["trial"])) if work["kind"] == "trial" else None
+        alone = trial is None or self.places == 1 or work["attempt"] > 1
+        if self.jobs and (alone or not self.crew.fits(trial.recipe)):  # type: ignore[union-attr]
+            self.waiting.append((job_id, work))
+            return
+        self.crew.step_aside()
+        if trial is None:
+            self._answer(job_id, work)
+        elif alone:
+            self._train_alone(job_id, work)
+        else:
+            self._join(job_id, work, trial)
+
+    def _answer(self, job_id: str, work: dict[str, Any]) -> None:
+        """A job that is no trial."""
+        self.bench.progress = self.told(job_id)
+        answer: dict[str, Any]
+        try:
+            answer = self.bench.measure(work["signal"]) if work["kind"] == "signal" else self.bench.told_of_task()
+        except Exception as error:  # the driver decides what a missing signal means
+            answer = {"error": str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"}
+        self.report(job_id, {"done": True, **answer})
+
+    def _join(self, job_id: str, work: dict[str, Any], trial: Trial) -> None:
+        adapter = None
+        try:
+            adapter = self.bench.attach(trial, work["trainable_params"])
+            adapter.detach()
+            member = self.crew.join(
+                adapter,
+                trial.recipe,
+                seed=trial.seed,
+                on_rung=partial(self._rung, job_id),
+                checkpoint=self.bench.checkpoint(trial),
+            )
+        except Exception as error:  # of this trial alone
+            started = self.bench.started(trial, work["trainable_params"])
+            self._finish(job_id, self.bench.failed(started, error))
+            return
+        self.jobs[member] = (job_id, work)
+        if member.result is not None:
+            self._end(member)
+
+    def _step(self) -> None:
+        try:
+            ended = self.crew.step()
+        except Exception as error:  # whoever is to blame will say so
+            given_back, self.jobs = list(self.jobs.values()), {}
+            print(f"a step of {len(given_back)} trials failed, each goes on alone: {error}", file=sys.stderr)
+            self.bench.clean_up()
+            for job in given_back:
+                self._train_alone(*job)
+            return
+        for member in ended:
+            self._end(member)
+
+    def _end(self, member: Any) -> None:
+        job_id, work = self.jobs.pop(member)
+        if isinstance(member.error, OutOfMemoryError) or _is_out_of_memory(member.error):
+            self.waiting.append((job_id, work | {"attempt": 2}))  # with the memory of a worker for itself
+            return
+        trial = Trial.from_json(json.loads(work["trial"]))
+        started = self.bench.started(trial, work["trainable_params"]).updated(pack=member.most)
+        if member.error is not None:
+            outcome = self.bench.failed(started, member.error).updated(seconds=member.past.elapsed())
+        else:
+            try:
+                outcome = self.bench.ended(started, member.adapter, member.result)
+            except Exception as error:  # the adapter cannot be saved
+                outcome = self.bench.failed(started, error)
+        self._finish(job_id, outcome)
+
+    def _train_alone(self, job_id: str, work: dict[str, Any]) -> None:
+        trial = Trial.from_json(json.loads(work["trial"]))
+        outcome = self.bench.train(trial, work["trainable_params"], report=partial(self._rung, job_id))
+        self._finish(job_id, outcome)
+
+    def _rung(self, job_id: str, rung: Any) -> bool:
+        return self.report(job_id, {"done": False, "rung": json.dumps(rung.to_json())})
+
+    def _finish(self, job_id: str, outcome: Outcome) -> None:
+        self.report(job_id, {"done": True, "outcome": json.dumps(outcome.to_json())})
+        self.bench.clean_up()
+
+
+def _is_out_of_memory(error: Exception | None) -> bool:
+    from trainers import loop
+
+    return error is not None and loop.is_out_of_memory(error)
 
 
 def _pass_on(board: Any, group: int, job_id: str, done: int, total: int, what: str) -> None:

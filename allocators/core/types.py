@@ -465,6 +465,7 @@ class Outcome:
     seconds     wall clock of training and evaluation on the worker
     tokens      trained tokens, padding excluded
     adapter     where the trained adapter lies, "" where none was kept
+    pack        how many trainings shared its passes over the base at most, itself included; seconds are its share then
     """
 
     trial: Trial
@@ -478,6 +479,7 @@ class Outcome:
     adapter: str = ""
     message: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    pack: int = 1
 
     @property
     def digest(self) -> str:

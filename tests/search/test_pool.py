@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from allocators.core.errors import StudyError
-from search.pool import ATTEMPTS, MOST_CPU_GROUPS, Board, Plan, plan
+from search.pool import ATTEMPTS, MOST_CPU_GROUPS, NOTHING, Board, Plan, plan
 
 DEFAULTS = {"workers_per_trial": 1, "cpus_per_worker": 1, "gpus_per_worker": -1.0, "max_concurrent": 0, "trials": 100}
 
@@ -24,6 +24,9 @@ DEFAULTS = {"workers_per_trial": 1, "cpus_per_worker": 1, "gpus_per_worker": -1.
         ({"CPU": 16, "GPU": 4}, {"workers_per_trial": 4}, Plan(1, 4, 1, 1.0)),
         ({"CPU": 16, "GPU": 1}, {"gpus_per_worker": 0.25}, Plan(4, 1, 1, 0.25)),
         ({"CPU": 16, "GPU": 4}, {"gpus_per_worker": 0.0, "max_concurrent": 2}, Plan(2, 1, 1, 0.0)),
+        ({"CPU": 2}, {"pack": 4}, Plan(2, 1, 1, 0.0, pack=4)),
+        ({"CPU": 2}, {"pack": 4, "trials": 5}, Plan(2, 1, 1, 0.0, pack=3)),
+        ({"CPU": 2}, {"pack": 4, "trials": 1}, Plan(1, 1, 1, 0.0, pack=1)),
     ],
 )
 def test_groups_fill_the_cluster_and_no_more(cluster, asked, expected):
@@ -54,8 +57,8 @@ def test_a_job_goes_to_one_group_and_its_reports_to_who_asked():
         board = Board(groups=2)
         await board.submit("a", {"n": 1})
         await board.submit("b", {"n": 2})
-        assert await board.take(0) == ("a", {"n": 1})
-        assert await board.take(1) == ("b", {"n": 2})
+        assert await board.take(0) == ("a", {"n": 1, "attempt": 1})
+        assert await board.take(1) == ("b", {"n": 2, "attempt": 1})
         assert await board.report(1, "b", {"done": False, "rung": 1})
         assert await board.report(0, "a", {"done": True})
         assert await board.next_report("a") == {"done": True}
@@ -73,10 +76,10 @@ def test_of_two_workers_that_report_the_end_of_a_job_the_first_is_heard():
         await board.submit("b", {})
         await board.take(0)
         assert await board.report(0, "a", {"done": True, "from": "second"})
-        assert await board.take(0) == ("b", {})
+        assert await board.take(0) == ("b", {"attempt": 1})
         assert not await board.report(0, "a", {"done": True, "from": "first"})
         assert await board.next_report("a") == {"done": True, "from": "second"}
-        assert board.held[0] == ("b", {})
+        assert board.held[0] == {"b": {}}
         assert not board.reports["a"].qsize()
 
     asyncio.run(story())
@@ -99,11 +102,53 @@ def test_a_restarted_group_takes_its_job_again_until_the_job_has_killed_it_too_o
         await board.submit("killer", {})
         await board.submit("next", {})
         for _ in range(ATTEMPTS):
+            await board.start(0)
             assert (await board.take(0))[0] == "killer"
+        await board.start(0)
         assert (await board.take(0))[0] == "next"
         answer = await board.next_report("killer")
         assert answer["done"]
         assert f"died {ATTEMPTS} times" in answer["error"]
+
+    asyncio.run(story())
+
+
+def test_a_worker_with_places_holds_several_jobs_and_takes_all_of_them_again_after_it_died():
+    async def story():
+        board = Board(groups=1)
+        await board.start(0)
+        for job in "abc":
+            await board.submit(job, {})
+        for job in "abc":
+            assert (await board.take(0, wait=False))[0] == job
+        assert await board.take(0, wait=False) == NOTHING
+        assert await board.report(0, "b", {"done": True})  # b's place is free, the others hold theirs
+        assert list(board.held[0]) == ["a", "c"]
+        await board.submit("d", {})
+        await board.start(0)
+        taken = [await board.take(0, wait=False) for _ in range(3)]
+        assert taken == [("a", {"attempt": 2}), ("c", {"attempt": 2}), ("d", {"attempt": 1})]
+        await board.cancel("c")
+        assert await board.report(0, "a", {"done": False})
+        assert not await board.report(0, "c", {"done": False})
+        await board.lost(0, "no memory")
+        for job in "acd":
+            answers = [await board.next_report(job) for _ in range(1 + (job != "d"))]
+            assert answers[-1]["error"] == "no memory"
+
+    asyncio.run(story())
+
+
+def test_a_job_goes_to_nobody_who_died_while_waiting_for_it():
+    async def story():
+        board = Board(groups=1)
+        await board.start(0)
+        dead = asyncio.create_task(board.take(0))
+        await asyncio.sleep(0)
+        await board.start(0)
+        await board.submit("a", {})
+        assert await dead is None
+        assert await board.take(0) == ("a", {"attempt": 1})
 
     asyncio.run(story())
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 
 import pytest
+import torch
 
-from allocators.core.types import ExpertSelection, Recipe, Trial
+from allocators.core.types import ExpertSelection, Outcome, Recipe, Trial
 from trainers import storage
-from trainers.worker import Bench
+from trainers.worker import Bench, Places
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +94,109 @@ def test_a_signal_is_measured_once_for_everyone(bench):
     assert set(first["rows"]) == {str(layer) for layer in bench.shape.moe_layers}
     tokens = {sum(row["count"]) for row in first["rows"].values()}
     assert len(tokens) == 1, "every layer routes the same tokens"
+
+
+# --- several trials in one pass ---
+
+
+def packed(bench, jobs, *, places, report=lambda job_id, message: True, late=()):
+    """What a worker with `places` reports of jobs; `late` ones are there only when a place has become free."""
+    told, waiting, later = [], list(jobs), list(late)
+
+    def take(wait):
+        if waiting:
+            return waiting.pop(0)
+        if later and any(message["done"] for _, message in told):
+            return later.pop(0)
+        return None if wait else ("", {})
+
+    def heard(job_id, message):
+        told.append((job_id, message))
+        return report(job_id, message)
+
+    Places(bench, places, take=take, report=heard, told=lambda job_id: lambda done, total, what: None).serve()
+    assert not hasattr(bench.model, "lora_adapter")
+    ends = [(job_id, message) for job_id, message in told if message["done"]]
+    assert len(ends) == len({job_id for job_id, _ in ends}), "every job ends once"
+    return told, {i: Outcome.from_json(json.loads(m["outcome"])) for i, m in ends if "outcome" in m}
+
+
+def job(bench, name, ids=(0, 3), *, attempt=1, off=0, **recipe):
+    asked, params = trial(bench, ids, **recipe)
+    work = {"kind": "trial", "trial": json.dumps(asked.to_json()), "trainable_params": params + off}
+    return name, work | {"attempt": attempt}
+
+
+@pytest.fixture
+def fresh(bench, tmp_path):
+    """The bench with no checkpoint of an earlier test."""
+    before = bench.setup
+    bench.setup = before | {"checkpoints": str(tmp_path / "checkpoints")}
+    yield bench
+    bench.setup = before
+
+
+def test_packed_trials_are_those_of_a_worker_each(fresh, tmp_path):
+    """One ends early and another takes its place; one is as large as was not counted; a signal waits for its turn."""
+    before = weights_hash(fresh.model)
+    jobs = [
+        job(fresh, "a"),
+        job(fresh, "b", (1, 2, 3), rank=2, steps=2),
+        job(fresh, "wrong", (5,), off=1),
+        ("task", {"kind": "task", "attempt": 1}),
+    ]
+    told, outcomes = packed(fresh, jobs, places=3, late=[job(fresh, "c", (7,), learning_rate=1e-3)])
+    assert weights_hash(fresh.model) == before
+    assert next(i for i, m in told if m["done"]) == "wrong"
+    assert {i: o.status for i, o in outcomes.items()} == {
+        "a": "complete",
+        "b": "complete",
+        "c": "complete",
+        "wrong": "failed",
+    }
+    assert (outcomes["a"].pack, outcomes["b"].pack) == (2, 2)
+    fresh.setup |= {"checkpoints": str(tmp_path / "others")}
+    for name in "abc":
+        one = outcomes[name]
+        alone = fresh.train(one.trial, one.trainable_params, report=lambda rung: True)
+        assert [rung["loss"] for rung in one.rungs] == pytest.approx([rung["loss"] for rung in alone.rungs], rel=1e-5)
+        assert (one.tokens, one.adapter, alone.pack) == (alone.tokens, alone.adapter, 1)
+        assert one.accuracy == pytest.approx(alone.accuracy, abs=1 / 16)  # of 16 questions rounding may flip one
+
+
+def test_a_packed_trial_stops_and_diverges_by_itself(fresh):
+    jobs = [
+        job(fresh, "stops"),
+        job(fresh, "diverges", learning_rate=1e30, max_grad_norm=0.0),
+        job(fresh, "goes on", (1,)),
+    ]
+    _, outcomes = packed(fresh, jobs, places=3, report=lambda name, message: name != "stops")
+    assert {i: o.status for i, o in outcomes.items()} == {
+        "stops": "stopped",
+        "diverges": "diverged",
+        "goes on": "complete",
+    }
+    assert outcomes["stops"].rungs[-1]["step"] == 2
+
+
+def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_named(fresh, monkeypatch, capsys):
+    from trainers.adapter import Adapter
+
+    def greedy(self, real_BS=None):
+        return torch.empty(10**15).sum() if self.rank == 2 else None  # 4 PB: the allocator refuses
+
+    monkeypatch.setattr(Adapter, "extra_loss", greedy)
+    _, outcomes = packed(fresh, [job(fresh, "large", rank=2), job(fresh, "small"), job(fresh, "other", (1,))], places=3)
+    assert {i: (o.status, o.pack) for i, o in outcomes.items()} == {
+        "large": ("out_of_memory", 1),
+        "small": ("complete", 1),
+        "other": ("complete", 1),
+    }
+    assert "a step of 3 trials failed, each goes on alone" in capsys.readouterr().err
+
+
+def test_what_cannot_share_a_pass_waits_for_its_end(fresh):
+    """Another batch size, and a trial whose worker died with it."""
+    jobs = [job(fresh, "a"), job(fresh, "b", batch_size=2, micro_batch_size=2), job(fresh, "c", (1,), attempt=2)]
+    _, outcomes = packed(fresh, jobs, places=3)
+    assert {i: (o.status, o.pack) for i, o in outcomes.items()} == dict.fromkeys("abc", ("complete", 1))

@@ -116,15 +116,15 @@ def _task(config: Mapping[str, Any]) -> str:
 
 
 def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]:
-    """The paper's comparisons, paired seed by seed."""
+    """The comparisons that the table names, paired seed by seed."""
     wanted = records.header["table"]["comparisons"] if is_table(records) else []
     rows = [_comparison(records, points, comparison) for comparison in wanted]
     if not rows:
         return []
-    head = ("comparison", "parameters", "n", "difference", "95 % interval", "p", "reading", "the paper")
+    head = ("comparison", "parameters", "n", "difference", "95 % interval", "p", "reading", "the claim")
     tested = sum(1 for row in rows if row[5])
-    sources = dict.fromkeys(comparison["source"] for comparison in wanted if comparison["source"] != "here")
-    notes = [f"The paper: {', '.join(sources)}."] if sources else []
+    sources = dict.fromkeys(comparison["source"] for comparison in wanted if "arXiv" in comparison["source"])
+    notes = [f"Claims are those of {', '.join(sources)}."] if sources else []
     notes += [
         "n: seeds that both rows were trained with. Differences are paired seed by seed and tested by the two-sided "
         "t-test, or, where a margin is named, for equivalence by two one-sided t-tests (TOST).",
@@ -139,7 +139,7 @@ def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]
             "The tests are about training again, on these same questions; other questions would move a row's accuracy "
             f"by a standard error of about {statistics.median(errors):.3f}."
         )
-    return [Section("The paper's comparisons", head, tuple(rows), tuple(notes))]
+    return [Section("Comparisons, paired seed by seed", head, tuple(rows), tuple(notes))]
 
 
 def _comparison(records: Records, points: Sequence[Candidate], wanted: Mapping[str, Any]) -> tuple[str, ...]:

@@ -39,16 +39,17 @@ TABLE = True
 SEEDS = 3
 ALLOCATORS = ("uniform", "random", "mola", "alphalora", "sensitivity", "lora_smoe")
 
+_MOLA, _PAPER = "MoLA, arXiv:2402.08562", "AlphaLoRA, arXiv:2410.10054"
 _RECIPE = {"rank": 4, "learning_rate": 0.003}
 _MIDDLE = {"experts_per_layer": 2.5} | _RECIPE
 _UNIFORM = {"allocator": "uniform"} | _MIDDLE
 _ALPHALORA = {"allocator": "alphalora"} | _MIDDLE
 COMPARISONS = (
     Comparison("random − uniform", {"allocator": "random"} | _MIDDLE, _UNIFORM, "no difference is expected", "control"),
-    Comparison("MoLA-1234 − uniform", {"pattern": "1234"} | _RECIPE, _UNIFORM, "upper layers need more", "MoLA"),
-    Comparison("MoLA-4321 − uniform", {"pattern": "4321"} | _RECIPE, _UNIFORM, "lower layers need less", "MoLA"),
+    Comparison("MoLA-1234 − uniform", {"pattern": "1234"} | _RECIPE, _UNIFORM, "upper layers need more", _MOLA),
+    Comparison("MoLA-4321 − uniform", {"pattern": "4321"} | _RECIPE, _UNIFORM, "lower layers need less", _MOLA),
     *(
-        Comparison(f"alphalora {m} − uniform", _ALPHALORA | {"metric": m}, _UNIFORM, "better", "AlphaLoRA")
+        Comparison(f"alphalora {m} − uniform", _ALPHALORA | {"metric": m}, _UNIFORM, "better", _PAPER)
         for m in ("alpha_hat", "stable_rank")
     ),
     Comparison(

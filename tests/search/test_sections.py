@@ -115,12 +115,12 @@ def test_terminal_and_page_show_the_tables(tmp_path):
     table_study(tmp_path)
     out = Console(file=io.StringIO(), width=200)
     show(tmp_path, console=out)
-    assert "The paper's comparisons" in out.file.getvalue()
+    assert "Comparisons, paired seed by seed" in out.file.getvalue()
     assert "not corrected for their number" in out.file.getvalue()
     write(tmp_path)
     page = (tmp_path / "report.html").read_text()
     data = json.loads(re.search(r'<script id="study" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
-    assert [section["title"] for section in data["sections"]][1] == "The paper's comparisons"
+    assert [section["title"] for section in data["sections"]][1] == "Comparisons, paired seed by seed"
 
 
 # --- several tasks

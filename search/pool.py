@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -72,7 +73,8 @@ class Board:
 
         After a restart those that the worker held come first, but for a job that keeps killing its worker.
 
-        wait   False: `NOTHING` where no job is waiting now
+        wait   False: `NOTHING` where no job is waiting now, or another worker has fewer: two that train at once are
+               faster than one that packs
         """
         start, again = self.starts[group], self.again.get(group, [])
         job: tuple[str, dict] | None = None
@@ -82,7 +84,9 @@ class Board:
                 await self._give_up(job[0], f"its worker died {ATTEMPTS} times (out of memory?)")
                 job = None
         if job is None:
-            if not wait and self.waiting.empty():
+            others = [len(self.held.get(other, {})) for other in self.alive - {group} if self.starts[other]]
+            busiest = min(others, default=math.inf) < len(self.held.get(group, {}))
+            if not wait and (self.waiting.empty() or busiest):
                 return NOTHING
             job = await self.waiting.get()
             if start != self.starts[group]:  # who asked died while waiting: nobody would hear of this job

@@ -139,6 +139,24 @@ def test_a_worker_with_places_holds_several_jobs_and_takes_all_of_them_again_aft
     asyncio.run(story())
 
 
+def test_no_worker_packs_what_another_one_could_train():
+    async def story():
+        board = Board(groups=3)  # the third has not started yet: nobody waits for it
+        await board.start(0)
+        await board.start(1)
+        for job in "abcd":
+            await board.submit(job, {})
+        assert (await board.take(0))[0] == "a"
+        assert await board.take(0, wait=False) == NOTHING
+        assert (await board.take(1))[0] == "b"
+        assert (await board.take(0, wait=False))[0] == "c"
+        assert await board.take(0, wait=False) == NOTHING
+        await board.lost(1, "no memory")
+        assert (await board.take(0, wait=False))[0] == "d"
+
+    asyncio.run(story())
+
+
 def test_a_job_goes_to_nobody_who_died_while_waiting_for_it():
     async def story():
         board = Board(groups=1)

@@ -1,0 +1,74 @@
+"""One real study whose trainings share a worker's passes and pause at rungs: each is what it is alone.
+
+python -m pytest tests/search/test_packed_study.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from search.records import read
+from trainers.worker import Bench
+
+TRIALS, QUESTIONS, STEPS = 6, 24, 9
+WORDS = [
+    "space=sieve",
+    "sampler=random",
+    "scheduler=pareto_halving",
+    "max_concurrent=1",
+    "pack=4",
+    f"trials={TRIALS}",
+    f"limit={QUESTIONS}",
+    "calibration_samples=16",
+    "evaluations=3",
+    f"recipe.steps={STEPS}",
+    "recipe.batch_size=4",
+    "keep=all",
+]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    storage = tmp_path_factory.mktemp("studies")
+    command = [sys.executable, "-m", "search.run", *WORDS, f"storage={storage}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | {"COLUMNS": "150"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 worker(s) that train up to 4 trials in one pass, 1 CPU each" in done.stdout
+    assert f"{TRIALS} of {TRIALS} finished" in done.stdout
+    return read(storage / "sieve-tiny-moe-default")
+
+
+def test_trainings_shared_passes_and_paused_and_ended_by_themselves(study):
+    outcomes = list(study.finished.values())
+    assert {outcome.status for outcome in outcomes} == {"complete", "stopped"}
+    assert max(outcome.pack for outcome in outcomes) == 4
+    assert all(outcome.rungs[-1]["step"] == STEPS for outcome in outcomes if outcome.status == "complete")
+
+
+def test_each_is_what_it_is_alone(study, tmp_path):
+    """Losses but for rounding, accuracies but for the questions that rounding can flip."""
+    setup = {
+        "model": "tiny-moe",
+        "options": {},
+        "task": "default",
+        "task_options": {"limit": QUESTIONS},
+        "seed": 0,
+        "evaluations": 3,
+        "calibration_samples": 16,
+        "cpus_per_worker": 1,
+        "signals": str(tmp_path / "signals"),
+        "adapters": str(tmp_path / "adapters"),
+        "checkpoints": str(tmp_path / "checkpoints"),
+    }
+    bench = Bench(setup, "cpu")
+    for outcome in study.finished.values():
+        last = outcome.rungs[-1]["step"]
+        alone = bench.train(outcome.trial, outcome.trainable_params, report=lambda rung, last=last: rung.step < last)
+        assert (alone.status, alone.tokens) == (outcome.status, outcome.tokens)
+        losses = [[rung["loss"] for rung in one.rungs] for one in (outcome, alone)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # a token on the border of two experts may flip
+        assert outcome.accuracy == pytest.approx(alone.accuracy, abs=1.01 / QUESTIONS)

@@ -283,6 +283,7 @@ def saved(records: Records) -> list[Section]:
         ("reused from other studies", len(records.reused), sum(finished[digest].tokens for digest in records.reused)),
         ("stopped early", len(stopped), cut),
         ("over max_trainable_params", reasons["over_budget"], None),
+        ("trained, but in a pack", sum(outcome.pack > 1 for outcome in trained), None),
     ]
     by = [(what, count, tokens) for what, count, tokens in by if count]
     if not by:
@@ -299,6 +300,11 @@ def saved(records: Records) -> list[Section]:
         "tokens: that were trained, or were not because of this; a repeat and a reused training count with those of "
         "the training that they equal. A sampler that is not told of repeats would have trained them."
     ]
+    if any(outcome.pack > 1 for outcome in trained):
+        most = max(outcome.pack for outcome in trained)
+        notes.append(
+            f"In a pack up to {most} trainings share each pass over the frozen base; all their tokens are trained."
+        )
     if reasons["infeasible"]:
         notes.append(f"{reasons['infeasible']} more points could not exist, and none was given to a worker.")
     return [Section("Trainings saved", ("what", "trainings", "tokens", "share of tokens"), tuple(rows), tuple(notes))]

@@ -245,7 +245,7 @@ def study(config: RunConfig, problem: Problem) -> int:
             tracker.close(status="KILLED")
             raise
         tracker.close(summary)
-    report.show(folder)
+    report.show(summary)
     print(f"Runs: {tracker.browse}")
     return 0 if any(outcome.accuracy is not None for outcome in records.finished.values()) else 1
 
@@ -306,6 +306,8 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 progress.message(told["task"])
                 facts = {key: told["versions"][key] for key in FACTS}
                 problem = replace(problem, signals=_signals(config, problem, pool, folder, progress))
+                if config.pack == "auto":
+                    _choose_pack(config, problem, pool, progress)
             elsewhere: Elsewhere | Nowhere = NOWHERE
             if config.reuse:
                 elsewhere = Elsewhere(
@@ -373,7 +375,7 @@ def _workers(
         gpus_per_worker=config.gpus_per_worker,
         max_concurrent=config.max_concurrent,
         trials=trials,
-        pack=config.pack,
+        pack=pools.MOST_PACKED if config.pack == "auto" else int(config.pack),
     )
     return pools.Pool(
         plan,
@@ -417,6 +419,17 @@ def _signals(config: RunConfig, problem: Problem, pool: Any, folder: Path, progr
         (folder / "signals").mkdir(exist_ok=True)
         write_atomically(folder / "signals" / f"{kind}.json", canonical_json(signals[kind].to_json()))
     return signals
+
+
+def _choose_pack(config: RunConfig, problem: Problem, pool: Any, progress: Any) -> None:
+    """Lets a worker time a few steps of the largest of some points, and packs as many as it says."""
+    proposals, _ = _drawn(replace(config, trials=8), problem, merge=True)
+    if proposals:
+        largest = max(proposals, key=lambda proposal: proposal.trainable_params)
+        job = {"trial": json.dumps(largest.trial.to_json()), "trainable_params": largest.trainable_params}
+        answer = pool.ask({"kind": "pack", **job}, told=lambda *_: None)
+        pool.limit(answer["pack"])
+        progress.message(f"packs of {pool.plan.pack}: {answer['why']}")
 
 
 def _measured(folder: Path) -> dict[str, Signal]:

@@ -135,7 +135,7 @@ def test_trainings_and_tokens_that_were_not_needed(tmp_path):
     done, stopped, taken = outcome(), outcome(selection(5), status="stopped"), outcome(selection(6))
     with open_study(tmp_path / "demo", config=CONFIG | {"evaluations": 3}) as study:
         assert saved(study) == []
-        study.append_finished(done.updated(tokens=600), {})
+        study.append_finished(done.updated(tokens=600, pack=4), {})
         study.append_finished(stopped.updated(tokens=200), {})  # after two of three rungs: 100 were left
         study.append_finished(taken.updated(tokens=700), {}, reused="first")
         for _ in range(2):
@@ -147,7 +147,9 @@ def test_trainings_and_tokens_that_were_not_needed(tmp_path):
         ("answered as a repeat", "2", "1.20k", "43 %"),
         ("reused from other studies", "1", "700", "25 %"),
         ("stopped early", "1", "100", "4 %"),
+        ("trained, but in a pack", "1", "", ""),
     )
+    assert "up to 4 trainings share each pass" in section.notes[-2]
     assert "1 more points could not exist" in section.notes[-1]
 
 

@@ -533,7 +533,8 @@ class Target:
             self.spent = spent
             self.began = time.monotonic() - spent.wall
             self.cpu = self.watch.seconds() - spent.cpu
-        self.reached = self.covered.add(digest) >= search_tables.ENOUGH
+        if accuracy is not None:
+            self.reached = self.covered.add(digest) >= search_tables.ENOUGH
         shown = "diverged" if accuracy is None else f"{accuracy:.3f}"
         print(
             f"  {self.way}: training {self.trainings}, accuracy {shown}, {self.covered.share:.1%} of the table, "
@@ -573,6 +574,8 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
 
         def finished(self, outcome: Outcome) -> None:
             super().finished(outcome)
+            if outcome.status not in ("complete", "diverged"):
+                raise StudyError(f"a training ended as {outcome.status}: {outcome.message}")
             target.add(outcome.digest, outcome.accuracy, outcome.tokens)
 
     cluster = pools.connect("local", num_cpus=WORKERS)
@@ -674,12 +677,12 @@ def real_plain(settings: Settings, target: Target, folder: Path) -> None:
     )
     tune.Tuner(
         tune.with_resources(plain_trial, {"CPU": 0.01}),
-        param_space={"model": recorded.model, "task": recorded.task, "storage": str((folder / "train").absolute())},
+        param_space={"model": recorded.model, "task": recorded.task, "storage": str(folder / "train")},
         tune_config=tune.TuneConfig(
             search_alg=search, num_samples=settings.cap - target.trainings, max_concurrent_trials=WORKERS
         ),
         run_config=tune.RunConfig(
-            verbose=0, storage_path=str((folder / "tune").absolute()), callbacks=[Follow()], stop=StopAll(stop)
+            verbose=0, storage_path=str(folder / "tune"), callbacks=[Follow()], stop=StopAll(stop)
         ),
     ).fit()
     pools.disconnect()
@@ -692,7 +695,8 @@ def both_for_real(settings: Settings) -> tuple[Target, Target]:
     table = search_tables.own(settings.table, settings.seed, mean=False)
     done = []
     for way, run in (("ours", real_ours), ("plain", real_plain)):
-        folder = FOLDER / f"{way}-{Path(settings.table).stem}-{settings.seed}-{table.version}"
+        name = f"{way}-{Path(settings.table).stem}-{settings.seed}-{table.version}"
+        folder = (FOLDER / name).absolute()  # Ray Train takes a relative one for a bucket
         if way == "ours":  # minutes: from the start each time
             shutil.rmtree(folder, ignore_errors=True)
         target = Target(search_tables.Covered(table), settings.cap, watch, way)

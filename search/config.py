@@ -106,10 +106,12 @@ class RunConfig:
     gpus_per_worker: float = _key(
         -1.0, "GPUs of one worker; fractions share a GPU (-1: 1 if the cluster has GPUs, else 0)"
     )
-    pack: int = _key(
-        1,
+    pack: str = _key(
+        "1",
         "trainings that share a worker and its passes over the frozen base: up to so many begin, pause and end by "
-        "themselves, each with the result that it has alone but for rounding (1: each has a worker for itself)",
+        "themselves, each with the result that it has alone but for rounding (1: each has a worker for itself). auto: "
+        "as a few timed steps and free memory say, at most 4 on a CPU and 8 on a GPU; what is proposed then depends "
+        "on timing",
     )
     max_concurrent: int = _key(
         0, "trials that train at once, those in a pack counting as one (0: as many as the cluster holds)"
@@ -282,7 +284,7 @@ def _load_file(file: str) -> Mapping[str, Any]:
 def check(config: RunConfig) -> None:
     """Raises StudyError for a value that cannot work."""
     at_least = {"evaluations": 1, "limit": 0, "calibration_samples": 1, "workers_per_trial": 1}
-    at_least |= {"pack": 1, "eta": 2, "training_limit": 0, "num_fewshot": -1, "fewshot_seed": 0}
+    at_least |= {"eta": 2, "training_limit": 0, "num_fewshot": -1, "fewshot_seed": 0}
     at_least |= {"cpus_per_worker": 1, "max_concurrent": 0, "num_cpus": 0, "max_trainable_params": 0, "seed": 0}
     for key, minimum in at_least.items():
         if getattr(config, key) < minimum:
@@ -305,7 +307,9 @@ def check(config: RunConfig) -> None:
             f"shard=true spreads the model over the workers of a trial, and workers_per_trial is "
             f"{config.workers_per_trial}: set it to 2 or more, or leave shard out"
         )
-    if config.pack > 1 and (reason := _no_pack(config)):
+    if config.pack != "auto" and (not config.pack.isdecimal() or int(config.pack) < 1):
+        raise StudyError(f"pack must be auto or at least 1, got {config.pack}")
+    if config.pack != "1" and (reason := _no_pack(config)):
         raise StudyError(f"pack={config.pack} and {reason} do not go together: leave one of them out")
     if config.shard and config.quantization:
         raise StudyError(

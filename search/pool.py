@@ -18,7 +18,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # Read when Ray is imported or started; a user's own settings stay.
@@ -39,13 +39,15 @@ ATTEMPTS = 3  # a job whose worker died this often is given up: it is the likely
 # half an hour would end groups that have nothing to do while others train.
 LONGEST_WAIT = 7 * 24 * 3600
 NOTHING: tuple[str, dict] = ("", {})  # no job is waiting now
+MOST_PACKED = 8  # trials of a worker where it measures how many to pack
 MOST_CPU_GROUPS = 8  # default on machines without a GPU: every group holds one copy of the base model
 
 
 class Board:
     """Jobs waiting, reports per job, what each group is working on, what was cancelled. Runs as a zero-CPU actor."""
 
-    def __init__(self, groups: int) -> None:
+    def __init__(self, groups: int, pack: int = 1) -> None:
+        self.pack = pack  # places of a group
         self.waiting: asyncio.Queue = asyncio.Queue()
         self.reports: dict[str, asyncio.Queue] = collections.defaultdict(asyncio.Queue)
         self.held: dict[int, dict[str, dict]] = {}  # group -> the jobs in its places
@@ -73,8 +75,8 @@ class Board:
 
         After a restart those that the worker held come first, but for a job that keeps killing its worker.
 
-        wait   False: `NOTHING` where no job is waiting now, or another worker has fewer: two that train at once are
-               faster than one that packs
+        wait   False: `NOTHING` where no job is waiting now, every place is taken, or another worker has fewer: two
+               that train at once are faster than one that packs
         """
         start, again = self.starts[group], self.again.get(group, [])
         job: tuple[str, dict] | None = None
@@ -85,8 +87,8 @@ class Board:
                 job = None
         if job is None:
             others = [len(self.held.get(other, {})) for other in self.alive - {group} if self.starts[other]]
-            busiest = min(others, default=math.inf) < len(self.held.get(group, {}))
-            if not wait and (self.waiting.empty() or busiest):
+            mine = len(self.held.get(group, {}))
+            if not wait and (self.waiting.empty() or mine >= self.pack or min(others, default=math.inf) < mine):
                 return NOTHING
             job = await self.waiting.get()
             if start != self.starts[group]:  # who asked died while waiting: nobody would hear of this job
@@ -98,6 +100,10 @@ class Board:
         self.held.setdefault(group, {})[job_id] = work
         self.attempts[job_id] += 1
         return job_id, work | {"attempt": self.attempts[job_id]}
+
+    async def limit(self, pack: int) -> None:
+        """From now on a group has so many places."""
+        self.pack = pack
 
     async def report(self, group: int, job_id: str, message: dict) -> bool:
         """Passes a report on; False tells the worker to stop this job.
@@ -262,7 +268,8 @@ class Pool:
 
     def start(self) -> None:
         """Starts the groups in threads of this process; returns at once."""
-        self.board: Any = ray.remote(num_cpus=0)(Board).options(name=self.board_name).remote(self.plan.groups)
+        self.board: Any = ray.remote(num_cpus=0)(Board).options(name=self.board_name)
+        self.board = self.board.remote(self.plan.groups, self.plan.pack)
         for group in range(self.plan.groups):
             thread = threading.Thread(target=self._run_group, args=(group,), daemon=True)
             thread.start()
@@ -313,6 +320,11 @@ class Pool:
         if "error" in answer:
             raise StudyError(answer["error"])
         return answer
+
+    def limit(self, pack: int) -> None:
+        """Packs no more than so many trials from now on."""
+        self.plan = replace(self.plan, pack=min(pack, self.plan.pack))
+        ray.get(self.board.limit.remote(self.plan.pack))
 
     def close(self, *, patience: float = 10.0) -> None:
         """Lets the groups end after their current job."""

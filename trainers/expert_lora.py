@@ -202,12 +202,12 @@ class ExpertLora(ExpertStacks):
     def route(self, index_TK: Tensor) -> Route:
         """Sorts the rows by expert and finds those of chosen experts; no synchronisation where `every_row`."""
         # inputs that are dropped are drawn row by row: in an order that says which row is which
-        ids_S, *order, ends_E = self.sort(index_TK, stable=self.dropout > 0)
+        ids_S, order_S, inverse_S, token_S, ends_E = self.sort(index_TK, stable=self.dropout > 0)
         if self.every_row:
-            return Route(ids_S, *order, ends_E, None, ends_E, None)
+            return Route(ids_S, order_S, inverse_S, token_S, ends_E, None, ends_E, None)
         rows_Q = self.is_chosen_E[ids_S].nonzero().squeeze(1)
         ends_C = torch.searchsorted(ids_S[rows_Q], self.ids_C, right=True, out_int32=True)
-        return Route(ids_S, *order, ends_E, rows_Q, ends_C, None)
+        return Route(ids_S, order_S, inverse_S, token_S, ends_E, rows_Q, ends_C, None)
 
     def factors(self, stack: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [C, R, I] and B [C, O, R] of one weight stack, as `side_by_side` puts its projections.

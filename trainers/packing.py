@@ -22,6 +22,7 @@ output features, R the largest rank, N the most experts and C the most columns N
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,8 @@ from trainers.adapter import Adapter, freeze, module_at, put_attribute, put_on_l
 from trainers.expert_lora import ExpertLoraAdapter, ExpertStacks, Route, dispatch
 from trainers.lora_moe import LoraMoeAdapter
 
+WORTH = 1.1  # what a pack of twice as many has to gain: a sampler has seen fewer results when it proposes for it
+
 
 def shape_of_steps(recipe: Recipe) -> tuple[int, int, int]:
     """What runs must have in common to be packed: rows of a step, rows of a pass, and the longest row."""
@@ -59,6 +62,23 @@ def refused(model: nn.Module) -> str:
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         return "gradient checkpointing runs layers twice, and what was dropped out would be drawn anew"
     return ""
+
+
+def gain(one: float, two: float, members: int) -> float:
+    """How much faster so many trainings are packed than one after another: K·(c0 + c1·M)/(c0 + K·c1·M).
+
+    one, two   seconds of a step of one training, c0 + c1·M, and of two in a pack, c0 + 2·c1·M
+    """
+    per_member = min(max(two - one, 0.0), one)
+    return members * one / (one - per_member + members * per_member)
+
+
+def choose(one: float, two: float, *, most: int) -> int:
+    """How many trainings to pack: twice as many as long as that is worth `WORTH` times the speed, at most `most`."""
+    members = 1
+    while 2 * members <= most and gain(one, two, 2 * members) >= WORTH * gain(one, two, members):
+        members *= 2
+    return members
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -119,7 +139,7 @@ class Pack:
         """The members' parameters into the pack's tensors, whose gradients are cleared."""
         with torch.no_grad():
             torch._foreach_copy_(self._places, self._sources)
-            torch._foreach_zero_([tensor.grad for tensor in self._tensors])
+            torch._foreach_zero_([tensor.grad for tensor in self._tensors if tensor.grad is not None])
 
     def unload(self) -> None:
         """The pack's gradients to the members."""
@@ -715,6 +735,20 @@ class Crew:
         pack.unload()
         for member in members:
             member.close_step(member.step)
+
+
+def seconds_of_a_step(crew: Crew, *, steps: int = 5) -> float:
+    """Median over so many steps of the crew as it is, after two that warm up."""
+    seconds = []
+    for number in range(steps + 2):
+        began = time.perf_counter()
+        if crew.step():
+            raise TrialError("a training ended while its steps were timed")
+        if crew.device.type == "cuda":
+            torch.cuda.synchronize(crew.device)
+        if number > 1:
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
 
 
 def _forget_gradients(member: Member) -> None:

@@ -15,10 +15,12 @@ import gc
 import json
 import os
 import platform
+import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from typing import Any
 from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
 from allocators.core.types import Outcome, Trial
 from trainers.versions import versions
+
+MOST_ON_CPU, MOST_ON_GPU = 4, 8  # trainings in a pack that is chosen by measuring
 
 
 class Bench:
@@ -136,6 +140,37 @@ class Bench:
                 adapter.detach()
             self.clean_up()
 
+    def measure_pack(self, trial: Trial, trainable_params: int) -> dict[str, Any]:
+        """How many trainings such as this one to pack, from a few real steps of one and of two; nothing is kept.
+
+        Memory: each further one is taken to need as much as the second, and four fifths of what is free is used.
+        """
+        from trainers import packing
+
+        if reason := packing.refused(self.model):
+            return {"pack": 1, "why": reason}
+        crew = packing.Crew(self.model, self.task, tokenizer=self.tokenizer, device=self.device, evaluations=1)
+        endless, seconds, memory = replace(trial.recipe, steps=10**6), [], []
+        try:
+            for seed in range(2):
+                crew.step_aside()
+                adapter = self.attach(replace(trial, recipe=endless, seed=seed), trainable_params)
+                adapter.detach()
+                crew.join(adapter, endless, seed=seed, on_rung=lambda rung: True)
+                seconds.append(packing.seconds_of_a_step(crew))
+                memory.append(_memory_used(self.device))
+        except OutOfMemoryError as error:
+            return {"pack": 1, "why": str(error)}
+        finally:
+            crew.disband()
+            self.clean_up()
+        one, two = seconds
+        fitting = 1 + int(0.8 * _memory_free(self.device) / max(memory[1] - memory[0], 1))
+        most = MOST_ON_CPU if str(self.device) == "cpu" else MOST_ON_GPU
+        pack = packing.choose(one, two, most=min(most, fitting))
+        why = f"a step takes {one:.3g} s, one of two trainings {two:.3g} s"
+        return {"pack": pack, "why": f"{why}: {packing.gain(one, two, pack):.2f}x the speed, evaluations apart"}
+
     # --- the parts of a trial, which `Places` takes one by one ---
 
     def started(self, trial: Trial, trainable_params: int) -> Outcome:
@@ -233,13 +268,17 @@ def serve(config: dict[str, Any]) -> None:
     if leads:
         ray.get(board.start.remote(group))
     if config["pack"] > 1 and not several:
-        Places(
-            bench,
-            config["pack"],
-            take=lambda wait: ray.get(board.take.remote(group, wait=wait)),
-            report=lambda job_id, message: ray.get(board.report.remote(group, job_id, message)),
-            told=lambda job_id: _now_and_then(partial(_pass_on, board, group, job_id)),
-        ).serve()
+
+        def take(wait: bool) -> Any:
+            return ray.get(board.take.remote(group, wait=wait))
+
+        def report(job_id: str, message: dict[str, Any]) -> Any:
+            return ray.get(board.report.remote(group, job_id, message))
+
+        def told(job_id: str) -> Callable[[int, int, str], None]:
+            return _now_and_then(partial(_pass_on, board, group, job_id))
+
+        Places(bench, config["pack"], take=take, report=report, told=told).serve()
         return
     while (job := shared(ray.get(board.take.remote(group)) if leads else None)) is not None:
         job_id, work = job
@@ -357,7 +396,14 @@ class Places:
         self.bench.progress = self.told(job_id)
         answer: dict[str, Any]
         try:
-            answer = self.bench.measure(work["signal"]) if work["kind"] == "signal" else self.bench.told_of_task()
+            match work["kind"]:
+                case "signal":
+                    answer = self.bench.measure(work["signal"])
+                case "pack":
+                    trial = Trial.from_json(json.loads(work["trial"]))
+                    answer = self.bench.measure_pack(trial, work["trainable_params"])
+                case _:
+                    answer = self.bench.told_of_task()
         except Exception as error:  # the driver decides what a missing signal means
             answer = {"error": str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"}
         self.report(job_id, {"done": True, **answer})
@@ -451,6 +497,23 @@ def _device_name(device: Any) -> str:
     import torch
 
     return torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.machine() + " CPU"
+
+
+def _memory_used(device: Any) -> int:
+    """Most bytes so far: of a GPU, or of the process."""
+    import torch
+
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def _memory_free(device: Any) -> int:
+    import torch
+
+    if str(device).startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _return_memory(device: Any) -> None:

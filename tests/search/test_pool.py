@@ -115,25 +115,25 @@ def test_a_restarted_group_takes_its_job_again_until_the_job_has_killed_it_too_o
 
 def test_a_worker_with_places_holds_several_jobs_and_takes_all_of_them_again_after_it_died():
     async def story():
-        board = Board(groups=1)
+        board = Board(groups=1, pack=3)
         await board.start(0)
         for job in "abc":
             await board.submit(job, {})
         for job in "abc":
             assert (await board.take(0, wait=False))[0] == job
-        assert await board.take(0, wait=False) == NOTHING
+        await board.submit("e", {})
+        assert await board.take(0, wait=False) == NOTHING  # it has three places
         assert await board.report(0, "b", {"done": True})  # b's place is free, the others hold theirs
         assert list(board.held[0]) == ["a", "c"]
-        await board.submit("d", {})
         await board.start(0)
         taken = [await board.take(0, wait=False) for _ in range(3)]
-        assert taken == [("a", {"attempt": 2}), ("c", {"attempt": 2}), ("d", {"attempt": 1})]
+        assert taken == [("a", {"attempt": 2}), ("c", {"attempt": 2}), ("e", {"attempt": 1})]
         await board.cancel("c")
         assert await board.report(0, "a", {"done": False})
         assert not await board.report(0, "c", {"done": False})
         await board.lost(0, "no memory")
-        for job in "acd":
-            answers = [await board.next_report(job) for _ in range(1 + (job != "d"))]
+        for job in "ace":
+            answers = [await board.next_report(job) for _ in range(1 + (job != "e"))]
             assert answers[-1]["error"] == "no memory"
 
     asyncio.run(story())
@@ -141,7 +141,7 @@ def test_a_worker_with_places_holds_several_jobs_and_takes_all_of_them_again_aft
 
 def test_no_worker_packs_what_another_one_could_train():
     async def story():
-        board = Board(groups=3)  # the third has not started yet: nobody waits for it
+        board = Board(groups=3, pack=4)  # the third has not started yet: nobody waits for it
         await board.start(0)
         await board.start(1)
         for job in "abcd":

@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from allocators.core.errors import OutOfMemoryError, StudyError, TrialError
 from allocators.core.shapes import shape_of
@@ -308,3 +310,26 @@ def test_places_that_nobody_adapts_are_not_touched():
     assert sizes == sorted(adapted * 2)  # a down and an up for as many members as have experts there
     pack.detach()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+# --- how many to pack -------------------------------------------------------------------------------------------------
+
+
+@given(c0=st.floats(1e-4, 1.0), c1=st.floats(1e-4, 1.0), most=st.integers(1, 16))
+def test_the_gain_is_that_of_fixed_and_growing_cost(c0, c1, most):
+    one, two = c0 + c1, c0 + 2 * c1
+    for members in (1, 2, 5):
+        expected = members * (c0 + c1) / (c0 + members * c1)
+        assert packing.gain(one, two, members) == pytest.approx(expected, rel=1e-6)
+    chosen = packing.choose(one, two, most=most)
+    assert 1 <= chosen <= most
+    assert packing.gain(one, two, chosen) >= packing.WORTH or chosen == 1
+
+
+def test_how_many_by_hand():
+    """Fixed cost 9, a training 1: two gain 20/11, four 40/13, eight 80/17; of nothing fixed nothing is gained."""
+    assert packing.choose(10.0, 11.0, most=8) == 8
+    assert packing.choose(10.0, 11.0, most=4) == 4
+    assert packing.choose(10.0, 19.0, most=8) == 1
+    assert packing.choose(10.0, 25.0, most=8) == 1  # two in a pack took longer than one after another: noise
+    assert packing.choose(10.0, 16.0, most=8) == 4

@@ -195,6 +195,16 @@ def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_nam
     assert "a step of 3 trials failed, each goes on alone" in capsys.readouterr().err
 
 
+def test_how_many_to_pack_is_measured_and_leaves_nothing_behind(fresh):
+    before = weights_hash(fresh.model)
+    asked, params = trial(fresh)
+    work = {"kind": "pack", "trial": json.dumps(asked.to_json()), "trainable_params": params, "attempt": 1}
+    ((_, answer),), _ = packed(fresh, [("pack", work)], places=8)
+    assert answer["pack"] in (1, 2, 4)
+    assert "a step takes" in answer["why"]
+    assert weights_hash(fresh.model) == before
+
+
 def test_what_cannot_share_a_pass_waits_for_its_end(fresh):
     """Another batch size, and a trial whose worker died with it."""
     jobs = [job(fresh, "a"), job(fresh, "b", batch_size=2, micro_batch_size=2), job(fresh, "c", (1,), attempt=2)]

@@ -544,7 +544,7 @@ class Target:
 
 
 def real_ours(settings: Settings, target: Target, folder: Path) -> None:
-    """A study of the toolkit, but for its report: records, MLflow, live view, warm workers, ehvi."""
+    """A study of the toolkit, but for its report: records, MLflow, warm workers, ehvi; without packs and halving."""
     from search import pool as pools
     from search import ray_tune
     from search.config import RunConfig

@@ -33,11 +33,13 @@ takes one of the table's seeds and is judged by it, by the mean over all seeds w
 seed was lucky with is no find. `+repeats` trains a repeated point again; trainings that halving stops count their
 share. A search that does not get there in `evaluations` counts as having needed so many.
 
-The table's factors are medians (quartiles; of costs: smallest..largest) of paired ratios, the last line their product.
+The table's factors are medians (quartiles; of costs: smallest..largest) of paired ratios, the last lines products.
 JSON `ratios`, how many times less (null: not in this run):
     warm_workers, adapters, evaluation, packing          cost of a training, as {"wall", "cpu"}
-    sampler, dedupe, halving                             trainings to 95 %, the same as tokens
-    trainings, tokens, wall, cpu                         plain/ours in all; halving and packing where they gain
+    sampler, dedupe, halving, trainings                  trainings to 95 %, the same as tokens; all but halving at once
+    defaults, all                                        products as {"wall", "cpu"}: without packing and halving, which
+                                                         are off unless asked for, and with them (halving then pays for
+                                                         its evaluations on the way, as `curve` has them)
     real_trainings, real_wall, real_cpu                  the same of one real run of both
 """
 
@@ -141,10 +143,13 @@ def search_factors(trainings: Mapping[str, Sequence[float]]) -> dict[str, Spread
     return {name: spread(ratios(trainings[a], trainings[b]), quartiles=True) for name, (a, b) in steps.items()}
 
 
-def product(factors: Mapping[str, Spread]) -> float:
-    """Of all factors. Packing and halving are left to the user: they count where they gain."""
-    chosen = (median for name, (median, _, _) in factors.items() if name not in ("packing", "halving") or median > 1)
-    return math.prod(chosen)
+def product(factors: Mapping[str, Spread], *, without: Sequence[str] = ()) -> float:
+    return math.prod(median for name, (median, _, _) in factors.items() if name not in without)
+
+
+def scaled(value: Spread, by: float) -> Spread:
+    median, low, high = value
+    return median * by, low * by, high * by
 
 
 # --- trainings to the target, replayed
@@ -752,8 +757,8 @@ def main(arguments: Sequence[str]) -> None:
     in_all = spread(ratios(trainings[PLAIN], trainings[OURS]), quartiles=True)
     rows: dict[str, dict[str, Spread]] = {name: {"wall": value, "cpu": value} for name, value in found.items()}
     report |= {name: round(value[0], 2) for name, value in found.items()}
-    report |= {"trainings": round(in_all[0], 2), "tokens": round(in_all[0] * max(found["halving"][0], 1.0), 2)}
-    report |= dict.fromkeys(("warm_workers", "adapters", "evaluation", "packing", "wall", "cpu"))
+    report |= {"trainings": round(in_all[0], 2)}
+    report |= dict.fromkeys(("warm_workers", "adapters", "evaluation", "packing", "defaults", "all"))
     if settings.costs:
         print(f"\nCost of a training, {settings.repeats} points")
         spent = costs(settings)
@@ -764,15 +769,18 @@ def main(arguments: Sequence[str]) -> None:
         parts = {unit: cost_factors(spent, unit) for unit in ("wall", "cpu")}
         rows = {name: {unit: parts[unit][name] for unit in parts} for name in parts["wall"]} | rows
         report |= {name: {u: round(s[0], 2) for u, s in rows[name].items()} for name in parts["wall"]}
-    whole = {unit: product({name: row[unit] for name, row in rows.items()}) for unit in ("wall", "cpu")}
+        for unit in parts:  # halving decides by evaluations on the way, which have to be paid for
+            both = zip(spent["ours"], spent["curve"], strict=True)
+            paid = statistics.median(getattr(one, unit) / getattr(three, unit) for one, three in both)
+            rows["halving"] = rows["halving"] | {unit: scaled(found["halving"], paid)}
     print(f"\n{'× less':<22}{'wall clock':>24}{'CPU-seconds':>24}")
     for name, row in rows.items():
         print(f"{name:<22}{show(row['wall']):>24}{show(row['cpu']):>24}")
     if settings.costs:
-        report |= {unit: round(value, 2) for unit, value in whole.items()}
-        print(
-            f"{'product':<22}{whole['wall']:>24.1f}{whole['cpu']:>24.1f}   without packing and halving where they lose"
-        )
+        for name, without in (("defaults", ("packing", "halving")), ("all", ())):
+            units = {u: product({n: row[u] for n, row in rows.items()}, without=without) for u in ("wall", "cpu")}
+            report[name] = {unit: round(value, 2) for unit, value in units.items()}
+            print(f"{'product, ' + name:<22}{units['wall']:>24.1f}{units['cpu']:>24.1f}")
     else:
         print("costs=true measures what a training costs: warm workers, adapters, evaluation, packing")
     report |= dict.fromkeys(("real_trainings", "real_wall", "real_cpu"))

@@ -37,7 +37,8 @@ def test_factors_of_a_training_multiply_to_plain_against_ours():
         "evaluation": 2.0,
         "packing": 0.8,
     }
-    assert product(wall) == 40 / 4  # packing loses here and is left out
+    assert product(wall, without=["packing"]) == 40 / 4
+    assert product(wall) == pytest.approx(40 / 5)
     assert product(cpu) == pytest.approx(30 / 4)
 
 
@@ -47,7 +48,7 @@ def test_factors_of_the_search_are_medians_of_pairs():
     assert found["dedupe"] == (2.0, 1.5, 2.5)
     assert found["sampler"] == (3.0, 2.5, 3.5)
     assert found["halving"][0] == 0.5
-    assert product(found) == 6.0
+    assert product(found, without=["halving"]) == 6.0
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=30))

@@ -34,7 +34,7 @@ Optuna alone does; `rows` draws the rows of the llm table themselves, each once,
 Printed are medians over the seeds with their quartiles; seeds are paired. The JSON line's `ratios` are
     TABLE/VARIANT/to95         full trainings until 95 % of the table's hypervolume (null: not within the evaluations)
     TABLE/VARIANT/regret@N     hypervolume regret after N full trainings
-    TABLE/VARIANT/seconds      of the sampler for a suggestion, mean
+    TABLE/VARIANT/seconds      of the sampler for a suggestion, mean (own tables allocate and count every point once)
 
 Finished cells (table, variant, seed) are kept in build/benchmarks/search_tables by everything they depend on.
 """

@@ -35,7 +35,7 @@ WORDS = [
 def study(tmp_path_factory):
     storage = tmp_path_factory.mktemp("studies")
     command = [sys.executable, "-m", "search.run", *WORDS, f"storage={storage}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | {"COLUMNS": "150"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=os.environ | {"COLUMNS": "150"})
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 worker(s) that train up to 4 trials in one pass, 1 CPU each" in done.stdout
     assert f"{TRIALS} of {TRIALS} finished" in done.stdout

@@ -95,6 +95,7 @@ class RunConfig:
     )
     fewshot_seed: int = _key(task_files.FEWSHOT_SEED, "seed of those examples; lm_eval draws the same with the same")
     chat_template: bool = _key(False, "put prompts into the tokenizer's chat template, to train and to evaluate")
+    untrained: bool = _key(True, "evaluate the base before anything is trained, to say what training gained")
     calibration_samples: int = _key(256, "training documents that the routing signal is measured on")
     workers_per_trial: int = _key(1, "Ray Train workers of one trial (data parallel)")
     shard: bool = _key(

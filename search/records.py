@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 Reason = Literal["duplicate", "infeasible", "over_budget"]
 HEADER = "study.json"
 LINES = "outcomes.jsonl"
+UNTRAINED = "untrained.json"  # accuracy and stderr of the base, and by_task
 
 _SECRET_KEY = re.compile(r"(^|[._-])(password|passwd|secret|token|api_?key|secret_?key|credentials)$", re.IGNORECASE)
 _URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
@@ -91,6 +92,12 @@ class Records:
     @property
     def name(self) -> str:
         return self.header["name"]
+
+    @property
+    def untrained(self) -> Mapping[str, Any] | None:
+        """accuracy, stderr and by_task of the base before training; None where it was not evaluated."""
+        file = self.folder / UNTRAINED
+        return json.loads(file.read_text()) if file.exists() else None
 
     @property
     def finished(self) -> dict[str, Outcome]:

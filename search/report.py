@@ -159,6 +159,8 @@ class Report:
             if candidate is not None and candidate.accuracy is not None:
                 found[f"{name}_accuracy"] = candidate.accuracy
                 found[f"{name}_trainable_params"] = candidate.trainable_params
+        if self.records.untrained is not None:
+            found["untrained_accuracy"] = self.records.untrained["accuracy"]
         if (correlation := self.early_ranks[0]) is not None:
             found["rank_correlation_first_rung"] = correlation
         if self.records.reused:
@@ -308,7 +310,28 @@ def _words(report: Report) -> list[str]:
     elif len(on_front) > 2:
         sentences.append("The front has no knee: nowhere does it rise above the straight line between its ends.")
     told = attribution.in_words(report.importance, report.points)
-    return [*sentences, *_honesty(report), *_against_baselines(report), *told, *_early(report), *_state(report)]
+    return [
+        *sentences,
+        *_gained(report),
+        *_honesty(report),
+        *_against_baselines(report),
+        *told,
+        *_early(report),
+        *_state(report),
+    ]
+
+
+def _gained(report: Report) -> list[str]:
+    """What the most accurate point has over the base."""
+    base, best = report.records.untrained, report.front[-1]
+    if base is None or best.accuracy is None:
+        return []
+    gain, error = best.accuracy - base["accuracy"], math.hypot(best.stderr or 0.0, base["stderr"])
+    reading = "more than noise" if abs(gain) > TOO_CLOSE * error else "inside the noise"
+    return [
+        f"Untrained, the base has {base['accuracy']:.3f} ± {base['stderr']:.3f}: training is worth {gain:+.3f} at the "
+        f"most accurate point (standard error {error:.3f}: {reading})."
+    ]
 
 
 def _budgets(report: Report) -> list[int]:
@@ -592,6 +615,8 @@ def _png(report: Report) -> bytes:
             edge, [*low, low[-1]], [*high, high[-1]], step="post", color="0.5", alpha=0.12, lw=0, zorder=1
         )
         axes.margins(y=0.12)
+        if (base := report.records.untrained) is not None:
+            axes.axhline(base["accuracy"], color="0.35", lw=0.9, ls=(0, (4, 3)), zorder=1, label="untrained")
         title = "band: ± one standard error" if any(errors) else None
         figure.legend(fontsize=8, frameon=False, loc="outside right upper", title=title, title_fontsize=7)
         _name_points(axes, canvas, report)  # last: what comes later would move the axes under the names
@@ -664,6 +689,7 @@ def _data(report: Report) -> dict[str, Any]:
         "colours": colours(c.best.trial.allocator for c in report.points),
         "settings": report.settings,
         "knobs": list(dict.fromkeys(knob for c in report.points for knob in c.best.trial.knobs)),
+        "untrained": report.records.untrained,
         "points": [_point(report, candidate) for candidate in report.points],
         "answered": [
             {"reason": reason.replace("_", " "), "count": len(texts), "messages": _counted(texts)}

@@ -305,6 +305,8 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 told = pool.ask({"kind": "task"}, told=lambda *_: None)
                 progress.message(told["task"])
                 facts = {key: told["versions"][key] for key in FACTS}
+                if config.untrained:
+                    _evaluate_untrained(pool, folder, progress)
                 problem = replace(problem, signals=_signals(config, problem, pool, folder, progress))
                 if config.pack == "auto":
                     _choose_pack(config, problem, pool, progress)
@@ -404,6 +406,18 @@ def _workers(
 def _located(name: str, embedded: Mapping[str, Any]) -> str:
     """A path of this folder as workers find it, who run elsewhere; any other name as it is."""
     return str(Path(name).absolute()) if name not in embedded and Path(name).exists() else name
+
+
+def _evaluate_untrained(pool: Any, folder: Path, progress: Any) -> None:
+    """Accuracy of the base alone, once a study, beside its records."""
+    from search.records import UNTRAINED, write_atomically
+
+    if (folder / UNTRAINED).exists():
+        return
+    answer = pool.ask({"kind": "untrained"}, told=lambda *_: None)
+    found = {key: answer[key] for key in ("accuracy", "stderr", "by_task")}
+    write_atomically(folder / UNTRAINED, canonical_json(found))
+    progress.message(f"untrained, the base has accuracy {found['accuracy']:.3f} ± {found['stderr']:.3f}")
 
 
 def _signals(config: RunConfig, problem: Problem, pool: Any, folder: Path, progress: Any) -> dict[str, Signal]:

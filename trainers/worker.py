@@ -70,6 +70,17 @@ class Bench:
 
         return {"task": tasks.sizes(self.task), "versions": self.versions}
 
+    def untrained(self) -> dict[str, Any]:
+        """Accuracy of the base alone. All workers of a group call this: each answers its share of the questions."""
+        import torch.distributed as dist
+
+        several = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.task.prepare(self.tokenizer, rank=rank, world_size=world_size)
+        evaluation = self.task.evaluate(self.model)
+        self.model.eval()
+        return {"accuracy": evaluation.accuracy, "stderr": evaluation.stderr, "by_task": evaluation.by_task}
+
     def needs_all(self, kind: str) -> bool:
         """Whether all workers of the group have to measure a signal together: those that run a sharded model.
 
@@ -294,11 +305,14 @@ def serve(config: dict[str, Any]) -> None:
 
         if work["kind"] != "trial":
             answer: dict[str, Any] = {}
-            broken, together = False, work["kind"] == "signal" and bench.needs_all(work["signal"])
+            broken, together = False, work["kind"] == "untrained"
+            together = together or (work["kind"] == "signal" and bench.needs_all(work["signal"]))
             if leads:
                 bench.progress = _now_and_then(partial(_pass_on, board, group, job_id))
             try:
-                if together:
+                if work["kind"] == "untrained":
+                    answer = bench.untrained()
+                elif together:
                     answer = bench.measure(work["signal"], leads=leads, shared=shared)
                 elif leads:
                     answer = bench.measure(work["signal"]) if work["kind"] == "signal" else bench.told_of_task()
@@ -399,6 +413,8 @@ class Places:
             match work["kind"]:
                 case "signal":
                     answer = self.bench.measure(work["signal"])
+                case "untrained":
+                    answer = self.bench.untrained()
                 case "pack":
                     trial = Trial.from_json(json.loads(work["trial"]))
                     answer = self.bench.measure_pack(trial, work["trainable_params"])

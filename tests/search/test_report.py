@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from search import report as module
-from search.records import LINES
+from search.records import LINES, UNTRAINED
 from search.report import Report, main, show, write
 from tests.search.studies import (
     CONFIG,
@@ -238,6 +238,20 @@ def test_differences_inside_the_noise_are_called_that(tmp_path):
 def test_an_unknown_error_is_said_to_be_unknown(tmp_path):
     bare = [outcome(selection(n), accuracy=n / 10).updated(rungs=()) for n in (2, 6)]
     assert "standard error of the evaluation was not recorded" in words_of(tmp_path, *bare)
+
+
+@pytest.mark.parametrize(("base", "reading"), [(0.3, "more than noise"), (0.56, "inside the noise")])
+def test_what_training_gained_over_the_base_is_said_and_drawn(tmp_path, base, reading):
+    assert "ntrained, the base" not in words_of(tmp_path / "a", outcome(accuracy=0.6))
+    folder = tmp_path / "b"
+    with open_study(folder) as study:
+        study.append_finished(outcome(accuracy=0.6), {})
+        (folder / UNTRAINED).write_text(json.dumps({"accuracy": base, "stderr": 0.035, "by_task": {}}))
+        said, report = "\n".join(Report(study).words), write(folder)
+    assert f"Untrained, the base has {base:.3f} ± 0.035: training is worth {0.6 - base:+.3f}" in said
+    assert reading in said
+    assert data_of(folder)["untrained"]["accuracy"] == base
+    assert report.metrics["untrained_accuracy"] == base
 
 
 def test_seeds_are_named(tmp_path):

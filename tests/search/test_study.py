@@ -147,6 +147,9 @@ def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story):
     folder, _, log = story
     best = front(read(folder).finished.values())[-1]
     assert "adapter.load(model" in log
+    base = read(folder).untrained
+    assert base is not None
+    assert f"Untrained, the base has {base['accuracy']:.3f} ± {base['stderr']:.3f}" in log
     loaded = models.load("tiny-moe")
     attached = adapter.load(loaded.model, best.adapter)
     task = tasks.load_task("default", limit=24)

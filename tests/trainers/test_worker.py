@@ -57,6 +57,13 @@ def test_trial_after_trial_leaves_the_base_bit_identical(bench):
     assert not any(p.requires_grad for p in bench.model.parameters())
 
 
+def test_the_base_alone_is_evaluated_as_an_adapter_that_was_not_trained(bench):
+    base = bench.untrained()
+    hardly = bench.train(*trial(bench, steps=1, learning_rate=1e-12), report=lambda rung: True)
+    assert base["accuracy"] == hardly.accuracy
+    assert base["stderr"] == hardly.rungs[-1]["stderr"] > 0
+
+
 def test_the_same_trial_twice_is_the_same_result(bench):
     first = bench.train(*trial(bench), report=lambda rung: True)
     storage.delete_folder(storage.join(bench.setup["checkpoints"], first.digest))

@@ -130,8 +130,8 @@ class Proposer:
         """
         recipe = make_recipe(self._problem.task_recipe, self._problem.fixed_recipe)
         own = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
-        suggested = getattr(self._problem.space, "starting_points", lambda shape: [])
-        points = suggested(self._problem.shape)
+        space = self._problem.space
+        points = [] if getattr(space, "TABLE", False) else space.starting_points(self._problem.shape)
         return [own | point | dict(self._problem.pins) for point in points]
 
     def propose(self) -> Proposal | None:

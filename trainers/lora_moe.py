@@ -370,9 +370,10 @@ class LoraMoeAdapter(Adapter):
             stacks[num_experts, len(members)].append(torch.cat(members))
         mask_BS = self._mask if real_BS is None else real_BS
         real_T = None if mask_BS is None else mask_BS.flatten().bool()
+        # Where every expert is picked the gradient is zero but for rounding, which AdamW would turn into whole updates.
         terms = [
             balance_loss(
-                torch.stack(stack),
+                torch.stack(stack).detach() if self.top_k >= num_experts else torch.stack(stack),
                 top_k=min(self.top_k, num_experts),
                 real_T=None if real_T is None else real_T.repeat(num_modules),
             ).sum()

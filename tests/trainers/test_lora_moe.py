@@ -436,6 +436,16 @@ def test_balance_loss_of_a_model(balance):
     assert moved == [path for path, n in MIXED.items() if n > 2]
 
 
+def test_where_every_expert_is_picked_the_balance_loss_is_constant():
+    model = Tiny()
+    adapter = attach(model, dict.fromkeys(MIXED, 2), top_k=2, balance_coef=0.5)
+    grow(adapter)
+    loss_of(model)
+    extra = adapter.extra_loss()
+    assert extra.item() == pytest.approx(0.5 * len({path.split(".")[2] for path in MIXED}), rel=1e-5)
+    assert not extra.requires_grad, "a gradient of rounding errors would be a whole step of AdamW"
+
+
 def gradients(model, adapter):
     for p in adapter.parameters():
         p.grad = None

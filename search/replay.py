@@ -51,6 +51,7 @@ from allocators.core.types import (
     canonical_json,
     digest_of,
 )
+from search.card import portable, portable_command
 from search.records import read
 from search.sampler import Proposal
 from search.trial import PinnedTrial, Problem, load_space
@@ -392,8 +393,11 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
                 lines.setdefault(digest, _line(outcome, records.params_of(digest), records.header["identity"]["seed"]))
     if not lines:
         raise StudyError(f"no finished training in {', '.join(str(r.folder) for r in studies)}: nothing to export")
-    names = ("name", "id", "command", "started", "versions")
-    about["studies"] = [{name: records.header[name] for name in names} for records in studies]
+    names = ("name", "id", "started", "versions")
+    about["studies"] = [  # a table is handed on: it names no folder of this machine
+        {name: records.header[name] for name in names} | {"command": portable_command(records.header["command"])}
+        for records in studies
+    ]
     ordered = sorted(lines.values(), key=lambda line: (line["seed"], line["trainable_params"], line["digest"]))
     columns = sorted({name for line in ordered for name in line if name.startswith("param.")})
     columns += [name for name in ordered[0] if not name.startswith("param.")]
@@ -423,7 +427,7 @@ def _line(outcome: Outcome, params: Mapping[str, Any], study_seed: int) -> dict[
         "trainable_params": outcome.trainable_params,
         "tokens": outcome.tokens,
         "seconds": outcome.seconds,
-        "message": outcome.message,
+        "message": portable(outcome.message),
         "rungs": rungs,
         "digest": outcome.digest,
         "trial": canonical_json(outcome.trial.to_json()),

@@ -26,6 +26,7 @@ from tests.search.test_sampler import problem
 
 FRACTIONS, RANKS, RATES = (0.125, 0.25, 0.5), (4, 16, 32), (1e-3, 1e-2)
 STEPS = (10, 20, 30)
+COMMAND = "python -m search.run space=sieve storage=/home/me/studies"
 
 
 def accuracy(trial: Trial, seed: int) -> float:
@@ -46,7 +47,7 @@ def record(folder, *, seed: int = 0, points=None, repeats: int = 0) -> None:
     """A study of the grid as a worker would leave it; every fifth training diverges."""
     asked = problem(seed=seed)
     identity = {"space": "sieve", "model": "small", "task": "t", "seed": seed, "evaluations": 3, "limit": 0}
-    with Study.open(folder, config=identity, identity=identity, shape=asked.shape, command="demo") as study:
+    with Study.open(folder, config=identity, identity=identity, shape=asked.shape, command=COMMAND) as study:
         (folder / "signals").mkdir(exist_ok=True)
         (folder / "signals" / "routing.json").write_text(json.dumps(asked.signals["routing"].to_json()))
         for number, params in enumerate(points or grid()):
@@ -74,6 +75,14 @@ def table(tmp_path_factory):
     record(folder / "a", seed=0, repeats=1)
     record(folder / "b", seed=2)
     return export([folder / "a", folder / "b"], folder / "small.parquet"), folder
+
+
+def test_a_table_names_no_folder_of_the_machine_that_made_it(tmp_path):
+    record(tmp_path / "study")
+    export([tmp_path / "study"], tmp_path / "t.parquet")
+    about = replay.load(str(tmp_path / "t.parquet")).about
+    assert about["studies"][0]["command"] == "python -m search.run space=sieve"
+    assert "/home/me" not in json.dumps(about)
 
 
 def test_a_table_holds_every_training_with_its_parameters_and_curve(table):

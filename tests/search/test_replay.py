@@ -6,8 +6,11 @@ import asyncio
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import fields
 
 import optuna
 import pytest
@@ -15,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocators.core.errors import InfeasibleError, StudyError
-from allocators.core.types import Outcome, Trial
+from allocators.core.types import Outcome, Trial, canonical_json
 from search import replay
 from search.ehvi import resolver
 from search.records import Study, read
 from search.replay import TableBoard, _Nearest, export
 from search.run import main
 from search.sampler import Proposer
+from search.trial import Problem, corners
 from tests.search.test_sampler import problem
 
 FRACTIONS, RANKS, RATES = (0.125, 0.25, 0.5), (4, 16, 32), (1e-3, 1e-2)
@@ -75,6 +79,25 @@ def table(tmp_path_factory):
     record(folder / "a", seed=0, repeats=1)
     record(folder / "b", seed=2)
     return export([folder / "a", folder / "b"], folder / "small.parquet"), folder
+
+
+SHIPPED = sorted(replay.SHIPPED.glob("*.parquet"))
+
+
+@pytest.mark.parametrize("name", [file.stem for file in SHIPPED] or ["none is shipped"])
+def test_a_shipped_table_is_a_full_grid_at_every_seed_and_can_be_searched(name):
+    shipped = replay.load(name)
+    points = [canonical_json(dict(row.params)) for row in shipped.rows.values()]
+    assert len(shipped.seeds) > 1
+    assert set(Counter(points).values()) == {len(shipped.seeds)}, "every point has every seed"
+    assert all(row.outcome.status in ("complete", "diverged") for row in shipped.rows.values())
+    asked = shipped.problem(seed=0)
+    plain = Problem(**{f.name: getattr(asked, f.name) for f in fields(Problem)})
+    trials = [plain.resolve(point)[0] for point, _ in corners(plain)]
+    found = {plain.repeat(trial, seed).digest for trial in trials for seed in shipped.seeds}
+    assert found == set(shipped.rows), "the space is recorded, all of it"
+    texts = json.dumps([shipped.about, *(row.outcome.to_json() for row in shipped.rows.values())])
+    assert not re.search(r"[\"\s=]/\w+/", texts), "no folder of the machine that recorded it"
 
 
 def test_a_table_names_no_folder_of_the_machine_that_made_it(tmp_path):

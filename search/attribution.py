@@ -270,18 +270,22 @@ def _times(needed: int | None, own: int) -> str:
 # --- what was saved
 
 
+def tokens_cut(records: Records) -> tuple[int, int]:
+    """Tokens that stopped trainings were not trained for, and what all trainings would have taken to their ends."""
+    return tokens_saved(records.trained.values(), evaluations=records.header["config"].get("evaluations", 1))
+
+
 def saved(records: Records) -> list[Section]:
     """Trainings and tokens that were not needed, by what saved them; nothing where nothing was."""
     finished = records.finished
-    trained = [outcome for digest, outcome in finished.items() if digest not in records.reused]
+    trained = list(records.trained.values())
     reasons = Counter(answer.reason for answer in records.answered)
     repeated = [finished.get(answer.digest or "") for answer in records.answered if answer.reason == "duplicate"]
     stopped = [outcome for outcome in trained if outcome.status == "stopped"]
-    cut, _ = tokens_saved(trained, evaluations=records.header["config"].get("evaluations", 1))
     by: list[tuple[str, int, int | None]] = [
         ("answered as a repeat", reasons["duplicate"], sum(outcome.tokens for outcome in repeated if outcome)),
         ("reused from other studies", len(records.reused), sum(finished[digest].tokens for digest in records.reused)),
-        ("stopped early", len(stopped), cut),
+        ("stopped early", len(stopped), tokens_cut(records)[0]),
         ("over max_trainable_params", reasons["over_budget"], None),
         ("trained, but in a pack", sum(outcome.pack > 1 for outcome in trained), None),
     ]

@@ -74,7 +74,7 @@ def _contributions(front: list[tuple[int, float]]) -> list[float]:
 
     costs, accuracies = [math.log(max(cost, 1)) for cost, _ in front], [accuracy for _, accuracy in front]
     rows = [
-        [(max(costs) - cost) / (max(costs) - min(costs) or 1.0), (acc - min(accuracies)) / (_extent(accuracies) or 1.0)]
+        [(max(costs) - cost) / (_extent(costs) or 1.0), (acc - min(accuracies)) / (_extent(accuracies) or 1.0)]
         for cost, acc in zip(costs, accuracies, strict=True)
     ]
     return [float(part) for part in moocore.hv_contributions(rows, [-BEYOND, -BEYOND], maximise=True)]

@@ -34,6 +34,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
@@ -93,7 +94,7 @@ class Records:
     def name(self) -> str:
         return self.header["name"]
 
-    @property
+    @cached_property
     def untrained(self) -> Mapping[str, Any] | None:
         """accuracy, stderr and by_task of the base before training; None where it was not evaluated."""
         file = self.folder / UNTRAINED
@@ -103,6 +104,11 @@ class Records:
     def finished(self) -> dict[str, Outcome]:
         """Outcomes by digest, in the order in which they finished: complete, stopped, diverged, failed, ..."""
         return {digest: outcome for digest, outcome in self.outcomes.items() if outcome.status in FINISHED}
+
+    @property
+    def trained(self) -> dict[str, Outcome]:
+        """Those of `finished` that were trained here, and not reused from another study."""
+        return {digest: outcome for digest, outcome in self.finished.items() if digest not in self.reused}
 
     @property
     def in_flight(self) -> list[tuple[Outcome, dict[str, Any]]]:

@@ -35,7 +35,6 @@ from rich.text import Text
 from allocators.core.errors import ToolkitError
 from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, best_under
 from search import attribution
-from search.halving import tokens_saved
 from search.pareto import Candidate, candidates, front, human, knee
 from search.progress import accuracy_text, front_table, number, point, probability, varying
 from search.records import Records, flattened, read, write_atomically
@@ -92,10 +91,8 @@ class Report:
 
     @cached_property
     def tokens_saved(self) -> tuple[int, int]:
-        """Tokens that stopped trainings were not trained for, and what all trainings would have taken to their ends."""
-        evaluations = self.records.header["config"].get("evaluations", 1)
-        trained = (run for digest, run in self.records.finished.items() if digest not in self.records.reused)
-        return tokens_saved(trained, evaluations=evaluations)
+        """Left untrained by stopping early, and what all trainings would have taken (`attribution.tokens_cut`)."""
+        return attribution.tokens_cut(self.records)
 
     @cached_property
     def sections(self) -> list[Section]:
@@ -448,7 +445,7 @@ def _state(report: Report) -> list[str]:
     """How much is done, what was not trained and why, what is damaged."""
     records = report.records
     config = records.header["config"]
-    finished = [outcome for digest, outcome in records.finished.items() if digest not in records.reused]
+    finished = list(records.trained.values())
     asked = config.get("trials")
     if asked and is_table(records):  # there a row that is known is done; in a search `trials` are trained
         asked -= sum(records.finished[digest].trial.seed == report.seed for digest in records.reused)

@@ -350,7 +350,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             storage.delete_folder(storage.join(shared, ".ray"))  # Ray Train's own notes: a resume needs none of them
     seconds, gibibytes = time.monotonic() - began, memory.peak_bytes / 2**30
     earlier = {outcome.digest for outcome in before}
-    new = [outcome for digest, outcome in records.finished.items() if digest not in earlier | records.reused.keys()]
+    new = [outcome for digest, outcome in records.trained.items() if digest not in earlier]
     own = sum(outcome.trial.seed == config.seed for outcome in new)
     others = len(new) - own
     done = "rows of the table read" if config.replay else "trainings"

@@ -70,7 +70,7 @@ def remaining(problem: Problem, records: Records, *, trials: int, seeds: int) ->
         left = [p for p in table_plan(problem, trials=trials, seeds=seeds)[0] if p.trial.digest not in finished]
         own = sum(p.trial.seed == problem.seed for p in left)
         return own, len(left) - own
-    own = trials - sum(o.trial.seed == problem.seed for digest, o in finished.items() if digest not in records.reused)
+    own = trials - sum(outcome.trial.seed == problem.seed for outcome in records.trained.values())
     half_done = sum(outcome.trial.seed != problem.seed for outcome, _ in records.in_flight)
     return max(own, 0), len(missing_repeats(problem, records, seeds=seeds)) + half_done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from allocators.core.types import ModelShape
@@ -64,3 +65,24 @@ def controls(shape: ModelShape) -> list[dict[str, Any]]:
     low, step = shape.num_layers, max(1, shape.num_layers // 2)
     total = low + (T_PER_LAYER - 1) * low // step * step  # on the grid of `total_experts`, 5 a layer or just below
     return [{"allocator": name, "total_experts": total} for name in ("uniform", "random")]
+
+
+def table_of_experts(trial: Any, allocator: str, fractions: Sequence[float]) -> dict[str, Any]:
+    """The knobs of one allocator for MoE bases in a table, where all of them are choices; every seed draws anew."""
+    match allocator:
+        case "sieve":
+            return {
+                "fraction": trial.suggest_categorical("fraction", list(fractions)),
+                "score": trial.suggest_categorical("score", ["count", "mass"]),
+            }
+        case "random":
+            return {"fraction": trial.suggest_categorical("fraction", list(fractions)), "draw": "each"}
+        case "greedy":
+            return {"fraction": trial.suggest_categorical("fraction", list(fractions))}
+        case "coverage":
+            return {"share": trial.suggest_categorical("share", [0.25, 0.5, 0.75])}
+        case "esft":
+            return {"p": trial.suggest_categorical("p", [0.2, 0.5])}
+        case "all" | "none":
+            return {}
+    raise AssertionError(allocator)

@@ -27,6 +27,7 @@ from __future__ import annotations
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
+from spaces._knobs import table_of_experts
 from spaces._tables import Comparison
 
 BASE = "moe"
@@ -49,20 +50,7 @@ COMPARISONS = (
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
-    knobs: dict[str, Any] = {}
-    match allocator:
-        case "sieve":
-            knobs["fraction"] = trial.suggest_categorical("fraction", list(FRACTIONS))
-            knobs["score"] = trial.suggest_categorical("score", ["count", "mass"])
-        case "random":
-            knobs["fraction"] = trial.suggest_categorical("fraction", list(FRACTIONS))
-            knobs["draw"] = "each"
-        case "greedy":
-            knobs["fraction"] = trial.suggest_categorical("fraction", list(FRACTIONS))
-        case "coverage":
-            knobs["share"] = trial.suggest_categorical("share", [0.25, 0.5, 0.75])
-        case "esft":
-            knobs["p"] = trial.suggest_categorical("p", [0.2, 0.5])
+    knobs = table_of_experts(trial, allocator, FRACTIONS)
     rank = trial.suggest_categorical("rank", [4, 16])
     rate = trial.suggest_categorical("learning_rate", [0.001, 0.003, 0.01])
     return Point(allocator, knobs, {"rank": rank, "lora_alpha": 2.0 * rank, "learning_rate": rate})

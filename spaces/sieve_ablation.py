@@ -32,6 +32,7 @@ from __future__ import annotations
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
+from spaces._knobs import table_of_experts
 from spaces._tables import Comparison, Published
 
 BASE = "moe"
@@ -74,16 +75,4 @@ COMPARISONS = (
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
-    knobs: dict[str, Any] = {}
-    match allocator:
-        case "sieve":
-            knobs["fraction"] = trial.suggest_categorical("fraction", list(FRACTIONS))
-            knobs["score"] = trial.suggest_categorical("score", ["count", "mass"])
-        case "random":
-            knobs["fraction"] = trial.suggest_categorical("fraction", list(FRACTIONS))
-            knobs["draw"] = "each"
-        case "greedy":
-            knobs["fraction"] = trial.suggest_categorical("fraction", list(FRACTIONS))
-        case "coverage":
-            knobs["share"] = trial.suggest_categorical("share", [0.25, 0.5, 0.75])
-    return Point(allocator, knobs)
+    return Point(allocator, table_of_experts(trial, allocator, FRACTIONS))

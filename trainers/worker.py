@@ -81,12 +81,28 @@ class Bench:
         self.model.eval()
         return {"accuracy": evaluation.accuracy, "stderr": evaluation.stderr, "by_task": evaluation.by_task}
 
-    def needs_all(self, kind: str) -> bool:
-        """Whether all workers of the group have to measure a signal together: those that run a sharded model.
+    def needs_all(self, work: Mapping[str, Any]) -> bool:
+        """Whether all workers of the group have to do a job that is no trial: an evaluation, a sharded model's signal.
 
-        A spectrum does not: it is read from the weights as they are stored.
+        A spectrum does not need them: it is read from the weights as they are stored.
         """
-        return self.sharded and kind != "spectrum"
+        return work["kind"] == "untrained" or (self.sharded and work.get("signal", "spectrum") != "spectrum")
+
+    def answer(
+        self, work: Mapping[str, Any], *, leads: bool = True, shared: Callable[[Any], Any] = lambda value: value
+    ) -> dict[str, Any]:
+        """What a job that is no trial comes to. All workers call this where it `needs_all`, else the first alone.
+
+        shared   as in `measure`, where it `needs_all`
+        """
+        match work["kind"]:
+            case "signal":
+                return self.measure(work["signal"], leads=leads, shared=shared)
+            case "untrained":
+                return self.untrained()
+            case "pack":
+                return self.measure_pack(Trial.from_json(json.loads(work["trial"])), work["trainable_params"])
+        return self.told_of_task()
 
     def measure(
         self, kind: str, *, leads: bool = True, shared: Callable[[Any], Any] = lambda value: value
@@ -230,8 +246,7 @@ class Bench:
     def failed(self, started: Outcome, error: Exception) -> Outcome:
         if isinstance(error, OutOfMemoryError):
             return started.updated(status="out_of_memory", message=str(error))
-        message = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
-        return started.updated(status="failed", message=message)
+        return started.updated(status="failed", message=_in_words(error))
 
     def clean_up(self) -> None:
         gc.collect()
@@ -273,8 +288,7 @@ def serve(config: dict[str, Any]) -> None:
     try:
         bench = Bench(config, get_device())
     except Exception as error:  # nothing can be trained: say why once instead of being restarted for ever
-        message = str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
-        ray.get(board.lost.remote(group, message))
+        ray.get(board.lost.remote(group, _in_words(error)))
         return
     if leads:
         ray.get(board.start.remote(group))
@@ -305,20 +319,16 @@ def serve(config: dict[str, Any]) -> None:
 
         if work["kind"] != "trial":
             answer: dict[str, Any] = {}
-            broken, together = False, work["kind"] == "untrained"
-            together = together or (work["kind"] == "signal" and bench.needs_all(work["signal"]))
+            broken, together = False, bench.needs_all(work)
             if leads:
                 bench.progress = _now_and_then(partial(_pass_on, board, group, job_id))
             try:
-                if work["kind"] == "untrained":
-                    answer = bench.untrained()
-                elif together:
-                    answer = bench.measure(work["signal"], leads=leads, shared=shared)
+                if together:
+                    answer = bench.answer(work, leads=leads, shared=shared)
                 elif leads:
-                    answer = bench.measure(work["signal"]) if work["kind"] == "signal" else bench.told_of_task()
+                    answer = bench.answer(work)
             except Exception as error:  # the driver decides what a missing signal means
-                kind = "" if isinstance(error, ToolkitError) else f"{type(error).__name__}: "
-                answer = {"error": f"{kind}{error}"}
+                answer = {"error": _in_words(error)}
                 broken = together and not isinstance(error, ToolkitError)
             finish(answer, broken=broken)
         else:
@@ -408,20 +418,10 @@ class Places:
     def _answer(self, job_id: str, work: dict[str, Any]) -> None:
         """A job that is no trial."""
         self.bench.progress = self.told(job_id)
-        answer: dict[str, Any]
         try:
-            match work["kind"]:
-                case "signal":
-                    answer = self.bench.measure(work["signal"])
-                case "untrained":
-                    answer = self.bench.untrained()
-                case "pack":
-                    trial = Trial.from_json(json.loads(work["trial"]))
-                    answer = self.bench.measure_pack(trial, work["trainable_params"])
-                case _:
-                    answer = self.bench.told_of_task()
+            answer = self.bench.answer(work)
         except Exception as error:  # the driver decides what a missing signal means
-            answer = {"error": str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"}
+            answer = {"error": _in_words(error)}
         self.report(job_id, {"done": True, **answer})
 
     def _join(self, job_id: str, work: dict[str, Any], trial: Trial) -> None:
@@ -484,6 +484,10 @@ class Places:
     def _finish(self, job_id: str, outcome: Outcome) -> None:
         self.report(job_id, {"done": True, "outcome": json.dumps(outcome.to_json())})
         self.bench.clean_up()
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
 
 
 def _is_out_of_memory(error: Exception | None) -> bool:

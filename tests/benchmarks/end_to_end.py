@@ -355,7 +355,7 @@ class Resident:
             if way == "peft":
                 train_with_peft(self._bench, self._bench.shape, self._task, known[0][0], folder)
             elif way == "packed":
-                self._pack([trial for trial, _ in known], folder)
+                self._pack(known, folder)
             else:
                 outcome = self._bench.train(*known[0], report=lambda rung: True)
                 assert outcome.status == "complete", outcome.message
@@ -363,25 +363,17 @@ class Resident:
         self._bench.setup = setup
         return spent / len(known) if way == "packed" else spent
 
-    def _pack(self, trials: Sequence[Trial], folder: str) -> None:
+    def _pack(self, trials: Sequence[tuple[Trial, int]], folder: str) -> None:
         from trainers import adapter as adapters
         from trainers.packing import Crew
 
         bench = self._bench
         crew = Crew(bench.model, self._task, tokenizer=bench.tokenizer, device="cpu", evaluations=1)
-        for trial in trials:
-            recipe = trial.recipe
-            adapter = adapters.attach(
-                bench.model,
-                trial.allocation,
-                shape=bench.shape,
-                rank=recipe.rank,
-                lora_alpha=recipe.lora_alpha,
-                seed=trial.seed,
-            )
+        for trial, cost in trials:
+            adapter = bench.attach(trial, cost)
             adapter.detach()
             own = str(Path(folder) / trial.digest)
-            crew.join(adapter, recipe, seed=trial.seed, on_rung=lambda rung: True, checkpoint=own)
+            crew.join(adapter, trial.recipe, seed=trial.seed, on_rung=lambda rung: True, checkpoint=own)
         while crew.members:
             for ended in crew.step():
                 if ended.error is not None:

@@ -19,12 +19,12 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from tests.benchmarks._shared import clock
 from trainers import models, scoring, tasks
 
 OPTIONS = {"model": "tiny-moe,tiny-dense", "task": "default", "limit": "0", "batch_size": "32", "repeats": "5"}
@@ -74,9 +74,9 @@ def compare(name: str, options: dict[str, str]) -> dict[str, Any]:
             found[side], tokens[side], logits[side] = counted(model, score)
         for _ in range(int(options["repeats"])):
             for side, score in sides.items():
-                start = _clock(model.device)
+                start = clock(model.device)
                 score()
-                seconds[side].append(_clock(model.device) - start)
+                seconds[side].append(clock(model.device) - start)
     median = {side: statistics.median(values) for side, values in seconds.items()}
     best: dict[str, dict[int, tuple[float, int]]] = {side: {} for side in sides}
     for side, answers in found.items():
@@ -98,13 +98,6 @@ def compare(name: str, options: dict[str, str]) -> dict[str, Any]:
         flush=True,
     )
     return row
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
 
 
 def main(argv: list[str]) -> None:

@@ -34,7 +34,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from torch import Tensor
 
 from allocators.core.shapes import shape_of
 from allocators.core.types import ExpertSelection, ModelShape
+from tests.benchmarks._shared import parse
 from tests.trainers.reference import PEFT_STACKS, every_expert, from_peft, peft_factors, share_first_factor
 from trainers.adapter import Adapter, attach
 
@@ -178,20 +179,8 @@ def agreement(model: Any, shape: ModelShape, embeddings: Tensor, rank: int) -> t
     return difference(logits, expected), max(difference(mine[name], grad) for name, grad in theirs.items())
 
 
-def parse(argv: list[str]) -> Settings:
-    settings = Settings()
-    for argument in argv:
-        key, _, value = argument.partition("=")
-        if key not in {f.name for f in fields(Settings)} or not value:
-            sys.exit(f"unknown argument {argument!r}: possible are {', '.join(f.name + '=' for f in fields(Settings))}")
-        old = getattr(settings, key)
-        new = tuple(map(int, value.split(","))) if isinstance(old, tuple) else type(old)(value)
-        settings = replace(settings, **{key: new})
-    return settings
-
-
 def main(argv: list[str]) -> None:
-    settings = parse(argv)
+    settings = parse(argv, Settings())
     torch.set_num_threads(settings.threads)
     import peft as peft_package
     import transformers

@@ -39,7 +39,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.benchmarks._shared import clock
 from trainers.lora_moe import lora_moe_linear
 
 TOKENS, RANK, TOP_K, SCALE = 2048, 8, 2, 2.0
@@ -201,10 +201,10 @@ def times(functions: dict[str, Callable[[Tensor], Tensor]], x0: Tensor, *, repea
     for round_ in range(repeats + 1):
         for name, function in functions.items():
             x = x0.detach().requires_grad_()
-            start = _clock(x0.device)
+            start = clock(x0.device)
             function(x).backward(grad)
             if round_:  # the first warms up
-                seconds[name].append(_clock(x0.device) - start)
+                seconds[name].append(clock(x0.device) - start)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -229,13 +229,6 @@ def floor(d: int, num_experts: int, *, shared_a: bool) -> float:
     """Multiplications of our form, forward and backward, over those of the frozen layer."""
     down = RANK * (1 if shared_a else num_experts) + num_experts
     return 1 + 1.5 * (down + RANK * num_experts) / d
-
-
-def _clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-    return time.process_time()
 
 
 def main(argv: list[str]) -> None:

@@ -36,13 +36,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from allocators.core.shapes import shape_of
 from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from tests.benchmarks._shared import parse
 from trainers import loop, packing
 from trainers.adapter import Adapter, attach
 from trainers.tasks import Row
@@ -253,20 +254,8 @@ def fit(seconds: dict[int, float]) -> tuple[float, float]:
     return c0, c1
 
 
-def parse(argv: list[str]) -> Settings:
-    settings = Settings()
-    for argument in argv:
-        key, _, value = argument.partition("=")
-        if key not in {f.name for f in fields(Settings)} or not value:
-            sys.exit(f"unknown argument {argument!r}: possible are {', '.join(f.name + '=' for f in fields(Settings))}")
-        old = getattr(settings, key)
-        new = tuple(map(int, value.split(","))) if isinstance(old, tuple) else type(old)(value)
-        settings = replace(settings, **{key: new})
-    return settings
-
-
 def main(argv: list[str]) -> None:
-    settings = parse(argv)
+    settings = parse(argv, Settings())
     torch.set_num_threads(settings.threads)
     import transformers
 

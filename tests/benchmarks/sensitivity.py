@@ -27,7 +27,6 @@ import json
 import platform
 import statistics
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.shapes import shape_of
 from allocators.signals import sensitivity
+from tests.benchmarks._shared import clock
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,6 @@ class Memory(TorchDispatchMode):
         self.peak = [max(pair) for pair in zip(self.peak, self.live, strict=True)]
 
 
-def _clock(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
 def main(argv: list[str]) -> None:
     options = {
         "layers": "12",
@@ -192,10 +185,10 @@ def main(argv: list[str]) -> None:
     values: dict[str, Any] = {}
     for round_ in range(repeats + 1):
         for name, function in quick.items() if round_ not in (1, 2) else (quick | slow).items():
-            start = _clock(device)
+            start = clock(device)
             values[name] = function(model, rows)
             if round_:  # the first warms up
-                seconds[name].append(_clock(device) - start)
+                seconds[name].append(clock(device) - start)
     median = {name: statistics.median(s) for name, s in seconds.items()}
 
     shapes = {tuple(w.shape) for w in weights_of(model).values()}

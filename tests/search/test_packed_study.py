@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from search.records import read
+from tests.trainers.conftest import bench_setup
 from trainers.worker import Bench
 
 TRIALS, QUESTIONS, STEPS = 6, 24, 9
@@ -51,19 +52,9 @@ def test_trainings_shared_passes_and_paused_and_ended_by_themselves(study):
 
 def test_each_is_what_it_is_alone(study, tmp_path):
     """Losses but for rounding, accuracies but for the questions that rounding can flip."""
-    setup = {
-        "model": "tiny-moe",
-        "options": {},
-        "task": "default",
-        "task_options": {"limit": QUESTIONS},
-        "seed": 0,
-        "evaluations": 3,
-        "calibration_samples": 16,
-        "cpus_per_worker": 1,
-        "signals": str(tmp_path / "signals"),
-        "adapters": str(tmp_path / "adapters"),
-        "checkpoints": str(tmp_path / "checkpoints"),
-    }
+    setup = bench_setup(
+        tmp_path, task="default", task_options={"limit": QUESTIONS}, evaluations=3, calibration_samples=16
+    )
     bench = Bench(setup, "cpu")
     for outcome in study.finished.values():
         last = outcome.rungs[-1]["step"]

@@ -178,3 +178,15 @@ def _own_dataset_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     yield
     datasets.config.HF_DATASETS_CACHE = before
+
+
+def bench_setup(folder: Path, **changes):
+    """What `trainers.worker.Bench` is made with, for the embedded MoE model; `folder` takes all that it writes."""
+    return {
+        "model": "tiny-moe",
+        "options": {},
+        "seed": 0,
+        "cpus_per_worker": 1,
+        **{name: str(folder / name) for name in ("signals", "adapters", "checkpoints")},
+        **changes,
+    }

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from allocators.core.types import ExpertSelection, Outcome, Recipe, Trial
+from tests.trainers.conftest import bench_setup
 from trainers import storage
 from trainers.worker import Bench, Places
 
@@ -17,19 +18,7 @@ from trainers.worker import Bench, Places
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worker")
-    setup = {
-        "model": "tiny-moe",
-        "options": {},
-        "task": "tiny_cipher",
-        "task_options": {"limit": 16},
-        "seed": 0,
-        "evaluations": 2,
-        "calibration_samples": 8,
-        "cpus_per_worker": 1,
-        "signals": str(folder / "signals"),
-        "adapters": str(folder / "adapters"),
-        "checkpoints": str(folder / "checkpoints"),
-    }
+    setup = bench_setup(folder, task="tiny_cipher", task_options={"limit": 16}, evaluations=2, calibration_samples=8)
     return Bench(setup, "cpu")
 
 

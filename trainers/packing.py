@@ -16,6 +16,9 @@ gate and gradients are exactly zero. Runs join and leave between steps. A run gi
 What diverges in one run reaches no other: every sum over rows (gradients, losses, norms, balance) is taken member by
 member, and the base works row by row.
 
+Runs that began together with one seed train on the same rows: below the first layer that any of them adapts these run
+once for all of them.
+
 Shapes: K members, P of them adapt a module, B rows and S places a member, T = B·S tokens of a member, I input and O
 output features, R the largest rank, N the most experts and C the most columns N·r in rank space of a module's members.
 """
@@ -35,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from allocators.core.errors import OutOfMemoryError, StudyError, TrialError
 from allocators.core.types import ALWAYS_ADAPTED, Recipe
@@ -87,12 +91,16 @@ def choose(one: float, two: float, *, most: int) -> int:
 
 @dataclass
 class _Pass:
-    """The forward pass under way: rows a member, places a row; each member's own longest row and random state."""
+    """The forward pass under way: rows a member, places a row; each member's own longest row and random state.
+
+    same_as   for each member the first that trains on the same rows, itself where none before it does
+    """
 
     rows: int
     width: int
     widths: Sequence[int]
     generators: Sequence[torch.Generator]
+    same_as: Sequence[int]
 
 
 class Pack:
@@ -105,7 +113,7 @@ class Pack:
         self.model: Any = model
         self.adapters = list(adapters)
         self.device = next(model.parameters()).device
-        self.current = _Pass(1, 1, [], [])
+        self.current = _Pass(1, 1, [], [], [])
         self.seen: set[str] = set()  # modules that took part in a pass
         self.expected: set[str] = set()
         self._sources: list[Tensor] = []  # parts of the members' parameters, and where they lie in the pack's tensors
@@ -122,6 +130,7 @@ class Pack:
             self._add_lora_moe()
         else:
             raise StudyError("adapters of an MoE base and of a dense base cannot share a pass")
+        self._add_shared_layers()
 
     # --- in and out of the model ---
 
@@ -148,8 +157,10 @@ class Pack:
             for gradient, made in self._shared:
                 gradient.copy_(made.sum(0))
 
-    def begin_pass(self, *, rows: int, width: int, widths: Sequence[int], generators: Sequence[Any]) -> None:
-        self.current = _Pass(rows, width, widths, generators)
+    def begin_pass(
+        self, *, rows: int, width: int, widths: Sequence[int], generators: Sequence[Any], same_as: Sequence[int]
+    ) -> None:
+        self.current = _Pass(rows, width, widths, generators, same_as)
 
     def check(self) -> None:
         """Call after the first pass. Raises TrialError naming a module that took no part in it."""
@@ -225,6 +236,59 @@ class Pack:
             self.expected.add(experts.path)
         if layers:
             self._puts.append(lambda: dispatch(self.model))
+
+    def _add_shared_layers(self) -> None:
+        shape, layers = self.adapters[0].shape, self.model.get_decoder().layers
+        first = min((m.layer for m in shape.modules if m.path in self.expected), default=0)
+        if first:
+            shared = _SharedLayers(self, first)
+            for number, layer in enumerate(layers[: first + 1]):
+                hook = partial(shared.before, number)
+                self._puts.append(partial(_put_before, layer, hook))
+
+
+def _put_before(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
+    return module.register_forward_pre_hook(hook, with_kwargs=True).remove
+
+
+class _SharedLayers:
+    """Layers below the first that a member adapts: rows that several members train on run through them once.
+
+    Whatever the model hands to these layers loses the rows that are there already; at the input of the first adapted
+    layer they are filled in again. The model itself and the layers from there on see every member's rows.
+    """
+
+    def __init__(self, pack: Pack, first: int) -> None:
+        self.pack, self.first = pack, first
+        self.rows_U: Tensor | None = None  # which rows run; None: all of them
+        self.copies_T = torch.empty(0)  # for every row of the pack, where it lies among those
+
+    def before(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if number == 0:
+            self._begin((args, kwargs))
+        if self.rows_U is None:
+            return None
+        if number == self.first:
+            (hidden, *rest), copies_T = args, self.copies_T
+            return (hidden.index_select(0, copies_T), *rest), kwargs
+        rows_U, num_rows = self.rows_U, len(self.copies_T)
+        return tree_map(lambda x: x.index_select(0, rows_U) if _has_rows(x, num_rows) else x, (args, kwargs))
+
+    def _begin(self, inputs: Any) -> None:
+        now = self.pack.current
+        run = sorted(set(now.same_as))
+        num_rows = len(now.same_as) * now.rows
+        # A tensor that is neither one for all rows nor one row each (a bias for every head, say) cannot be divided.
+        known = all(x.size(0) in (1, num_rows) for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.dim() > 1)
+        self.rows_U = None
+        if known and inputs[0] and len(run) < len(now.same_as):
+            rows_KB = torch.arange(num_rows, device=self.pack.device).view(-1, now.rows)
+            self.rows_U = rows_KB[run].flatten()
+            self.copies_T = rows_KB[[run.index(k) for k in now.same_as]].flatten()
+
+
+def _has_rows(x: Any, num_rows: int) -> bool:
+    return isinstance(x, Tensor) and x.dim() > 1 and x.size(0) == num_rows
 
 
 class _PlainLora:
@@ -719,6 +783,7 @@ class Crew:
                 width=batch.tokens_3BS.shape[2],
                 widths=[max(len(row.input_ids) for row in part) for part in parts],
                 generators=[member.generator for member in members],
+                same_as=[parts.index(part) for part in parts],
             )
             losses_K = loop.completion_losses(self.model, batch, parts=len(members)) * per_token_K
             objective = losses_K.sum()  # its gradient is that of each member's loss in each member's tensors

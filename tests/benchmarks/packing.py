@@ -12,7 +12,10 @@ clipping and AdamW (`loop.Run`), of rows of 16 tokens, half of them completion.
     turns    a loop over trainings inside of every step: adapters are switched, nothing is shared
     packed   trainers/packing.py
 
-The three are measured in turn, so that a busy moment strikes all; a figure is the median over the turns of the ratio
+A last measurement packs LoRA experts in the upper half of the dense model only: trainings with one seed train on the
+same rows, which then run through the lower half once (`shared`), against trainings with a seed each (`apart`).
+
+All are measured in turn, so that a busy moment strikes all; a figure is the median over the turns of the ratio
 within a turn. Seconds are CPU seconds of the process where there is one thread (what else the machine does counts
 less), wall clock otherwise. c0 (seconds a step) and c1 (seconds a token) are a fit of the base with one training
 alone to the three sizes by least squares of relative errors; `predicted` is what they would make of packing if
@@ -23,6 +26,7 @@ Names in the JSON line, for each case and number M of tokens:
     turns_{case}_{M}        time of `turns` over that of `packed`
     predicted_{case}_{M}    K·(c0 + c1·M)/(c0 + c1·K·M)
     c0_{case}, c1_{case}    seconds; of this machine alone
+    shared_{M}              time of `apart` over that of `shared`
     weights_{case}          a training's tensors after 15 steps, packed against alone: norm of the difference over norm,
                             [median, largest] over trainings. Where rounding sends one token to another expert (a tie
                             in a router, random here) that training goes another way from there
@@ -37,6 +41,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +55,7 @@ from trainers.tasks import Row
 
 ROW = 16  # tokens
 STEPS = 15  # of the comparison of weights
+ENDLESS = 10**6  # steps; no run ends here
 
 
 @dataclass(frozen=True)
@@ -127,14 +133,15 @@ def recipes(settings: Settings, tokens: int, steps: int) -> list[Recipe]:
     ]
 
 
-def adapters(case: str, model: Any, recipes: list[Recipe]) -> list[Adapter]:
-    """Detached."""
+def adapters(case: str, model: Any, recipes: list[Recipe], *, first: int = 0) -> list[Adapter]:
+    """Detached. On a dense model none is below layer `first`."""
     shape = shape_of(model.config, name=case)
     made = []
     for k, recipe in enumerate(recipes):
         allocation: Any
         if case == "dense":
-            allocation = ExpertCounts({m.path: 2 + (m.layer + k) % 3 for m in shape.of_role("attention", "mlp")})
+            modules = [m for m in shape.of_role("attention", "mlp") if m.layer >= first]
+            allocation = ExpertCounts({m.path: 2 + (m.layer + k) % 3 for m in modules})
         else:
             allocation = ExpertSelection({layer: tuple(range(k % 4, k % 4 + 4)) for layer in shape.moe_layers})
         adapter = attach(
@@ -161,10 +168,12 @@ def runs(model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows,
     ]
 
 
-def crew_of(model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows, device: Any) -> packing.Crew:
+def crew_of(
+    model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows, device: Any, *, one_seed: bool = False
+) -> packing.Crew:
     crew = packing.Crew(model, task, tokenizer=Tokenizer, device=device, evaluations=1)
     for k, (adapter, recipe) in enumerate(zip(adapters, recipes, strict=True)):
-        crew.join(adapter, recipe, seed=k, on_rung=lambda rung: True)
+        crew.join(adapter, recipe, seed=0 if one_seed else k, on_rung=lambda rung: True)
     return crew
 
 
@@ -193,41 +202,61 @@ def in_turns(runs: list[loop.Run], steps: int) -> None:
 
 def measure(case: str, model: Any, tokens: int, settings: Settings) -> tuple[dict[str, float], float]:
     """(median ratios to `packed`, seconds of a step of one training alone)."""
-    endless = 10**6  # no run ends here
-    task = Rows(16 * tokens // ROW)
-    made = recipes(settings, tokens, endless)
+    task, made = Rows(16 * tokens // ROW), recipes(settings, tokens, ENDLESS)
     crew = crew_of(model, adapters(case, model, made), made, task, settings.device)
     alone = runs(model, adapters(case, model, made), made, task, settings.device)
     turns = runs(model, adapters(case, model, made), made, task, settings.device)
+    seconds = interleaved(
+        {
+            "alone": lambda: one_after_another(alone, settings.steps),
+            "turns": lambda: in_turns(turns, settings.steps),
+            "packed": lambda: together(crew, settings.steps),
+        },
+        settings,
+    )
+    crew.disband()
+    ratios = {name: ratio(seconds[name], seconds["packed"]) for name in ("alone", "turns")}
+    return ratios, statistics.median(seconds["alone"]) / settings.members / settings.steps
 
-    def packed(steps: int) -> None:
-        for _ in range(steps):
-            crew.step()
-        crew.step_aside()
 
-    variants: dict[str, Callable[[int], None]] = {
-        "alone": lambda steps: one_after_another(alone, steps),
-        "turns": lambda steps: in_turns(turns, steps),
-        "packed": packed,
-    }
-    clock = time.process_time if settings.device == "cpu" and settings.threads == 1 else time.perf_counter
-    synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+def measure_shared(model: Any, tokens: int, settings: Settings) -> float:
+    """What one pass through the lower half is worth, where all adapters are in the upper half."""
+    task, made = Rows(16 * tokens // ROW), recipes(settings, tokens, ENDLESS)
+    crews = {}
+    for name in ("shared", "apart"):
+        upper = adapters("dense", model, made, first=settings.layers // 2)
+        crews[name] = crew_of(model, upper, made, task, settings.device, one_seed=name == "shared")
+    seconds = interleaved({name: partial(together, crew, settings.steps) for name, crew in crews.items()}, settings)
+    for crew in crews.values():
+        crew.disband()
+    return ratio(seconds["apart"], seconds["shared"])
+
+
+def together(crew: packing.Crew, steps: int) -> None:
+    for _ in range(steps):
+        crew.step()
+    crew.step_aside()
+
+
+def interleaved(variants: dict[str, Callable[[], None]], settings: Settings) -> dict[str, list[float]]:
+    """Seconds of each in every turn; every other turn is in reverse."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+    now = time.process_time if settings.device == "cpu" and settings.threads == 1 else time.perf_counter
     with loop.own_random_state(torch.device(settings.device)), loop.one_sample_a_row():
         for turn in range(settings.repeats + 1):
             for name in list(variants)[:: -1 if turn % 2 else 1]:
                 synchronize()
-                began = clock()
-                variants[name](settings.steps)
+                began = now()
+                variants[name]()
                 synchronize()
                 if turn:  # the first warms up
-                    seconds[name].append(clock() - began)
-    crew.disband()
-    ratios = {
-        name: statistics.median(a / b for a, b in zip(seconds[name], seconds["packed"], strict=True))
-        for name in ("alone", "turns")
-    }
-    return ratios, statistics.median(seconds["alone"]) / settings.members / settings.steps
+                    seconds[name].append(now() - began)
+    return seconds
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def differences(case: str, model: Any, settings: Settings) -> list[float]:
@@ -290,6 +319,13 @@ def main(argv: list[str]) -> None:
             f"weights after {STEPS} steps, packed against alone: relative difference {statistics.median(gaps):.1e} "
             f"in the median training, {max(gaps):.1e} in the worst"
         )
+    model = build("dense", settings)
+    print(
+        "\ndense, adapters in the upper half only: the same rows run through the lower half once, against a seed each"
+    )
+    for tokens in settings.tokens:
+        ratios[f"shared_{tokens}"] = round(measure_shared(model, tokens, settings), 3)
+        print(f"{tokens:18}{ratios[f'shared_{tokens}']:13.2f}×", flush=True)
     print(
         json.dumps(
             {

@@ -312,6 +312,77 @@ def test_places_that_nobody_adapts_are_not_touched():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+# --- layers below the first adapter -----------------------------------------------------------------------------------
+
+# Nothing in layer 0, one member has nothing in layer 1 either; two train on the same rows from seed 3
+UPPER = (
+    (counts(0, 0, 2, 1, 4, 2), RECIPE, 3),
+    (counts(0, 0, 0, 0, 3, 3, gating="hydra"), replace(RECIPE, rank=2, lora_alpha=2, learning_rate=2e-3), 3),
+    (counts(0, 0, 1, 2, 0, 1), replace(RECIPE, lora_dropout=0.2), 4),
+)
+
+
+def shares(member, step):
+    """The rows of each pass of a member's step."""
+    size = member.recipe.micro_batch_size
+    return loop.share_of(member.batch(step), rank=0, world_size=1, micro_batch_size=size)
+
+
+def rows_by_layer(story):
+    """Rows that went through each layer's attention, in the order of the passes."""
+    seen = {number: [] for number in range(3)}
+    for number, layer in enumerate(story.model.model.layers):
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, number=number: seen[number].append(kwargs["hidden_states"].size(0)),
+            with_kwargs=True,
+        )
+    return seen
+
+
+@pytest.mark.parametrize("micro", [4, 3], ids=["one-pass", "micro-batches"])
+def test_layers_below_the_first_adapter_run_once_for_the_same_rows(task, tokenizer, micro):
+    specs = [(a, replace(r, micro_batch_size=micro), s) for a, r, s in UPPER]
+    story = Story(specs, task, tokenizer).join(0, 1, 2)
+    seen = rows_by_layer(story)
+    story.steps(15)
+    passes, distinct = [], []
+    for step in range(15):
+        pairs = zip(*[shares(member, step) for member in (story.members[0], story.members[2])], strict=True)
+        for one, other in pairs:
+            passes.append(len(one))
+            distinct.append(len(one) if one == other else 2 * len(one))  # a last row alone may be the same by chance
+    assert seen[0][: len(passes)] == distinct
+    assert sum(distinct) > 1.8 * sum(passes)  # 0 and 1 train on the same rows, 2 on others
+    assert seen[1][: len(passes)] == seen[2][: len(passes)] == [3 * rows for rows in passes]
+    for n, spec in enumerate(specs):
+        agree(story.members[n], *alone(spec, task, tokenizer))
+
+
+def test_who_joins_later_trains_on_other_rows(task, tokenizer):
+    """The same seed, but three steps behind: nothing to share until the first has left."""
+    story = Story(UPPER, task, tokenizer)
+    seen = rows_by_layer(story)
+    story.join(0).steps(3).join(1).steps(12)
+    assert seen[0][:15] == [4] * 3 + [8] * 12
+    story.steps()
+    for n in (0, 1):
+        agree(story.members[n], *alone(UPPER[n], task, tokenizer))
+
+
+def test_inputs_that_cannot_be_divided_are_run_for_all(task, tokenizer):
+    """A model that hands its layers a bias for every row and head, as some position encodings do."""
+    story = Story(UPPER, task, tokenizer).join(0, 1, 2)
+    seen = rows_by_layer(story)
+    bias = torch.zeros(12 * 4, 1, 1)
+    first = story.model.model.layers[0]
+    # ahead of the pack's own hook, which the first step puts in
+    first.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, "bias": bias}), with_kwargs=True)
+    story.steps()
+    assert set(seen[0][:15]) == {12}
+    for n, spec in enumerate(UPPER):
+        agree(story.members[n], *alone(spec, task, tokenizer))
+
+
 # --- how many to pack -------------------------------------------------------------------------------------------------
 
 

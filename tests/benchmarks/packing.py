@@ -1,7 +1,7 @@
 """K trainings in one pass over the frozen base: against one after another, and against taking turns.
 
     python -m tests.benchmarks.packing                               K = 8; 16, 64 and 256 tokens a training and step
-    python -m tests.benchmarks.packing members=4 tokens=64 repeats=3
+    python -m tests.benchmarks.packing members=4 tokens=16,64 repeats=3
     python -m tests.benchmarks.packing device=cuda hidden=2048 dtype=bfloat16 layers=8
 
 Two cases, random models: LoRA experts on a dense Llama (`dense`), LoRA on chosen experts of an OLMoE (`moe`, hidden and
@@ -30,6 +30,7 @@ Names in the JSON line, for each case and number M of tokens:
     weights_{case}          a training's tensors after 15 steps, packed against alone: norm of the difference over norm,
                             [median, largest] over trainings. Where rounding sends one token to another expert (a tie
                             in a router, random here) that training goes another way from there
+    ties                    of the first such tokens of a training: how far apart the logits of the two experts were
 """
 
 from __future__ import annotations
@@ -259,21 +260,50 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def differences(case: str, model: Any, settings: Settings) -> list[float]:
-    """Of each training's weights after STEPS steps, packed and alone."""
+def differences(case: str, model: Any, settings: Settings) -> tuple[list[float], list[float]]:
+    """Packed against alone: of each training's weights after STEPS steps, and of tokens that took another way.
+
+    The second is, for each token whose experts differ, how far apart the logits of the last expert that it goes to and
+    of the first that it does not are; it counts up to the first step of a training in which there is one.
+    """
     made, task = recipes(settings, 64, STEPS + 1), Rows(64)
     packed, alone = adapters(case, model, made), adapters(case, model, made)
     crew = crew_of(model, packed, made, task, settings.device)
+    trainings = runs(model, alone, made, task, settings.device)
+    routers = [layer.mlp.gate for layer in model.model.layers] if case == "moe" else []
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # (logits, experts), router by router
+    hooks = [r.register_forward_hook(lambda _m, _x, out: seen.append((out[0].detach(), out[2]))) for r in routers]
+    ties: dict[int, list[float]] = {}
     with loop.own_random_state(torch.device(settings.device)), loop.one_sample_a_row():
         for _ in range(STEPS):
             crew.step()
-        crew.disband()
-        one_after_another(runs(model, alone, made, task, settings.device), STEPS)
+            together = seen[:]
+            crew.step_aside()
+            seen.clear()
+            for k, training in enumerate(trainings):
+                one_after_another([training], 1)
+                if k not in ties and (
+                    apart := [gap for pair in zip(together, seen, strict=True) for gap in _ties(*pair, k)]
+                ):
+                    ties[k] = apart
+                seen.clear()
+    crew.disband()
+    for hook in hooks:
+        hook.remove()
     found = []
     for ours, theirs in zip(packed, alone, strict=True):
         one, other = (torch.cat([p.detach().flatten() for p in a.parameters()]) for a in (ours, theirs))
         found.append(float(torch.linalg.vector_norm(one - other) / torch.linalg.vector_norm(other)))
-    return found
+    return found, [gap for gaps in ties.values() for gap in gaps]
+
+
+def _ties(together: Any, alone: Any, member: int) -> list[float]:
+    """Of one router in one step: gaps between the logits at the border of top-k, of tokens with other experts."""
+    logits_TE, experts_TK = alone
+    own = slice(member * len(logits_TE), (member + 1) * len(logits_TE))
+    other_T = (experts_TK.sort().values != together[1][own].sort().values).any(dim=1)
+    best = logits_TE[other_T].topk(experts_TK.size(1) + 1).values
+    return (best[:, -2] - best[:, -1]).tolist()
 
 
 def fit(seconds: dict[int, float]) -> tuple[float, float]:
@@ -285,6 +315,8 @@ def fit(seconds: dict[int, float]) -> tuple[float, float]:
 
 def main(argv: list[str]) -> None:
     settings = parse(argv, Settings())
+    if len(settings.tokens) < 2:
+        sys.exit("tokens= takes two sizes at least: c0 and c1 are fitted to them")
     torch.set_num_threads(settings.threads)
     import transformers
 
@@ -299,7 +331,7 @@ def main(argv: list[str]) -> None:
         found, seconds = {}, {}
         for tokens in settings.tokens:
             found[tokens], seconds[tokens] = measure(case, model, tokens, settings)
-        c0, c1 = fit(seconds) if len(seconds) > 1 else (float("nan"), float("nan"))
+        c0, c1 = fit(seconds)
         print(f"\n{case}: c0 {c0:.4f} s a step, c1 {c1 * 1e6:.1f} µs a token, one training alone")
         print(f"{'tokens a training':>18}{'alone/packed':>14}{'turns/packed':>14}{'predicted':>11}{'step alone s':>14}")
         for tokens in settings.tokens:
@@ -313,12 +345,16 @@ def main(argv: list[str]) -> None:
                 flush=True,
             )
         ratios |= {f"c0_{case}": round(c0, 6), f"c1_{case}": round(c1, 9)}
-        gaps = differences(case, model, settings)
+        gaps, ties = differences(case, model, settings)
         ratios[f"weights_{case}"] = [statistics.median(gaps), max(gaps)]
         print(
             f"weights after {STEPS} steps, packed against alone: relative difference {statistics.median(gaps):.1e} "
             f"in the median training, {max(gaps):.1e} in the worst"
         )
+        if ties:
+            ratios["ties"] = ties
+            words = ", ".join(f"{gap:.0e}" for gap in ties)
+            print(f"tokens that went to another expert, and how far its logit was behind: {words}")
     model = build("dense", settings)
     print(
         "\ndense, adapters in the upper half only: the same rows run through the lower half once, against a seed each"

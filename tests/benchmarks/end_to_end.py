@@ -40,7 +40,8 @@ JSON `ratios`, how many times less (null: not in this run):
     defaults, all                                        products as {"wall", "cpu"}: without packing and halving, which
                                                          are off unless asked for, and with them (halving then pays for
                                                          its evaluations on the way, as `curve` has them)
-    real_trainings, real_wall, real_cpu                  the same of one real run of both
+    real_trainings, real_wall, real_cpu                  the same of one real run of both, beside which is printed what
+                                                         replayed searches of that seed and costs predict
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ from tests.benchmarks.trial_overhead import CpuWatch, make_trials, warm
 FOLDER = search_tables.BUILD / "end_to_end"
 PLAIN, DEDUPED, OURS, HALVED = "nsga2+repeats", "nsga2", "ehvi", "ehvi+halving"
 SEARCHES = (PLAIN, DEDUPED, "ehvi+repeats", OURS, HALVED, "nsga2-50+repeats", "random+repeats", "random")
+COSTS = ("warm_workers", "adapters", "evaluation")  # factors of a training's cost, as studies have them by default
 WARM = ("peft", "lm-eval", "ours", "curve", "packed")
 WORKERS = 2
 POPULATION = 10
@@ -732,6 +734,10 @@ def main(arguments: Sequence[str]) -> None:
     settings = parse(arguments)
     from trainers.versions import versions
 
+    if settings.real and settings.seed >= settings.seeds:
+        raise StudyError(
+            f"seed={settings.seed} is not among the {settings.seeds} searches: choose one below {settings.seeds}"
+        )
     report: dict[str, Any] = {}
     tokens = tokens_of_training(settings.table)
     trainings = searches(settings)
@@ -796,6 +802,16 @@ def main(arguments: Sequence[str]) -> None:
             print(
                 f"{least}{report['real_wall']} × less wall clock, {report['real_cpu']} × fewer CPU-seconds, "
                 f"{report['real_trainings']} × fewer trainings"
+            )
+            replayed = {name: trainings[name][settings.seed] for name in (PLAIN, OURS)}
+            fewer = replayed[PLAIN] / replayed[OURS]
+            times = ""
+            if settings.costs:
+                wall, cpu = (fewer * product({name: rows[name][unit] for name in COSTS}) for unit in ("wall", "cpu"))
+                times = f": {wall:.1f} × less wall clock, {cpu:.1f} × fewer CPU-seconds"
+            print(
+                f"replayed with the same seed they need {replayed[PLAIN]:.0f} and {replayed[OURS]:.0f} trainings, "
+                f"{fewer:.2f} × fewer{times}"
             )
     record = {"benchmark": "end_to_end", "device": "cpu", "versions": versions(), "settings": vars(settings)}
     print(json.dumps(record | {"ratios": report}))

@@ -298,12 +298,6 @@ class Study(Records):
             {"event": "answered", "params": dict(params), "reason": reason, "digest": digest, "message": message}
         )
 
-    def adapter_folder(self, digest: str) -> Path:
-        return self.folder / "adapters" / digest
-
-    def checkpoint_folder(self, digest: str) -> Path:
-        return self.folder / "checkpoints" / digest
-
     def _append(self, line: dict[str, Any]) -> None:
         """One line, on disk when this returns; memory then holds what reading the file again would give.
 

@@ -5,7 +5,8 @@
     if (extra := adapter.extra_loss()) is not None:       # balance loss of the routers
         loss = loss + extra
 
-Use it through `trainers.adapter`, which also saves and loads. What a module with N experts computes (METHODS 2):
+Use it through `trainers.adapter`, which also saves and loads. A module with N experts (MoLA, arXiv:2402.08562;
+HydraLoRA, arXiv:2404.19245) computes:
 
     routed   y = W x + lora_alpha/r · Σ_j w_j B_j A_j drop(x),  w = softmax(router x), the top_k largest, summing to 1
     hydra    y = W x + lora_alpha/r · Σ_j w_j B_j A drop(x),    w = softmax(router x), all of them

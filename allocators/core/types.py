@@ -26,9 +26,8 @@ from typing import Any, Literal
 from allocators.core.errors import InfeasibleError, StudyError
 
 Role = Literal["attention", "mlp", "expert", "router", "shared_expert"]
-ROLES: tuple[Role, ...] = ("attention", "mlp", "expert", "router", "shared_expert")
 
-# What a selection of experts always adapts besides them (METHODS 3: settled by the published parameter counts).
+# What a selection of experts always adapts besides them: settled by the published parameter counts (tests/golden/).
 ALWAYS_ADAPTED: tuple[Role, ...] = ("attention", "router", "shared_expert")
 
 
@@ -296,7 +295,7 @@ class ExpertCounts:
     def trainable_params(self, shape: ModelShape, *, rank: int) -> int:
         """Exact number of trainable parameters, routers included.
 
-        routed: Σ N·(r(in+out) + in)      hydra: Σ r·in + N·(r·out + in)      (METHODS 2, golden/parameters.json)
+        routed: Σ N·(r(in+out) + in)      hydra: Σ r·in + N·(r·out + in)      (tests/golden/parameters.json)
         """
         self.check(shape)
         total = 0

@@ -51,7 +51,7 @@ def baseline(W: Tensor) -> float:
 
 
 def loop(lam: Tensor) -> float:
-    """`hill` by the published rule, METHODS 1.1 read literally: one candidate after the other."""
+    """`hill` by AlphaLoRA's rule as published: one candidate after the other."""
     x = lam.log10()
     low, high = float(x[0]), float(x[-1])
     fullest = int(torch.histc(x, 100, min=low, max=high).argmax())

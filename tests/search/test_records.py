@@ -263,8 +263,6 @@ def test_kill_minus_nine_loses_nothing_that_was_finished(tmp_path):
 def test_the_layout(tmp_path):
     with open_study(tmp_path / "demo") as study:
         fill(study)
-        assert study.adapter_folder("abc") == tmp_path / "demo" / "adapters" / "abc"
-        assert study.checkpoint_folder("abc") == tmp_path / "demo" / "checkpoints" / "abc"
         assert study.name == "demo"
         assert study.shape == moe_shape()
     assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["outcomes.jsonl", "study.json"]

@@ -187,7 +187,7 @@ def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path):
     best, other = outcome(selection(8), accuracy=0.6), outcome(selection(4), accuracy=0.5)
     remote = outcome(selection(2), accuracy=0.4, adapter="s3://bucket/adapters/x")
     with open_study(tmp_path) as study:
-        study.adapter_folder(best.digest).mkdir(parents=True)
+        (study.folder / "adapters" / best.digest).mkdir(parents=True)
     study_of(tmp_path, best, other, remote)
     loads = {p["digest"]: p["load"] for p in data_of(tmp_path)["points"]}
     assert loads[best.digest].splitlines() == [

@@ -29,7 +29,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "routing.json").read
 
 
 def reference(x, weight, bias, a, b, router, *, top_k, scale, keep=None, dropout=0.0):
-    """METHODS 2, word by word. a: N matrices [R, I], or one for hydra; b: N matrices [O, R]; x [T, I]."""
+    """MoLA and HydraLoRA, word by word. a: N matrices [R, I], or one for hydra; b: N matrices [O, R]; x [T, I]."""
     rows = []
     for t, token in enumerate(x):
         probs = torch.softmax(router @ token, dim=0)

@@ -74,7 +74,7 @@ def test_the_scripts_count_one_more_than_equation_5(case):
 
 
 def by_loop(eigenvalues, rule) -> tuple[int, float] | None:
-    """The published rule and its repair as METHODS 1.1 writes them, one candidate and one eigenvalue at a time."""
+    """The published rule and its repair as their formulas stand, one candidate and one eigenvalue at a time."""
     lam = sorted(float(x) for x in eigenvalues)
     x = np.log10(lam)
     counts, edges = np.histogram(x, bins=np.linspace(x[0], x[-1], 101))

@@ -284,6 +284,16 @@ def varying(outcomes: Iterable[Outcome]) -> list[str]:
     return [f.name for f in fields(Recipe) if len({getattr(recipe, f.name) for recipe in recipes}) > 1]
 
 
+def label(outcome: Outcome, settings: Iterable[str]) -> str:
+    """`sieve fraction=0.25, rank 8`: allocator, knobs, and these settings of the recipe."""
+    return ", ".join([point(outcome), *recipe_words(outcome, settings)])
+
+
+def recipe_words(outcome: Outcome, settings: Iterable[str]) -> list[str]:
+    """`rank 8` for each of these settings of the recipe."""
+    return [f"{name} {number(getattr(outcome.trial.recipe, name))}" for name in settings]
+
+
 def number(value: Any) -> str:
     """Floats in three significant digits, everything else as it is."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)

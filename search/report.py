@@ -36,7 +36,7 @@ from allocators.core.errors import ToolkitError
 from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, best_under
 from search import attribution
 from search.pareto import Candidate, candidates, front, human, knee
-from search.progress import accuracy_text, front_table, number, point, probability, varying
+from search.progress import accuracy_text, front_table, label, number, point, probability, recipe_words, varying
 from search.records import Records, flattened, read, write_atomically
 from search.sections import Section, is_table, sections
 from search.uncertainty import Bias, Difference, Noise, compare, pooled, rank_correlation, selection_bias
@@ -56,6 +56,7 @@ COLOURS = (
 )  # Okabe & Ito and two
 FILES = ("front.csv", "points.csv", "front.png", "report.html")
 TOO_CLOSE = 2.0  # standard errors of a difference below which it may be chance
+MANY = 5  # comparisons inside the noise that are told one by one
 EQUAL = 0.02  # share by which "equal parameters" may differ
 SHORT = 8  # digits of a run's digest that are shown
 FAITHFUL = 0.8  # rank correlation between first rung and end below which early results mislead
@@ -181,7 +182,7 @@ class Report:
 
     def label(self, run: Outcome) -> str:
         """`sieve fraction=0.25, rank 8`: allocator, knobs, and the settings that vary."""
-        return ", ".join([point(run), *(f"{s} {number(getattr(run.trial.recipe, s))}" for s in self.settings)])
+        return label(run, self.settings)
 
     def loadable(self, candidate: Candidate) -> tuple[Outcome, str] | None:
         """The most accurate run of a point whose adapter is still there, and where."""
@@ -412,8 +413,12 @@ def _early(report: Report) -> list[str]:
 
 
 def _against_baselines(report: Report) -> list[str]:
-    """Every baseline point against the best other allocator at equal parameters and with the same recipe."""
-    said = []
+    """Every baseline point against the best other allocator at equal parameters and with the same recipe.
+
+    Of many that are inside the noise only their number is told.
+    """
+    said: list[str] = []
+    inside: list[str] = []
     measured = [candidate for candidate in report.points if candidate.accuracy is not None]
     for baseline in sorted(measured, key=lambda candidate: candidate.trainable_params):
         kind = baseline.best.trial.allocator
@@ -434,11 +439,18 @@ def _against_baselines(report: Report) -> list[str]:
         else:
             size = "inside the noise" if abs(gain) <= TOO_CLOSE * error else "more than noise"
             verdict = f"standard error {error:.3f}: {size}"
-        said.append(
-            f"At {human(baseline.trainable_params)} parameters {point(best.best)} has {best.accuracy:.3f} and {kind} "
-            f"{baseline.accuracy:.3f} (difference {gain:+.3f}, {verdict})."
+        same = ", ".join(recipe_words(best.best, report.settings))
+        (inside if verdict.endswith("inside the noise") else said).append(
+            f"At {human(baseline.trainable_params)} parameters{f' ({same})' if same else ''} {point(best.best)} has "
+            f"{best.accuracy:.3f} and {kind} {baseline.accuracy:.3f} (difference {gain:+.3f}, {verdict})."
         )
-    return said
+    if len(inside) <= MANY:
+        return said + inside
+    return [
+        *said,
+        f"In {len(inside)}{' more' if said else ''} comparisons of {' or '.join(BASELINES)} with the best other "
+        f"rule at equal parameters and recipe the difference is inside the noise.",
+    ]
 
 
 def _state(report: Report) -> list[str]:
@@ -534,9 +546,9 @@ def _run_row(report: Report, run: Outcome) -> dict[str, Any]:
 def _columns(report: Report, by_task: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:
     """`accuracy.TASK` and `stderr.TASK` of every task of the study; the same columns in every row."""
     found: dict[str, float | None] = {}
-    for label in report.tasks:
-        accuracy, stderr = by_task.get(label, (None, None))
-        found |= {f"accuracy.{label}": accuracy, f"stderr.{label}": stderr}
+    for task in report.tasks:
+        accuracy, stderr = by_task.get(task, (None, None))
+        found |= {f"accuracy.{task}": accuracy, f"stderr.{task}": stderr}
     return found
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from search.pareto import Candidate, front, human
-from search.progress import accuracy_text, number, point, varying
+from search.progress import accuracy_text, label, number, varying
 from search.records import Records
 from search.uncertainty import Paired, equivalence, paired
 
@@ -57,10 +57,11 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
     published = [entry for entry in records.header["table"]["published"] if _agrees(entry, records.header["config"])]
     beside = {id(found): entry for entry in published if (found := _row(records, points, entry["row"])) is not None}
     head: tuple[str, ...] = ("row", "trainable parameters", "accuracy", "s.d.", "seeds")
+    settings = varying(records.finished.values())
     rows = []
     for candidate in points:
         cells: tuple[str, ...] = (
-            point(candidate.runs[0]),
+            label(candidate.runs[0], settings),
             human(candidate.trainable_params),
             "" if candidate.accuracy is None else f"{candidate.accuracy:.3f}",
             "" if candidate.spread is None else f"{candidate.spread:.3f}",
@@ -79,11 +80,11 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
 
 def _not_trained(records: Records) -> list[str]:
     """Rows that are not among the trained ones, and why."""
-    said = []
+    said, settings = [], varying(records.finished.values())
     for answer in records.answered:
         row = " ".join(f"{name}={number(value)}" for name, value in answer.params.items())
         same = records.finished.get(answer.digest or "")
-        said.append(f"Not trained: {row} ({f'the allocation of {point(same)}' if same else answer.message}).")
+        said.append(f"Not trained: {row} ({f'the allocation of {label(same, settings)}' if same else answer.message}).")
     return said
 
 
@@ -201,9 +202,8 @@ def _by_task(records: Records, points: Sequence[Candidate]) -> list[Section]:
     settings = varying(records.finished.values())
     rows = []
     for c in shown:
-        name = ", ".join([point(c.best), *(f"{s} {number(getattr(c.best.trial.recipe, s))}" for s in settings)])
         cells = (f"{c.by_task[t][0]:.3f} ± {c.by_task[t][1]:.3f}" if t in c.by_task else "" for t in tasks)
-        rows.append((name, human(c.trainable_params), *cells, accuracy_text(c)))
+        rows.append((label(c.best, settings), human(c.trainable_params), *cells, accuracy_text(c)))
     head = ("point", "trainable parameters", *tasks, "mean")
     note = "± one standard error. The mean, in which each task counts the same, is the accuracy of this study."
     return [Section("Accuracy by task", head, tuple(rows), (note,))]

@@ -313,10 +313,21 @@ def test_baselines_are_compared_at_equal_parameters_and_recipe(tmp_path):
     smaller = outcome(selection(2), accuracy=0.9)
     other_rank = outcome(selection(4, seed=3), accuracy=0.8, rank=8)
     said = words_of(tmp_path / "a", hot, random, smaller, other_rank)
-    assert "At 14.08k parameters sieve fraction=0.25 has 0.600 and random 0.400 (difference +0.200, " in said
+    assert "At 14.08k parameters (rank 4) sieve fraction=0.25 has 0.600 and random 0.400 (difference +0.200, " in said
     assert "standard error 0.049: more than noise" in said
     losing = words_of(tmp_path / "b", hot.updated(accuracy=0.38), random)
     assert "(difference -0.020, standard error 0.049: inside the noise)" in losing
+
+
+def test_of_many_comparisons_inside_the_noise_only_the_number_is_told(tmp_path):
+    pairs = [
+        (outcome(selection(n), accuracy=0.5), outcome(selection(n, seed=9), accuracy=0.49, allocator="random"))
+        for n in (1, 2, 3, 5, 6, 7)
+    ]
+    loser = outcome(selection(4, seed=2), accuracy=0.2, allocator="random")
+    said = words_of(tmp_path, outcome(selection(4), accuracy=0.5), loser, *(run for pair in pairs for run in pair))
+    assert said.count(" and random ") == 1
+    assert "In 6 more comparisons of random or uniform with the best other rule" in said
 
 
 def test_the_budget_of_the_study_or_round_numbers(tmp_path):

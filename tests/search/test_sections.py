@@ -55,6 +55,16 @@ def test_every_row_has_mean_and_spread_over_its_seeds(tmp_path):
     assert (hot["accuracy"], hot["s.d."], hot["seeds"]) == ("0.615", "0.013", "4")
 
 
+def test_rows_of_a_grid_name_the_settings_that_differ(tmp_path):
+    """One allocation with two ranks is two rows, and says which is which."""
+    config = CONFIG | {"space": "sieve_ablation", "trials": 2, "seeds": 1}
+    with open_study(tmp_path, config=config, table=facts(space)) as study:
+        for rank in (4, 8):
+            study.append_finished(outcome(selection(4), rank=rank, accuracy=0.5), {"rank": rank})
+        rows, *_ = Report(study).sections
+    assert [row[0] for row in rows.rows] == [f"sieve fraction=0.25, rank {rank}" for rank in (4, 8)]
+
+
 def test_comparisons_are_the_paired_tests_and_say_their_n(tmp_path):
     found = rows_of(table_study(tmp_path).sections[1])
     random = found["hot 25 % − random 25 %"]

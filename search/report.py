@@ -434,13 +434,12 @@ def _against_baselines(report: Report) -> list[str]:
         best = max(rivals, key=lambda c: c.accuracy or 0.0)
         difference = report.difference(baseline, best)
         gain, error = difference.rise, difference.stderr
-        if error is None:
-            verdict = "standard error unknown"
-        else:
-            size = "inside the noise" if abs(gain) <= TOO_CLOSE * error else "more than noise"
-            verdict = f"standard error {error:.3f}: {size}"
+        noise = error is not None and abs(gain) <= TOO_CLOSE * error
+        verdict = "standard error unknown"
+        if error is not None:
+            verdict = f"standard error {error:.3f}: {'inside the noise' if noise else 'more than noise'}"
         same = ", ".join(recipe_words(best.best, report.settings))
-        (inside if verdict.endswith("inside the noise") else said).append(
+        (inside if noise else said).append(
             f"At {human(baseline.trainable_params)} parameters{f' ({same})' if same else ''} {point(best.best)} has "
             f"{best.accuracy:.3f} and {kind} {baseline.accuracy:.3f} (difference {gain:+.3f}, {verdict})."
         )

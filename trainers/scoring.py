@@ -15,6 +15,9 @@ Logits are taken only from where the first continuation begins. Continuations th
 one branch. Where nothing is shared (one continuation to a context, models that `shares_contexts` refuses) there is no
 trunk.
 
+Answers are lm-eval's, but for a text that it is asked for twice at once with the border between context and
+continuation at two places: it reads both from one border on (0.4.13), here each is read from its own.
+
 Memory: keys and values of at most `batch_size` contexts, without their continuations, are held; a pass has no more
 tokens than `batch_size` times the longest sequence of its batch, which is what lm-eval's pass has.
 

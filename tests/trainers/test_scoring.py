@@ -137,7 +137,23 @@ continuation = st.lists(token, min_size=1, max_size=4)
 @settings(max_examples=40, deadline=None)
 @given(requests=st.lists(st.tuples(st.just(ASKED), context, continuation), max_size=12), batch_size=st.integers(1, 5))
 def test_any_requests_in_any_order_are_answered_in_theirs(requests, batch_size):
-    assert_equal(tiny("llama"), requests, batch_size=batch_size, max_length=8)
+    """lm-eval is asked for each alone: see the next test."""
+    model = tiny("llama")
+    ours = scoring.loglikelihoods(model, requests, max_length=8, batch_size=batch_size)
+    theirs = [by_lm_eval(model, [request], max_length=8)[0] for request in requests]
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+    assert [p for p, _ in ours] == pytest.approx([p for p, _ in theirs], abs=1e-4)
+
+
+def test_one_text_divided_in_two_ways():
+    """Where lm-eval errs: asked for both at once it reads the second at the place where the first begins."""
+    model, requests = tiny("llama"), [(ASKED, [4], [3, 3]), (ASKED, [4, 3], [3])]
+    logs_SV = model(torch.tensor([[4, 3, 3]])).logits[0].detach().log_softmax(-1)
+    expected = [float(logs_SV[0, 3] + logs_SV[1, 3]), float(logs_SV[1, 3])]
+    ours = scoring.loglikelihoods(model, requests, max_length=8, batch_size=2)
+    assert [p for p, _ in ours] == pytest.approx(expected)
+    assert [by_lm_eval(model, [request])[0][0] for request in requests] == pytest.approx(expected, abs=1e-5)
+    assert by_lm_eval(model, requests)[1][0] == pytest.approx(float(logs_SV[0, 3]), abs=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "olmoe"])

@@ -211,7 +211,7 @@ class Tracker:
         self._log_params(child.run_id, params, child.params)
         child.params |= dict.fromkeys(params, "")
         self._client.log_dict(child.run_id, trial.allocation.to_json(), "allocation.json")
-        child.ended = None
+        child.begun, child.ended = True, None
 
     def _log_params(self, run_id: str, params: Mapping[str, Any], known: Mapping[str, str]) -> None:
         new = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params.items() if key not in known]
@@ -233,7 +233,7 @@ class Tracker:
 
     def _finish(self, outcome: Outcome) -> None:
         child = self._children.get(outcome.digest)
-        if child is None or not child.params or child.ended:
+        if child is None or not child.begun or child.ended:
             self._start(outcome)
             child = self._children[outcome.digest]
         self._log_rungs(outcome.digest, outcome.rungs)
@@ -286,12 +286,16 @@ def _flat(rung: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Child:
-    """What the MLflow run of one trial holds already: names of parameters, (name, step) of metrics, how it ended."""
+    """What the MLflow run of one trial holds already: names of parameters, (name, step) of metrics, how it ended.
+
+    begun   this process has written all that a run begins with; one that was cut off may lack any of it
+    """
 
     def __init__(self, run_id: str, *, params: Mapping[str, str] | None = None, ended: str | None = None) -> None:
         self.run_id = run_id
         self.params = dict(params or {})
         self.metrics: set[tuple[str, int]] = set()
+        self.begun = False
         self.ended = ended
 
     @classmethod

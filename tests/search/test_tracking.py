@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -168,6 +169,42 @@ def test_what_still_runs_when_a_study_is_interrupted_is_killed(store):
         assert values[0] == (30, 0.2)
         assert len(values) == 3
         assert child.info.status == "FINISHED"
+
+
+class CutOff(BaseException):
+    """As a kill it passes by every `except Exception`."""
+
+
+class Client:
+    """MLflow's own, until it is asked for more than so many things."""
+
+    def __init__(self, client: MlflowClient, calls: int) -> None:
+        self._client, self._calls = client, calls
+
+    def __getattr__(self, name: str):
+        if self._calls == 0:
+            raise CutOff
+        self._calls -= 1
+        return getattr(self._client, name)
+
+
+def test_cut_off_before_any_call_to_mlflow_the_next_run_makes_up_for_it(store):
+    for calls in itertools.count():
+        with open_study(store / f"study{calls}") as study:
+            cut, done = open_tracker(store, name=f"study{calls}"), outcome()
+            cut._client = Client(cut._client, calls)
+            study.append_finished(done, {})
+            try:
+                cut.sync(study)
+            except CutOff:
+                whole = False
+            else:
+                whole = True
+            open_tracker(store, name=f"study{calls}").sync(study)
+            check(store, study)
+        if whole:
+            break
+    assert calls > 8
 
 
 WRITER = """

@@ -280,9 +280,9 @@ class Run:
         task.prepare(tokenizer, rank=self.rank, world_size=self.world_size)
         self.steps = total_steps(recipe, len(self.rows))
         self.rung_steps = rung_steps(self.steps, evaluations)
-        self.gradients = _Gradients(adapter.parameters())
+        self.flat = _Flat(adapter.parameters())
         self.optimizer = torch.optim.AdamW(
-            adapter.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+            [self.flat.values], lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
         )
         self.checkpoint = storage.join(checkpoint, "checkpoint.safetensors") if checkpoint is not None else ""
         self.fingerprint = digest_of(
@@ -340,27 +340,27 @@ class Run:
                 self.failure = torch.OutOfMemoryError(str(error).splitlines()[0])
         if self.failure is not None and self.world_size == 1:
             raise self.failure  # else the others wait in all_reduce: take part until they have heard of it
-        if not self.gradients.installed:  # this worker had no row in the first batch
-            self.gradients.install()
+        if not self.flat.installed:  # this worker had no row in the first batch
+            self.flat.install()
         if self.failure is not None:
-            self.gradients.clear()
-            self.gradients.failures.fill_(OTHER_FAILURE if isinstance(self.failure, TrialError) else OUT_OF_MEMORY)
+            self.flat.clear()
+            self.flat.failures.fill_(OTHER_FAILURE if isinstance(self.failure, TrialError) else OUT_OF_MEMORY)
         if self.world_size > 1:
-            dist.all_reduce(self.gradients.flat)
+            dist.all_reduce(self.flat.gradients)
         self.close_step(step)
 
     def open_step(self, step: int) -> int:
         """Counts the tokens and clears the gradients; how many completion tokens the loss is a mean over."""
         batch = self.batch(step)
         self.past.tokens += sum(len(row.input_ids) for row in batch)
-        self.gradients.clear()
+        self.flat.clear()
         return max(1, sum(row.completion_tokens for row in batch))
 
     def close_step(self, step: int) -> None:
         """From gradients and loss, which are those of all workers, to new parameters."""
-        self.pending[self.unseen] = self.gradients.flat[-2:]
+        self.pending[self.unseen] = self.flat.gradients[-2:]
         self.unseen += 1
-        self.gradients.clip(self.recipe.max_grad_norm)
+        self.flat.clip(self.recipe.max_grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.recipe, step, self.steps)
         self.optimizer.step()
@@ -406,13 +406,13 @@ class Run:
                 # A mean over micro-batches, weighted as the loss is.
                 objective = loss + extra * (batch.completion_tokens / completion_tokens)
             objective.backward()
-            if not self.gradients.installed:
+            if not self.flat.installed:
                 try:
                     self.adapter.check_gradients()
                 except TrialError as error:  # no end of this step: others may need this worker's part in its passes
                     self.failure = error
-                self.gradients.install()
-            self.gradients.loss.add_(loss.detach())
+                self.flat.install()
+            self.flat.loss.add_(loss.detach())
         if step + 1 < self.steps:
             self.feed.fetch(step + 1)
 
@@ -475,11 +475,12 @@ class Run:
     def _save(self) -> None:
         from safetensors.torch import save_file
 
+        state = self.optimizer.state[self.flat.values]
+        first, second = self.flat.views(state["exp_avg"]), self.flat.views(state["exp_avg_sq"])
         tensors = {}
-        for name, parameter in self.adapter.named_parameters():
-            state = self.optimizer.state[parameter]
+        for (name, parameter), exp_avg, exp_avg_sq in zip(self.adapter.named_parameters(), first, second, strict=True):
             tensors[f"adapter/{name}"] = parameter.detach()
-            tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = state["exp_avg"], state["exp_avg_sq"]
+            tensors[f"exp_avg/{name}"], tensors[f"exp_avg_sq/{name}"] = exp_avg, exp_avg_sq
         with storage.replacing(self.checkpoint) as file:
             save_file(
                 {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
@@ -494,22 +495,20 @@ class Run:
         named = self.adapter.named_parameters()
         if tensors:
             self.adapter.load_state_dict({name: tensors[f"adapter/{name}"] for name, _ in named})
-        shared = [parameter.detach() for _, parameter in named]
+        shared = [self.flat.values.detach()]
         if past is not None:
             self.past = _Past.from_json(past)
-            moments = {}
-            for i, (name, parameter) in enumerate(named):
-                zeros = torch.zeros_like(parameter, requires_grad=False)  # where rank 0's values will be written
-                moments[i] = {
-                    "step": torch.tensor(float(len(self.past.losses))),
-                    "exp_avg": tensors.get(f"exp_avg/{name}", zeros),
-                    "exp_avg_sq": tensors.get(f"exp_avg_sq/{name}", zeros.clone()),
-                }
+            moments = [torch.zeros_like(self.flat.values, requires_grad=False) for _ in range(2)]
+            for kind, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
+                for (name, _), view in zip(named, self.flat.views(moment), strict=True):
+                    if tensors:  # of rank 0, whose values the others are sent
+                        view.copy_(tensors[f"{kind}/{name}"])
+            step = torch.tensor(float(len(self.past.losses)))
+            state = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
             groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-            for _, parameter in named:
-                state = self.optimizer.state[parameter]
-                shared += [state["exp_avg"], state["exp_avg_sq"]]
+            self.optimizer.load_state_dict({"state": {0: state}, "param_groups": groups})
+            state = self.optimizer.state[self.flat.values]
+            shared += [state["exp_avg"], state["exp_avg_sq"]]
         if self.world_size > 1:
             for tensor in shared:
                 dist.broadcast(tensor, src=0)
@@ -571,38 +570,47 @@ class _Past:
         return cls(**{**data, "rungs": [Rung(**rung) for rung in data["rungs"]]})
 
 
-class _Gradients:
-    """All gradients in one fp32 buffer, so that clearing, summing over workers and clipping are one operation each.
+class _Flat:
+    """All parameters of a run in one fp32 buffer and all gradients in another: clearing them, summing over workers,
+    clipping and AdamW are one operation each.
 
-    Behind them lie two numbers that travel along: the step's loss and whether a worker failed.
+    parameters  become views of `values`, each from a multiple of 64 bytes on (as memory of their own would begin);
+                gaps are zeros, and stay zeros
+    gradients   as long, and two numbers behind them that travel along: the step's loss and whether a worker failed
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         (device,) = {p.device for p in parameters}
         self.parameters = list(parameters)
-        self.flat = torch.zeros(sum(p.numel() for p in parameters) + 2, device=device)
-        self.values, self.loss, self.failures = self.flat[:-2], self.flat[-2], self.flat[-1]
+        self._sizes = [p.numel() + -p.numel() % (64 // torch.float32.itemsize) for p in parameters]
+        self.values = nn.Parameter(torch.zeros(sum(self._sizes), device=device))
+        for parameter, view in zip(parameters, self.views(self.values.detach()), strict=True):
+            parameter.data = view.copy_(parameter.detach())
+        self.gradients = torch.zeros(sum(self._sizes) + 2, device=device)
+        self.values.grad, self.loss, self.failures = self.gradients[:-2], self.gradients[-2], self.gradients[-1]
         self.installed = False
+
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """The parts of a buffer that lies as `values` does, a parameter each, in its size."""
+        parts = flat.split(self._sizes)
+        return [part[: p.numel()].view_as(p) for part, p in zip(parts, self.parameters, strict=True)]
 
     def install(self) -> None:
         """Takes over the gradients of the first backward pass (which left None where there are none, as is checked)."""
-        for parameter, view in zip(
-            self.parameters, self.values.split([p.numel() for p in self.parameters]), strict=True
-        ):
-            view = view.view_as(parameter)
+        for parameter, view in zip(self.parameters, self.views(self.gradients[:-2]), strict=True):
             if parameter.grad is not None:
                 view.copy_(parameter.grad)
             parameter.grad = view
         self.installed = True
 
     def clear(self) -> None:
-        self.flat.zero_()
+        self.gradients.zero_()
 
     def clip(self, max_norm: float) -> None:
         """g ← g · min(1, max_norm/‖g‖); 0 turns it off. The norm stays on the device."""
         if max_norm > 0:
-            norm = torch.linalg.vector_norm(self.values)
-            self.values.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+            norm = torch.linalg.vector_norm(self.gradients[:-2])
+            self.gradients[:-2].mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
 
 
 class _Feed:

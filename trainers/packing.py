@@ -121,7 +121,9 @@ class Pack:
         self._gradients: list[Tensor] = []  # the same of gradients, towards the members
         self._made: list[Tensor] = []
         self._shared: list[tuple[Tensor, Tensor]] = []  # a gradient, and what has to be summed over dim 0 for it
-        self._tensors: list[Tensor] = []
+        self._summed: list[Tensor] = []  # gradients that autograd adds to
+        self._written: list[Tensor] = []  # tensors whose gradients `add_gradient` writes
+        self._begun: set[tuple[int, int | None]] = set()  # which of these have a gradient of this step: id, first row
         self._puts: list[Callable[[], Callable[[], Any]]] = [lambda: freeze(self.model, self)]
         self._undo: list[Callable[[], Any]] = []
         if all(isinstance(adapter, ExpertLoraAdapter) for adapter in self.adapters):
@@ -145,14 +147,19 @@ class Pack:
             self._undo.pop()()
 
     def load(self) -> None:
-        """The members' parameters into the pack's tensors, whose gradients are cleared."""
+        """The members' parameters into the pack's tensors, whose gradients begin anew."""
+        self._begun.clear()
         with torch.no_grad():
             torch._foreach_copy_(self._places, self._sources)
-            torch._foreach_zero_([tensor.grad for tensor in self._tensors if tensor.grad is not None])
+            if self._summed:
+                torch._foreach_zero_(self._summed)
 
     def unload(self) -> None:
         """The pack's gradients to the members."""
         with torch.no_grad():
+            for tensor in self._written:
+                if (id(tensor), None) not in self._begun and tensor.grad is not None:
+                    tensor.grad.zero_()  # no backward pass came by
             torch._foreach_copy_(self._gradients, self._made)
             for gradient, made in self._shared:
                 gradient.copy_(made.sum(0))
@@ -169,12 +176,32 @@ class Pack:
 
     # --- tensors ---
 
-    def tensor(self, *size: int) -> Tensor:
-        """Zeros with a gradient of zeros."""
+    def tensor(self, *size: int, written: bool = False) -> Tensor:
+        """Zeros with a gradient of zeros, which autograd adds to.
+
+        written   `add_gradient` writes it, and the backward pass returns None: one pass over memory less to clear it,
+                  and one less to add to it
+        """
         made = torch.zeros(size, device=self.device, requires_grad=True)
         made.grad = torch.zeros_like(made, requires_grad=False)
-        self._tensors.append(made)
+        if written:
+            self._written.append(made)
+        else:
+            self._summed.append(made.grad)
         return made
+
+    def add_gradient(self, tensor: Tensor, left: Tensor, right: Tensor, *, rows: slice = slice(None)) -> None:
+        """Adds the batched product of two factors to rows of the tensor's gradient; a step's first takes its place."""
+        assert tensor.grad is not None
+        gradient, part = tensor.grad[:, rows], (id(tensor), rows.start)
+        first = part not in self._begun
+        self._begun.add(part)
+        if left.dtype == gradient.dtype:
+            gradient.baddbmm_(left, right, beta=0 if first else 1)  # 0: what lies there is not read
+        elif first:
+            gradient.copy_(torch.bmm(left, right))
+        else:
+            gradient.add_(torch.bmm(left, right))
 
     def place(self, tensor: Tensor, where: Any, parameter: nn.Parameter, part: Any = ...) -> None:
         """`tensor[where]` is `parameter[part]`: values are copied to it at `load`, gradients from it at `unload`."""
@@ -299,8 +326,8 @@ class _PlainLora:
         pairs = [(a._tensors[f"{path}.lora_A"], a._tensors[f"{path}.lora_B"]) for a in pack.adapters]
         ranks = [a_RI.size(0) for a_RI, _ in pairs]
         (a_RI, b_OR), most = pairs[0], max(ranks)
-        self.a_KRI = pack.tensor(len(pairs), most, a_RI.size(1))
-        self.b_KOR = pack.tensor(len(pairs), b_OR.size(0), most)
+        self.a_KRI = pack.tensor(len(pairs), most, a_RI.size(1), written=True)
+        self.b_KOR = pack.tensor(len(pairs), b_OR.size(0), most, written=True)
         for k, ((a_RI, b_OR), rank) in enumerate(zip(pairs, ranks, strict=True)):
             pack.place(self.a_KRI, (k, slice(rank)), a_RI)
             pack.place(self.b_KOR, (k, slice(None), slice(rank)), b_OR)
@@ -311,7 +338,7 @@ class _PlainLora:
         self.pack.seen.add(self.path)
         x_KTI = x.reshape(len(self.members), -1, x.size(-1)).to(out.dtype)
         keep = self.pack.kept(self.members, x.size(-1))
-        return _AddPlainLora.apply(out, x_KTI, self.a_KRI, self.b_KOR, self.scale_K11.to(out.dtype), keep)
+        return _AddPlainLora.apply(out, x_KTI, self.a_KRI, self.b_KOR, keep, self)
 
 
 class _AddPlainLora(torch.autograd.Function):
@@ -319,30 +346,32 @@ class _AddPlainLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, x_KTI: Tensor, a_KRI: Tensor, b_KOR: Tensor, scale_K11: Tensor, keep: Any
-    ) -> Any:
+        ctx: Any, out: Tensor, x_KTI: Tensor, a_KRI: Tensor, b_KOR: Tensor, keep: Tensor | None, lora: _PlainLora
+    ) -> Tensor:
         a, b = a_KRI.to(out.dtype), b_KOR.to(out.dtype)
-        rank_KTR = torch.bmm(x_KTI if keep is None else x_KTI * keep, a.mT).mul_(scale_K11)
+        rank_KTR = torch.bmm(x_KTI if keep is None else x_KTI * keep, a.mT).mul_(lora.scale_K11.to(out.dtype))
         out.view(len(a), -1, out.size(-1)).baddbmm_(rank_KTR, b.mT)
-        ctx.save_for_backward(x_KTI, a_KRI, b_KOR, scale_K11, keep, rank_KTR)
+        ctx.save_for_backward(x_KTI, keep, rank_KTR)
+        ctx.lora = lora
         ctx.mark_dirty(out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_KTI, a_KRI, b_KOR, scale_K11, keep, rank_KTR = ctx.saved_tensors
-        a, b = a_KRI.to(dy.dtype), b_KOR.to(dy.dtype)
+        x_KTI, keep, rank_KTR = ctx.saved_tensors
+        lora: _PlainLora = ctx.lora
+        a, b = lora.a_KRI.to(dy.dtype), lora.b_KOR.to(dy.dtype)
         dy_KTO = dy.reshape(len(a), -1, dy.size(-1))
-        drank_KTR = torch.bmm(dy_KTO, b).mul_(scale_K11)
-        db = torch.bmm(dy_KTO.mT, rank_KTR).to(b_KOR.dtype)
-        da = torch.bmm(drank_KTR.mT, x_KTI if keep is None else x_KTI * keep).to(a_KRI.dtype)
+        drank_KTR = torch.bmm(dy_KTO, b).mul_(lora.scale_K11.to(dy.dtype))
+        lora.pack.add_gradient(lora.b_KOR, dy_KTO.mT, rank_KTR)
+        lora.pack.add_gradient(lora.a_KRI, drank_KTR.mT, x_KTI if keep is None else x_KTI * keep)
         dx = None
         if ctx.needs_input_grad[1]:
             dx = torch.bmm(drank_KTR, a)
             if keep is not None:
                 dx.mul_(keep)
-        return dy, dx, da, db, None, None
+        return dy, dx, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,8 +397,8 @@ class _LoraMoe:
         num_columns, num_experts = max(columns), max(counts)
         device = pack.device
         self.num_columns = num_columns
-        self.down_PDI = pack.tensor(len(members), num_columns + num_experts, module.in_features)
-        self.up_POC = pack.tensor(len(members), module.out_features, num_columns)
+        self.down_PDI = pack.tensor(len(members), num_columns + num_experts, module.in_features, written=True)
+        self.up_POC = pack.tensor(len(members), module.out_features, num_columns, written=True)
         self.spread_PNC = torch.zeros(len(members), num_experts, num_columns)
         absent = torch.zeros(len(members), 1, num_experts)
         for p, (adapter, n, c) in enumerate(zip(adapters, counts, columns, strict=True)):
@@ -472,7 +501,7 @@ class _PackedLoraMoe(torch.autograd.Function):
         gates_PTN = experts.gates(z_PTD[..., c:])
         h_PTC = (z_PTD[..., :c] * torch.bmm(gates_PTN, experts.spread_PNC.to(gates_PTN.dtype))).to(x.dtype)
         experts.add_(y, h_PTC, up.mT)
-        ctx.save_for_backward(x, weight, down_PDI, up_POC, keep, z_PTD, gates_PTN)
+        ctx.save_for_backward(x, weight, keep, z_PTD, gates_PTN)
         ctx.experts = experts
         ctx.set_materialize_grads(False)
         return y, z_PTD[..., c:].to(gates_PTN.dtype, copy=True) if experts.balanced else None
@@ -480,18 +509,18 @@ class _PackedLoraMoe(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dlogits_PTN: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, weight, down_PDI, up_POC, keep, z_PTD, gates_PTN = ctx.saved_tensors
+        x, weight, keep, z_PTD, gates_PTN = ctx.saved_tensors
         experts: _LoraMoe = ctx.experts
-        c = experts.num_columns
+        pack, c = experts.pack, experts.num_columns
+        down, up = experts.down_PDI.to(x.dtype), experts.up_POC.to(x.dtype)
         if dy is None:  # only a balance loss reached this module
-            dy = x.new_zeros(*x.shape[:-1], up_POC.size(1))
+            dy = x.new_zeros(*x.shape[:-1], up.size(1))
         x_PTI, dy_PTO = experts.pick(x), experts.pick(dy)
-        down, up = down_PDI.to(x.dtype), up_POC.to(x.dtype)
         spread_PNC = experts.spread_PNC.to(gates_PTN.dtype)
 
         factor_PTC = torch.bmm(gates_PTN, spread_PNC)
         dh_PTC = torch.bmm(dy_PTO, up)
-        dup_POC = torch.bmm(dy_PTO.mT, (z_PTD[..., :c] * factor_PTC).to(x.dtype))
+        pack.add_gradient(experts.up_POC, dy_PTO.mT, (z_PTD[..., :c] * factor_PTC).to(x.dtype))
         dg_PTN = torch.bmm((dh_PTC * z_PTD[..., :c]).to(gates_PTN.dtype), spread_PNC.mT)
         weighted_PTN = gates_PTN * dg_PTN
         dl_PTN = weighted_PTN - gates_PTN * weighted_PTN.sum(-1, keepdim=True)
@@ -509,10 +538,11 @@ class _PackedLoraMoe(torch.autograd.Function):
                 experts.add_(dx, dl, down[:, c:])
                 experts.add_rows_(dx, torch.bmm(da, down[:, :c]).mul_(keep))
         if keep is None:
-            ddown_PDI = torch.bmm(dz_PTD.mT, x_PTI)
+            pack.add_gradient(experts.down_PDI, dz_PTD.mT, x_PTI)
         else:
-            ddown_PDI = torch.cat([torch.bmm(da.mT, x_PTI * keep), torch.bmm(dl.mT, x_PTI)], dim=1)
-        return dx, None, None, ddown_PDI.to(down_PDI.dtype), dup_POC.to(up_POC.dtype), None, None
+            pack.add_gradient(experts.down_PDI, da.mT, x_PTI * keep, rows=slice(c))
+            pack.add_gradient(experts.down_PDI, dl.mT, x_PTI, rows=slice(c, None))
+        return dx, None, None, None, None, None, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -631,7 +661,7 @@ class Member(loop.Run):
     def begin(self, on_rung: Callable[[loop.Rung], bool]) -> loop.Result | None:
         result = super().begin(on_rung)
         self.past.began = None  # seconds are shares, see `Crew.step`
-        self.gradients.install()
+        self.flat.install()
         return result
 
     def micro_batches(self) -> list[list[loop.Row]]:
@@ -796,7 +826,7 @@ class Crew:
                 pack.check()
                 fresh = False
             for member, loss in zip(members, losses_K.detach(), strict=True):
-                member.gradients.loss.add_(loss)
+                member.flat.loss.add_(loss)
         pack.unload()
         for member in members:
             member.close_step(member.step)

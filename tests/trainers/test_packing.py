@@ -172,8 +172,13 @@ def test_packed_is_alone(task, tokenizer, kind):
         shape = shape_of(story.model.config, name="tiny")
         counted = spec[0].trainable_params(shape, rank=spec[1].rank)
         assert sum(p.numel() for p in story.members[n].adapter.parameters()) == counted  # padding is none of them
-        states = story.members[n].optimizer.state.values()
-        assert sum(state["exp_avg"].numel() for state in states) == counted
+        flat = story.members[n].flat
+        moments = flat.views(flat_moments := story.members[n].optimizer.state[flat.values]["exp_avg"])
+        assert sum(view.numel() for view in moments) == counted
+        assert flat_moments.any()
+        for view in moments:
+            view.zero_()
+        assert not flat_moments.any()  # nothing was in the gaps
 
 
 def test_one_in_a_pack_is_one_alone(task, tokenizer):
@@ -305,11 +310,33 @@ def test_places_that_nobody_adapts_are_not_touched():
     pack.attach()
     hooked = {name for name, module in model.named_modules() if "forward" in vars(module)}
     assert hooked == set(PATHS)
-    sizes = sorted(len(tensor) for tensor in pack._tensors)
+    sizes = sorted(len(tensor) for tensor in pack._written)
     adapted = [sum(path in allocation.counts for allocation, _, _ in ROUTED) for path in PATHS]
     assert sizes == sorted(adapted * 2)  # a down and an up for as many members as have experts there
     pack.detach()
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_gradients_are_those_of_one_step():
+    """The first pass of a step takes the place of what lay there, NaN too; without a pass there is nothing."""
+    model = tiny_llama()
+    adapters = [fresh(model, allocation, recipe, seed) for allocation, recipe, seed in ROUTED]
+    for adapter in adapters:
+        for parameter in adapter.parameters():
+            parameter.grad = torch.full_like(parameter, torch.nan)
+    pack = packing.Pack(model, adapters)
+    one, none, *_ = pack._written
+    left, right = torch.randn(len(one), one.size(1), 3), torch.randn(len(one), 3, one.size(2))
+    for passes in (2, 1):
+        for tensor in pack._written:
+            tensor.grad.fill_(torch.nan)
+        pack.load()
+        for _ in range(passes):
+            pack.add_gradient(one, left, right)
+        pack.unload()
+        torch.testing.assert_close(one.grad, passes * torch.bmm(left, right))
+        assert not none.grad.any()
+    assert all(parameter.grad.isfinite().all() for adapter in adapters for parameter in adapter.parameters())
 
 
 # --- layers below the first adapter -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ os.environ |= {
     "RAY_USAGE_STATS_ENABLED": "0",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "HF_HUB_OFFLINE": "1",
+    "RAY_worker_niceness": "0",  # by default 15: beside a busy program the trials that a test waits for would starve
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # tiny tensors: a second thread costs more than it brings, ten times as much under load
 }

@@ -32,7 +32,6 @@ from search.uncertainty import Noise, compare
 
 FEWEST = 20  # points below which a forest tells chance
 RESAMPLES, TREES, SHUFFLES = 20, 30, 2
-TOO_CLOSE = 2.0  # standard errors of a difference below which it may be chance
 
 # What anybody would type without a search; each is compared with the front where the study has trained it.
 ONE_LINE: Mapping[str, Callable[[Trial], bool]] = {
@@ -251,12 +250,11 @@ def _against(recipe: Candidate, on_front: Sequence[Candidate], noise: Noise | No
         return (*cells, "", "on the front", _times(needed, size))
     found = compare(recipe, rival, noise=noise)
     if found.stderr is None:
-        return (*cells, f"{found.rise:+.3f}", "standard error unknown", _times(needed, size))
-    reading = "inside the noise" if abs(found.rise) <= TOO_CLOSE * found.stderr else "more than noise"
+        return (*cells, f"{found.rise:+.3f}", found.reading, _times(needed, size))
     error = recipe.stderr or 0.0
     ends = (_times(_needed(on_front, (recipe.accuracy or 0.0) + by), size) for by in (-error, error))
     span = f"{_times(needed, size)} ({' … '.join(ends)})"
-    return (*cells, f"{found.rise:+.3f} ± {found.stderr:.3f}", reading, span)
+    return (*cells, f"{found.rise:+.3f} ± {found.stderr:.3f}", found.reading, span)
 
 
 def _needed(on_front: Sequence[Candidate], accuracy: float) -> int | None:

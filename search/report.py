@@ -39,7 +39,16 @@ from search.pareto import Candidate, candidates, front, human, knee
 from search.progress import accuracy_text, front_table, label, number, point, probability, recipe_words, varying
 from search.records import Records, flattened, read, write_atomically
 from search.sections import Section, is_table, sections
-from search.uncertainty import Bias, Difference, Noise, compare, pooled, rank_correlation, selection_bias
+from search.uncertainty import (
+    TOO_CLOSE,
+    Bias,
+    Difference,
+    Noise,
+    compare,
+    pooled,
+    rank_correlation,
+    selection_bias,
+)
 from trainers import models
 
 BASELINES = ("random", "uniform")  # what an allocation has to beat at equal parameters
@@ -55,7 +64,6 @@ COLOURS = (
     "#a0522d",
 )  # Okabe & Ito and two
 FILES = ("front.csv", "points.csv", "front.png", "report.html")
-TOO_CLOSE = 2.0  # standard errors of a difference below which it may be chance
 MANY = 5  # comparisons inside the noise that are told one by one
 EQUAL = 0.02  # share by which "equal parameters" may differ
 SHORT = 8  # digits of a run's digest that are shown
@@ -324,11 +332,11 @@ def _gained(report: Report) -> list[str]:
     base, best = report.records.untrained, report.front[-1]
     if base is None or best.accuracy is None:
         return []
-    gain, error = best.accuracy - base["accuracy"], math.hypot(best.stderr or 0.0, base["stderr"])
-    reading = "more than noise" if abs(gain) > TOO_CLOSE * error else "inside the noise"
+    error = math.hypot(best.stderr or 0.0, base["stderr"])
+    gain = Difference(best.accuracy - base["accuracy"], error, None)
     return [
-        f"Untrained, the base has {base['accuracy']:.3f} ± {base['stderr']:.3f}: training is worth {gain:+.3f} at the "
-        f"most accurate point (standard error {error:.3f}: {reading})."
+        f"Untrained, the base has {base['accuracy']:.3f} ± {base['stderr']:.3f}: training is worth {gain.rise:+.3f} at "
+        f"the most accurate point (standard error {error:.3f}: {gain.reading})."
     ]
 
 
@@ -358,23 +366,24 @@ def _honesty(report: Report) -> list[str]:
             f"{math.sqrt(report.noise.variance):.3f}, estimated with {report.noise.freedom} degrees of freedom."
         )
     said += _selection(report.bias)
-    steps = [(d.rise, d.stderr) for d in (report.difference(lower, higher) for lower, higher in pairwise(on_front))]
-    errors = [error for _, error in steps if error is not None]
+    steps = [report.difference(lower, higher) for lower, higher in pairwise(on_front)]
+    errors = [step.stderr for step in steps if step.stderr is not None]
     if steps and not errors:
         return [*said, "The standard error of the evaluation was not recorded: small differences may be chance."]
     if errors:
         whole = report.difference(on_front[0], on_front[-1])
-        rise, error = whole.rise, whole.stderr
-        if error is not None and abs(rise) <= TOO_CLOSE * error:
+        if whole.inside_noise:
             said.append(
-                f"The whole front rises by {rise:.3f}, within two standard errors of a difference "
-                f"({TOO_CLOSE * error:.3f}): these accuracies cannot be told apart, do not read an order into them."
+                f"The whole front rises by {whole.rise:.3f}, within two standard errors of a difference "
+                f"({TOO_CLOSE * (whole.stderr or 0.0):.3f}): these accuracies cannot be told apart, do not read an "
+                "order into them."
             )
         else:
-            small = sum(1 for rise, error in steps if error is not None and abs(rise) <= TOO_CLOSE * error)
+            small = sum(step.inside_noise for step in steps)
             said.append(
                 f"From one point of the front to the next, {small} of {len(steps)} differences are within two standard "
-                f"errors (about {TOO_CLOSE * max(errors):.3f}) and may be chance; the whole front rises by {rise:.3f}."
+                f"errors (about {TOO_CLOSE * max(errors):.3f}) and may be chance; the whole front rises by "
+                f"{whole.rise:.3f}."
             )
     rivals = sum(1 for candidate in report.points if candidate.accuracy is not None)
     if rivals > 1 and not is_table(report.records):
@@ -433,15 +442,13 @@ def _against_baselines(report: Report) -> list[str]:
             continue
         best = max(rivals, key=lambda c: c.accuracy or 0.0)
         difference = report.difference(baseline, best)
-        gain, error = difference.rise, difference.stderr
-        noise = error is not None and abs(gain) <= TOO_CLOSE * error
-        verdict = "standard error unknown"
-        if error is not None:
-            verdict = f"standard error {error:.3f}: {'inside the noise' if noise else 'more than noise'}"
+        verdict = difference.reading
+        if difference.stderr is not None:
+            verdict = f"standard error {difference.stderr:.3f}: {verdict}"
         same = ", ".join(recipe_words(best.best, report.settings))
-        (inside if noise else said).append(
+        (inside if difference.inside_noise else said).append(
             f"At {human(baseline.trainable_params)} parameters{f' ({same})' if same else ''} {point(best.best)} has "
-            f"{best.accuracy:.3f} and {kind} {baseline.accuracy:.3f} (difference {gain:+.3f}, {verdict})."
+            f"{best.accuracy:.3f} and {kind} {baseline.accuracy:.3f} (difference {difference.rise:+.3f}, {verdict})."
         )
     if len(inside) <= MANY:
         return said + inside

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from search.pareto import Candidate
 
 CONFIDENCE = 0.95
+TOO_CLOSE = 2.0  # standard errors of a difference below which it may be chance
 FEWEST_RANKS = 5  # a rank correlation of fewer runs says nothing
 
 
@@ -107,6 +108,17 @@ class Difference:
     rise: float
     stderr: float | None
     chance: float | None
+
+    @property
+    def inside_noise(self) -> bool:
+        """Whether it may be chance; False where that is unknown."""
+        return self.stderr is not None and abs(self.rise) <= TOO_CLOSE * self.stderr
+
+    @property
+    def reading(self) -> str:
+        if self.stderr is None:
+            return "standard error unknown"
+        return "inside the noise" if self.inside_noise else "more than noise"
 
 
 def compare(lower: Candidate, higher: Candidate, *, noise: Noise | None) -> Difference:

@@ -180,7 +180,8 @@ class Pack:
         """Zeros with a gradient of zeros, which autograd adds to.
 
         written   `add_gradient` writes it, and the backward pass returns None: one pass over memory less to clear it,
-                  and one less to add to it
+                  and one less to add to it. It stays an argument of what uses it: without, nothing would be asked
+                  for a gradient where the input needs none
         """
         made = torch.zeros(size, device=self.device, requires_grad=True)
         made.grad = torch.zeros_like(made, requires_grad=False)

@@ -47,9 +47,8 @@ def study(tmp_path_factory):
 def test_trainings_shared_passes_and_paused_and_ended_by_themselves(study):
     outcomes = list(study.finished.values())
     assert {outcome.status for outcome in outcomes} == {"complete", "stopped"}
-    assert (
-        1 < max(outcome.pack for outcome in outcomes) <= 4
-    )  # how many meet in a pass depends on when they are proposed
+    # how many meet in a pass depends on when they are proposed
+    assert 1 < max(outcome.pack for outcome in outcomes) <= 4
     assert all(outcome.rungs[-1]["step"] == STEPS for outcome in outcomes if outcome.status == "complete")
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 HELD = 200_000_000
-NEAR = 20_000_000  # an interpreter's own pages, and those that it shares with its child
+NEAR = 10_000_000  # an interpreter's own pages, and those that it shares with its child
 
 # in a process of its own: what other tests started (Ray's processes, MLflow's threads) grows and ends when it likes
 MEASURE = f"""

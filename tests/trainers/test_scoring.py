@@ -64,7 +64,10 @@ def by_lm_eval(model, requests, *, max_length=64, batch_size=3):
 
 def assert_equal(model, requests, *, max_length=64, batch_size=3):
     ours = scoring.loglikelihoods(model, requests, max_length=max_length, batch_size=batch_size)
-    theirs = by_lm_eval(model, requests, max_length=max_length)
+    assert_same(ours, by_lm_eval(model, requests, max_length=max_length))
+
+
+def assert_same(ours, theirs):
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert [p for p, _ in ours] == pytest.approx([p for p, _ in theirs], abs=1e-4)
 
@@ -140,9 +143,7 @@ def test_any_requests_in_any_order_are_answered_in_theirs(requests, batch_size):
     """lm-eval is asked for each alone: see the next test."""
     model = tiny("llama")
     ours = scoring.loglikelihoods(model, requests, max_length=8, batch_size=batch_size)
-    theirs = [by_lm_eval(model, [request], max_length=8)[0] for request in requests]
-    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-    assert [p for p, _ in ours] == pytest.approx([p for p, _ in theirs], abs=1e-4)
+    assert_same(ours, [by_lm_eval(model, [request], max_length=8)[0] for request in requests])
 
 
 def test_one_text_divided_in_two_ways():

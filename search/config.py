@@ -20,7 +20,8 @@ from typing import Any
 
 from allocators.core.errors import StudyError, did_you_mean, unknown
 from allocators.core.types import Recipe
-from trainers import models, task_files
+from trainers import models
+from trainers.tasks import files as task_files
 
 SAMPLERS = ("ehvi", "tpe", "nsga2", "random")
 SCHEDULERS = ("none", "pareto_halving")
@@ -75,7 +76,7 @@ class RunConfig:
         "modelled), tpe, nsga2, random",
     )
     replay: str = _key(
-        "", "ask this table of recorded trainings instead of training: a name or FILE.parquet (search/replay.py)"
+        "", "ask this table of recorded trainings instead of training: a name or FILE.parquet (search/replay/)"
     )
     scheduler: str = _key(
         "none",

@@ -21,7 +21,7 @@ from allocators.core import plugins
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import Signal, canonical_json
 from search.config import RunConfig, help_text, parse
-from search.trial import Problem, check_budget, check_pins, corners, load_space, placeholder
+from search.problem import Problem, check_budget, check_pins, corners, load_space, placeholder
 from trainers import storage
 
 
@@ -150,7 +150,7 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from search.pareto import human
+    from search.front import human
 
     measured = dict(problem.signals) if config.replay else _measured(_folder(config))
     problem = replace(problem, signals={**problem.signals, **measured})
@@ -191,7 +191,7 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
 
 def _drawn(config: RunConfig, problem: Problem, *, merge: bool) -> tuple[list[Any], list[str]]:
     """Points to show, and why others need no training. Without `merge` rows that only look alike stay apart."""
-    from search.sampler import Proposal, Proposer, table_rows
+    from search.propose.sampler import Proposal, Proposer, table_rows
 
     if problem.is_table:
         rows = table_rows(problem, merge=merge)
@@ -206,8 +206,8 @@ def study(config: RunConfig, problem: Problem) -> int:
     """Opens the study's records and tracker, trains what is left to train, writes the report."""
     from search import report
     from search.records import Study
+    from search.records.tracking import Tracker
     from search.study import remaining
-    from search.tracking import Tracker
     from spaces import _tables
 
     folder = _folder(config)
@@ -252,19 +252,19 @@ def study(config: RunConfig, problem: Problem) -> int:
 
 def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left: int, repeats: int) -> None:
     """Trains `left` of the trials, and repeats with other seeds: `repeats` of them and those that turn out so."""
-    from search.progress import Progress
+    from search.report.live import Progress
     from search.study import Run
 
     folder, began = _folder(config), time.monotonic()
     # Before Ray starts its processes: they inherit it.
     for name, value in {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}.items():
         os.environ.setdefault(name, value)
-    from search import pool as pools
-    from search import ray_tune
-    from search.halving import NO_HALVING, Halving
+    from search.engine import tune as ray_tune
+    from search.engine import workers as pools
+    from search.engine.memory import PeakMemory
+    from search.propose.halving import NO_HALVING, Halving
+    from search.records.reuse import FACTS, NOWHERE, Elsewhere, Nowhere
     from search.replay import WORKERS, Announcing, TableProblem
-    from search.reuse import FACTS, NOWHERE, Elsewhere, Nowhere
-    from search.usage import PeakMemory
     from trainers import models
 
     if not config.replay:
@@ -367,7 +367,7 @@ def _workers(
     config: RunConfig, cluster: Mapping[str, float], *, trials: int, folder: Path, shared: str, study: str
 ) -> Any:
     """Worker groups that fit the cluster, not started yet."""
-    from search import pool as pools
+    from search.engine import workers as pools
     from trainers import models, tasks
 
     plan = pools.plan(

@@ -17,14 +17,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from allocators.core.types import FINISHED, Outcome
-from search import pareto
-from search.halving import NO_HALVING, Halving, NoHalving
-from search.progress import Progress
+from search import front as pareto
+from search.problem import Problem
+from search.propose.halving import NO_HALVING, Halving, NoHalving
+from search.propose.sampler import Answered, Proposal, Proposer, table_rows
 from search.records import Records, Study
-from search.reuse import NOWHERE, Elsewhere, Nowhere
-from search.sampler import Answered, Proposal, Proposer, table_rows
-from search.tracking import Tracker
-from search.trial import Problem
+from search.records.reuse import NOWHERE, Elsewhere, Nowhere
+from search.records.tracking import Tracker
+from search.report.live import Progress
 from trainers import storage
 
 

@@ -17,7 +17,7 @@
   their way to it (from pinned memory, in a stream of their own) while it computes this one.
 - Rows are padded on the right and no mask is given to the model: under causal attention no real token sees padding, so
   attention runs its fastest kernels and nobody looks at the values of a mask, which would wait for the device.
-- A base that is sharded over the workers (trainers/sharding.py) is run by all of them pass by pass: a worker without
+- A base that is sharded over the workers (models/sharding.py) is run by all of them pass by pass: a worker without
   rows runs on two tokens that no loss is taken on.
 
 Shapes: B sequences, S tokens, K positions that may predict a completion token, V vocabulary.
@@ -45,7 +45,8 @@ from torch import Tensor, nn
 
 from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
 from allocators.core.types import Recipe, digest_of
-from trainers import sharding, storage
+from trainers import storage
+from trainers.models import sharding
 from trainers.tasks import AnyTask, Row
 
 CHECK_EVERY = 10  # steps between two looks at the loss: each waits for the device
@@ -257,7 +258,7 @@ def _log_losses(model: nn.Module, batch: MicroBatch, *, reduction: str) -> Tenso
 class Run:
     """The steps of one run: `begin`, then `open_step`, gradients, `close_step`, `reach`, until there is a result.
 
-    trainers/packing.py makes the gradients of several runs in one pass; everything else of a run is here.
+    trainers/packing/ makes the gradients of several runs in one pass; everything else of a run is here.
     """
 
     def __init__(

@@ -41,7 +41,8 @@ class Bench:
     def __init__(self, setup: Mapping[str, Any], device: Any) -> None:
         import torch
 
-        from trainers import models, sharding, tasks
+        from trainers import models, tasks
+        from trainers.models import sharding
 
         torch.set_num_threads(setup["cpus_per_worker"])
         self.setup = setup
@@ -342,7 +343,7 @@ def serve(config: dict[str, Any]) -> None:
 
 
 class Places:
-    """A worker whose trials train in one pass (trainers/packing.py): it takes jobs while it has a free place.
+    """A worker whose trials train in one pass (trainers/packing/): it takes jobs while it has a free place.
 
     take     the next job, None where there is none any more; without `wait` a job without a name where none is waiting
     report   passes a message of a job on; whether it goes on

@@ -29,7 +29,7 @@ class Source(Protocol):
     device, dtype        where the resident model is, and its dtype as torch names it (`bfloat16`): numbers that come
                          from rounded weights must not pass for those of the stored ones
     model, tokenizer     the resident base model, in eval mode
-    task_name, task      labelled documents, see trainers/tasks.py
+    task_name, task      labelled documents, see trainers/tasks/
     samples, seed        how many of them, drawn how
     scratch              folder for what a long measurement has so far, so that one that was cut off goes on
     progress             told (done, total, what) in the course of a long measurement

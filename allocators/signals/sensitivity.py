@@ -65,7 +65,7 @@ _CHUNK = 1 << 24  # elements of a temporary [N, O, I] or [N, S, ·]
 
 
 class Row(Protocol):
-    """One labelled sample; tokens from `labels_start` on are the completion (trainers/tasks.py)."""
+    """One labelled sample; tokens from `labels_start` on are the completion (trainers/tasks/)."""
 
     @property
     def input_ids(self) -> list[int]: ...

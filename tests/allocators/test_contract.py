@@ -17,9 +17,9 @@ import pytest
 from allocators.core import plugins
 from allocators.core.errors import StudyError
 from allocators.core.types import ExpertCounts, ExpertSelection, Signal, allocation_from_json
+from tests import ROOT
 from tests.allocators.models import dense_shape, moe_shape, routing
 
-ROOT = Path(__file__).parents[2]
 NAMES = plugins.names("allocators")
 SHAPES = {"moe": moe_shape(layers=3, experts=8, dense_first=1), "dense": dense_shape(layers=4)}
 
@@ -132,8 +132,8 @@ SOURCES = [
     f for folder in ("allocators", "search", "spaces", "trainers") for f in sorted((ROOT / folder).rglob("*.py"))
 ]
 EDGES = {
-    "ray": {"search/pool.py", "search/ray_tune.py", "trainers/worker.py"},
-    "mlflow": {"search/tracking.py"},
+    "ray": {"search/engine/workers.py", "search/engine/tune.py", "trainers/worker.py"},
+    "mlflow": {"search/records/tracking.py"},
     "omegaconf": {"search/config.py"},
 }
 

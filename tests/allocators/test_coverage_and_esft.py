@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,10 +11,11 @@ from hypothesis import strategies as st
 
 from allocators import coverage, esft
 from allocators.core.errors import InfeasibleError
+from tests import GOLDEN
 from tests.allocators.laws import covered, inside, measured, permuted
 from tests.allocators.models import moe_shape, routing
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "allocation.json").read_text())["esft"]
+PUBLISHED = json.loads((GOLDEN / "allocation.json").read_text())["esft"]
 scores = st.sampled_from(["count", "mass"])
 shares = st.integers(1, 100).map(lambda percent: percent / 100)
 
@@ -59,16 +59,16 @@ def test_esft_is_coverage_of_a_layers_shares(case, p):
 
 def test_esft_published_example():
     """Token scores of DeepSeek's ESFT-Token example, layer by layer; rows are rounded and sum to 1 ± 0.0006."""
-    layers = {int(n): scores for n, scores in GOLDEN["token_scores"].items()}
+    layers = {int(n): scores for n, scores in PUBLISHED["token_scores"].items()}
     shape = moe_shape(layers=14, experts=64, dense_first=1)
-    chosen = esft.allocate(routing(shape, layers), shape, p=GOLDEN["top_p"])
-    for layer, ids in GOLDEN["expected"].items():
+    chosen = esft.allocate(routing(shape, layers), shape, p=PUBLISHED["top_p"])
+    for layer, ids in PUBLISHED["expected"].items():
         assert chosen.in_layer(int(layer)) == tuple(sorted(ids)), layer
 
 
 def test_esft_by_hand():
     shape = moe_shape(layers=1, experts=5)
-    case = GOLDEN["synthetic"]
+    case = PUBLISHED["synthetic"]
     chosen = esft.allocate(routing(shape, {0: case["scores"]}), shape, p=case["p"])
     assert chosen.in_layer(0) == tuple(sorted(case["selected"]))
 

@@ -7,7 +7,6 @@ import json
 import random
 import warnings
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -19,12 +18,10 @@ from allocators.core.errors import InfeasibleError, StudyError, ToolkitWarning
 from allocators.core.layers import layer_values, on_layers
 from allocators.core.shapes import shape_of
 from allocators.core.types import ExpertCounts, ModelShape, ModuleShape, Signal
+from tests import GOLDEN
 from tests.allocators.models import dense_shape
 
-GOLDEN = {
-    n: json.loads((Path(__file__).parents[1] / "golden" / f"{n}.json").read_text())
-    for n in ("allocation", "spectrum", "parameters")
-}
+PUBLISHED = {n: json.loads((GOLDEN / f"{n}.json").read_text()) for n in ("allocation", "spectrum", "parameters")}
 LLAMA_7B = shape_of({"model_type": "llama"}, name="llama-7b")  # the sizes of LLaMA-7B are the config class's defaults
 
 
@@ -63,7 +60,7 @@ def layers_of(allocation: ExpertCounts, shape: ModelShape) -> list[int]:
 
 
 def test_a_layer_is_the_plain_mean_of_its_seven_modules():
-    shape, published = LLAMA_7B, GOLDEN["spectrum"]["llama_7b"]
+    shape, published = LLAMA_7B, PUBLISHED["spectrum"]["llama_7b"]
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert [m.name for m in shape.modules[:7]] == list(names)
     values = dict(zip((m.path for m in shape.modules), itertools.chain(*published["per_matrix"]), strict=True))
@@ -117,7 +114,7 @@ def test_mola_layouts(pattern, layers):
     shape = dense_shape(layers=layers)
     assert (
         layers_of(mola.allocate(None, shape, pattern=pattern), shape)
-        == (GOLDEN["allocation"]["mola"][f"{pattern} on {layers} layers"])
+        == (PUBLISHED["allocation"]["mola"][f"{pattern} on {layers} layers"])
     )
 
 
@@ -155,7 +152,7 @@ def test_mola_refuses(pattern):
 # -------------------------------------------------------------------------------------------------------- alphalora
 
 
-@pytest.mark.parametrize("case", GOLDEN["allocation"]["mapping"], ids=lambda c: f"{c['v']} T={c['T']}")
+@pytest.mark.parametrize("case", PUBLISHED["allocation"]["mapping"], ids=lambda c: f"{c['v']} T={c['T']}")
 @pytest.mark.parametrize(("rounding", "column"), [("paper", "paper_and_code"), ("largest_remainder",) * 2])
 @pytest.mark.parametrize(
     ("module", "kind", "metric"), [(alphalora, "spectrum", "hill"), (sensitivity, "sensitivity", "sum_sq_grad")]
@@ -170,7 +167,7 @@ def test_mapping_by_hand(case, rounding, column, module, kind, metric):
 
 
 def test_mistral_7b_from_a_metric_vector():
-    case = GOLDEN["allocation"]["mistral_7b"]
+    case = PUBLISHED["allocation"]["mistral_7b"]
     shape = shape_of({"model_type": "mistral"}, name="mistral-7b")
     for signal in (exactly(case["v"], shape), by_layer(case["v"], shape)):
         allocation = alphalora.allocate(
@@ -179,10 +176,10 @@ def test_mistral_7b_from_a_metric_vector():
         assert layers_of(allocation, shape) == case["expected"]
 
 
-@pytest.mark.parametrize("setting", GOLDEN["spectrum"]["llama_7b"]["derived_alloc"])
+@pytest.mark.parametrize("setting", PUBLISHED["spectrum"]["llama_7b"]["derived_alloc"])
 def test_llama_7b_from_its_published_spectrum(setting):
     """With all seven values of every layer given, as measured: mean, equation 6 and equation 7 together."""
-    published, shape = GOLDEN["spectrum"]["llama_7b"], LLAMA_7B
+    published, shape = PUBLISHED["spectrum"]["llama_7b"], LLAMA_7B
     total, beta = (float(part.split("=")[1]) for part in setting.split(","))
     values = itertools.chain(*published["per_matrix"])
     signal = Signal("spectrum", {m.path: {"hill": (next(values),)} for m in shape.modules}, "module", "1", {})
@@ -198,9 +195,9 @@ def test_llama_7b_from_its_published_spectrum(setting):
 
 
 def test_llama_7b_has_the_published_number_of_parameters():
-    values = GOLDEN["spectrum"]["llama_7b"]["layer_mean"]
+    values = PUBLISHED["spectrum"]["llama_7b"]["layer_mean"]
     for total in (160, 128):
-        expected = GOLDEN["parameters"]["llama_7b_r8"][f"T={total}"]
+        expected = PUBLISHED["parameters"]["llama_7b_r8"][f"T={total}"]
         for allocation in (
             alphalora.allocate(exactly(values, LLAMA_7B), LLAMA_7B, total_experts=total),
             uniform.allocate(None, LLAMA_7B, total_experts=total),
@@ -305,7 +302,7 @@ def test_kept_is_strictly_above_the_percentile(scores, percent_kept):
 
 
 def test_votes_by_hand():
-    case = GOLDEN["allocation"]["lora_smoe"]["vote_example"]
+    case = PUBLISHED["allocation"]["lora_smoe"]["vote_example"]
     assert [float(percentile(s, Fraction(40))) for s in case["scores_by_dataset"]] == case["thresholds"]
     modules = tuple(ModuleShape(f"model.layers.{i}.mlp.up_proj", i, 4, 4) for i in range(5))
     shape = ModelShape("five blocks", modules, 5)
@@ -342,7 +339,7 @@ def test_the_votes_sum_to_data_sets_times_blocks_kept(num_datasets, seed):
 
 
 def test_the_published_table_keeps_the_law_of_the_votes():
-    published = GOLDEN["allocation"]["lora_smoe"]
+    published = PUBLISHED["allocation"]["lora_smoe"]
     table = published["published_expert_num_qwen2.5-3b_attention"]
     shape = qwen_attention()
     counts = ExpertCounts({m.path: table[m.name][m.layer] for m in shape.modules}, gating="hydra")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,10 +10,11 @@ from hypothesis import strategies as st
 
 from allocators import sieve
 from allocators.core.errors import InfeasibleError, StudyError
+from tests import GOLDEN
 from tests.allocators.laws import inside, measured, permuted
 from tests.allocators.models import moe_shape, routing
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "allocation.json").read_text())["moe_sieve"]
+PUBLISHED = json.loads((GOLDEN / "allocation.json").read_text())["moe_sieve"]
 scores = st.sampled_from(["count", "mass"])
 
 
@@ -57,7 +57,7 @@ def test_more_tokens_in_the_same_proportions_change_nothing(case, factor):
     )
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['counts']}-{c['fraction']}")
+@pytest.mark.parametrize("case", PUBLISHED, ids=lambda c: f"{c['counts']}-{c['fraction']}")
 def test_golden(case):
     shape = moe_shape(layers=1, experts=len(case["counts"]))
     signal = routing(shape, {0: case["counts"]})

@@ -5,7 +5,7 @@
     python -m tests.benchmarks.end_to_end costs=false                        replayed searches alone: nothing is trained
     python -m tests.benchmarks.end_to_end real=true seed=0 cap=100           and both ways once to the target, trained
 
-The target is 95 % of the hypervolume of everything in a recorded table of a full grid (search/tables/): accuracy up,
+The target is 95 % of the hypervolume of everything in a recorded table of a full grid (replay/tables/): accuracy up,
 log trainable parameters down, both scaled by the table as in search_tables.py. Both ways search the table's grid with
 the table's model, task, recipe and routing signal, on two CPUs, two trainings at once.
 
@@ -389,7 +389,7 @@ def costs(settings: Settings) -> dict[str, list[Cost]]:
     import ray
     from ray import tune
 
-    from search import pool as pools
+    from search.engine import workers as pools
 
     recorded = problem_of(settings.table, 0)
     chosen = spaced(recorded.rows, settings.repeats + settings.pack)
@@ -544,14 +544,14 @@ class Target:
 
 def real_ours(settings: Settings, target: Target, folder: Path) -> None:
     """A study of the toolkit, but for its report: records, MLflow, warm workers, ehvi; without packs and halving."""
-    from search import pool as pools
-    from search import ray_tune
     from search.config import RunConfig
-    from search.progress import Progress
+    from search.engine import tune as ray_tune
+    from search.engine import workers as pools
     from search.records import Study
+    from search.records.tracking import Tracker
+    from search.report.live import Progress
     from search.run import _workers
     from search.study import Run
-    from search.tracking import Tracker
 
     recorded = problem_of(settings.table, settings.seed)
     space = recorded.problem.table.about["identity"]["space"]
@@ -628,7 +628,7 @@ def real_plain(settings: Settings, target: Target, folder: Path) -> None:
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
-    from search import pool as pools
+    from search.engine import workers as pools
 
     recorded = problem_of(settings.table, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Scoring choices: each with its whole question by lm-eval, against questions that run once (trainers/scoring.py).
+"""Scoring choices: each with its whole question by lm-eval, against questions that run once (tasks/scoring.py).
 
     python -m tests.benchmarks.evaluation                           # tiny-moe and tiny-dense on their task
     python -m tests.benchmarks.evaluation model=smollm2-135m task=arc_easy limit=50 dtype=bfloat16
@@ -25,7 +25,8 @@ from typing import Any
 import torch
 
 from tests.benchmarks._shared import clock
-from trainers import models, scoring, tasks
+from trainers import models, tasks
+from trainers.tasks import scoring
 
 OPTIONS = {"model": "tiny-moe,tiny-dense", "task": "default", "limit": "0", "batch_size": "32", "repeats": "5"}
 OPTIONS |= {"device": "cpu", "dtype": "auto", "threads": "1"}

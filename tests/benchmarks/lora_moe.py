@@ -10,7 +10,7 @@ unless dtype=bfloat16 is given, in which our factors stay fp32 all the same:
     MoLA     a LoRA pair per expert; for each expert list its tokens, run them, weigh, add up: the loop that Mixtral
              came to transformers with and that the LoRA-MoE papers took over
     Hydra    one A, a B per expert; each B runs on all tokens and is weighed by the softmax
-    ours     `trainers.lora_moe.lora_moe_linear`
+    ours     `trainers.adapter.lora_moe.lora_moe_linear`
 
 Time is a median over interleaved repeats in one process, as a multiple of `frozen` in the same run: CPU seconds of the
 process (what else the machine does counts less), or wall clock on a GPU.
@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.benchmarks._shared import clock
-from trainers.lora_moe import lora_moe_linear
+from trainers.adapter.lora_moe import lora_moe_linear
 
 TOKENS, RANK, TOP_K, SCALE = 2048, 8, 2, 2.0
 

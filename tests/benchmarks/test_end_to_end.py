@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Recipe, Trial
-from search.ehvi import Known
+from search.propose.ehvi import Known
 from tests.benchmarks import end_to_end
 from tests.benchmarks.end_to_end import Cost, Settings, cost_factors, parse, product, search_factors, spaced, spread
 from tests.benchmarks.search_tables import Asker, Covered, Rung, Table, simulate

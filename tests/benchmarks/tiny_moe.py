@@ -48,9 +48,10 @@ from allocators.core.errors import StudyError, unknown
 from allocators.core.shapes import shape_of
 from allocators.core.types import Allocation, Recipe, Trial, canonical_json, digest_of
 from allocators.signals import routing
-from search.uncertainty import paired
-from trainers import loop, models, pretrain, tasks
+from search.report.uncertainty import paired
+from trainers import loop, models, tasks
 from trainers.adapter import attach
+from trainers.embedded import pretrain
 
 FOLDER = Path("build/benchmarks")
 VARIANTS = ("none", "random", "hot", "all")

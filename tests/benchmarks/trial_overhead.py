@@ -121,9 +121,9 @@ def setup(folder: Path) -> dict[str, Any]:
 
 def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
     """Through the toolkit's own pool and Tune side."""
-    from search import pool as pools
-    from search import ray_tune
-    from search.sampler import Proposal
+    from search.engine import tune as ray_tune
+    from search.engine import workers as pools
+    from search.propose.sampler import Proposal
 
     clock = Clock(time.monotonic(), [], [], [])
     waiting = [Proposal(trial, cost, {}) for trial, cost in trials]
@@ -221,7 +221,7 @@ def main(argv: list[str]) -> None:
     count = int(dict(word.split("=", 1) for word in argv).get("trials", 10))
     import ray
 
-    from search import pool as pools
+    from search.engine import workers as pools
     from trainers.versions import versions
 
     # One CPU more than the workers use: the nested pattern's outer Tune function takes a slot of its own.

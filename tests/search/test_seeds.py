@@ -11,14 +11,14 @@ from rich.console import Console
 
 import spaces.sieve_ablation
 from allocators.core.types import FINISHED, Outcome
-from search import pareto
-from search.progress import Progress
+from search import front as pareto
 from search.records import Study
-from search.reuse import NOWHERE, Elsewhere
+from search.records.reuse import NOWHERE, Elsewhere
+from search.records.tracking import Tracker
+from search.report.live import Progress
 from search.study import Run, missing_repeats, remaining, table_plan
-from search.tracking import Tracker
+from tests.search.propose.test_sampler import problem as search_problem
 from tests.search.studies import CONFIG, IDENTITY
-from tests.search.test_sampler import problem as search_problem
 
 TRIALS = 6
 

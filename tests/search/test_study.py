@@ -85,7 +85,7 @@ def test_nothing_is_trained_twice_and_nothing_is_lost(story):
 
 
 def test_the_front_is_repeated_with_another_seed_and_trials_count_alone(story):
-    from search.pareto import candidates, front
+    from search.front import candidates, front
 
     folder, _, log = story
     finished = read(folder).finished
@@ -141,7 +141,7 @@ def test_mlflow_has_one_parent_and_one_finished_child_a_trial(story):
 
 
 def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story):
-    from search.pareto import front
+    from search.front import front
     from trainers import adapter, models, tasks
 
     folder, _, log = story

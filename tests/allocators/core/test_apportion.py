@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,8 +11,9 @@ from hypothesis import strategies as st
 
 from allocators.core.apportion import ROUNDINGS, apportion, floor_share, largest_remainder, paper_rounding
 from allocators.core.errors import InfeasibleError, ToolkitWarning
+from tests import GOLDEN
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "allocation.json").read_text())
+PUBLISHED = json.loads((GOLDEN / "allocation.json").read_text())
 
 weights_ = st.lists(st.integers(1, 10**6), min_size=1, max_size=24)
 floats_ = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=24)
@@ -78,7 +78,7 @@ def test_largest_remainder_is_the_nearest_composition(weights, total):
     assert distance(largest_remainder(weights, total)) == best
 
 
-@pytest.mark.parametrize("case", GOLDEN["mapping"], ids=lambda c: f"{c['v']}-{c['T']}")
+@pytest.mark.parametrize("case", PUBLISHED["mapping"], ids=lambda c: f"{c['v']}-{c['T']}")
 def test_golden_mapping(case):
     weights = [v ** case["beta"] for v in case["v"]]
     assert paper_rounding(weights, case["T"]) == tuple(case["paper_and_code"])
@@ -86,7 +86,7 @@ def test_golden_mapping(case):
 
 
 def test_golden_mistral_7b():
-    case = GOLDEN["mistral_7b"]
+    case = PUBLISHED["mistral_7b"]
     weights = [v ** case["beta"] for v in case["v"]]
     assert apportion(weights, case["T"], rounding="paper", min_experts=0) == tuple(case["expected"])
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -12,10 +11,11 @@ from allocators import sieve
 from allocators.core.errors import StudyError
 from allocators.core.shapes import FAMILIES, shape_of
 from allocators.core.types import ExpertCounts, ModelShape, ModuleShape
+from tests import GOLDEN
 from tests.allocators import tiny
 from tests.allocators.models import routing
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "parameters.json").read_text())
+PUBLISHED = json.loads((GOLDEN / "parameters.json").read_text())
 
 # Typed by hand from config.json of each model.
 OLMOE_1B_7B = {  # huggingface.co/allenai/OLMoE-1B-7B-0924
@@ -114,7 +114,7 @@ def test_dense_layers_of_moe_models():
 
 def test_published_counts_of_olmoe():
     shape = shape_of(OLMOE_1B_7B, name="OLMoE-1B-7B")
-    golden = GOLDEN["olmoe_1b_7b_r32"]
+    golden = PUBLISHED["olmoe_1b_7b_r32"]
     assert all_experts.allocate(None, shape).trainable_params(shape, rank=32) == golden["all 64 experts"] == 311_459_840
     for knobs in ({"experts_kept": 16}, {"fraction": 0.25}):
         hot = sieve.allocate(routing(shape), shape, **knobs)
@@ -133,13 +133,13 @@ def test_published_reduction_of_qwen15_moe():
 def test_published_counts_of_llama_7b(total):
     shape = shape_of(LLAMA_7B, name="llama-7b")
     counts = ExpertCounts({m.path: total // 32 for m in shape.of_role("attention", "mlp")})
-    assert counts.trainable_params(shape, rank=8) == GOLDEN["llama_7b_r8"][f"T={total}"]
+    assert counts.trainable_params(shape, rank=8) == PUBLISHED["llama_7b_r8"][f"T={total}"]
 
 
 def test_published_count_of_one_hydra_module():
     shape = ModelShape("one", (ModuleShape("m", 0, 4, 6),), 1)
     assert ExpertCounts({"m": 3}, gating="hydra").trainable_params(shape, rank=2) == 56
-    assert GOLDEN["hydralora in=4 out=6 r=2 E=3"] == 56
+    assert PUBLISHED["hydralora in=4 out=6 r=2 E=3"] == 56
 
 
 def test_unknown_family_says_what_is_possible():

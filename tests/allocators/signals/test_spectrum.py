@@ -24,10 +24,11 @@ from allocators.core.shapes import shape_of
 from allocators.signals import spectrum
 from allocators.signals.cache import cached
 from allocators.signals.spectrum import XMIN_RULES, alpha_hat, eigenvalues, fit_tail, measure, stable_rank
+from tests import GOLDEN, ROOT
 from tests.allocators.models import dense_shape, moe_shape
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "spectrum.json").read_text())
-TINY_MOE = Path(__file__).parents[3] / "trainers" / "embedded" / "tiny_moe"
+PUBLISHED = json.loads((GOLDEN / "spectrum.json").read_text())
+TINY_MOE = ROOT / "trainers" / "embedded" / "tiny_moe"
 
 seeds = st.integers(0, 2**32 - 1)
 rules = st.sampled_from(XMIN_RULES)
@@ -49,7 +50,7 @@ def hill_of(lam, rule="published") -> float:
 
 
 @pytest.mark.parametrize("rule", XMIN_RULES)
-@pytest.mark.parametrize("case", GOLDEN["spectra"], ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", PUBLISHED["spectra"], ids=lambda case: case["name"])
 def test_golden_tails(case, rule):
     tail, expected = fit_tail(case["eigenvalues"], xmin_rule=rule), case[rule]
     assert tail.index == expected["i"]
@@ -58,13 +59,13 @@ def test_golden_tails(case, rule):
     assert tail.distance == pytest.approx(expected["D"], abs=1e-8)
 
 
-@pytest.mark.parametrize("case", GOLDEN["spectra"], ids=lambda case: case["name"])
+@pytest.mark.parametrize("case", PUBLISHED["spectra"], ids=lambda case: case["name"])
 def test_golden_metrics(case):
     assert stable_rank(case["eigenvalues"]) == pytest.approx(case["stable_rank"], abs=1e-8)
     assert alpha_hat(case["eigenvalues"]) == pytest.approx(case["alpha_hat"], abs=1e-8)
 
 
-@pytest.mark.parametrize("case", GOLDEN["hill"])
+@pytest.mark.parametrize("case", PUBLISHED["hill"])
 def test_the_scripts_count_one_more_than_equation_5(case):
     k = case["paper_k"]
     ours = fit_tail(case["eigenvalues"], xmin_rule="published")

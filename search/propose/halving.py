@@ -1,0 +1,192 @@
+"""Pareto halving: trainings pause at rungs, and a free worker goes on with those that are best in two objectives.
+
+    python -m search.run space=sieve scheduler=pareto_halving evaluations=4 trials=40
+
+Successive halving in its asynchronous form (Li et al. 2020, ASHA: promotion, nobody waits for a rung to fill), with the
+ranking of Schmucker et al. 2021 (MO-ASHA: non-dominated sorting) and two differences. Trainable parameters are exact
+and known, so accuracy alone changes from rung to rung; and inside a front, where all are equally good, the one whose
+loss would cost most hypervolume comes first, which keeps a rung from protecting every cheap point that is only cheap.
+Ranking within strata of like size instead was slower on recorded trainings, however the strata were cut. State only:
+no Ray (`engine/tune.py` obeys it), no clock, no random numbers. What it decided can be told from the evaluations on
+record, so a study that was cut off goes on with `restore`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+from allocators.core.types import Outcome
+
+Members = Mapping[str, tuple[int, float | None]]  # by digest: trainable parameters, accuracy at the rung
+
+BEYOND = 0.1  # of a front's extent: how far behind its worst corner the hypervolume is measured from
+
+
+def rungs(evaluations: int, eta: int) -> tuple[int, ...]:
+    """After which evaluations a training may pause: a share 1/η, 1/η², ... of them, rounded up, the first is the last.
+
+    >>> rungs(4, 2), rungs(3, 2), rungs(9, 3), rungs(3, 3), rungs(1, 3)
+    ((1, 2), (1, 2), (1, 3), (1,), ())
+    """
+    found, share = set(), evaluations
+    while share > 1:
+        share = math.ceil(share / eta)
+        found.add(share)
+    return tuple(sorted(found))
+
+
+def ordered(members: Members) -> list[str]:
+    """Best first: by non-dominated front, in a front by hypervolume contribution, then by name. Any order may be given.
+
+    The contribution of a point is the area that only it dominates, of log parameters and accuracy as shares of the
+    front's extent, measured from a corner that lies BEYOND its worst. Of points that are equal in both objectives the
+    first by name has it and the others none. A training without a finite accuracy comes after all that have one.
+    """
+    valid = {key: (cost, acc) for key, (cost, acc) in members.items() if acc is not None and math.isfinite(acc)}
+    names: dict[tuple[int, float], list[str]] = {}
+    for key in sorted(valid):
+        names.setdefault(valid[key], []).append(key)
+    places = sorted(names)
+    fronts = _fronts(places)
+    best: list[str] = []
+    for number in range(max(fronts, default=-1) + 1):
+        front = [place for place, on in zip(places, fronts, strict=True) if on == number]
+        share = dict(zip(front, _contributions(front), strict=True))
+        best += [names[place][0] for place in sorted(front, key=lambda place: (-share[place], names[place][0]))]
+        best += sorted(name for place in front for name in names[place][1:])
+    return best + sorted(members.keys() - valid.keys())
+
+
+def _fronts(places: list[tuple[int, float]]) -> list[int]:
+    """Number of each point's non-dominated front, 0 for the outermost (numbers, not an order of the points)."""
+    if not places:
+        return []
+    import moocore  # here: it brings numpy, which `help` and `dry_run` do without
+
+    return [int(rank) for rank in moocore.pareto_rank([list(place) for place in places], maximise=[False, True])]
+
+
+def _contributions(front: list[tuple[int, float]]) -> list[float]:
+    """Hypervolume that each point of a front adds to the others."""
+    import moocore
+
+    costs, accuracies = [math.log(max(cost, 1)) for cost, _ in front], [accuracy for _, accuracy in front]
+    rows = [
+        [(max(costs) - cost) / (_extent(costs) or 1.0), (acc - min(accuracies)) / (_extent(accuracies) or 1.0)]
+        for cost, acc in zip(costs, accuracies, strict=True)
+    ]
+    return [float(part) for part in moocore.hv_contributions(rows, [-BEYOND, -BEYOND], maximise=True)]
+
+
+def _extent(values: list[float]) -> float:
+    return max(values) - min(values)
+
+
+def tokens_saved(outcomes: Iterable[Outcome], *, evaluations: int) -> tuple[int, int]:
+    """Tokens that stopped trainings would have been trained for yet, and those of all trainings had none been stopped.
+
+    A training that was stopped after n of its equally spaced evaluations would have had evaluations/n times its tokens.
+    """
+    saved = total = 0
+    for outcome in outcomes:
+        left = 0
+        if outcome.status == "stopped" and outcome.rungs:
+            left = round(outcome.tokens * (evaluations / len(outcome.rungs) - 1))
+        saved, total = saved + left, total + outcome.tokens + left
+    return saved, total
+
+
+class NoHalving:
+    """Every training runs to its end."""
+
+    paused: Mapping[str, int] = MappingProxyType({})
+
+    def restore(self, key: str, accuracies: list[float | None], *, cost: int, finished: bool) -> bool:
+        return False
+
+    def reached(self, key: str, number: int, *, accuracy: float | None, cost: int) -> bool:
+        return True
+
+    def next(self) -> str | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+    def drop(self, key: str) -> None:
+        pass
+
+
+NO_HALVING = NoHalving()
+
+
+class Halving:
+    """Who goes on at a rung: the best 1/η of all that have reached it, as of now.
+
+    evaluations   of a whole training, equally spaced in its tokens; after which of them one may pause: `rungs`
+    eta           η: the part that goes on is 1/η, rounded down while trainings may still arrive
+    paused        training -> the rung it waits at
+    """
+
+    def __init__(self, *, evaluations: int, eta: int) -> None:
+        self._eta = eta
+        self._at: dict[int, dict[str, tuple[int, float | None]]] = {rung: {} for rung in rungs(evaluations, eta)}
+        self._promoted: dict[int, set[str]] = {rung: set() for rung in self._at}
+        self._closed = False
+        self.paused: dict[str, int] = {}
+
+    def restore(self, key: str, accuracies: list[float | None], *, cost: int, finished: bool) -> bool:
+        """Takes in a training of an earlier run by its evaluations so far; says whether it is paused now.
+
+        One that finished is a rival and nothing else, wherever it ended.
+        """
+        for rung in self._at:
+            if len(accuracies) >= rung:
+                self._at[rung][key] = (cost, accuracies[rung - 1])
+            if len(accuracies) > rung:
+                self._promoted[rung].add(key)
+        if not finished and len(accuracies) in self._at:
+            self.paused[key] = len(accuracies)
+        return key in self.paused
+
+    def reached(self, key: str, number: int, *, accuracy: float | None, cost: int) -> bool:
+        """A training has its evaluation `number` (from 1): whether it goes on at once, else it is paused."""
+        if number not in self._at or key in self._promoted[number]:  # what goes on reports its old rungs again
+            return True
+        self._at[number][key] = (cost, accuracy)
+        if key in self._promotable(number):
+            self._promoted[number].add(key)
+            return True
+        self.paused[key] = number
+        return False
+
+    def next(self) -> str | None:
+        """The paused training to go on with: of the last rung that has one, the best. It counts as going on."""
+        for rung in reversed(self._at):
+            for key in self._promotable(rung):
+                if self.paused.get(key) == rung:
+                    self._promoted[rung].add(key)
+                    del self.paused[key]
+                    return key
+        return None
+
+    def close(self) -> None:
+        """No training will be started any more: 1/η is rounded up, so that a small search ends with some whole ones."""
+        self._closed = True
+
+    def drop(self, key: str) -> None:
+        """A training has ended; it stays a rival at the rungs it reached."""
+        self.paused.pop(key, None)
+
+    def _promotable(self, rung: int) -> list[str]:
+        """Those that are to go on or went on, best first."""
+        members = self._at[rung]
+        count = len(members) / self._eta
+        best = ordered(members)[: math.ceil(count) if self._closed else math.floor(count)]
+        return [key for key in best if _is_finite(members[key][1])]
+
+
+def _is_finite(accuracy: float | None) -> bool:
+    return accuracy is not None and math.isfinite(accuracy)

@@ -1,0 +1,189 @@
+"""Who proposes points: Optuna's ask and tell, with repeats and impossible points answered on the spot.
+
+Trainable parameters are exact and known before training, and many points resolve to one allocation. So a proposal is
+resolved first; what is infeasible, over budget or already trained is told to the sampler at once and never reaches a
+worker. Pure Python over Optuna: no Ray.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from allocators.core.errors import BudgetError, InfeasibleError, StudyError
+from allocators.core.types import Outcome, Point, Recipe, Trial
+from search.config import make_recipe
+from search.problem import Problem, corners
+from search.records import Answered, Reason
+
+# Successive repeats after which plain random points are drawn, and after which the space counts as used up.
+PATIENCE = 25
+EXHAUSTED = 400
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point that has to be trained: the trial, its exact cost, and the sampler parameters it came from.
+
+    sampler_seconds   what it took to think of it, the points answered on the way included
+    """
+
+    trial: Trial
+    trainable_params: int
+    params: Mapping[str, Any]
+    sampler_seconds: float = 0.0
+
+
+def _ehvi(problem: Problem, seed: int) -> Any:
+    from search.propose.ehvi import EHVISampler, resolver  # brings numpy and scipy, which no other sampler needs
+
+    return EHVISampler(resolver(problem), seed=seed)
+
+
+def table_rows(problem: Problem, *, merge: bool = True) -> list[Proposal | Answered]:
+    """Every point of a table space in the order of its knobs: to be trained, or answered because it cannot be.
+
+    merge   a row with the allocation of an earlier one is answered as its duplicate
+
+    Raises StudyError where a knob is a range of numbers: there is no "every point" of that.
+    """
+    points = list(corners(problem))
+    if points != list(corners(problem, high=True)):
+        raise StudyError(f"space {problem.space.__name__} is a TABLE, so all of its knobs must be categorical")
+    rows: list[Proposal | Answered] = []
+    seen: set[str] = set()
+    for point, params in points:
+        try:
+            trial, cost = problem.resolve(point)
+        except (InfeasibleError, BudgetError) as error:
+            rows.append(_refused(params, error))
+            continue
+        if merge and trial.digest in seen:
+            rows.append(_repeated(params, trial.digest))
+        else:
+            rows.append(Proposal(trial, cost, params))
+        seen.add(trial.digest)
+    return rows
+
+
+def _refused(params: Mapping[str, Any], error: InfeasibleError | BudgetError) -> Answered:
+    reason: Reason = "over_budget" if isinstance(error, BudgetError) else "infeasible"
+    return Answered(params, reason, None, str(error))
+
+
+def _repeated(params: Mapping[str, Any], digest: str) -> Answered:
+    return Answered(params, "duplicate", digest, "same allocation, recipe and seed")
+
+
+class Proposer:
+    """Two objectives, accuracy up and trainable parameters down, over one space.
+
+    sampler    ehvi (models accuracy alone: `propose/ehvi.py`) | tpe (multivariate, grouped: conditional spaces keep one
+               joint model a branch) | nsga2 | random
+    known      results of an earlier run with their parameters: the sampler learns them, none is trained again
+    unfinished points that an earlier run started and did not finish: proposed first
+    answered   called with every point that needed no training
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        *,
+        sampler: str = "ehvi",
+        known: Sequence[tuple[Outcome, Mapping[str, Any]]] = (),
+        unfinished: Iterable[Proposal] = (),
+        answered: Callable[[Answered], None] = lambda point: None,
+    ) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna = optuna
+        self._problem = problem
+        self._answered = answered
+        # A rerun must not walk through the points of the first run again: its draws start elsewhere.
+        seed = problem.seed + 7919 * len(known)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._random = optuna.samplers.RandomSampler(seed=seed)
+            self._sampler = {
+                "ehvi": lambda: _ehvi(problem, seed),
+                "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
+                "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
+                "random": lambda: self._random,
+            }[sampler]()
+        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=self._sampler)
+        self._finished: dict[str, Outcome] = {}
+        self._running: dict[str, list[Any]] = {}  # digest -> Optuna trials that wait for its result
+        self._unfinished = list(unfinished)
+        for outcome, params in known:
+            self._finished[outcome.digest] = outcome
+            self._tell(self._ask(params)[0], outcome)
+        self._starting = self.starting_points()
+
+    def starting_points(self) -> list[dict[str, Any]]:
+        """The space's starting points; recipe settings that a point leaves out take the study's own values.
+
+        A grid, which is searched once it was recorded (`replay=`), has none.
+        """
+        recipe = make_recipe(self._problem.task_recipe, self._problem.fixed_recipe)
+        own = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
+        space = self._problem.space
+        points = [] if getattr(space, "TABLE", False) else space.starting_points(self._problem.shape)
+        return [own | point | dict(self._problem.pins) for point in points]
+
+    def propose(self) -> Proposal | None:
+        """The next point that has to be trained; None when the space has nothing new."""
+        if self._unfinished:
+            proposal = self._unfinished.pop(0)
+            self._running[proposal.trial.digest] = [self._ask(proposal.params)[0]]
+            return proposal
+        began = time.monotonic()
+        for attempt in range(EXHAUSTED):
+            self._study.sampler = self._sampler if attempt < PATIENCE else self._random
+            starting = self._starting.pop(0) if self._starting else None
+            trial, point, params = self._ask(starting)
+            try:
+                resolved, cost = self._problem.resolve(point)
+            except (InfeasibleError, BudgetError) as error:
+                # A violated constraint, not a failure: the sampler learns to stay away.
+                trial.set_constraint("feasible", 1.0)
+                self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+                self._answered(_refused(params, error))
+                continue
+            digest = resolved.digest
+            if digest in self._finished:
+                self._tell(trial, self._finished[digest])
+                if starting:  # a rerun meets its own starting points again: not worth a record
+                    continue
+            elif digest in self._running:
+                self._running[digest].append(trial)
+            else:
+                self._running[digest] = [trial]
+                return Proposal(resolved, cost, params, time.monotonic() - began)
+            self._answered(_repeated(params, digest))
+        return None
+
+    def tell(self, outcome: Outcome) -> None:
+        """Takes the result of a proposed point, for it and for every repeat of it."""
+        self._finished[outcome.digest] = outcome
+        for trial in self._running.pop(outcome.digest, []):
+            self._tell(trial, outcome)
+
+    def _ask(self, params: Mapping[str, Any] | None) -> tuple[Any, Point, dict[str, Any]]:
+        """Optuna's trial, the space's point and its parameters; given parameters are taken instead of drawn."""
+        if params is not None:
+            self._study.enqueue_trial(dict(params))
+        trial = self._study.ask()
+        return trial, *self._problem.ask(trial)
+
+    def _tell(self, trial: Any, outcome: Outcome) -> None:
+        if outcome.status == "stopped":
+            # Worse than its rivals, but its accuracy is not that of a whole training: on no front, whatever it was.
+            self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+        elif outcome.accuracy is None:
+            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
+        else:
+            self._study.tell(trial, (outcome.accuracy, outcome.trainable_params))

@@ -1,0 +1,136 @@
+"""Trainings that another study of the same storage has done already: `reuse=true` takes their results.
+
+    python -m search.run space=sieve reuse=true name=second sampler=tpe     # points that `first` trained cost nothing
+
+    elsewhere = Elsewhere(folder, identity=config.identity(), facts={"model": ..., "numbers": ..., "data": ...}, ...)
+    if found := elsewhere.take(proposal): outcome, study = found
+
+Equal digests are one training (allocation, recipe, model, task, seed). That one of another study may stand for one of
+ours, everything else that decides a result has to agree too: what a rerun in the same folder must share (`identity`),
+less what only says which points are proposed, and what the worker that trained it wrote into the outcome's versions:
+hash of the stored weights, number format, hash of the data. Versions of libraries and the device may differ, as they
+may between two runs of one study. Only what ended by itself is taken, complete or diverged, which the same seed does
+again; what failed, was stopped, or ran out of memory there may end otherwise here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from allocators.core.errors import StudyError
+from allocators.core.types import Outcome, Status
+from search.propose.sampler import Proposal
+from search.records import HEADER, Followed, Records, redacted
+from trainers import storage
+
+log = logging.getLogger(__name__)
+
+# Keys of a study's identity that decide which points it proposes, how they are allocated and who is stopped, but not
+# what a training comes to: allocation, recipe and seed are in its digest. A key that is not listed has to agree.
+INDIFFERENT = frozenset({"space", "seed", "plugins", "recipe", "pins", "calibration_samples", "scheduler", "eta"})
+FACTS = ("model", "numbers", "data")  # of an outcome's versions
+TAKEN: tuple[Status, ...] = ("complete", "diverged")
+
+
+def same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
+    """Whether two identities agree in all that decides what a training comes to."""
+    keys = (mine.keys() | theirs.keys()) - INDIFFERENT
+    return all(key in mine and key in theirs and mine[key] == theirs[key] for key in keys)
+
+
+class Nowhere:
+    """No other study is asked."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def take(self, proposal: Proposal) -> tuple[Outcome, str] | None:
+        return None
+
+
+NOWHERE = Nowhere()
+
+
+class Elsewhere:
+    """Finished trainings of the studies whose folders lie beside this one's, those of running studies included.
+
+    identity   of this study; `defaults` of its keys, which a study of an earlier version may lack
+    facts      what the versions of an outcome have to say about model, numbers and data
+    adapters   where this study's adapters go: one that is taken over is copied, so that the other study can be deleted
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        identity: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        facts: Mapping[str, str],
+        adapters: str,
+    ) -> None:
+        self._folder = folder
+        self._identity = redacted(identity)  # as it was written by the others
+        self._defaults = redacted(defaults)
+        self._facts = facts
+        self._adapters = adapters
+        self._followed: dict[Path, Followed | None] = {folder: None}  # None: of no use
+
+    def __len__(self) -> int:
+        """How many trainings could be taken as of now."""
+        return len({digest for records in self._studies() for digest, o in records.finished.items() if self._fits(o)})
+
+    def take(self, proposal: Proposal) -> tuple[Outcome, str] | None:
+        """The outcome of a proposal and the name of the study that trained it; its adapter is copied where it is kept.
+
+        Looks at the others' records as they are now: a study that runs beside this one may have trained it just now.
+        """
+        digest = proposal.trial.digest
+        found = [(r, o) for r in self._studies() if (o := r.outcomes.get(digest)) is not None and self._fits(o)]
+        for records, outcome in sorted(found, key=lambda pair: pair[0].adapter_of(pair[1]) is None):
+            source, target = records.adapter_of(outcome), storage.join(self._adapters, digest)
+            kept = target if source and _copied(source, target) else ""
+            # the other study may know it by another allocator's name: this one's records keep to what it asked
+            taken = outcome.updated(trial=proposal.trial, trainable_params=proposal.trainable_params, adapter=kept)
+            return taken, records.reused.get(digest, records.name)
+        return None
+
+    def _fits(self, outcome: Outcome) -> bool:
+        return outcome.status in TAKEN and all(outcome.versions.get(key) == fact for key, fact in self._facts.items())
+
+    def _studies(self) -> Iterator[Records]:
+        for header in sorted(self._folder.parent.glob(f"*/{HEADER}")):
+            other = header.parent
+            if other not in self._followed:
+                self._followed[other] = self._follow(other)
+            if (followed := self._followed[other]) is not None:
+                with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                    yield followed.update()
+
+    def _follow(self, folder: Path) -> Followed | None:
+        try:
+            followed = Followed(folder)
+        except StudyError as error:
+            log.warning("nothing is reused from %s: %s", folder.name, error)
+            return None
+        theirs = {**self._defaults, **followed.records.header["identity"]}
+        return followed if same_settings(self._identity, theirs) else None
+
+
+def _copied(source: str, target: str) -> bool:
+    """Copies an adapter; False where the other study has let it go, before or while it was copied."""
+    try:
+        with storage.reading_folder(source) as local:
+            if not local.exists():
+                return False
+            storage.put_folder(local, target)
+    except StudyError:
+        if storage.exists(source):
+            raise
+    if storage.exists(source):
+        return True
+    storage.delete_folder(target)
+    return False

@@ -1,0 +1,332 @@
+"""MLflow's view of a study: one parent run, one child run a trial. The only file that imports MLflow.
+
+    tracker = Tracker.open(None, "studies", experiment="sieve", study_name="demo", tags={}, params=config)
+    tracker.sync(records)       # finds or makes the runs, adds what a killed driver did not get to write
+    tracker.started(outcome); tracker.rung(digest, rung); tracker.finished(outcome)
+    tracker.close(summary)
+
+MLflow is a view, outcomes.jsonl is the truth. A server that is down when a study starts is an error; one that fails
+later is warned about once, and the next `sync` (at the end of the study, or of the next one) writes what it missed.
+Runs are found again by tags (`study_id` of the parent, `digest` of a child), never by memory, so nothing appears twice.
+One process writes a study; several studies may write to one database or server at a time.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+# MLflow would try seven times with 120 s each while the study waits.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, Metric, Param, Run, RunTag
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from allocators.core.errors import StudyError
+from allocators.core.types import FINISHED, Outcome
+from search.front import human, point_of
+from search.records import Records, flattened, redacted
+
+log = logging.getLogger(__name__)
+
+RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+_BATCH_METRICS, _BATCH_PARAMS, _PARAM_LENGTH = 1000, 100, 6000  # MLflow's limits
+_PAGE = 1000
+
+
+class Summary(Protocol):
+    """What `report.write` returns: numbers of the whole study and the files that show it."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+    @property
+    def files(self) -> Iterable[Path]: ...
+
+
+class Tracker:
+    """One study's runs in MLflow. Make it with `open`; call `sync` before anything is started."""
+
+    def __init__(
+        self, client: MlflowClient, experiment: Experiment, *, uri: str, name: str, tags: Mapping, params: Mapping
+    ) -> None:
+        self.uri = uri
+        self._client = client
+        self._experiment = experiment
+        self._name = name
+        self._tags = {key: str(value) for key, value in tags.items()}
+        self._params = params
+        self._down = False
+        self._parent = ""
+        self._study_id = ""
+        self._children: dict[str, _Child] = {}
+
+    @classmethod
+    def open(
+        cls,
+        uri: str | None,
+        folder: str | Path,
+        *,
+        experiment: str,
+        study_name: str,
+        tags: Mapping[str, Any],
+        params: Mapping[str, Any],
+    ) -> Tracker:
+        """Connects and makes the database and the experiment where they are missing.
+
+        uri      MLflow tracking URI; None: `mlflow.db` in `folder`
+        folder   where a database keeps its artifacts (a server has its own place for them)
+        params   of the parent run, nested is fine; passwords are taken out
+
+        Raises StudyError where MLflow cannot be reached, within seconds.
+        """
+        folder = Path(folder).absolute()
+        uri = uri or f"sqlite:///{folder}/mlflow.db"
+        # MLflow announces every table that it makes, and prints whole stacks before it raises what we report in a line.
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+        try:
+            client = MlflowClient(tracking_uri=uri)
+            folder.mkdir(parents=True, exist_ok=True)
+            with _one_at_a_time(folder):  # four processes that made one sqlite schema at once: three failed
+                found = _experiment(client, experiment, uri, folder)
+        except Exception as error:
+            raise StudyError(
+                f"MLflow at {redacted(uri)} does not work ({_reason(error)}): start or correct it "
+                f"(sqlite:///FILE.db, http://HOST:PORT), or leave tracking_uri out to use a file in the storage folder"
+            ) from None
+        if found.lifecycle_stage != "active":
+            raise StudyError(
+                f"MLflow experiment '{experiment}' at {redacted(uri)} was deleted: restore it with "
+                f"'mlflow experiments restore --experiment-id {found.experiment_id}', or use another tracking_uri"
+            )
+        return cls(client, found, uri=uri, name=study_name, tags=tags, params=redacted(params))
+
+    @property
+    def browse(self) -> str:
+        """What to type or open to see the runs."""
+        known = self.uri.partition(":")[0].partition("+")[0] in DATABASES
+        return f"mlflow ui --backend-store-uri {redacted(self.uri)}" if known else str(redacted(self.uri))
+
+    def sync(self, records: Records) -> None:
+        """Makes the runs say what the records say: finds them by their tags and adds what is missing."""
+        if self._down:  # what a failing call wrote is not known here
+            self._children.clear()
+            self._down = False
+        self._safely(self._sync, records)
+
+    def started(self, outcome: Outcome) -> None:
+        assert self._parent or self._down, "sync first: it finds or makes the parent run"
+        self._safely(self._start, outcome)
+
+    def rung(self, digest: str, rung: Mapping[str, Any]) -> None:
+        self._safely(self._log_rungs, digest, [rung])
+
+    def finished(self, outcome: Outcome) -> None:
+        self._safely(self._finish, outcome)
+
+    def close(self, summary: Summary | None = None, *, status: RunStatus = "FINISHED") -> None:
+        """Ends the parent run, with the study's numbers and files; what is still running is marked KILLED."""
+        self._safely(self._close, summary, status)
+
+    def _safely(self, act: Callable[..., None], *arguments: Any) -> None:
+        if self._down:
+            return
+        try:
+            act(*arguments)
+        except Exception as error:  # whatever MLflow or its storage raises: a view must not end the study
+            self._down = True
+            log.warning(
+                "MLflow at %s fails (%s): the study goes on without it, the same command adds the missing runs",
+                redacted(self.uri),
+                _reason(error),
+            )
+
+    def _sync(self, records: Records) -> None:
+        self._study_id = records.header["id"]
+        self._parent = self._find_parent()
+        for outcome in records.outcomes.values():
+            child = self._children.get(outcome.digest)
+            if outcome.status in FINISHED and (child is None or child.ended != outcome.status):
+                self._finish(outcome)
+
+    def _find_parent(self) -> str:
+        """Finds the parent run and its children by their tags; makes a parent where there is none."""
+        mine = f"tags.study_id = '{self._study_id}'"
+        parent: Run | None = None
+        for run in self._search(mine):
+            if digest := run.data.tags.get("digest"):
+                if digest not in self._children:
+                    self._children[digest] = _Child.of(run, self._client)
+            else:
+                parent = run
+        if parent is None:
+            tags = self._tags | {"study_id": self._study_id}
+            parent = self._client.create_run(self._experiment.experiment_id, tags=tags, run_name=self._name)
+        else:
+            self._client.update_run(parent.info.run_id, status="RUNNING")
+        # A key of the command line that may change between reruns (trials=…) keeps its first value.
+        self._log_params(parent.info.run_id, flattened(self._params), parent.data.params)
+        return parent.info.run_id
+
+    def _search(self, condition: str) -> Iterator[Run]:
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment.experiment_id],
+                condition,
+                max_results=_PAGE,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            yield from page
+            if not (token := page.token):
+                return
+
+    def _start(self, outcome: Outcome) -> None:
+        trial = outcome.trial
+        child = self._children.get(outcome.digest)
+        if child is None:
+            tags = {MLFLOW_PARENT_RUN_ID: self._parent, "study_id": self._study_id, "digest": outcome.digest}
+            tags["point"] = point_of(trial)  # the seeds of one point share it
+            name = f"{trial.allocator or 'trial'} {human(outcome.trainable_params)} {outcome.digest[:6]}"
+            run = self._client.create_run(self._experiment.experiment_id, tags=tags | self._tags, run_name=name)
+            child = self._children[outcome.digest] = _Child(run.info.run_id)
+        else:
+            self._client.update_run(child.run_id, status="RUNNING")
+        params = {"allocator": trial.allocator, "model": trial.model, "task": trial.task, "seed": trial.seed}
+        params |= flattened({"knobs": trial.knobs, "recipe": trial.recipe.to_json()})
+        params |= {"trainable_params": outcome.trainable_params, "experts": trial.allocation.total_experts}
+        self._log_params(child.run_id, params, child.params)
+        child.params |= dict.fromkeys(params, "")
+        self._client.log_dict(child.run_id, trial.allocation.to_json(), "allocation.json")
+        child.begun, child.ended = True, None
+
+    def _log_params(self, run_id: str, params: Mapping[str, Any], known: Mapping[str, str]) -> None:
+        new = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in params.items() if key not in known]
+        for start in range(0, len(new), _BATCH_PARAMS):
+            self._client.log_batch(run_id, params=new[start : start + _BATCH_PARAMS])
+
+    def _log_rungs(self, digest: str, rungs: Iterable[Mapping[str, Any]]) -> None:
+        """Numbers of evaluations, by step; what the run has already is not logged again."""
+        child, now = self._children[digest], int(time.time() * 1000)
+        metrics = [
+            Metric(name, float(rung[name]), now, int(rung["step"]))
+            for rung in map(_flat, rungs)
+            for name in rung
+            if name != "step" and (name, int(rung["step"])) not in child.metrics
+        ]
+        for start in range(0, len(metrics), _BATCH_METRICS):
+            self._client.log_batch(child.run_id, metrics=metrics[start : start + _BATCH_METRICS])
+        child.metrics |= {(metric.key, metric.step) for metric in metrics}
+
+    def _finish(self, outcome: Outcome) -> None:
+        child = self._children.get(outcome.digest)
+        if child is None or not child.begun or child.ended:
+            self._start(outcome)
+            child = self._children[outcome.digest]
+        self._log_rungs(outcome.digest, outcome.rungs)
+        step = int(outcome.rungs[-1]["step"]) if outcome.rungs else 0
+        final = {
+            "accuracy": outcome.accuracy,
+            "tokens": outcome.tokens,
+            "trainable_params": outcome.trainable_params,
+            "seconds": outcome.seconds,
+            "peak_memory_bytes": outcome.peak_memory_bytes,
+        }
+        now = int(time.time() * 1000)
+        metrics = [
+            Metric(name, float(value), now, step)
+            for name, value in final.items()
+            if value is not None and (name, step) not in child.metrics
+        ]
+        tags = {"status": outcome.status, "message": outcome.message[:1000], "adapter": outcome.adapter}
+        tags |= {f"version.{name}": version for name, version in outcome.versions.items()}
+        self._client.log_batch(
+            child.run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items() if value]
+        )
+        # last: a run that is over and tagged with its status is whole
+        good = outcome.status in ("complete", "stopped")
+        self._client.set_terminated(child.run_id, "FINISHED" if good else "FAILED")
+        child.ended = outcome.status
+
+    def _close(self, summary: Summary | None, status: RunStatus) -> None:
+        if not self._parent:
+            return
+        for child in self._children.values():
+            if child.ended is None:
+                self._client.set_terminated(child.run_id, "KILLED")
+        if summary is not None:
+            now = int(time.time() * 1000)
+            metrics = [Metric(name, float(value), now, 0) for name, value in summary.metrics.items()]
+            self._client.log_batch(self._parent, metrics=metrics)
+            for file in summary.files:
+                self._client.log_artifact(self._parent, str(file), "report")
+        self._client.set_terminated(self._parent, status)
+
+
+def _flat(rung: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers of an evaluation by metric name: `accuracy`, of several tasks also `accuracy.arc_easy`."""
+    numbers = {name: rung.get(name) for name in ("step", "accuracy", "loss", "tokens", "stderr")}
+    for label, of_task in (rung.get("by_task") or {}).items():
+        name = re.sub(r"[^\w./ :-]", "-", label)  # what MLflow takes
+        numbers |= {f"accuracy.{name}": of_task["accuracy"], f"stderr.{name}": of_task["stderr"]}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+class _Child:
+    """What the MLflow run of one trial holds already: names of parameters, (name, step) of metrics, how it ended.
+
+    begun   this process has written all that a run begins with; one that was cut off may lack any of it
+    """
+
+    def __init__(self, run_id: str, *, params: Mapping[str, str] | None = None, ended: str | None = None) -> None:
+        self.run_id = run_id
+        self.params = dict(params or {})
+        self.metrics: set[tuple[str, int]] = set()
+        self.begun = False
+        self.ended = ended
+
+    @classmethod
+    def of(cls, run: Run, client: MlflowClient) -> _Child:
+        over = run.info.status in ("FINISHED", "FAILED")
+        child = cls(run.info.run_id, params=run.data.params, ended=run.data.tags.get("status") if over else None)
+        if child.ended is None:  # cut off: only then is it worth asking for the history
+            for name in run.data.metrics:
+                child.metrics |= {(name, m.step) for m in client.get_metric_history(run.info.run_id, name)}
+        return child
+
+
+def _experiment(client: MlflowClient, name: str, uri: str, folder: Path) -> Experiment:
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return found
+    scheme = uri.partition(":")[0].partition("+")[0]
+    artifacts = (folder / "mlflow-artifacts" / name).as_uri() if scheme in DATABASES else None
+    return client.get_experiment(client.create_experiment(name, artifact_location=artifacts))
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    with (folder / ".mlflow.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in one line: MLflow's own messages carry whole stacks of them, and the URI's password."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+    lines = str(redacted(str(error))).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,7 @@
+"""`python -m search.replay`"""
+
+import sys
+
+from search.replay import main
+
+sys.exit(main())

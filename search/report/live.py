@@ -1,0 +1,313 @@
+"""What a user sees while a study runs: the front so far, what is running, a bar with the time left.
+
+    with Progress(total=16, time_budget=600, done=records.finished.values()) as progress:
+        progress.started(outcome); progress.rung(digest, rung); progress.finished(outcome)
+        progress.answered("duplicate", "same allocation"); progress.message("workers are up")
+
+In a terminal a live table; elsewhere (a file, CI) one line for every finished trial.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from types import MappingProxyType
+from typing import Any, Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from allocators.core.types import Outcome, Recipe
+from search.front import Candidate, candidates, front, human, knee
+from search.propose.halving import tokens_saved
+
+ROWS = 12  # of the live front; the report has all of it
+
+
+class Progress:
+    """The live view of one study; use it as a context manager.
+
+    total        trainings that the study is to have in the end, those of earlier runs included, repeats left out
+    seed         the study's seed: outcomes with another one repeat a point, and count apart (None: none do)
+    evaluations  of a whole training: what one that was stopped early would still have taken
+    time_budget  seconds after which no trial is started; None or 0: no limit
+    done         outcomes of earlier runs of the same study
+    reused       digests of those that another study trained: they have a result and count apart, not as trainings
+    quiet        show nothing but messages
+    """
+
+    def __init__(
+        self,
+        total: int,
+        time_budget: float | None = None,
+        *,
+        done: Iterable[Outcome] = (),
+        reused: Iterable[str] = (),
+        seed: int | None = None,
+        evaluations: int = 1,
+        quiet: bool = False,
+        console: Console | None = None,
+    ) -> None:
+        self._console = console or Console(highlight=False)
+        self._trials = total
+        self._repeats = 0
+        self._seed = seed
+        self._evaluations = evaluations
+        self._budget = time_budget
+        self._quiet = quiet
+        self._done = list(done)
+        self._reused = set(reused)
+        self._earlier = len(self._trained)
+        self._front = front(candidates(self._done))
+        self._running: dict[str, tuple[Outcome, Mapping[str, Any]]] = {}
+        self._paused: set[str] = set()
+        self._answered: Counter[str] = Counter()
+        self._measuring, self._measuring_told = "", time.monotonic()
+        self._began = time.monotonic()
+        self._first_start: float | None = None
+        show = self._console.is_terminal and not quiet
+        self._live = (
+            Live(get_renderable=self._view, console=self._console, refresh_per_second=2, transient=True)
+            if show
+            else None
+        )
+
+    def __enter__(self) -> Self:
+        self._began = time.monotonic()
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+        if not self._quiet:
+            self._console.print(self._counts(), soft_wrap=True)
+
+    def measuring(self, kind: str, done: int, total: int, what: str) -> None:
+        """A signal is being measured; without a live view, a line every 10 seconds."""
+        now = time.monotonic()
+        self._measuring = f"measuring {kind}: {done} of {total}  {what}"
+        if self._live is None and now - self._measuring_told >= 10:
+            self._measuring_told = now
+            self.message(self._measuring)
+
+    def measured(self) -> None:
+        self._measuring = ""
+
+    def started(self, outcome: Outcome) -> None:
+        self._first_start = self._first_start or time.monotonic()
+        self._running[outcome.digest] = (outcome, {})
+        self._paused.discard(outcome.digest)
+
+    def rung(self, digest: str, rung: Mapping[str, Any]) -> None:
+        if digest in self._running:
+            self._running[digest] = (self._running[digest][0], rung)
+
+    def paused(self, digest: str) -> None:
+        """It waits at a rung and holds no worker; `started` again when it goes on."""
+        self._running.pop(digest, None)
+        self._paused.add(digest)
+
+    @property
+    def _trained(self) -> list[Outcome]:
+        return [outcome for outcome in self._done if outcome.digest not in self._reused]
+
+    def finished(self, outcome: Outcome, *, reused: str = "") -> None:
+        """A training has ended; `reused` names the study that trained it, where it was another one."""
+        if reused:
+            self._reused.add(outcome.digest)
+        self._running.pop(outcome.digest, None)
+        self._paused.discard(outcome.digest)
+        self._done.append(outcome)
+        self._front = front(candidates(self._done))
+        if self._quiet:
+            return
+        if self._live is None or outcome.status in ("diverged", "failed", "out_of_memory"):
+            self._console.print(self._line(outcome, reused), soft_wrap=True)
+
+    def answered(self, reason: str, message: str = "") -> None:
+        """A point that needed no training. Counted only: a sampler near its end repeats itself by the hundred."""
+        self._answered[reason] += 1
+
+    def expect(self, trials: int, repeats: int) -> None:
+        """How many trainings and how many repeats with other seeds there are to be in the end, as far as is known."""
+        self._trials, self._repeats = trials, repeats
+
+    @property
+    def _total(self) -> int:
+        return self._trials + self._repeats
+
+    def message(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """By the pace since the first start, and by the budget; None before either is known."""
+        now, guesses = time.monotonic(), []
+        trained = len(self._trained)
+        new = trained - self._earlier
+        if new and self._first_start:
+            guesses.append((now - self._first_start) / new * max(self._total - trained, 0))
+        if self._budget:
+            guesses.append(max(self._began + self._budget - now, 0.0))
+        return min(guesses, default=None)
+
+    def _line(self, outcome: Outcome, reused: str) -> Text:
+        on_front = any(outcome in candidate.runs for candidate in self._front)
+        result = f"accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else outcome.status
+        parts = [
+            f"[{len(self._trained):>{len(str(self._total))}}/{self._total}]",
+            f"{result:<14}",
+            f"{human(outcome.trainable_params):>8}",
+            point(outcome),
+            f"seed {outcome.trial.seed}" if self._seed not in (None, outcome.trial.seed) else "",
+            f"reused from {reused}" if reused else clock(outcome.seconds),
+            "stopped early" if outcome.status == "stopped" else "on the front" if on_front else "",
+            outcome.message,
+            f"({_left(self.seconds_left)})" if self.seconds_left is not None else "",
+        ]
+        return Text("  ".join(part for part in parts if part))
+
+    def _counts(self) -> Text:
+        by_status = Counter(outcome.status for outcome in self._done)
+        trained = self._trained
+        repeats = sum(1 for outcome in trained if self._seed is not None and outcome.trial.seed != self._seed)
+        lost = {s: n for s, n in by_status.items() if s in ("diverged", "failed", "out_of_memory", "stopped")}
+        parts = [
+            f"{len(self._running)} running" if self._running else "",
+            f"{len(self._paused)} paused" if self._paused else "",
+            f"{len(trained) - repeats} of {self._trials} finished",
+            f"{repeats} of {self._repeats} repeats with other seeds" if self._repeats else "",
+        ]
+        parts += [f"{len(self._reused)} reused from other studies"] if self._reused else []
+        parts += [f"{n} {status.replace('_', ' ')}" for status, n in sorted(lost.items())]
+        saved, whole = tokens_saved(trained, evaluations=self._evaluations)
+        parts += [f"{saved / whole:.0%} of all tokens not trained"] if saved else []
+        if self._answered:
+            reasons = ", ".join(f"{n} {r.replace('_', ' ')}" for r, n in sorted(self._answered.items()))
+            parts.append(f"{self._answered.total()} answered without training ({reasons})")
+        return Text(" · ".join(part for part in parts if part))
+
+    def _view(self) -> RenderableType:
+        parts: list[RenderableType] = []
+        if self._front:
+            parts.append(front_table(self._front, self._done, title="Pareto front so far", rows=ROWS))
+        for outcome, rung in list(self._running.values())[:4]:
+            now = f"step {rung['step']}, accuracy {rung['accuracy']:.3f}" if rung.get("accuracy") is not None else "..."
+            parts.append(Text(f"  {human(outcome.trainable_params):>8}  {point(outcome)}  {now}", style="dim"))
+        if self._measuring:
+            parts.append(Text(f"  {self._measuring}", style="dim"))
+        grid = Table.grid(padding=(0, 2))
+        left = self.seconds_left
+        bar = ProgressBar(total=self._total, completed=len(self._trained), width=30)
+        grid.add_row(bar, f"{len(self._trained)}/{self._total}", _left(left) if left is not None else "")
+        return Group(*parts, grid, self._counts())
+
+
+def front_table(
+    shown: Sequence[Candidate],
+    everything: Iterable[Outcome],
+    *,
+    title: str,
+    rows: int | None = None,
+    chances: Mapping[str, float] = MappingProxyType({}),
+    ids: Mapping[str, str] = MappingProxyType({}),
+) -> Table:
+    """Points of a front as a terminal table, the `rows` largest of them; recipe settings only where they vary.
+
+    chances   by digest of a point's best run: the probability that it is more accurate than the point above it
+    ids       by the same: what `search.export point=` calls it
+    """
+    settings, bend = varying(everything), knee(shown)
+    repeated = any(candidate.spread is not None for candidate in shown)
+    cut = max(len(shown) - rows, 0) if rows else 0
+    more = f", {cut} smaller {'one' if cut == 1 else 'ones'} not shown" if cut else ""
+    table = Table(title=Text(title + more), title_justify="left")
+    if ids:
+        table.add_column("id")
+    table.add_column("trainable parameters", justify="right")
+    table.add_column("accuracy", justify="right")
+    table.add_column("allocator and knobs")
+    for name in settings:
+        table.add_column(name, justify="right")
+    table.add_column("seeds", justify="right")
+    if repeated:
+        table.add_column("s.d. of seeds", justify="right")
+    if chances:
+        table.add_column("P(beats the row above)", justify="right")
+    table.add_column("")
+    for candidate in shown[cut:]:
+        best = candidate.best
+        table.add_row(
+            *([ids.get(best.digest, "")] if ids else []),
+            human(candidate.trainable_params),
+            accuracy_text(candidate),
+            Text(point(best)),  # not markup: plug-ins name themselves
+            *(number(getattr(best.trial.recipe, name)) for name in settings),
+            str(len(candidate.complete)),
+            *([f"{candidate.spread:.3f}" if candidate.spread is not None else ""] if repeated else []),
+            *([probability(chances.get(best.digest))] if chances else []),
+            "knee" if candidate is bend else "",
+        )
+    return table
+
+
+def accuracy_text(candidate: Candidate) -> str:
+    """`0.512 ± 0.035` (one standard error), `0.512` where the error is not known, `` without accuracy."""
+    if candidate.accuracy is None:
+        return ""
+    return f"{candidate.accuracy:.3f}" + (f" ± {candidate.stderr:.3f}" if candidate.stderr is not None else "")
+
+
+def probability(chance: float | None) -> str:
+    """`.93`; never certainty where there is noise: `> .99`, `< .01`."""
+    if chance is None:
+        return ""
+    return "> .99" if chance > 0.99 else "< .01" if chance < 0.01 else f"{chance:.2f}".removeprefix("0")
+
+
+def point(outcome: Outcome) -> str:
+    """`sieve fraction=0.25`: who proposed the allocation, with which knobs."""
+    knobs = (f"{name}={number(value)}" for name, value in outcome.trial.knobs.items())
+    return " ".join([outcome.trial.allocator or "unnamed", *knobs])
+
+
+def varying(outcomes: Iterable[Outcome]) -> list[str]:
+    """Recipe settings that are not the same in all outcomes, in the recipe's order."""
+    recipes = [outcome.trial.recipe for outcome in outcomes]
+    return [f.name for f in fields(Recipe) if len({getattr(recipe, f.name) for recipe in recipes}) > 1]
+
+
+def label(outcome: Outcome, settings: Iterable[str]) -> str:
+    """`sieve fraction=0.25, rank 8`: allocator, knobs, and these settings of the recipe."""
+    return ", ".join([point(outcome), *recipe_words(outcome, settings)])
+
+
+def recipe_words(outcome: Outcome, settings: Iterable[str]) -> list[str]:
+    """`rank 8` for each of these settings of the recipe."""
+    return [f"{name} {number(getattr(outcome.trial.recipe, name))}" for name in settings]
+
+
+def number(value: Any) -> str:
+    """Floats in three significant digits, everything else as it is."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def clock(seconds: float) -> str:
+    """`12 s`, `3:05`, `1:02:03`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _left(seconds: float) -> str:
+    return f"about {clock(seconds)} left" if seconds >= 1 else "finishing"

@@ -1,0 +1,485 @@
+"""An export computes what its adapter does, says what it is, and never leaves half a folder.
+
+python -m pytest tests/search/export/test_export.py
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocators.core.errors import StudyError
+from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, Trial
+from search.config import RunConfig, parse
+from search.export import export, find, main
+from search.export import parse as parse_words
+from search.export.model_card import allocation_map, portable, portable_command
+from search.records import Study, read
+from search.report import Report
+from tests import ROOT
+from tests.trainers.reference import fill
+from trainers import adapter, models, storage
+from trainers.versions import versions
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+TOKENS = torch.randint(100, (2, 24), generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def base(name: str, quantization: str = ""):
+    """Resident for the whole file; every test hands it back without an adapter."""
+    return models.load(name, dtype="float32", quantization=quantization).model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(TOKENS).logits
+
+
+def run_of(name: str, allocation, *, accuracy=0.5, seed=0, **changes) -> Outcome:
+    """A finished run of a point, without an adapter yet."""
+    recipe = Recipe(rank=4, lora_alpha=8.0, steps=40)
+    trial = Trial(allocation, recipe, name, "default", seed, "sieve" if accuracy < 0.6 else "all", {"fraction": 0.25})
+    rung = {"step": 40, "tokens": 900, "accuracy": accuracy, "loss": 1.0, "stderr": 0.03}
+    facts = versions(device="x86_64 CPU", model="sha256:0123", numbers="float32", data="feedbeef", chance="0.25")
+    params = allocation.trainable_params(models.shape_of(name), rank=4)
+    return Outcome(trial, "complete", params, accuracy, (rung,), 7.0, 900, versions=facts).updated(**changes)
+
+
+def trained(run: Outcome, place: str, quantization: str = "") -> tuple[Outcome, torch.Tensor]:
+    """The run with an adapter of random values at `place`, and its logits."""
+    recipe = run.trial.recipe
+    model, shape = base(run.trial.model, quantization), models.shape_of(run.trial.model)
+    attached = adapter.attach(
+        model, run.trial.allocation, shape=shape, rank=recipe.rank, lora_alpha=recipe.lora_alpha, top_k=recipe.top_k
+    )
+    fill(attached, std=0.05)
+    with storage.replacing_folder(place) as folder:
+        adapter.save(attached, folder, metadata={"trial": run.trial.to_json(), "base_model": run.trial.model})
+    expected = logits(model)
+    attached.detach()
+    return run.updated(adapter=place), expected
+
+
+def write_study(folder: Path, runs, params=None, **config) -> Path:
+    settings = RunConfig(**config)
+    shape = models.shape_of(settings.model)
+    with Study.open(
+        folder, config=settings.to_json(), identity=settings.identity(), shape=shape, command=settings.command()
+    ) as study:
+        for run in runs:
+            study.append_finished(run, (params or {}).get(run.digest, {}))
+    return folder
+
+
+def some(shape) -> ExpertSelection:
+    return ExpertSelection({layer: (1, 4, 5 + layer) for layer in shape.moe_layers[1:]})
+
+
+def single(shape, gating="routed") -> ExpertCounts:
+    """One expert on every third module: layers differ in which."""
+    return ExpertCounts({m.path: 1 for m in shape.modules[::3]}, gating)
+
+
+MOE = models.shape_of("tiny-moe")
+DENSE = models.shape_of("tiny-dense")
+ALL = ExpertSelection({layer: tuple(range(MOE.experts_in(layer))) for layer in MOE.moe_layers})
+POINTS = {
+    "tiny-moe": {"some": some(MOE), "every": ALL, "none": ExpertSelection({})},
+    "tiny-dense": {
+        "single": single(DENSE),
+        "hydra": single(DENSE, "hydra"),
+        "routed": ExpertCounts({m.path: 1 + m.layer % 2 for m in DENSE.modules}),
+        "nothing": ExpertCounts({}),
+    },
+}
+CASES = [(model, point) for model, points in POINTS.items() for point in points]
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """Model → (its study, point → (id, logits)): studies of real adapters on the embedded models."""
+    found = {}
+    for name, points in POINTS.items():
+        folder, runs, known = tmp_path_factory.mktemp(name), [], {}
+        for number, (point, allocation) in enumerate(points.items()):
+            run = run_of(name, allocation, accuracy=0.3 + number / 10)
+            run, expected = trained(run, str(folder / "adapters" / run.digest))
+            runs.append(run)
+            known[point] = (run.digest, expected)
+        found[name] = (write_study(folder, runs, model=name), known)
+    return found
+
+
+def exported(folder, **words) -> tuple[Path, list[str]]:
+    lines = list(export(*parse_words([str(folder), *(f"{key}={value}" for key, value in words.items())])))
+    return Path(words["to"]), lines
+
+
+def loaded_as_printed(lines: list[str], cwd: Path, monkeypatch):
+    """What the printed Python makes, run beside the export."""
+    monkeypatch.chdir(cwd)
+    code = lines[-1].partition("To load it:\n")[2]
+    assert code.count("\n") == 2
+    space: dict = {}
+    exec(code, space)  # the card promises that these lines work
+    return space["model"].eval()
+
+
+# --- what an export computes
+
+
+@pytest.mark.parametrize(("model", "point"), CASES)
+@pytest.mark.parametrize("format", ["adapter", "merged", "peft"])
+def test_the_printed_lines_load_what_the_adapter_computes(exports, model, point, format, tmp_path, monkeypatch):
+    study, known = exports[model]
+    digest, expected = known[point]
+    several, nothing = point == "routed", point == "nothing"
+    if (several and format != "adapter") or (nothing and format == "peft"):
+        with pytest.raises(StudyError, match=r"several LoRA experts|adapts no module"):
+            exported(study, to=tmp_path / "out", point=digest, format=format)
+        assert not list(tmp_path.iterdir())
+        return
+    folder, lines = exported(study, to=tmp_path / "out", point=digest[:12], format=format)
+    assert any(line.startswith("note: ") and "logits" in line for line in lines) == (format != "adapter")
+    found = loaded_as_printed(lines, tmp_path, monkeypatch)
+    torch.testing.assert_close(logits(found), expected, **CLOSE)
+    card = (folder / "README.md").read_text()
+    assert lines[-1].partition("To load it:\n")[2] in card
+    assert not any(str(tmp_path) in f.read_text(errors="replace") for f in folder.rglob("*") if f.is_file())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    tensors = sorted(f.name for f in folder.glob("*.safetensors"))
+    assert tensors == [{"adapter": "adapter", "merged": "model", "peft": "adapter_model"}[format] + ".safetensors"]
+
+
+def test_a_merged_model_is_plain_and_rounded_only_where_asked(exports, tmp_path):
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    study, known = exports["tiny-moe"]
+    digest, expected = known["some"]
+    weights = models.folder_of("tiny-moe") / "model.safetensors"
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    folder, lines = exported(study, to=tmp_path / "half", point=digest, format="merged", dtype="stored")
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == before  # mapped into memory, and summed into
+    with safe_open(folder / "model.safetensors", framework="pt") as stored:
+        assert {str(stored.get_slice(name).get_dtype()) for name in stored.keys()} == {"F16"}  # noqa: SIM118
+    rounded = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    difference = (rounded - expected).abs().max() / expected.abs().max()
+    assert 1e-5 < difference < 1e-2
+    assert "which is the rounding of the weights; dtype=float32 has none" in " ".join(lines)
+    assert AutoTokenizer.from_pretrained(folder)("a b").input_ids == models.load("tiny-moe").tokenizer("a b").input_ids
+    assert "lora" not in (folder / "config.json").read_text()
+
+
+def test_the_best_and_the_knee_and_ids(exports):
+    study, known = exports["tiny-moe"]
+    report = Report(read(study))
+    assert find(report, "best")[1].digest == report.front[-1].best.digest
+    for digest, _ in known.values():
+        assert find(report, digest)[1].digest == digest
+        assert find(report, digest[:9])[1].digest == digest
+    with pytest.raises(StudyError, match=r"no run of .* begins with 'bets'; did you mean 'best'.*the front has"):
+        find(report, "bets")
+    with pytest.raises(StudyError, match=r"^3 ids begin with ''|no run of"):
+        find(report, "")
+
+
+def test_several_seeds_are_one_point_whose_kept_adapter_is_taken(tmp_path):
+    runs = [run_of("tiny-moe", ExpertSelection({}), accuracy=a, seed=seed) for seed, a in enumerate((0.5, 0.52, 0.54))]
+    kept, _ = trained(runs[1], str(tmp_path / "s" / "adapters" / runs[1].digest))
+    gone = [run.updated(adapter=str(tmp_path / "gone" / run.digest)) for run in (runs[0], runs[2])]
+    study = write_study(tmp_path / "s", [gone[0], kept, gone[1]])
+    folder, _ = exported(study, to=tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    assert "| seeds behind it | 3; these weights: seed 1, accuracy 0.520 |" in card
+    assert re.search(r"\| accuracy \| 0\.520 ± 0\.0\d\d \(one standard error\) \|", card)
+    with pytest.raises(StudyError, match=f"is gone: .*another seed of this point is kept: point={kept.digest[:8]};"):
+        exported(study, to=tmp_path / "again", point=runs[2].digest)
+
+
+# --- where things lie
+
+
+def test_adapters_and_exports_at_uris(tmp_path, monkeypatch):
+    run, expected = trained(run_of("tiny-moe", ExpertSelection({})), (tmp_path / "bucket/a").as_uri())
+    study = write_study(tmp_path / "s", [run])
+    place = (tmp_path / "bucket" / "out").as_uri()
+    _, lines = exported(study, to=place)
+    found = loaded_as_printed(lines, tmp_path / "bucket", monkeypatch)
+    torch.testing.assert_close(logits(found), expected, **CLOSE)
+    with pytest.raises(StudyError, match="is not empty: choose another folder, or overwrite=true"):
+        exported(study, to=place)
+    exported(study, to=place, overwrite="true")
+
+
+def test_what_lies_there_is_replaced_only_if_it_is_an_export_and_only_when_asked(exports, tmp_path):
+    study, known = exports["tiny-moe"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "README.md").write_text("# lora-expert-search is what I like\n")
+    for overwrite, why in (("false", "overwrite=true to replace an earlier export"), ("true", "no export")):
+        with pytest.raises(StudyError, match=why):
+            exported(study, to=tmp_path / "mine", overwrite=overwrite)
+    (tmp_path / "out").mkdir()  # empty: nothing to lose
+    exported(study, to=tmp_path / "out", point=known["some"][0])
+    before = {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()}
+    with pytest.raises(StudyError, match="is not empty"):
+        exported(study, to=tmp_path / "out", format="peft")
+    with pytest.raises(StudyError, match="the base model is needed for format=merged"):  # fails half way
+        exported(study, to=tmp_path / "out", format="merged", model="no-such", overwrite="true")
+    assert {f.name: f.read_bytes() for f in (tmp_path / "out").iterdir()} == before
+    exported(study, to=tmp_path / "out", point=known["none"][0], format="peft", overwrite="true")
+    assert {f.name for f in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_a_base_that_has_moved_and_one_that_is_another(tmp_path, monkeypatch):
+    import shutil
+
+    shutil.copytree(models.folder_of("tiny-moe"), tmp_path / "base")
+    name = str(tmp_path / "base")
+    run, expected = trained(run_of(name, some(MOE)), str(tmp_path / "a"))
+    study = write_study(tmp_path / "s", [run], model=name)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(StudyError, match="the base model is needed for format=merged: unknown model"):
+        exported(study, to=tmp_path / "out", format="merged")
+    with pytest.raises(StudyError, match=r"is for .*base \(olmoe\), got a llama model|another model"):
+        exported(study, to=tmp_path / "out", format="merged", model="tiny-dense")
+    for format in ("adapter", "peft"):
+        folder, lines = exported(study, to=tmp_path / format, format=format, model=tmp_path / "moved")
+        texts = [f.read_text(errors="replace") for f in folder.iterdir()]
+        assert not any(str(tmp_path) in text for text in texts)  # the folder's name stays, where it lay does not
+        assert 'models.load("moved"' in lines[-1]
+        found = loaded_as_printed(lines, tmp_path, monkeypatch)
+        torch.testing.assert_close(logits(found), expected, **CLOSE)
+
+
+# --- what cannot be had
+
+
+def test_an_adapter_that_was_deleted_can_be_trained_again_by_the_command_in_the_message(tmp_path, capsys):
+    """The command's own first proposal is the run whose adapter is gone, to the last digit of its learning rate."""
+    from search.propose.sampler import Proposer
+    from search.run import prepare
+
+    config = RunConfig(recipe={"steps": 7}, trials=5, storage=str(tmp_path), seed=3)
+    proposer = Proposer(prepare(config), sampler="random")
+    proposals = [proposer.propose() for _ in range(9)]
+    proposal = next(p for p in proposals[4:] if p.trial.allocator in ("random", "all", "none"))
+    gone = Outcome(proposal.trial, "complete", proposal.trainable_params, 0.4, adapter=str(tmp_path / "adapters" / "x"))
+    study = write_study(tmp_path / "s", [gone], {gone.digest: dict(proposal.params)}, **vars(config))
+    assert main([str(study), f"to={tmp_path / 'out'}", f"point={gone.digest}"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "keep=all keeps everything" in err
+    assert str(tmp_path / "adapters") not in err
+    command = err.partition("train this point again: python -m search.run ")[2].split()
+    again = parse(command)
+    assert (again.trials, again.keep, again.storage) == (1, "all", "studies")
+    assert Proposer(prepare(again), sampler="tpe").propose().trial.digest == gone.digest
+
+
+def test_a_run_that_never_had_an_adapter_says_why(tmp_path):
+    run = run_of("tiny-moe", ALL, status="diverged", message="loss became NaN at step 3").updated(accuracy=None)
+    study = write_study(tmp_path / "s", [run])
+    with pytest.raises(StudyError, match=r"has no adapter: it is diverged \(loss became NaN at step 3\)"):
+        exported(study, to=tmp_path / "out", point=run.digest[:6])
+    with pytest.raises(StudyError, match="has no point=best: it has no finished trial"):
+        exported(study, to=tmp_path / "out")
+
+
+def test_a_quantised_base_is_not_merged(tmp_path):
+    run = run_of("tiny-moe", ExpertSelection({}))
+    run, _ = trained(run, str(tmp_path / "s" / "adapters" / run.digest))
+    study = write_study(tmp_path / "s", [run], quantization="nf4")
+    with pytest.raises(StudyError, match=r"quantization=nf4.*use format=adapter or format=peft"):
+        exported(study, to=tmp_path / "out", format="merged")
+    _, lines = exported(study, to=tmp_path / "out")
+    assert "quantization='nf4'" in lines[-1]
+
+
+def test_peft_takes_an_adapter_to_its_packed_base(tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    run = run_of("tiny-dense", single(DENSE))
+    run, expected = trained(run, str(tmp_path / "s" / "adapters" / run.digest), quantization="nf4")
+    study = write_study(tmp_path / "s", [run], model="tiny-dense", quantization="nf4")
+    _, lines = exported(study, to=tmp_path / "out", format="peft")
+    assert "loaded by PEFT on a nf4 base" in " ".join(lines)
+    found = loaded_as_printed(lines, tmp_path, monkeypatch)
+    torch.testing.assert_close(logits(found), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("damage", ["not finite", "another run's", "torn"])
+def test_an_adapter_that_is_not_what_the_records_say_is_not_handed_out(damage, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    run = run_of("tiny-moe", some(MOE))
+    place = tmp_path / "s" / "adapters" / run.digest
+    run, _ = trained(run, str(place))
+    match damage:
+        case "not finite":
+            tensors = load_file(place / "adapter.safetensors")
+            next(iter(tensors.values()))[0, 0] = float("nan")
+            save_file(tensors, place / "adapter.safetensors")
+        case "another run's":
+            trained(run_of("tiny-moe", ExpertSelection({})), str(place))
+        case "torn":
+            (place / "adapter.safetensors").write_bytes((place / "adapter.safetensors").read_bytes()[:99])
+    study = write_study(tmp_path / "s", [run])
+    for format in ("adapter", "merged", "peft"):
+        with pytest.raises(StudyError, match=r"not finite|another allocation|damaged"):
+            exported(study, to=tmp_path / "out", format=format)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["formt=peft"], "unknown key 'formt'; did you mean 'format'"),
+        (["format=pft"], "unknown format 'pft': choose from adapter, merged, peft; did you mean 'peft'"),
+        (["dtype=float16"], "unknown dtype 'float16': choose from float32, stored"),
+        (["dtype=stored"], "dtype is for format=merged"),
+        (["overwrite=yes"], "overwrite must be true or false, got 'yes'"),
+        (["to="], "to=FOLDER is missing"),
+        (["another"], "give the folder of one study, got 2"),
+        (["point=best", "to=x"], "no study in"),
+    ],
+)
+def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(words, expected, tmp_path, capsys):
+    assert main([str(tmp_path / "nothing"), f"to={tmp_path / 'out'}", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+    assert captured.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_is_no_uri(capsys):
+    assert main(["s3://bucket/studies/x", "to=out"]) == 2
+    assert "its records lie in studies/NAME on the machine that started it" in capsys.readouterr().err
+
+
+def test_help_and_errors_load_neither_torch_nor_transformers(tmp_path):
+    script = (
+        "import sys; from search.export import main; code = main(sys.argv[1:]); "
+        "heavy = {'ray', 'torch', 'transformers', 'mlflow', 'peft', 'omegaconf'} & set(sys.modules); "
+        "print('heavy:', sorted(heavy), code)"
+    )
+    for words, code in ((["help"], 0), ([str(tmp_path), "to=x", "format=merged"], 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", script, *words], capture_output=True, text=True, check=True, cwd=ROOT
+        )
+        assert f"heavy: [] {code}" in done.stdout
+
+
+# --- the card
+
+
+def test_the_card_says_what_is_known_and_the_hub_can_read_it(exports, tmp_path):
+    from huggingface_hub import ModelCard
+
+    study, known = exports["tiny-moe"]
+    folder, _ = exported(study, to=tmp_path / "out", point=known["some"][0], format="peft")
+    text = (folder / "README.md").read_text()
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.base_model == "tiny-moe"
+    assert card.data.library_name == "peft"
+    assert card.data.base_model_relation == "adapter"
+    assert {"lora", "lora-expert-search", "mixture-of-experts", "sieve"} <= set(card.data.tags)
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("default", "accuracy", 0.3)
+    params = some(MOE).trainable_params(MOE, rank=4)
+    stored = sum(t["shape"][0] * t["shape"][1] for t in header_of(models.folder_of("tiny-moe"), dims=2))
+    assert f"| trainable parameters | {params:,}, {params / stored:.2%} of the base's {stored:,} |" in text
+    for expected in (
+        "0.300 ± 0.030",
+        "feedbeef",
+        "x86_64 CPU",
+        "| lora_alpha | 8 |",
+        "licence of the base model",
+        "4.1",
+    ):
+        assert expected in text
+    assert "python -m search.run space=sieve" in text
+    assert "layer   2    3 of 16  .#..#..#........" in text
+    assert re.search(r"the file holds [\d,]+ values, \d+\.\d\d times the ", text)
+
+
+def header_of(folder: Path, *, dims: int) -> list[dict]:
+    """Sizes of all tensors of a model folder, as lists of at least `dims` numbers."""
+    raw = (folder / "model.safetensors").read_bytes()
+    head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    sizes = [value["shape"] for key, value in head.items() if key != "__metadata__"]
+    return [{"shape": [*size, *[1] * (dims - len(size))]} for size in sizes]
+
+
+def test_maps_of_allocations_by_hand():
+    lines = allocation_map(ExpertSelection({1: (0, 3)}), MOE)
+    assert lines[0] == "2 of 64 experts have LoRA (#), by layer"
+    assert lines[2] == "layer   1    2 of 16  #..#............"
+    paths = {f"model.layers.{layer}.self_attn.q_proj": layer + 9 for layer in (0, 2)}
+    dense = allocation_map(ExpertCounts(paths), DENSE)
+    assert dense[0].startswith("20 LoRA experts (with a router each)")
+    assert dense[1].split() == ["layer", *(str(i) for i in range(DENSE.num_layers))]
+    assert dense[2].split() == ["q_proj", "9", "0", "11", *["0"] * (DENSE.num_layers - 3)]
+    assert len({len(line) for line in dense[1:]}) == 1
+
+
+def test_nothing_secret_and_no_folder_of_this_machine_gets_out(tmp_path):
+    run = run_of("tiny-moe", ExpertSelection({}))
+    run, _ = trained(run, str(tmp_path / "s" / "adapters" / run.digest))
+    study = write_study(
+        tmp_path / "s",
+        [run],
+        storage="/home/me/studies",
+        tracking_uri="https://me:hunter2@mlflow.example.org",
+        plugins=["/home/me/own.py", "~/more.py"],
+    )
+    folder, _ = exported(study, to=tmp_path / "out")
+    for file in folder.iterdir():
+        text = file.read_text(errors="replace")
+        for secret in ("hunter2", "/home/me", "~/more", "mlflow.example", str(tmp_path)):
+            assert secret not in text, file.name
+    assert "'plugins=[path/to/own.py,path/to/more.py]'" in (folder / "README.md").read_text()
+
+
+NAMES = st.text("abcXYZ0189._-", min_size=1, max_size=8).filter(lambda s: s.strip("."))
+
+
+@given(
+    folders=st.lists(NAMES, min_size=1, max_size=4),
+    home=st.sampled_from(["/", "~/", "file:///"]),
+    around=st.sampled_from(["{}", "task={}", "'plugins=[{},b]'", "cannot read {}: gone", '{{"a": "{}"}}']),
+)
+def test_a_path_leaves_its_last_name_and_nothing_else(folders, home, around):
+    said = portable(around.format(home + "/".join(["Secret", *folders])))
+    assert "Secret" not in said
+    assert folders[-1] in said
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["allenai/OLMoE-1B-7B-0924", "s3://bucket/dir/x", "https://a.org/b", "task=my/q.yaml", "1/2 and/or 3 / 4", "a b"],
+)
+def test_what_is_no_path_of_this_machine_stays(text):
+    assert portable(text) == text
+
+
+def test_a_command_keeps_what_the_result_depends_on():
+    command = "python -m search.run space=sieve storage=/x/y tracking_uri='http://h /' seed=3 task=/d/q.yaml num_cpus=2"
+    assert portable_command(command) == "python -m search.run space=sieve seed=3 task=path/to/q.yaml"

@@ -1,0 +1,316 @@
+"""The sampler that models accuracy alone: its criterion against Monte Carlo and moocore, its candidates, proposals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import moocore
+import numpy as np
+import optuna
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from allocators.core.errors import BudgetError, InfeasibleError
+from allocators.core.types import Outcome
+from search.propose.ehvi import (
+    AccuracyModel,
+    EHVISampler,
+    Known,
+    _Candidate,
+    _draw,
+    _floor,
+    _front,
+    _move,
+    _unit,
+    _value,
+    expected_hypervolume_improvement,
+    expected_improvement,
+    features,
+    resolver,
+)
+from search.propose.sampler import Proposer
+from tests.search.propose.test_sampler import problem, result
+
+REFERENCE = (10.0, 0.0)
+POINTS = st.lists(st.tuples(st.integers(0, 12), st.integers(-2, 10).map(lambda n: n / 10)), max_size=8)
+
+
+def ehvi(candidates, points, *, reference=REFERENCE):
+    cost, mean, std = (np.array(column, dtype=float) for column in zip(*candidates, strict=True))
+    return expected_hypervolume_improvement(
+        mean,
+        std,
+        cost,
+        cost_N=np.array([cost for cost, _ in points], dtype=float),
+        height_N=np.array([height for _, height in points], dtype=float),
+        reference=reference,
+    )
+
+
+def area(points, *, reference=REFERENCE) -> float:
+    rows = np.array(points, dtype=float).reshape(-1, 2)
+    return moocore.hypervolume(rows, ref=list(reference), maximise=[False, True]) if len(rows) else 0.0
+
+
+@given(POINTS, st.integers(0, 12), st.integers(-2, 12).map(lambda n: n / 10))
+def test_without_doubt_it_is_the_hypervolume_that_the_point_adds(points, cost, accuracy):
+    gain = area([*points, (cost, accuracy)]) - area(points)
+    assert ehvi([(cost, accuracy, 1e-9)], points)[0] == pytest.approx(gain, abs=1e-6)
+
+
+@settings(max_examples=15, deadline=None)
+@given(POINTS, st.integers(0, 11), st.floats(-0.2, 1.0), st.floats(0.02, 0.5), st.integers(0, 2**32 - 1))
+def test_it_is_the_mean_of_what_moocore_measures_on_draws(points, cost, mean, std, seed):
+    draws = np.random.default_rng(seed).normal(mean, std, 4000)
+    # in 200 quantile groups: moocore runs once a group, and the area is piecewise linear in the accuracy
+    groups = np.sort(draws).reshape(200, -1).mean(axis=1)
+    gains = np.array([area([*points, (cost, accuracy)]) for accuracy in groups]) - area(points)
+    error = 4 * (REFERENCE[0] * std / math.sqrt(len(draws)) + 1e-3)
+    assert ehvi([(cost, mean, std)], points)[0] == pytest.approx(gains.mean(), abs=error)
+
+
+@given(POINTS, st.permutations(range(8)), st.integers(0, 11), st.floats(-0.2, 1.0), st.floats(0.01, 0.5))
+def test_order_and_beaten_points_change_nothing(points, order, cost, mean, std):
+    there = ehvi([(cost, mean, std)], points)[0]
+    shuffled = [points[i] for i in order if i < len(points)]
+    beaten = [(x + 1, y - 0.1) for x, y in points]
+    assert ehvi([(cost, mean, std)], [*shuffled, *beaten])[0] == pytest.approx(there, abs=1e-12)
+
+
+@given(POINTS.filter(len), st.integers(0, 11), st.floats(-0.2, 1.0), st.floats(0.01, 0.5))
+def test_more_known_points_leave_less_to_gain_and_cheaper_is_better(points, cost, mean, std):
+    fewer, all_ = ehvi([(cost, mean, std)], points[1:])[0], ehvi([(cost, mean, std)], points)[0]
+    assert -1e-12 <= all_ <= fewer + 1e-12
+    assert ehvi([(cost - 1, mean, std)], points)[0] >= all_ - 1e-12
+
+
+def test_by_hand():
+    # Up to cost 10 nothing is known: 6 wide, and E[max(Y, 0)] of a standard normal variable is 1/√(2π).
+    assert ehvi([(4, 0.0, 1.0)], [])[0] == pytest.approx(6 / math.sqrt(2 * math.pi))
+    # A point of accuracy .5 at cost 7 leaves 3 of the 6 as they were, and raises the bar on the other 3.
+    bar = expected_improvement(np.array([0.0]), np.array([1.0]), 0.5)[0]
+    assert ehvi([(4, 0.0, 1.0)], [(7, 0.5)])[0] == pytest.approx(3 / math.sqrt(2 * math.pi) + 3 * bar)
+    assert ehvi([(10, 5.0, 1.0)], [])[0] == 0.0
+
+
+@given(arrays.arrays(float, st.integers(1, 20), elements=st.floats(-50, 50)))
+def test_improvement_is_never_negative_even_where_it_underflows(mean):
+    assert (expected_improvement(mean, np.full(len(mean), 0.5), 0.0) >= 0).all()
+
+
+DISTRIBUTIONS = [
+    optuna.distributions.FloatDistribution(1e-4, 2e-2, log=True),
+    optuna.distributions.FloatDistribution(0.1, 0.9, step=0.05),
+    optuna.distributions.FloatDistribution(-1.0, 3.0),
+    optuna.distributions.IntDistribution(4, 32, step=4),
+    optuna.distributions.IntDistribution(1, 1000, log=True),
+    optuna.distributions.IntDistribution(3, 3),
+    optuna.distributions.CategoricalDistribution(["count", "mass", None]),
+]
+
+
+@given(st.sampled_from(DISTRIBUTIONS), st.integers(0, 2**32 - 1))
+def test_drawn_and_moved_values_belong_to_their_distribution(distribution, seed):
+    random = np.random.default_rng(seed)
+    value = _draw(distribution, random)
+    for _ in range(5):
+        assert distribution._contains(distribution.to_internal_repr(value))
+        if not isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            assert 0.0 <= _unit(distribution, value) <= 1.0
+            assert _value(distribution, _unit(distribution, value)) == pytest.approx(value)
+        value = _move(distribution, value, random)
+
+
+def test_every_step_of_an_ordered_knob_is_drawn_equally_often():
+    distribution, random = optuna.distributions.FloatDistribution(0.1, 0.9, step=0.2), np.random.default_rng(0)
+    counts = np.unique([round(_draw(distribution, random), 6) for _ in range(2000)], return_counts=True)
+    assert counts[0].tolist() == [0.1, 0.3, 0.5, 0.7, 0.9]
+    assert counts[1].min() > 320
+
+
+def test_an_outlier_does_not_take_the_range_of_the_model():
+    assert _floor(np.array([0.4, 0.5, 0.6, 0.7, -40.0])) == pytest.approx(0.4 - 1.5 * (0.6 - 0.4) + 0.0, abs=1e-9)
+    assert _floor(np.array([0.4, 0.5, 0.6, 0.7])) == 0.4
+
+
+def test_the_model_finds_the_input_that_matters_and_how_noisy_a_run_is():
+    random = np.random.default_rng(0)
+    x = random.random((60, 4))
+    y = 0.5 + 0.3 * np.sin(5 * x[:, 2]) + random.normal(0, 0.05, 60)
+    model = AccuracyModel()
+    model.fit(x, y)
+    grid = np.full((50, 4), 0.5)
+    grid[:, 2] = np.linspace(0, 1, 50)
+    mean, std = model.predict(grid)
+    assert np.abs(mean - 0.5 - 0.3 * np.sin(5 * grid[:, 2])).mean() < 0.04
+    assert std.max() < 0.1
+    grid[:, 2] = 0.5
+    grid[:, 0] = np.linspace(0, 1, 50)
+    assert np.ptp(model.predict(grid)[0]) < 0.05
+
+
+# --- the sampler on a small conditional space
+
+
+class Space:
+    """Width and depth, and a rate that only the branch 'deep' has; cost is exact, accuracy known to the test."""
+
+    def __init__(self, limit: int = 10**9) -> None:
+        self.limit = limit
+
+    def suggest(self, trial) -> dict:
+        point = {"kind": trial.suggest_categorical("kind", ["flat", "deep"]), "width": trial.suggest_int("width", 1, 9)}
+        if point["kind"] == "deep":
+            point["rate"] = trial.suggest_float("rate", 1e-4, 1e-1, log=True)
+        return point
+
+    def __call__(self, trial) -> Known:
+        point = self.suggest(trial)
+        if point["width"] == 5:
+            raise InfeasibleError("five is impossible")
+        cost = 100 * point["width"] * (2 if "rate" in point else 1)
+        if cost > self.limit:
+            raise BudgetError("too many")
+        rate = f"{math.log10(point['rate']):.1f}" if "rate" in point else "-"
+        return Known(f"{point['kind']} {point['width']} {rate}", cost)
+
+
+def accuracy(params: dict) -> float:
+    if "rate" not in params:
+        return 0.3 + 0.02 * params["width"]
+    return 0.3 + 0.05 * params["width"] - 0.1 * abs(math.log10(params["rate"]) + 2)
+
+
+def make(space, seed: int = 0):
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(directions=["maximize", "minimize"], sampler=EHVISampler(space, seed=seed))
+
+
+@settings(max_examples=3, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from([10**9, 900]))
+def test_it_never_proposes_what_was_tried_is_impossible_or_costs_too_much(seed, limit):
+    space = Space(limit)
+    study, seen = make(space, seed), set()
+    for number in range(14):
+        trial = study.ask()
+        known = space(trial)  # raises where the point is none
+        assert known.key not in seen
+        seen.add(known.key)
+        if number % 5 == 4:
+            study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        elif number % 5 != 3:  # every fifth goes on running
+            study.tell(trial, (accuracy(trial.params), known.cost))
+
+
+def test_equal_seeds_propose_equal_points():
+    runs = []
+    for _ in range(2):
+        study, space = make(Space(), 7), Space()
+        for _ in range(12):
+            trial = study.ask()
+            known = space(trial)
+            study.tell(trial, (accuracy(trial.params), known.cost))
+        runs.append([t.params for t in study.get_trials()])
+    assert runs[0] == runs[1]
+
+
+def test_workers_that_ask_at_the_same_time_are_sent_to_different_places():
+    space, study = Space(), make(Space())
+    for _ in range(12):
+        trial = study.ask()
+        known = space(trial)
+        study.tell(trial, (accuracy(trial.params), known.cost))
+    keys = [space(study.ask()).key for _ in range(4)]
+    assert len(set(keys)) == 4
+
+
+def test_it_leaves_less_unfound_than_random_on_a_conditional_space():
+    def missing(sampler) -> float:
+        study, space = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler), Space()
+        found = []
+        while len(found) < 24:
+            trial = study.ask()
+            try:
+                known = space(trial)
+            except InfeasibleError:
+                study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                continue
+            found.append((math.log(known.cost), accuracy(trial.params)))
+            study.tell(trial, (found[-1][1], known.cost))
+        best = [(math.log(200 * w), 0.3 + 0.05 * w) for w in (1, 2, 3, 4, 6, 7, 8, 9)]
+        best += [(math.log(100 * w), 0.3 + 0.02 * w) for w in (1, 2, 3, 4, 6, 7, 8, 9)]
+        reference = (math.log(2000), 0.0)
+        return area(best, reference=reference) - area(found, reference=reference)
+
+    ours = [missing(EHVISampler(Space(), seed=seed)) for seed in range(3)]
+    random = [missing(optuna.samplers.RandomSampler(seed=seed)) for seed in range(3)]
+    assert sum(ours) < sum(random) / 2
+
+
+def test_partly_fixed_trials_and_used_up_spaces_fall_back_to_random_draws():
+    study = make(Space())
+    study.enqueue_trial({"kind": "flat"})
+    trial = study.ask()
+    assert Space().suggest(trial)["kind"] == "flat"
+
+    def one_point(trial) -> Known:
+        return Known(str(trial.suggest_int("width", 2, 2)), 1)
+
+    study = make(one_point)
+    for _ in range(3):
+        trial = study.ask()
+        assert one_point(trial).key == "2"
+        study.tell(trial, (0.5, 1))
+
+
+def test_a_study_with_other_objectives_is_refused():
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=EHVISampler(Space()))
+    with pytest.raises(ValueError, match="maximises accuracy"):
+        Space().suggest(study.ask())
+
+
+def test_the_front_that_candidates_are_drawn_near():
+    tried = [(3, 0.5), (1, 0.2), (2, 0.2), (3, 0.4), (9, 0.7)]
+    points = [(_Candidate({}, {}, Known(str(i), cost), {}), value) for i, (cost, value) in enumerate(tried)]
+    assert [point.known.key for point in _front(points)] == ["1", "0", "4"]
+
+
+# --- on the project's own spaces
+
+
+def test_it_proposes_through_the_proposer_and_keeps_to_the_budget():
+    asked = problem(max_trainable_params=6000)
+    proposer, costs, digests = Proposer(asked, sampler="ehvi"), [], set()
+    for number in range(14):
+        proposal = proposer.propose()
+        costs.append(proposal.trainable_params)
+        digests.add(proposal.trial.digest)
+        proposer.tell(result(proposal, accuracy=None if number == 6 else 0.3 + 0.01 * number))
+    assert max(costs) <= 6000
+    assert len(digests) == 14
+
+
+def test_features_of_allocations_by_hand():
+    asked = problem()
+    resolve = resolver(asked)
+
+    def known(**params) -> Known:
+        return resolve(optuna.trial.FixedTrial({"rank": 4, "learning_rate": 1e-3} | params))
+
+    all_, none = known(allocator="all").features, known(allocator="none").features
+    assert all_ == {"depth": pytest.approx(0.5), "routed": pytest.approx(1.0)}
+    assert none == {"depth": 0.5, "routed": 0.0}
+    hot = known(allocator="sieve", fraction=0.25, score="count").features["routed"]
+    cold = known(allocator="random", fraction=0.25).features["routed"]
+    assert hot > cold
+    # the busiest 4 of 16 experts take 13 + 14 + 15 + 16 of 1 + ... + 16 picks in every layer
+    assert hot == pytest.approx(58 / 136)
+
+
+def test_without_a_routing_signal_the_depth_is_still_known():
+    asked = replace(problem(), signals={})
+    outcome: Outcome = result(Proposer(problem()).propose())
+    assert set(features(outcome.trial, asked.shape, {})) == {"depth"}

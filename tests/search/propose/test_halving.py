@@ -1,0 +1,473 @@
+"""Pareto halving: its ranking against brute force, its decisions by hand and by law, the board's part, a real study."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocators.core.types import Outcome
+from search.config import parse
+from search.engine.workers import Board
+from search.front import candidates, front
+from search.propose.halving import BEYOND, NO_HALVING, Halving, ordered, rungs, tokens_saved
+from search.propose.sampler import Proposer
+from search.records import Study, read
+from search.replay import export
+from search.run import main, prepare_replay
+from tests.search.propose.test_sampler import problem
+from tests.search.replay.test_replay import record
+from tests.search.test_study import lines
+
+COSTS = st.integers(1, 10**9)
+ACCURACIES = st.sampled_from([0.0, 0.25, 0.5, 0.53, 0.7, 1.0]) | st.floats(0, 1)
+UNKNOWN = st.sampled_from([None, math.nan, math.inf, -math.inf])
+POINTS = st.lists(st.tuples(st.sampled_from([1, 10, 10, 400]) | COSTS, ACCURACIES | UNKNOWN), max_size=12)
+
+
+def named(points) -> dict[str, tuple[int, float | None]]:
+    return {f"t{i:02}": point for i, point in enumerate(points)}
+
+
+def beats(a, b) -> bool:
+    return a[0] <= b[0] and a[1] >= b[1] and a != b
+
+
+def front_numbers(members) -> dict[str, int]:
+    """By definition: take away what nothing beats, again and again."""
+    left, numbers, number = dict(members), {}, 0
+    while left:
+        top = [key for key in left if not any(beats(other, left[key]) for other in left.values())]
+        numbers |= dict.fromkeys(top, number)
+        left = {key: point for key, point in left.items() if key not in top}
+        number += 1
+    return numbers
+
+
+def area(points, corner) -> float:
+    """Area dominated by (x, y) points above a corner: a sum over vertical strips."""
+    total, edges = 0.0, sorted({corner[0], *(x for x, _ in points)})
+    for left, right in pairwise(edges):
+        total += (right - left) * max((y - corner[1] for x, y in points if x >= right), default=0.0)
+    return total
+
+
+def contributions(front: list[tuple[int, float]]) -> list[float]:
+    costs, accuracies = [math.log(c) for c, _ in front], [a for _, a in front]
+    wide, high = max(costs) - min(costs) or 1.0, max(accuracies) - min(accuracies) or 1.0
+    rows = [((max(costs) - c) / wide, (a - min(accuracies)) / high) for c, a in zip(costs, accuracies, strict=True)]
+    corner = (-BEYOND, -BEYOND)
+    return [area(rows, corner) - area([r for r in rows if r is not row], corner) for row in rows]
+
+
+# --- the ranking
+
+
+@given(POINTS)
+def test_everyone_is_ranked_once_and_unknown_accuracies_come_last(points):
+    members = named(points)
+    best = ordered(members)
+    assert sorted(best) == sorted(members)
+    known = [members[key][1] is not None and math.isfinite(members[key][1]) for key in best]
+    assert known == sorted(known, reverse=True)
+
+
+@given(POINTS)
+def test_fronts_are_those_of_brute_force_one_after_another(points):
+    members = {k: p for k, p in named(points).items() if p[1] is not None and math.isfinite(p[1])}
+    numbers = front_numbers(members)
+    found = [numbers[key] for key in ordered(members)]
+    assert found == sorted(found)
+
+
+@given(POINTS)
+def test_in_a_front_who_adds_more_area_comes_first(points):
+    members = {k: p for k, p in named(points).items() if p[1] is not None and math.isfinite(p[1])}
+    numbers, best = front_numbers(members), ordered(members)
+    for number in set(numbers.values()):
+        front = [key for key in best if numbers[key] == number]
+        places = sorted({members[key] for key in front})
+        share = dict(zip(places, contributions(places), strict=True))
+        first = {members[key]: key for key in reversed(front)}  # of equal points one has the contribution
+        adds = [share[members[key]] if first[members[key]] == key else 0.0 for key in front]
+        assert all(a >= b - 1e-9 for a, b in pairwise(adds))
+
+
+@given(POINTS, st.randoms())
+def test_the_order_of_arrival_does_not_matter(points, draw):
+    members = named(points)
+    shuffled = list(members.items())
+    draw.shuffle(shuffled)
+    assert ordered(dict(shuffled)) == ordered(members)
+
+
+def test_an_order_is_not_read_as_ranks():
+    """Accuracies that fall in the order given, where argsort and rank agree least."""
+    members = {"a": (400, 0.9), "b": (10, 0.2), "c": (400, 0.3), "d": (20, 0.6), "e": (10, 0.1), "f": (800, 0.6)}
+    # fronts: {a, b, d}, {c, e, f}; in the first d spans most, in the second the ends do
+    assert set(ordered(members)[:3]) == {"a", "b", "d"}
+    assert ordered({"only": (5, 0.1)}) == ["only"]
+    assert ordered({}) == []
+
+
+def test_equal_points_stand_together_but_one_of_them_first():
+    members = {"a": (10, 0.5), "b": (10, 0.5), "c": (10, 0.5), "d": (100, 0.9)}
+    assert ordered(members)[2:] == ["b", "c"]
+
+
+# --- the rungs
+
+
+@given(st.integers(1, 500), st.integers(2, 10))
+def test_rungs_are_evaluations_before_the_last_each_a_part_of_the_next(evaluations, eta):
+    found = rungs(evaluations, eta)
+    assert list(found) == sorted(set(found))
+    assert all(1 <= rung < evaluations for rung in found)
+    assert (1 in found) == (evaluations > 1)
+    assert all(low == math.ceil(high / eta) for low, high in pairwise((*found, evaluations)))
+
+
+# --- who goes on: driven as workers would, one training after another
+
+
+class Toy:
+    """Asynchronous workers on trainings whose accuracy never changes: `final[key]`, reached at every evaluation."""
+
+    def __init__(self, points: dict[str, tuple[int, float | None]], *, evaluations: int, eta: int) -> None:
+        self.points, self.evaluations = points, evaluations
+        self.halving = Halving(evaluations=evaluations, eta=eta)
+        self.at = dict.fromkeys(points, 0)
+        self.log: list[str] = []
+
+    def train(self, key: str) -> None:
+        """Until it is paused or complete."""
+        cost, accuracy = self.points[key]
+        while self.at[key] < self.evaluations:
+            self.at[key] += 1
+            self.log.append(f"{key}@{self.at[key]}")
+            if not self.halving.reached(key, self.at[key], accuracy=accuracy, cost=cost):
+                return
+        self.halving.drop(key)
+
+    def run(self) -> Toy:
+        for key in self.points:
+            while (paused := self.halving.next()) is not None:
+                self.train(paused)
+            self.train(key)
+        self.halving.close()
+        while (paused := self.halving.next()) is not None:
+            self.train(paused)
+        return self
+
+    @property
+    def complete(self) -> set[str]:
+        return {key for key, reached in self.at.items() if reached == self.evaluations}
+
+
+def test_by_hand_four_trainings_two_rungs():
+    points = {"a": (10, 0.5), "b": (20, 0.4), "c": (10, 0.6), "d": (40, 0.9)}
+    toy = Toy(points, evaluations=4, eta=2)
+    for key in "ab":
+        toy.train(key)
+    assert toy.halving.paused == {"a": 1, "b": 1}, "of one training none goes on; of two the better one may"
+    assert toy.halving.next() == "a"
+    assert toy.halving.next() is None
+    toy.train("a")
+    assert toy.halving.paused == {"b": 1, "a": 2}, "alone at the second rung"
+    toy.train("c")
+    assert toy.log[-4:] == ["c@1", "c@2", "c@3", "c@4"], "better than both, and better than a at the second rung"
+    toy.train("d")
+    # fronts at the first rung: {c, d}, {a}, {b}: d is one of the best two, so it goes on at once
+    # at the second: {c, d}, {a}: c and d add equally much, c comes first by name, and of three only one goes on
+    assert toy.log[-2:] == ["d@1", "d@2"]
+    assert toy.halving.paused == {"b": 1, "a": 2, "d": 2}
+    toy.halving.close()
+    assert toy.halving.next() == "d", "two of three, when no more will come"
+    assert toy.halving.next() is None
+    assert toy.halving.paused == {"b": 1, "a": 2}
+
+
+def test_one_training_alone_is_trained_to_its_end():
+    toy = Toy({"only": (10, 0.5)}, evaluations=4, eta=4).run()
+    assert toy.complete == {"only"}
+
+
+@given(POINTS, st.integers(2, 4), st.integers(2, 9))
+def test_some_are_complete_and_nobody_without_an_accuracy_goes_on(points, eta, evaluations):
+    toy = Toy(named(points), evaluations=evaluations, eta=eta).run()
+    known = {k for k, (_, acc) in toy.points.items() if acc is not None and math.isfinite(acc)}
+    assert toy.complete <= known
+    assert bool(toy.complete) or not known or len(known) < len(points)
+    for rung in rungs(evaluations, eta):
+        behind = [key for key, reached in toy.at.items() if reached == rung]
+        assert set(behind) == {key for key, at in toy.halving.paused.items() if at == rung}
+
+
+@given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=1, max_size=20, unique=True), st.integers(2, 4))
+def test_in_the_end_the_best_part_of_every_rung_has_gone_on(points, eta):
+    """Whatever was promoted too early on the way, those that should go on have gone."""
+    toy = Toy(named(points), evaluations=eta**2, eta=eta).run()
+    for rung in rungs(eta**2, eta):
+        members = {key: toy.points[key] for key, reached in toy.at.items() if reached >= rung}
+        best = ordered(members)[: math.ceil(len(members) / eta)]
+        assert all(toy.at[key] > rung for key in best)
+
+
+@given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=2, max_size=12), st.integers(0, 30), st.randoms())
+def test_a_restart_decides_as_if_there_had_been_none(points, when, draw):
+    """Everything can be told from the evaluations on record, in whatever order they are read."""
+    toy = Toy(named(points), evaluations=4, eta=2)
+    for key in list(toy.points)[:when]:
+        toy.train(key)
+        while (paused := toy.halving.next()) is not None:
+            toy.train(paused)
+    again = Halving(evaluations=4, eta=2)
+    known = [key for key, reached in toy.at.items() if reached]
+    draw.shuffle(known)
+    for key in known:
+        cost, accuracy = toy.points[key]
+        paused = again.restore(key, [accuracy] * toy.at[key], cost=cost, finished=toy.at[key] == 4)
+        assert paused == (key in toy.halving.paused)
+    assert again.paused == toy.halving.paused
+    for halving in (toy.halving, again):
+        halving.close()
+    ends = [[halving.next() for _ in points] for halving in (toy.halving, again)]
+    assert ends[0] == ends[1]
+
+
+def test_what_goes_on_from_its_checkpoint_reports_old_rungs_and_is_not_paused_there():
+    toy = Toy({"a": (10, 0.9), "b": (10, 0.1)}, evaluations=4, eta=2)
+    toy.train("a")
+    toy.train("b")
+    assert toy.halving.next() == "a"
+    assert toy.halving.reached("a", 1, accuracy=0.9, cost=10)
+    assert not toy.halving.reached("a", 2, accuracy=0.9, cost=10)
+
+
+def test_without_halving_nothing_is_ever_paused():
+    halving = NO_HALVING
+    assert halving.reached("a", 1, accuracy=None, cost=1)
+    assert halving.next() is None
+    assert not halving.restore("a", [0.1], cost=1, finished=False)
+
+
+def test_tokens_that_were_not_trained_are_counted():
+    from tests.search.studies import outcome, selection
+
+    whole = outcome(selection(4), tokens=900)
+    stopped = outcome(selection(8), status="stopped", tokens=300)
+    stopped = stopped.updated(rungs=stopped.rungs[:1])
+    assert tokens_saved([whole, stopped], evaluations=3) == (600, 1800)
+    assert tokens_saved([whole], evaluations=3) == (0, 900)
+
+
+# --- a worker at a rung
+
+
+def test_a_worker_that_asks_is_answered_by_what_is_wanted_next():
+    async def story():
+        board = Board(groups=2)
+        await board.submit("a", {"asks": True})
+        await board.submit("b", {"asks": True})
+        job_a, _ = await board.take(0)
+        job_b, _ = await board.take(1)
+        first = [asyncio.ensure_future(board.report(g, job, {"done": False})) for g, job in ((0, job_a), (1, job_b))]
+        assert await board.next_report("a") == await board.next_report("b") == {"done": False}
+        assert not any(answer.done() for answer in first), "they wait: who decides has not said anything"
+        wanted = asyncio.ensure_future(board.next_report("a"))
+        await board.cancel("b")
+        assert [await answer for answer in first] == [True, False]
+        await board.submit("c", {})
+        assert (await board.take(1))[0] == "c", "the worker of b is free at once"
+        assert not await board.report(1, "b", {"done": True}), "and its last words on b are for nobody"
+        await board.report(0, "a", {"done": True})
+        assert await wanted == {"done": True}
+
+    asyncio.run(story())
+
+
+def test_a_job_that_left_goes_on_elsewhere_and_nothing_of_before_is_in_its_way():
+    async def story():
+        board = Board(groups=2)
+        for group in (0, 1, 0, 1):  # more often than a job may kill its worker
+            await board.submit("a", {"asks": True})
+            assert (await board.take(group))[0] == "a"
+            answer = asyncio.ensure_future(board.report(group, "a", {"done": False, "group": group}))
+            assert await board.next_report("a") == {"done": False, "group": group}
+            await board.cancel("a")
+            assert not await answer
+        await board.submit("a", {"asks": True})
+        await board.take(0)
+        done = asyncio.ensure_future(board.next_report("a"))
+        assert await board.report(0, "a", {"done": True, "outcome": "x"})
+        assert (await done)["outcome"] == "x"
+
+    asyncio.run(story())
+
+
+def test_a_worker_that_died_while_it_asked_asks_again():
+    async def story():
+        board = Board(groups=1)
+        await board.submit("a", {"asks": True})
+        await board.take(0)
+        dead = asyncio.ensure_future(board.report(0, "a", {"done": False, "n": 1}))
+        assert (await board.next_report("a"))["n"] == 1
+        await board.start(0)
+        assert (await board.take(0))[0] == "a", "the restarted group has it again"
+        answer = asyncio.ensure_future(board.report(0, "a", {"done": False, "n": 1}))
+        await asyncio.sleep(0)
+        assert (await board.next_report("a"))["n"] == 1
+        wanted = asyncio.ensure_future(board.next_report("a"))
+        assert await answer
+        await board.report(0, "a", {"done": True})
+        assert (await wanted)["done"]
+        dead.cancel()
+
+    asyncio.run(story())
+
+
+def test_closing_lets_those_go_who_ask():
+    async def story():
+        board = Board(groups=1)
+        await board.submit("a", {"asks": True})
+        await board.take(0)
+        answer = asyncio.ensure_future(board.report(0, "a", {"done": False}))
+        await asyncio.sleep(0)
+        await board.close()
+        assert not await answer
+        assert await board.take(0) is None
+
+    asyncio.run(story())
+
+
+# --- as keys of a study
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["scheduler=pareto_halvin"], "did you mean 'pareto_halving'"),
+        (["scheduler=pareto_halving", "evaluations=1"], "set it to 2 or more"),
+        (["eta=1"], "eta must be at least 2, got 1"),
+        (["space=sieve_ablation", "scheduler=pareto_halving"], "every row of a table"),
+    ],
+)
+def test_halving_that_cannot_work_gets_one_line(capsys, words, expected):
+    assert main(words) == 2
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_results_depend_on_who_is_trained_to_the_end():
+    plain = parse([]).identity()
+    assert parse(["scheduler=pareto_halving"]).identity() != plain
+    assert parse(["eta=4"]).identity() != plain
+
+
+def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_front():
+    asked = problem(seed=0)
+    first, second = Proposer(asked, sampler="random"), []
+    for status in ("complete", "stopped"):
+        proposal = first.propose()
+        outcome = Outcome(proposal.trial, status, proposal.trainable_params, accuracy=0.9)
+        second.append((outcome, proposal.params))
+    again = Proposer(asked, sampler="tpe", known=second)
+    states = [trial.state.name for trial in again._study.get_trials(deepcopy=False)]
+    assert states == ["COMPLETE", "PRUNED"]
+    assert len(again._study.best_trials) == 1
+    digests = {outcome.digest for outcome, _ in second}
+    assert again.propose().trial.digest not in digests
+
+
+# --- through Ray Tune
+
+
+def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):
+    """A table answers instead of workers; what a killed driver leaves is written by hand: paused, under way, over."""
+    record(tmp_path / "recorded")
+    table = export([tmp_path / "recorded"], tmp_path / "small.parquet")
+    words = [f"replay={tmp_path / 'small.parquet'}", "scheduler=pareto_halving", "eta=2", "sampler=random", "trials=12"]
+    words += [f"storage={tmp_path}", "max_concurrent=3", "num_cpus=2"]
+    config, asked = prepare_replay(parse(words))
+    folder = tmp_path / config.study_name
+    proposer = Proposer(asked, sampler="random")
+    with Study.open(folder, config=config.to_json(), identity=config.identity(), shape=asked.shape) as study:
+        begun = [proposer.propose() for _ in range(5)]
+        for number, proposal in enumerate(begun):
+            row = table.rows[proposal.trial.digest].outcome
+            started = Outcome(proposal.trial, "started", proposal.trainable_params)
+            study.append_started(started, proposal.params)
+            for rung in row.rungs[: (1, 1, 2, 0, 3)[number]]:
+                study.append_rung(row.digest, rung)
+            if number == 4:
+                study.append_finished(row, proposal.params)
+    cut_off = len(lines(folder))
+
+    command = [sys.executable, "-m", "search.run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "150"}, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    finished = read(folder).finished
+    assert len(finished) == 12, "trials counts what was started"
+    statuses = Counter(outcome.status for outcome in finished.values())
+    assert statuses["complete"] >= 2
+    assert statuses["stopped"] >= 4
+    assert {p.trial.digest for p in begun} <= set(finished)
+    for digest, outcome in finished.items():
+        row = table.rows[digest].outcome
+        assert outcome.rungs == row.rungs[: len(outcome.rungs)]
+        if outcome.status == "stopped":
+            assert len(outcome.rungs) in rungs(3, 2)
+            assert (outcome.tokens, outcome.adapter) == (outcome.rungs[-1]["tokens"], "")
+        else:
+            assert (outcome.status, outcome.accuracy) == (row.status, row.accuracy)
+    assert all(run.status == "complete" for run in (c.best for c in front(candidates(finished.values()))))
+    began = Counter(
+        line["outcome"]["trial"]["digest"] for line in lines(folder)[cut_off:] if line["event"] == "started"
+    )
+    assert began[begun[4].trial.digest] == 0, "it had finished"
+    assert any(finished[digest].status == "complete" for digest, times in began.items() if times > 1), "pause, go on"
+    assert f"{statuses['stopped']} stopped" in done.stdout
+    assert "% of all tokens not trained" in done.stdout
+    assert f"Stopped early at an evaluation: {statuses['stopped']} trainings" in done.stdout
+
+
+@pytest.mark.slow
+def test_real_trainings_pause_go_on_from_their_checkpoints_and_survive_a_killed_driver(tmp_path):
+    words = ["space=sieve", "trials=8", "sampler=random", "scheduler=pareto_halving", "eta=2", "evaluations=4"]
+    words += ["limit=24", "calibration_samples=16", "recipe.steps=12", "recipe.batch_size=4", f"storage={tmp_path}"]
+    command = [sys.executable, "-m", "search.run", *words]
+    folder = tmp_path / "sieve-tiny-moe-default"
+    with (tmp_path / "first.log").open("w") as log:
+        driver = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 400
+    while sum(line["event"] == "rung" for line in lines(folder)) < 5:
+        assert driver.poll() is None, (tmp_path / "first.log").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "first.log").read_text()
+        time.sleep(0.02)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    killed = read(folder)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    finished = read(folder).finished
+    assert len(finished) == 8
+    assert {"complete", "stopped"} == {outcome.status for outcome in finished.values()}
+    for outcome, _ in killed.in_flight:  # wall clock is never the same twice: equal seconds, trained once
+        seconds = [rung["seconds"] for rung in outcome.rungs]
+        assert [rung["seconds"] for rung in finished[outcome.digest].rungs][: len(seconds)] == seconds
+    whole = [outcome for outcome in finished.values() if outcome.status == "complete"]
+    assert all([rung["step"] for rung in outcome.rungs] == [3, 6, 9, 12] for outcome in whole)
+    assert not list((folder / "checkpoints").glob("*"))
+    adapters = {path.name for path in (folder / "adapters").glob("*")}
+    assert adapters == {c.best.digest for c in front(candidates(finished.values()))}

@@ -1,0 +1,288 @@
+"""Trainings of other studies: taken where everything agrees, never where anything differs, and safe from each other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from allocators.core.types import FINISHED
+from search import report
+from search.config import RunConfig
+from search.propose.sampler import Proposal
+from search.records import LINES, Study, read
+from search.records.reuse import INDIFFERENT, Elsewhere, same_settings
+from search.replay import export
+from tests.search.propose.test_sampler import problem
+from tests.search.replay.test_replay import record
+from tests.search.studies import CONFIG, moe_shape, open_study, outcome, selection, started
+from tests.search.test_seeds import TRIALS, drive, table_problem
+
+FACTS = {"model": "hash of weights", "numbers": "float32", "data": "hash of data"}
+OWN = RunConfig().identity()
+
+
+@pytest.fixture(scope="module")
+def mlflow_folder(tmp_path_factory):
+    """One database for all: making its tables takes seconds."""
+    return tmp_path_factory.mktemp("mlflow")
+
+
+def other(folder: Path, *outcomes, identity=OWN, **more) -> Study:
+    """A finished study `folder` beside the one that asks."""
+    study = Study.open(folder, config=CONFIG, identity=identity, shape=moe_shape(), **more)
+    for each in outcomes:
+        study.append_started(started(each), {})
+        if each.status in FINISHED:
+            study.append_finished(each.updated(versions={"torch": "2", **FACTS} | dict(each.versions)), {})
+    study.close()
+    return study
+
+
+def asking(tmp_path: Path, *, identity=OWN, facts=FACTS, adapters="") -> Elsewhere:
+    mine = tmp_path / "mine"
+    adapters = adapters or str(mine / "adapters")
+    return Elsewhere(mine, identity=identity, defaults=OWN, facts=facts, adapters=adapters)
+
+
+def proposal(of=None) -> Proposal:
+    of = of or outcome()
+    return Proposal(of.trial, of.trainable_params, {})
+
+
+def trained(folder: Path) -> set[str]:
+    records = read(folder)
+    return records.finished.keys() - records.reused.keys()
+
+
+# --- what matches
+
+
+def test_an_equal_training_is_found_and_keeps_to_what_was_asked(tmp_path):
+    other(tmp_path / "first", outcome(allocator="sieve", accuracy=0.6))
+    asked = outcome(allocator="coverage")  # another rule that comes to the same experts
+    found, study = asking(tmp_path).take(proposal(asked))
+    assert (study, found.accuracy, found.trial.allocator) == ("first", pytest.approx(0.6), "coverage")
+    assert len(found.rungs) == 3
+
+
+@pytest.mark.parametrize("key", OWN)
+def test_every_setting_that_a_result_depends_on_has_to_agree(key, tmp_path):
+    changed = {**OWN, key: "another"}
+    other(tmp_path / "first", outcome(), identity=changed)
+    assert (asking(tmp_path).take(proposal()) is not None) == (key in INDIFFERENT)
+    assert same_settings(OWN, changed) == same_settings(changed, OWN) == (key in INDIFFERENT)
+
+
+def test_a_setting_that_nobody_thought_of_has_to_agree_and_one_that_came_later_is_at_its_default(tmp_path):
+    assert not same_settings(OWN, OWN | {"new": 1})
+    older = {key: value for key, value in OWN.items() if key != "chat_template"}
+    other(tmp_path / "first", outcome(), identity=older)
+    assert asking(tmp_path).take(proposal()) is not None
+    assert asking(tmp_path, identity=OWN | {"chat_template": True}).take(proposal()) is None
+
+
+@pytest.mark.parametrize("fact", FACTS)
+def test_weights_number_format_and_data_have_to_be_the_same(fact, tmp_path):
+    other(tmp_path / "first", outcome(versions={fact: "another"}))
+    assert asking(tmp_path).take(proposal()) is None
+    without = {key: value for key, value in FACTS.items() if key != fact}
+    assert asking(tmp_path, facts=without).take(proposal()) is not None
+
+
+@pytest.mark.parametrize("asked", [outcome(selection(5)), outcome(rank=8), outcome(seed=1)])
+def test_another_allocation_recipe_or_seed_is_another_training(asked, tmp_path):
+    other(tmp_path / "first", outcome())
+    assert asking(tmp_path).take(proposal(asked)) is None
+
+
+@pytest.mark.parametrize("status", ["started", *FINISHED])
+def test_only_what_ended_by_itself_is_taken(status, tmp_path):
+    other(tmp_path / "first", outcome(status=status))
+    found = asking(tmp_path).take(proposal())
+    assert (found is not None) == (status in ("complete", "diverged"))
+
+
+def test_a_folder_that_is_no_study_is_left_out_and_so_is_this_one(tmp_path, caplog):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "study.json").write_text("{")
+    (tmp_path / "signals").mkdir()
+    other(tmp_path / "mine", outcome())
+    elsewhere = asking(tmp_path)
+    assert elsewhere.take(proposal()) is None
+    assert len(elsewhere) == 0
+    assert caplog.text.count("nothing is reused from damaged") == 1
+
+
+# --- while the other one writes
+
+
+def test_records_of_a_running_study_are_followed_and_a_torn_line_waits(tmp_path):
+    elsewhere = asking(tmp_path)
+    assert elsewhere.take(proposal()) is None
+    other(tmp_path / "first", outcome(selection(5)))
+    assert elsewhere.take(proposal()) is None
+    other(tmp_path / "whole", outcome())
+    line = (tmp_path / "whole" / LINES).read_bytes().splitlines(keepends=True)[-1]
+    shutil.rmtree(tmp_path / "whole")
+    with (tmp_path / "first" / LINES).open("ab") as file:
+        for half in (line[:100], line[100:-1]):
+            file.write(half)
+            file.flush()
+            assert elsewhere.take(proposal()) is None, "its newline is not there yet"
+        file.write(b"\n")
+    assert elsewhere.take(proposal()) is not None
+    assert len(elsewhere) == 2
+    shutil.rmtree(tmp_path / "first")
+    assert elsewhere.take(proposal()) is None
+
+
+# --- adapters
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_the_adapter_is_a_copy_that_outlives_the_other_study(scheme, tmp_path):
+    kept = tmp_path / "first" / "adapters" / outcome().digest
+    kept.mkdir(parents=True)
+    (kept / "adapter.json").write_text("{}")
+    other(tmp_path / "first", outcome(adapter=f"{scheme}{kept}"))
+    found, _ = asking(tmp_path, adapters=f"{scheme}{tmp_path}/mine/adapters").take(proposal())
+    shutil.rmtree(tmp_path / "first")
+    assert found.adapter == f"{scheme}{tmp_path}/mine/adapters/{outcome().digest}"
+    assert (Path(found.adapter.removeprefix("file://")) / "adapter.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_of_a_deleted_adapter_the_numbers_are_taken_and_one_that_is_kept_is_preferred(scheme, tmp_path):
+    gone = outcome(adapter=f"{scheme}{tmp_path}/first/adapters/gone")
+    other(tmp_path / "first", gone)
+    found, _ = asking(tmp_path).take(proposal())
+    assert (found.adapter, found.accuracy) == ("", gone.accuracy)
+    assert not (tmp_path / "mine" / "adapters").exists()
+    if not scheme:
+        there = tmp_path / "second" / "adapters" / "kept"
+        there.mkdir(parents=True)
+        other(tmp_path / "second", outcome(adapter=str(there)))
+        found, study = asking(tmp_path).take(proposal())
+        assert (study, Path(found.adapter).is_dir()) == ("second", True)
+
+
+# --- whole studies, without Ray
+
+
+def test_trials_are_trained_and_what_another_study_trained_comes_on_top(tmp_path, mlflow_folder):
+    first, second = tmp_path / "first", tmp_path / "second"
+    drive(problem(), first, mlflow_folder, seeds=1)
+    adapters = {folder.name for folder in (first / "adapters").iterdir()}
+    proposed, records, said, expected = drive(problem(), second, mlflow_folder, seeds=2, reuse=True)
+    assert expected == (TRIALS, 0)
+    assert not trained(first) & {trial.digest for trial in proposed}
+    assert sum(trial.seed == 0 for trial in proposed) == TRIALS
+    assert set(records.reused.values()) == {"first"}
+    assert len(records.reused) >= 4, "the starting points are the same"
+    assert set(records.reused) <= trained(first)
+    assert f"{TRIALS} of {TRIALS} finished" in said
+    assert f"{len(records.reused)} reused from other studies" in said
+    assert {folder.name for folder in (first / "adapters").iterdir()} == adapters, "the other study keeps its adapters"
+    # the same command again trains nothing, and the report says where results are from
+    assert drive(problem(), second, mlflow_folder, seeds=2, reuse=True)[0] == []
+    told = report.write(second)
+    assert any(f"Reused from first: {len(records.reused)} " in sentence for sentence in told.words)
+    assert any(f"{len(proposed)} of {CONFIG['trials']} runs are finished" in sentence for sentence in told.words)
+    shutil.rmtree(first)
+    for candidate in report.write(second).front:
+        assert all(Path(run.adapter).is_dir() for run in candidate.by_accuracy[:1] if run.adapter)
+
+
+def test_repeats_that_were_trained_elsewhere_are_not_trained(tmp_path, mlflow_folder):
+    _, records, _, _ = drive(problem(), tmp_path / "first", mlflow_folder, seeds=3)
+    repeats = {digest for digest, done in records.finished.items() if done.trial.seed}
+    proposed, records, _, _ = drive(problem(), tmp_path / "second", mlflow_folder, seeds=3, reuse=True)
+    assert not repeats & {trial.digest for trial in proposed}
+    third, _, _, _ = drive(problem(), tmp_path / "third", mlflow_folder, seeds=1, reuse=True)
+    assert set(read(tmp_path / "third").reused.values()) == {"first", "second"}, "who trained it, not who passed it on"
+    assert not {trial.digest for trial in third} & (trained(tmp_path / "first") | trained(tmp_path / "second"))
+
+
+def test_rows_of_a_table_that_were_trained_elsewhere_are_done(tmp_path, mlflow_folder):
+    few = table_problem(pins={"fraction": 0.25, "share": 0.5})
+    drive(few, tmp_path / "few", mlflow_folder, seeds=2, trials=100)
+    proposed, records, said, (rows, repeats) = drive(
+        table_problem(), tmp_path / "all", mlflow_folder, seeds=2, trials=100, reuse=True
+    )
+    assert trained(tmp_path / "few") == records.reused.keys()
+    assert len(proposed) == rows + repeats - len(records.reused)
+    left = rows - sum(read(tmp_path / "few").finished[digest].trial.seed == 0 for digest in records.reused)
+    assert f"{left} of {left} finished" in said
+    assert drive(table_problem(), tmp_path / "again", mlflow_folder, seeds=2, trials=100, reuse=True)[0] == []
+
+
+def test_a_table_of_recorded_trainings_is_made_of_reused_ones_too(tmp_path):
+    record(tmp_path / "recorded")
+    before = read(tmp_path / "recorded")
+    digest, done = next(iter(before.finished.items()))
+    identity = before.header["identity"]
+    with Study.open(tmp_path / "reused", config=identity, identity=identity, shape=before.shape) as study:
+        study.append_finished(done, before.params_of(digest), reused="recorded")
+    assert read(tmp_path / "reused").reused == {digest: "recorded"}
+    assert list(export([tmp_path / "reused"], tmp_path / "t.parquet").rows) == [digest]
+
+
+def test_a_study_without_reuse_says_nothing_of_it(tmp_path):
+    with open_study(tmp_path / "demo") as study:
+        study.append_finished(outcome(), {})
+    assert b"reused" not in (tmp_path / "demo" / LINES).read_bytes()
+    assert not any("eused" in sentence for sentence in report.write(tmp_path / "demo").words)
+
+
+# --- through Ray
+
+
+def run(storage: Path, *words: str) -> str:
+    command = [sys.executable, "-m", "search.run", f"storage={storage}", "num_cpus=2", *words]
+    environment = os.environ | {"COLUMNS": "150"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=570)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def starts(folder: Path) -> Counter:
+    """How often each training was started."""
+    lines = (folder / LINES).read_text().splitlines()
+    return Counter(line.split('"digest": "')[1][:16] for line in lines if '"event": "started"' in line)
+
+
+@pytest.mark.slow
+def test_two_real_studies_of_one_storage_train_no_point_twice(tmp_path):
+    words = ["limit=24", "calibration_samples=16", "evaluations=1", "recipe.steps=3", "recipe.batch_size=4", "keep=all"]
+    run(tmp_path, *words, "space=sieve", "sampler=random", "trials=5", "name=first")
+    said = run(tmp_path, *words, "space=sieve", "sampler=tpe", "trials=2", "name=second", "reuse=true")
+    first, second = starts(tmp_path / "first"), starts(tmp_path / "second")
+    assert (len(first), len(second)) == (5, 2)
+    assert not first.keys() & second.keys()
+    records = read(tmp_path / "second")
+    assert len(records.reused) >= 4
+    assert f"Reused from first: {len(records.reused)} trainings" in said
+    shutil.rmtree(tmp_path / "first")
+    code = "import sys; from trainers import adapter, models; adapter.load(models.load('tiny-moe').model, sys.argv[1])"
+    kept = records.finished[next(iter(records.reused))].adapter
+    subprocess.run([sys.executable, "-c", code, kept], check=True, capture_output=True)
+
+
+def test_studies_against_one_table_share_their_results_through_tune(tmp_path):
+    record(tmp_path / "recorded", seed=0)
+    export([tmp_path / "recorded"], tmp_path / "small.parquet")
+    words = [f"replay={tmp_path / 'small.parquet'}", "max_concurrent=2"]
+    run(tmp_path / "st", *words, "sampler=random", "trials=12", "name=first")
+    said = run(tmp_path / "st", *words, "sampler=tpe", "trials=8", "name=second", "reuse=true")
+    first, second = starts(tmp_path / "st" / "first"), starts(tmp_path / "st" / "second")
+    assert (len(first), len(second)) == (12, 8)
+    assert not first.keys() & second.keys()
+    records = read(tmp_path / "st" / "second")
+    assert len(records.finished) == 8 + len(records.reused)
+    assert f"Reused from first: {len(records.reused)} trainings" in said

@@ -1,0 +1,339 @@
+"""Recorded trainings: what a table keeps, what a study against it proposes, and the order in which reports come."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import fields
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocators.core.errors import InfeasibleError, StudyError
+from allocators.core.types import Outcome, Trial, canonical_json
+from search import replay
+from search.problem import Problem, corners
+from search.propose.ehvi import resolver
+from search.propose.sampler import Proposer
+from search.records import Study, read
+from search.replay import TableBoard, _Nearest, export
+from search.run import main
+from tests.search.propose.test_sampler import problem
+
+FRACTIONS, RANKS, RATES = (0.125, 0.25, 0.5), (4, 16, 32), (1e-3, 1e-2)
+STEPS = (10, 20, 30)
+COMMAND = "python -m search.run space=sieve storage=/home/me/studies"
+
+
+def accuracy(trial: Trial, seed: int) -> float:
+    """Something smooth with a seed's own noise."""
+    rate = abs(math.log10(trial.recipe.learning_rate) + 2.5)
+    return round(0.3 + 0.01 * trial.allocation.total_experts + 0.002 * trial.recipe.rank - 0.1 * rate + 0.01 * seed, 4)
+
+
+def grid() -> list[dict]:
+    recipes = [{"rank": rank, "learning_rate": rate} for rank in RANKS for rate in RATES]
+    points = [{"allocator": "all"}, {"allocator": "none"}]
+    points += [{"allocator": "random", "fraction": fraction} for fraction in FRACTIONS]
+    points += [{"allocator": "sieve", "fraction": fraction, "score": "count"} for fraction in FRACTIONS]
+    return [point | recipe for point in points for recipe in recipes]
+
+
+def record(folder, *, seed: int = 0, points=None, repeats: int = 0) -> None:
+    """A study of the grid as a worker would leave it; every fifth training diverges."""
+    asked = problem(seed=seed)
+    identity = {"space": "sieve", "model": "small", "task": "t", "seed": seed, "evaluations": 3, "limit": 0}
+    with Study.open(folder, config=identity, identity=identity, shape=asked.shape, command=COMMAND) as study:
+        (folder / "signals").mkdir(exist_ok=True)
+        (folder / "signals" / "routing.json").write_text(json.dumps(asked.signals["routing"].to_json()))
+        for number, params in enumerate(points or grid()):
+            point, _ = asked.ask(optuna.trial.FixedTrial(params))
+            first, cost = asked.resolve(point)
+            for of in range(seed, seed + repeats + 1):
+                trial = asked.repeat(first, of)
+                diverged = number % 5 == 4
+                curve = [0.5, 0.8, 1.0][: 1 if diverged else 3]
+                rungs = tuple(
+                    {"step": step, "tokens": 100 * step * (1 + number % 3), "accuracy": accuracy(trial, of) * share}
+                    | {"stderr": 0.01, "loss": 1.0, "seconds": 1.0 * step}
+                    for step, share in zip(STEPS, curve, strict=False)
+                )
+                outcome = Outcome(trial, "diverged" if diverged else "complete", cost, rungs=rungs, seconds=30.0)
+                outcome = outcome.updated(tokens=rungs[-1]["tokens"], versions={"torch": "2"}, adapter="adapters/x")
+                if not diverged:
+                    outcome = outcome.updated(accuracy=accuracy(trial, of))
+                study.append_finished(outcome, params)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recorded")
+    record(folder / "a", seed=0, repeats=1)
+    record(folder / "b", seed=2)
+    return export([folder / "a", folder / "b"], folder / "small.parquet"), folder
+
+
+SHIPPED = sorted(replay.SHIPPED.glob("*.parquet"))
+
+
+@pytest.mark.parametrize("name", [file.stem for file in SHIPPED] or ["none is shipped"])
+def test_a_shipped_table_is_a_full_grid_at_every_seed_and_can_be_searched(name):
+    shipped = replay.load(name)
+    points = [canonical_json(dict(row.params)) for row in shipped.rows.values()]
+    assert len(shipped.seeds) > 1
+    assert set(Counter(points).values()) == {len(shipped.seeds)}, "every point has every seed"
+    assert all(row.outcome.status in ("complete", "diverged") for row in shipped.rows.values())
+    asked = shipped.problem(seed=0)
+    plain = Problem(**{f.name: getattr(asked, f.name) for f in fields(Problem)})
+    trials = [plain.resolve(point)[0] for point, _ in corners(plain)]
+    found = {plain.repeat(trial, seed).digest for trial in trials for seed in shipped.seeds}
+    assert found == set(shipped.rows), "the space is recorded, all of it"
+    texts = json.dumps([shipped.about, *(row.outcome.to_json() for row in shipped.rows.values())])
+    assert not re.search(r"[\"\s=]/\w+/", texts), "no folder of the machine that recorded it"
+
+
+def test_a_table_names_no_folder_of_the_machine_that_made_it(tmp_path):
+    record(tmp_path / "study")
+    export([tmp_path / "study"], tmp_path / "t.parquet")
+    about = replay.load(str(tmp_path / "t.parquet")).about
+    assert about["studies"][0]["command"] == "python -m search.run space=sieve"
+    assert "/home/me" not in json.dumps(about)
+
+
+def test_a_table_holds_every_training_with_its_parameters_and_curve(table):
+    made, folder = table
+    assert made.seeds == [0, 1, 2]
+    assert len(made.rows) == 3 * len(grid())
+    assert {row.study_seed for row in made.rows.values()} == {0, 2}
+    for seed, name in ((0, "a"), (1, "a"), (2, "b")):
+        records = read(folder / name)
+        for digest, outcome in records.finished.items():
+            row = made.rows[digest]
+            assert dict(row.params) == records.params_of(digest)
+            assert row.outcome == outcome.updated(adapter="")
+        assert sum(row.outcome.trial.seed == seed for row in made.rows.values()) == len(grid())
+    assert made.values["rank"] == list(RANKS)
+    assert made.values["allocator"] == ["all", "none", "random", "sieve"]
+    assert (folder / "small.parquet").stat().st_size < 100_000
+
+
+def test_every_row_is_found_again_by_its_parameters_whatever_its_seed(table):
+    made, _ = table
+    for seed in made.seeds:
+        asked = made.problem(seed=seed)
+        for row in made.rows.values():
+            if row.outcome.trial.seed == seed:
+                point, params = asked.ask(optuna.trial.FixedTrial(dict(row.params)))
+                trial, cost = asked.resolve(point)
+                assert made.rows[trial.digest].outcome.accuracy == row.outcome.accuracy
+                assert cost == row.outcome.trainable_params
+                assert params == dict(row.params)
+
+
+@pytest.mark.parametrize(("sampler", "seed"), [("ehvi", 0), ("tpe", 1)])
+def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(table, sampler, seed):
+    made, _ = table
+    pins = {"allocator": "sieve", "learning_rate": RATES[0]}
+    proposer, found = Proposer(made.problem(seed=seed, pins=pins), sampler=sampler), set()
+    while (proposal := proposer.propose()) is not None:
+        row = made.rows[proposal.trial.digest]
+        assert row.outcome.trial.seed == seed
+        assert all(proposal.params[name] == value for name, value in row.params.items())
+        found.add(proposal.trial.digest)
+        proposer.tell(row.outcome)
+    assert len(found) == len(FRACTIONS) * len(RANKS)
+
+
+def test_a_point_that_was_not_recorded_is_refused_not_guessed(tmp_path):
+    record(tmp_path / "study", points=[p for p in grid() if p != grid()[-1]])
+    asked = export([tmp_path / "study"], tmp_path / "small.parquet").problem(seed=0)
+    with pytest.raises(InfeasibleError, match="has no row for this point at seed 0"):
+        asked.resolve(asked.ask(optuna.trial.FixedTrial(grid()[-1]))[0])
+
+
+def test_candidates_of_the_sampler_lie_on_the_table(table):
+    made, _ = table
+    asked = made.problem(seed=1)
+    drawn = {"allocator": "sieve", "fraction": 0.1875, "score": "count", "rank": 20, "learning_rate": 4e-3}
+    known = resolver(asked)(optuna.trial.FixedTrial(drawn))
+    assert known.params == drawn | {"fraction": 0.125, "rank": 16, "learning_rate": 1e-2}
+
+
+@given(st.lists(st.sampled_from([1, 2, 4, 8, 16, 64]), min_size=3, unique=True), st.integers(0, 1000))
+def test_choices_among_numbers_are_drawn_as_the_ordered_parameter_that_they_are(choices, seed):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    trial = study.ask()
+    assert _Nearest(trial, {}).suggest_categorical("experts", choices) in choices
+    assert isinstance(trial.distributions["experts"], optuna.distributions.FloatDistribution)
+
+
+def test_seeds_and_budgets_that_no_row_has(table):
+    made, _ = table
+    with pytest.raises(StudyError, match=r"seed=7 is not in the table small: choose from 0, 1, 2"):
+        made.problem(seed=7)
+    with pytest.raises(StudyError, match=r"max_trainable_params=3 is below the smallest row"):
+        made.problem(seed=0, max_trainable_params=3)
+
+
+def test_studies_that_do_not_belong_together_and_empty_ones_are_refused(tmp_path, capsys):
+    record(tmp_path / "a")
+    record(tmp_path / "b")
+    header = json.loads((tmp_path / "b" / "study.json").read_text())
+    header["identity"]["task"] = "another"
+    (tmp_path / "b" / "study.json").write_text(json.dumps(header))
+    words = ["export", str(tmp_path / "a"), str(tmp_path / "b"), f"to={tmp_path / 'x.parquet'}"]
+    assert replay.main(words) == 2
+    assert "differ in their identity" in capsys.readouterr().err
+    (tmp_path / "a" / "outcomes.jsonl").write_text("")
+    assert replay.main(["export", str(tmp_path / "a"), f"to={tmp_path / 'x.parquet'}"]) == 2
+    assert "nothing to export" in capsys.readouterr().err
+    assert replay.main(["export", str(tmp_path / "a")]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_tables_that_do_not_exist_and_files_that_are_none(tmp_path, capsys):
+    (tmp_path / "no.parquet").write_text("no")
+    for name, said in (
+        (str(tmp_path / "no.parquet"), "is no table of recorded trainings"),
+        ("missing.parquet", "there is no such file"),
+        ("tiny-mo", "unknown table of replay= 'tiny-mo'"),
+    ):
+        assert main([f"replay={name}"]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_settings_that_the_table_was_not_recorded_with_are_refused(table, capsys):
+    _, folder = table
+    assert main([f"replay={folder / 'small.parquet'}", "evaluations=5"]) == 2
+    assert "evaluations=5 is not what" in capsys.readouterr().err
+    assert main([f"replay={folder / 'small.parquet'}", "recipe.steps=3"]) == 2
+    assert "recipe.steps is not what" in capsys.readouterr().err
+
+
+def test_a_dry_run_shows_rows_with_exact_counts(table, capsys):
+    _, folder = table
+    assert main([f"replay={folder / 'small.parquet'}", "dry_run=true", "trials=5"]) == 0
+    shown = capsys.readouterr().out
+    assert "≤" not in shown
+    assert "sieve on small: 5 points" in shown
+
+
+# --- the clock
+
+
+def answers(tokens: dict[str, list[int]]) -> dict[str, dict]:
+    return {
+        name: {"rungs": [{"tokens": t} for t in times], "tokens": times[-1], "accuracy": 0.5}
+        for name, times in tokens.items()
+    }
+
+
+def order(tokens: dict[str, list[int]], workers: int, *, pauses: tuple[str, ...] = ()) -> list[tuple[str, str]]:
+    """Reports in the order in which they come when free workers take the jobs in turn; handles answer in any order.
+
+    Jobs in `pauses` leave after their first rung and are submitted again when nothing else is left.
+    """
+
+    async def run() -> list[tuple[str, str]]:
+        board, waiting = TableBoard(answers(tokens), workers), list(tokens)
+        paused, came, over = [], [], []
+
+        async def worker() -> None:
+            while waiting or paused:
+                job = waiting.pop(0) if waiting else paused.pop(0)
+                await board.submit(job, {"trial": "{}"})
+                first = True
+                while True:
+                    message = await board.next_report(job)
+                    came.append((job, "end" if message["done"] else f"{json.loads(message['rung'])['tokens']}"))
+                    if message["done"]:
+                        break
+                    if job in pauses and first and job not in [j for j, what in came[:-1]]:
+                        await board.cancel(job)
+                        paused.append(job)
+                        break
+                    first = False
+            if not over:  # as Tune: it asks until it hears that there is nothing, and then never again
+                over.append(True)
+                await board.idle(over=True)
+
+        await asyncio.wait_for(asyncio.gather(*(worker() for _ in range(workers))), timeout=10)
+        return came
+
+    return asyncio.run(run())
+
+
+def test_two_workers_by_hand():
+    #   a: 10 20 | b: 15 40 | c starts when a ends at 20 and reports at 20 + 5
+    came = order({"a": [10, 20], "b": [15, 40], "c": [5]}, workers=2)
+    expected = [
+        ("a", "10"),
+        ("b", "15"),
+        ("a", "20"),
+        ("a", "end"),
+        ("c", "5"),
+        ("c", "end"),
+        ("b", "40"),
+        ("b", "end"),
+    ]
+    assert came == expected
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True).map(sorted), min_size=1, max_size=7),
+    st.integers(1, 4),
+)
+def test_reports_come_in_the_order_of_an_event_simulation(curves, workers):
+    tokens = {f"job{i}": curve for i, curve in enumerate(curves)}
+    came = order(tokens, workers)
+    assert sorted(job for job, what in came if what == "end") == sorted(tokens)
+    free, starts, ends = [0.0] * workers, {}, {}
+    for name, curve in tokens.items():  # greedy: the worker that is free first takes the next job
+        at = min(free)
+        free.remove(at)
+        starts[name], ends[name] = at, at + curve[-1]
+        free.append(ends[name])
+    times = [ends[job] if what == "end" else starts[job] + int(what) for job, what in came]
+    assert times == sorted(times)
+
+
+def test_a_job_that_was_paused_goes_on_behind_what_it_had_reached():
+    came = order({"a": [10, 20, 30], "b": [12]}, workers=1, pauses=("a",))
+    assert came == [("a", "10"), ("b", "12"), ("b", "end"), ("a", "10"), ("a", "20"), ("a", "30"), ("a", "end")]
+
+
+def test_a_training_that_the_table_lacks_is_an_error_not_a_number():
+    async def ask() -> dict:
+        board = TableBoard({}, 1)
+        await board.submit("unknown", {"trial": "{}"})
+        return await board.next_report("unknown")
+
+    assert asyncio.run(ask()) == {"done": True, "error": "the table has no row for this training"}
+
+
+# --- through Ray Tune
+
+
+def test_a_study_against_the_table_through_tune(table, tmp_path):
+    made, folder = table
+    words = [f"replay={folder / 'small.parquet'}", "trials=20", "max_concurrent=3", f"storage={tmp_path}", "seed=1"]
+    words += ["sampler=ehvi", "num_cpus=2"]
+    environment = os.environ | {"COLUMNS": "150"}
+    command = [sys.executable, "-m", "search.run", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "nothing is trained: 3 simulated workers" in done.stdout
+    records = read(tmp_path / "sieve-small-t-replay-small")
+    assert len(records.finished) == 20
+    for digest, outcome in records.finished.items():
+        row = made.rows[digest].outcome
+        assert (outcome.status, outcome.accuracy, outcome.rungs) == (row.status, row.accuracy, row.rungs)
+        assert outcome.versions["replayed"].startswith("small ")

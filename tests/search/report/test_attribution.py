@@ -1,0 +1,185 @@
+"""Which settings accuracy goes with, on accuracies whose cause is known; one-line recipes; what was saved."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+
+from allocators.core.types import ExpertSelection, Outcome, Recipe, Trial
+from search import report
+from search.front import candidates, front
+from search.records import read
+from search.replay import load
+from search.report.attribution import FEWEST, attributed, groups_of, importance, in_words, recipes, saved
+from tests.search.records.test_reuse import run
+from tests.search.replay.test_replay import table  # noqa: F401
+from tests.search.studies import CONFIG, fill, open_study, outcome, selection
+
+
+def made(count: int, accuracy, *, seed: int = 0) -> list[Outcome]:
+    """Points of a space with conditional knobs, their settings drawn evenly; `accuracy` of (trial, noise)."""
+    draw, found = random.Random(seed), []
+    for number in range(count):
+        allocator = draw.choice(("sieve", "esft", "all"))
+        knobs = {
+            "sieve": {"fraction": draw.random(), "score": draw.choice(("count", "mass"))},
+            "esft": {"p": draw.random()},
+        }
+        recipe = Recipe(rank=draw.choice((4, 8, 16, 32)), learning_rate=10 ** draw.uniform(-4, -2), steps=9)
+        allocation = ExpertSelection({0: (number % 16,), 1: (number // 16,)})
+        trial = Trial(allocation, recipe, "m", "t", 0, allocator, knobs.get(allocator, {}))
+        found.append(Outcome(trial, "complete", 100 + number, accuracy=accuracy(trial, draw.gauss(0, 1))))
+    return found
+
+
+def shares(outcomes) -> dict[str, float]:
+    found = importance(candidates(outcomes))
+    return {share.group: share.value for share in found.shares}
+
+
+def test_what_alone_decides_has_nearly_everything():
+    outcomes = made(60, lambda trial, noise: trial.recipe.rank / 64)
+    found = importance(candidates(outcomes))
+    assert found.shares[0].group == "rank"
+    assert found.shares[0].value > 0.8
+    assert all(abs(share.value) < 0.05 for share in found.shares[1:])
+    assert found.foreseen > 0.9
+    assert {share.group for share in found.shares} == {"allocator and its knobs", "rank", "optimiser"}
+    assert in_words(found, candidates(outcomes))[0].startswith("Of the variance of accuracy over the 60 points tried, ")
+
+
+def test_a_knob_that_only_one_allocator_has_counts_for_the_allocator():
+    outcomes = made(80, lambda trial, noise: trial.knobs.get("fraction", 0.0))
+    found = shares(outcomes)
+    assert found["allocator and its knobs"] > 0.7
+    assert max(found["rank"], found["optimiser"]) < 0.1
+
+
+def test_two_equal_causes_share():
+    found = shares(made(80, lambda t, noise: t.recipe.rank / 64 + 0.3 * (t.allocator == "all") + 0.01 * noise))
+    assert min(found["rank"], found["allocator and its knobs"]) > 0.2
+    assert found["optimiser"] < 0.05
+
+
+def test_the_order_of_the_points_changes_nothing():
+    outcomes = made(30, lambda trial, noise: trial.recipe.rank / 64 + 0.05 * noise)
+    shuffled = random.Random(1).sample(outcomes, len(outcomes))
+    assert importance(candidates(outcomes)) == importance(candidates(shuffled))
+
+
+def test_too_few_points_one_accuracy_and_mere_noise_are_said_to_be_that():
+    few = candidates(made(FEWEST - 1, lambda trial, noise: noise))
+    same = candidates(made(FEWEST, lambda trial, noise: 0.5))
+    for points, said in ((few, "19 points have one, 20 are needed"), (same, "there is nothing to attribute")):
+        assert importance(points) is None
+        assert said in in_words(None, points)[0]
+        assert attributed(None) == []
+    noise = candidates(made(24, lambda trial, noise: noise))
+    found = importance(noise)
+    assert found.foreseen < 0
+    assert "cannot be foreseen" in in_words(found, noise)[0]
+    assert attributed(found) == []
+
+
+def test_every_setting_is_in_one_group():
+    trial = outcome().trial
+    told = groups_of(
+        Trial(trial.allocation, trial.recipe, "m", "t", 0, "alphalora", {"total_experts": 40, "beta": 2.5})
+    )
+    assert told["T"] == {"total_experts": 40}
+    assert told["allocator and its knobs"] == {"allocator": "alphalora", "beta": 2.5}
+    assert sum(len(settings) for settings in told.values()) == 3 + len(trial.recipe.to_json())
+
+
+# --- one-line recipes, by hand
+
+
+def recipe_point(allocator: str, knobs: dict, params: int, accuracy: float, number: int) -> Outcome:
+    trial = Trial(selection(2, seed=number), Recipe(steps=9), "m", "t", 0, allocator, knobs)
+    rungs = ({"step": 9, "tokens": 9, "accuracy": accuracy, "stderr": 0.03},)
+    return Outcome(trial, "complete", params, accuracy=accuracy, rungs=rungs)
+
+
+def test_recipes_against_the_front_by_hand(tmp_path):
+    outcomes = [
+        recipe_point("esft", {"p": 0.1}, 1_000, 0.50, 1),
+        recipe_point("esft", {"p": 0.3}, 3_000, 0.70, 2),
+        recipe_point("random", {"fraction": 0.25}, 4_000, 0.45, 3),
+        recipe_point("random", {"fraction": 0.5}, 4_500, 0.69, 4),
+        recipe_point("sieve", {"fraction": 0.25, "score": "count"}, 4_000, 0.68, 5),
+        recipe_point("all", {}, 9_000, 0.80, 6),
+    ]
+    with open_study(tmp_path / "demo") as study:
+        points = candidates(outcomes)
+        (section,) = recipes(study, points, front(points), noise=None)
+        found = {row[0]: dict(zip(section.head, row, strict=True)) for row in section.rows}
+        assert list(found) == ["top 25 % routed", "random 25 %", "all experts"]
+        # √(.03² + .03²) = .042: .02 is inside two of it, .25 is not
+        assert found["top 25 % routed"]["front − recipe"] == "+0.020 ± 0.042"
+        assert found["top 25 % routed"]["reading"] == "inside the noise"
+        assert found["random 25 %"]["front − recipe"] == "+0.250 ± 0.042"
+        assert found["random 25 %"]["reading"] == "more than noise"
+        assert found["random 25 %"]["parameters of the front"] == "0.25 (0.25 … 0.25)"
+        assert found["top 25 % routed"]["parameters of the front"] == "0.75 (0.75 … 2.25)"
+        assert (found["all experts"]["reading"], found["all experts"]["parameters of the front"]) == (
+            "on the front",
+            "1.00",
+        )
+
+
+# --- what was saved, by hand
+
+
+def test_trainings_and_tokens_that_were_not_needed(tmp_path):
+    done, stopped, taken = outcome(), outcome(selection(5), status="stopped"), outcome(selection(6))
+    with open_study(tmp_path / "demo", config=CONFIG | {"evaluations": 3}) as study:
+        assert saved(study) == []
+        study.append_finished(done.updated(tokens=600, pack=4), {})
+        study.append_finished(stopped.updated(tokens=200), {})  # after two of three rungs: 100 were left
+        study.append_finished(taken.updated(tokens=700), {}, reused="first")
+        for _ in range(2):
+            study.append_answered({}, reason="duplicate", digest=done.digest)
+        study.append_answered({}, reason="infeasible", message="no experts")
+        (section,) = saved(study)
+    assert section.rows == (
+        ("trained", "2", "800", "29 %"),
+        ("answered as a repeat", "2", "1.20k", "43 %"),
+        ("reused from other studies", "1", "700", "25 %"),
+        ("stopped early", "1", "100", "4 %"),
+        ("trained, but in a pack", "1", "", ""),
+    )
+    assert "up to 4 trainings share each pass" in section.notes[-2]
+    assert "1 more points could not exist" in section.notes[-1]
+
+
+# --- in the report
+
+
+def data_of(folder) -> dict:
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', (folder / "report.html").read_text())[1])
+
+
+def test_a_small_study_says_that_it_is_too_small(tmp_path, capsys):
+    with open_study(tmp_path / "demo") as study:
+        fill(study)
+    report.show(report.write(tmp_path / "demo"))
+    said = capsys.readouterr().out
+    assert f"{FEWEST} are needed" in said
+    titles = [section["title"] for section in data_of(tmp_path / "demo")["sections"]]
+    assert titles == ["One-line recipes against the front", "Trainings saved"]
+
+
+def test_a_replayed_study_from_its_trainings_to_its_report(table, tmp_path):  # noqa: F811
+    """The table's accuracy is made of experts, rank and learning rate; its diverged rows have none."""
+    _, folder = table
+    said = run(tmp_path, f"replay={folder / 'small.parquet'}", "trials=30", "sampler=random")
+    study = tmp_path / "sieve-small-t-replay-small"
+    sections = {section["title"]: section for section in data_of(study)["sections"]}
+    bars = {label: share for label, share, _ in sections["What accuracy goes with"]["bars"]}
+    assert max(bars, key=bars.get) == "allocator and its knobs"
+    assert {"learning_rate", "rank"} <= bars.keys()
+    assert "What accuracy goes with" in said
+    assert "One-line recipes against the front" in said
+    assert len(read(study).finished) == 30
+    assert len(load(str(folder / "small.parquet")).rows) > 30

@@ -1,0 +1,168 @@
+"""Tables of the report: rows beside what was published, and comparisons that say no more than their test."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+
+import pytest
+from rich.console import Console
+from scipy import stats
+
+import spaces.sieve_ablation as space
+from search.report import Report, show, write
+from search.report.tables import Section
+from spaces._tables import facts
+from tests.search.studies import CONFIG, EXPERTS, open_study, outcome, selection
+
+ROWS = {
+    "all": ({"allocator": "all"}, selection(EXPERTS)),
+    "hot": ({"allocator": "sieve", "fraction": 0.25, "score": "count"}, selection(4, seed=1)),
+    "random": ({"allocator": "random", "fraction": 0.25}, selection(4, seed=2)),
+    "greedy": ({"allocator": "greedy", "fraction": 0.25}, selection(4, seed=3)),
+}
+HOT = (0.60, 0.62, 0.61, 0.63)
+MEASURED = {
+    "all": tuple(a + d for a, d in zip(HOT, (0.004, -0.006, 0.002, 0.0), strict=True)),
+    "hot": HOT,
+    "random": tuple(a - d for a, d in zip(HOT, (0.09, 0.12, 0.08, 0.11), strict=True)),
+    "greedy": tuple(a + d for a, d in zip(HOT, (0.05, -0.06, 0.04, -0.02), strict=True)),
+}
+
+
+def table_study(folder, measured=MEASURED, *, model="tiny-moe", task="shift", mass_is_hot=True):
+    config = CONFIG | {"space": "sieve_ablation", "model": model, "task": task, "trials": 4, "seeds": 4}
+    with open_study(folder, config=config, table=facts(space)) as study:
+        for name, accuracies in measured.items():
+            params, allocation = ROWS[name]
+            for seed, accuracy in enumerate(accuracies):
+                study.append_finished(outcome(allocation, accuracy=accuracy, seed=seed, allocator=name), params)
+        if mass_is_hot:
+            hot = next(o.digest for o in study.finished.values() if o.trial.allocator == "hot")
+            study.append_answered(ROWS["hot"][0] | {"score": "mass"}, reason="duplicate", digest=hot)
+        return Report(study)
+
+
+def rows_of(section: Section) -> dict[str, dict[str, str]]:
+    return {row[0]: dict(zip(section.head, row, strict=True)) for row in section.rows}
+
+
+def test_every_row_has_mean_and_spread_over_its_seeds(tmp_path):
+    rows, *_ = table_study(tmp_path).sections
+    (hot,) = [row for label, row in rows_of(rows).items() if label.startswith("hot")]
+    assert (hot["accuracy"], hot["s.d."], hot["seeds"]) == ("0.615", "0.013", "4")
+
+
+def test_rows_of_a_grid_name_the_settings_that_differ(tmp_path):
+    """One allocation with two ranks is two rows, and says which is which."""
+    config = CONFIG | {"space": "sieve_ablation", "trials": 2, "seeds": 1}
+    with open_study(tmp_path, config=config, table=facts(space)) as study:
+        for rank in (4, 8):
+            study.append_finished(outcome(selection(4), rank=rank, accuracy=0.5), {"rank": rank})
+        rows, *_ = Report(study).sections
+    assert [row[0] for row in rows.rows] == [f"sieve fraction=0.25, rank {rank}" for rank in (4, 8)]
+
+
+def test_comparisons_are_the_paired_tests_and_say_their_n(tmp_path):
+    found = rows_of(table_study(tmp_path).sections[1])
+    random = found["hot 25 % − random 25 %"]
+    reference = stats.ttest_rel(HOT, MEASURED["random"])
+    interval = reference.confidence_interval(0.95)
+    assert random["n"] == "4"
+    assert (random["difference"], random["95 % interval"]) == ("+0.100", f"{interval.low:+.3f} … {interval.high:+.3f}")
+    assert float(random["p"]) == pytest.approx(reference.pvalue, abs=5e-4)
+    assert random["reading"] == "the first is better"
+    assert random["parameters"] == "14.08k / 14.08k"
+    assert found["hot 25 % − greedy 25 %"]["reading"] == "cannot be told apart"
+
+
+def test_equality_is_shown_by_equivalence_and_not_by_failing_to_see_a_difference(tmp_path):
+    close = rows_of(table_study(tmp_path / "a").sections[1])["hot 25 % − all"]
+    assert close["reading"] == "equal to within 2 points"
+    assert close["p"].startswith("TOST ")
+    wide = MEASURED | {"all": tuple(a + d for a, d in zip(HOT, (0.05, -0.06, 0.04, -0.02), strict=True))}
+    loose = rows_of(table_study(tmp_path / "b", wide).sections[1])["hot 25 % − all"]
+    assert loose["reading"] == "not shown to be equal to within 2 points"
+    worse = MEASURED | {"all": tuple(a + 0.1 + d for a, d in zip(HOT, (0.01, -0.01, 0.0, 0.0), strict=True))}
+    apart = rows_of(table_study(tmp_path / "c", worse).sections[1])["hot 25 % − all"]
+    assert apart["reading"] == "further apart than 2 points"
+
+
+def test_rows_that_coincide_are_absent_or_have_one_seed_are_not_tested(tmp_path):
+    one = {name: values[:1] for name, values in MEASURED.items()}
+    found = rows_of(table_study(tmp_path, one).sections[1])
+    assert found["hot 25 % − mass 25 %"]["reading"] == "both rows are one allocation"
+    assert found["hot 25 % − coverage of half"]["reading"] == "not both rows were trained"
+    assert found["hot 25 % − random 25 %"]["reading"] == "one seed: no test"
+    assert {row["p"] for row in found.values()} == {""}
+
+
+def test_published_numbers_stand_beside_only_where_model_and_task_are_the_papers(tmp_path):
+    here, *_ = table_study(tmp_path / "a").sections
+    assert "published" not in here.head
+    assert here.notes[0].startswith("Not trained: allocator=sieve fraction=0.25 score=mass (the allocation of hot")
+    assert "this study has tiny-moe on shift, so none stands beside" in here.notes[1]
+    assert "OLMoE-1B-7B-0924, Qwen1.5-MoE-A2.7B on spider, gsm8k, hellaswag" in here.notes[1]
+    papers, *_ = table_study(tmp_path / "b", model="allenai/OLMoE-1B-7B-0924", task="gsm8k").sections
+    found = {label.split()[0]: row for label, row in rows_of(papers).items()}
+    assert (found["random"]["published"], found["random"]["difference"]) == ("0.279", "+0.236")
+    assert found["greedy"]["published"] == ""
+    assert papers.notes[-1] == "Published: MoE-Sieve, arXiv:2603.24044."
+
+
+def test_a_table_speaks_of_no_selection_and_a_search_has_no_table(tmp_path):
+    report = table_study(tmp_path / "a")
+    assert not any("picked" in sentence for sentence in report.words)
+    assert report.bias is None
+    with open_study(tmp_path / "b") as study:
+        study.append_finished(outcome(), {})
+        assert Report(study).sections == []
+
+
+def test_terminal_and_page_show_the_tables(tmp_path):
+    table_study(tmp_path)
+    out = Console(file=io.StringIO(), width=200)
+    show(tmp_path, console=out)
+    assert "Comparisons, paired seed by seed" in out.file.getvalue()
+    assert "not corrected for their number" in out.file.getvalue()
+    write(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    data = json.loads(re.search(r'<script id="study" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    assert [section["title"] for section in data["sections"]][1] == "Comparisons, paired seed by seed"
+
+
+# --- several tasks
+
+
+def several(number, accuracy, *, seed=0, **more):
+    """An outcome on two tasks: one at `accuracy` − .1, one at + .1, with the standard errors .03 and .04."""
+    done = outcome(selection(number), accuracy=accuracy, seed=seed, **more)
+    by_task = {
+        "easy": {"accuracy": accuracy + 0.1, "stderr": 0.03},
+        "hard": {"accuracy": accuracy - 0.1, "stderr": 0.04},
+    }
+    return done.updated(rungs=tuple(rung | {"by_task": by_task, "stderr": 0.025} for rung in done.rungs))
+
+
+def test_each_task_has_a_column(tmp_path):
+    with open_study(tmp_path / "demo", config=CONFIG | {"task": "easy,my/hard.yaml"}) as study:
+        for done in (several(2, 0.4), several(4, 0.5), several(4, 0.6, seed=1), several(9, 0.3)):
+            study.append_finished(done, {})
+        study.append_finished(outcome(selection(1), status="failed", accuracy=None), {})
+    report = write(tmp_path / "demo")
+    (section,) = report.sections
+    assert section.head == ("point", "trainable parameters", "easy", "hard", "mean")
+    assert [row[2:4] for row in section.rows] == [
+        ("0.500 ± 0.030", "0.300 ± 0.040"),
+        ("0.650 ± 0.058", "0.450 ± 0.064"),  # √(.03² + .05²): two seeds, .05 apart from their mean
+    ]
+    front, points = (list(csv.DictReader((tmp_path / "demo" / f"{name}.csv").open())) for name in ("front", "points"))
+    assert [float(row["accuracy.hard"]) for row in front] == pytest.approx([0.3, 0.45])
+    assert [row["accuracy.easy"] for row in points if row["status"] == "failed"] == [""]
+    assert [float(row["stderr.hard"]) for row in points if row["status"] == "complete"] == [0.04] * 4
+    out = io.StringIO()
+    show(tmp_path / "demo", console=Console(file=out, width=150))
+    assert "Accuracy by task" in out.getvalue()
+    assert "task easy, hard, model tiny-moe" in out.getvalue()

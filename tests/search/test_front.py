@@ -1,0 +1,185 @@
+"""Fronts, hypervolumes and knees against brute force, and the laws they obey."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from allocators.core.types import Outcome
+from search.front import candidates, front, hypervolume, knee
+from tests.search.studies import outcome, selection
+
+
+class Point(NamedTuple):
+    trainable_params: int
+    accuracy: float | None
+
+
+# Few different values, so that ties and duplicates are common
+ACCURACY = st.integers(0, 10).map(lambda n: n / 10)
+POINTS = st.lists(st.builds(Point, st.integers(1, 30).map(lambda n: n * 1_000), ACCURACY), max_size=12)
+NOT_POINTS = st.lists(st.builds(Point, st.integers(1, 30), st.sampled_from([None, math.nan, math.inf])), max_size=3)
+
+
+def beats(a: Point, b: Point) -> bool:
+    return a.trainable_params <= b.trainable_params and a.accuracy >= b.accuracy and a != b
+
+
+def brute_front(points: list[Point]) -> list[Point]:
+    return sorted(p for p in points if not any(beats(q, p) for q in points))
+
+
+def brute_hypervolume(points: list[Point], reference: tuple[float, float]) -> float:
+    """Slices between neighbouring parameter counts, each as high as the best point to its left."""
+    inside = sorted(p for p in points if p.trainable_params < reference[0] and p.accuracy > reference[1])
+    edges = [*sorted({p.trainable_params for p in inside}), reference[0]]
+    return sum(
+        (right - left) * (max(p.accuracy for p in inside if p.trainable_params <= left) - reference[1])
+        for left, right in pairwise(edges)
+    )
+
+
+@given(POINTS, NOT_POINTS)
+def test_front_is_what_brute_force_finds(points, others):
+    assert sorted(front(others + points)) == brute_front(points)
+
+
+@given(POINTS)
+def test_front_rises(points):
+    found = front(points)
+    assert found == sorted(found)
+
+
+@given(POINTS, NOT_POINTS, st.integers(5_000, 40_000), st.sampled_from([0.0, 0.25, 0.5]))
+def test_hypervolume_is_what_brute_force_finds(points, others, most, least):
+    reference = (float(most), least)
+    assert hypervolume(points + others, reference=reference) == pytest.approx(brute_hypervolume(points, reference))
+
+
+@given(POINTS.flatmap(lambda points: st.tuples(st.just(points), st.permutations(points))))
+def test_order_does_not_matter(pair):
+    points, shuffled = pair
+    assert front(points) == front(shuffled)
+    assert knee(points) == knee(shuffled)
+    reference = (40_000.0, 0.0)
+    assert hypervolume(points, reference=reference) == pytest.approx(hypervolume(shuffled, reference=reference))
+
+
+@given(POINTS.filter(len), st.integers(0, 5_000), st.sampled_from([0.0, 0.1, 0.3]), st.data())
+def test_a_beaten_point_changes_nothing(points, more, less, data):
+    winner = data.draw(st.sampled_from(points))
+    beaten = Point(winner.trainable_params + more, winner.accuracy - less)
+    assume(beaten != winner)
+    assert front([*points, beaten]) == front(points)
+    assert knee([*points, beaten]) == knee(points)
+    reference = (40_000.0, 0.0)
+    both = [hypervolume(p, reference=reference) for p in ([*points, beaten], points)]
+    assert both[0] == pytest.approx(both[1])
+
+
+@given(POINTS.filter(len), st.builds(Point, st.integers(1, 30_000), ACCURACY))
+def test_hypervolume_never_shrinks(points, another):
+    reference = (40_000.0, -0.1)
+    before, after = (hypervolume(p, reference=reference) for p in (points, [*points, another]))
+    assert after >= before * (1 - 1e-12)
+    assert (after > before * (1 + 1e-12)) == (another in front([*points, another]) and another not in points)
+
+
+@given(POINTS, st.integers(2, 9))
+def test_knee_is_the_farthest_above_the_chord_in_any_unit(points, factor):
+    bend = knee(points)
+    rises = _rises(front(points))
+    assert (bend is None) == (max(rises.values(), default=0.0) <= 1e-9)
+    if bend is not None:
+        assert rises[bend] == pytest.approx(max(rises.values()))
+        moved = knee([Point(p.trainable_params * factor, 3 * p.accuracy) for p in points])
+        back = next(p for p in rises if p.trainable_params * factor == moved.trainable_params)
+        assert rises[back] == pytest.approx(rises[bend])  # equally far points may swap by rounding
+
+
+@given(POINTS, NOT_POINTS, st.data())
+def test_points_without_a_finite_accuracy_change_nothing_wherever_they_stand(points, others, data):
+    mixed = data.draw(st.permutations(points + others))
+    reference = (40_000.0, 0.0)
+    assert front(mixed) == front(points)
+    assert knee(mixed) == knee(points)
+    assert hypervolume(mixed, reference=reference) == pytest.approx(hypervolume(points, reference=reference))
+
+
+@given(POINTS, st.data())
+def test_duplicates_cover_nothing_new_and_are_all_kept(points, data):
+    again = data.draw(st.lists(st.sampled_from(points), max_size=5)) if points else []
+    reference = (40_000.0, 0.0)
+    assert hypervolume(points + again, reference=reference) == pytest.approx(hypervolume(points, reference=reference))
+    assert sorted(front(points + again)) == sorted(p for p in points + again if p in front(points))
+
+
+@given(st.builds(Point, st.integers(1, 50_000), ACCURACY), st.integers(1, 50_000), ACCURACY)
+def test_one_point_is_its_own_front_and_covers_a_rectangle(point, most, least):
+    assert front([point]) == [point]
+    width, height = max(most - point.trainable_params, 0), max(point.accuracy - least, 0.0)
+    assert hypervolume([point], reference=(float(most), least)) == pytest.approx(width * height)
+
+
+def _rises(ends: list[Point]) -> dict[Point, float]:
+    """Height above the chord, in units of the front's height, at log parameters in units of its width."""
+    if len(set(ends)) < 3:
+        return {}
+    (p0, a0), (p1, a1) = ends[0], ends[-1]
+    return {p: (p.accuracy - a0) / (a1 - a0) - math.log(p.trainable_params / p0, p1 / p0) for p in ends}
+
+
+def test_no_point_one_point_two_points():
+    one, two = Point(100, 0.4), Point(1_000, 0.6)
+    assert front([]) == []
+    assert hypervolume([], reference=(10.0, 0.0)) == 0.0
+    assert front([one, one]) == [one, one]
+    assert [knee(p) for p in ([], [one], [one, two], [one, one, two])] == [None] * 4
+
+
+def test_a_knee_by_hand():
+    # In log10(parameters): 2, 3, 4, 5. The chord from (2, .3) to (5, .6) rises .1 a decade.
+    points = [Point(100, 0.30), Point(1_000, 0.50), Point(10_000, 0.55), Point(100_000, 0.60)]
+    assert knee(points) == points[1]
+    straight = [Point(100, 0.3), Point(1_000, 0.4), Point(10_000, 0.5)]
+    assert knee(straight) is None
+    hollow = [Point(100, 0.3), Point(1_000, 0.31), Point(10_000, 0.5)]
+    assert knee(hollow) is None
+
+
+def test_a_hypervolume_by_hand():
+    points = [Point(1, 0.5), Point(300, 0.9), Point(5_000, 1.0)]
+    # up to 1000 parameters: .5 from 1 on, .4 more from 300 on; the third lies beyond the reference
+    assert hypervolume(points, reference=(1_000.0, 0.0)) == pytest.approx(0.5 * 999 + 0.4 * 700)
+
+
+def test_seeds_of_one_point_are_one_candidate():
+    accuracies = (0.5, 0.6, 0.7)
+    same = [outcome(selection(4), accuracy=a, seed=s) for s, a in enumerate(accuracies)]
+    other = outcome(selection(5), accuracy=0.4)
+    first, second = candidates([same[0], other, *same[1:]])
+    assert first.accuracy == pytest.approx(0.6)
+    assert [run.trial.seed for run in first.complete] == [0, 1, 2]
+    assert first.best == same[2]
+    assert second.runs == (other,)
+    # spread .1 over three seeds, and the evaluation's own sqrt(.5 * .5 / 200) of the widest
+    assert first.stderr == pytest.approx(math.sqrt(0.1**2 / 3 + 0.5 * 0.5 / 200))
+
+
+def test_only_complete_runs_count():
+    stopped = outcome(selection(4), status="stopped", accuracy=0.9)
+    diverged = outcome(selection(5), status="diverged")
+    [a, b] = candidates([stopped, diverged])
+    assert stopped.accuracy is not None
+    assert (a.accuracy, b.accuracy, a.stderr) == (None, None, None)
+    assert front([a, b]) == []
+
+
+def test_a_candidate_without_rungs_has_no_standard_error():
+    bare: Outcome = outcome(selection(4)).updated(rungs=())
+    assert candidates([bare])[0].stderr is None

@@ -1,0 +1,116 @@
+"""The generators: seeded, answered rightly, disjoint, and equal to what is committed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from allocators.core.errors import StudyError
+from trainers.embedded import domains
+
+TASKS = Path(domains.__file__).parent / "tasks"
+
+
+def committed(name: str, split: str) -> list[dict]:
+    return [json.loads(line) for line in (TASKS / f"tiny_{name}_{split}.jsonl").read_text().splitlines()]
+
+
+@settings(deadline=None)  # the first real text reads the standard library
+@given(st.sampled_from(sorted(domains.MIXTURE)), st.integers(0, 2**32))
+def test_equal_seeds_give_equal_text_of_known_characters(name, seed):
+    text = domains.MIXTURE[name](Random(seed))
+    assert text == domains.MIXTURE[name](Random(seed))
+    assert set(text) <= set(domains.ALPHABET)
+
+
+# Each answer again, from the example's text alone and by another route than the generator's.
+CHECKS = {
+    "add": lambda a, b: str(int(a) - -int(b)),
+    "sub": lambda a, b: str(int(a) + -int(b)),
+    "max": lambda *numbers: sorted(numbers, key=int)[-1],
+    "seq": lambda a, b, c: f"{2 * int(c) - int(b)} {3 * int(c) - 2 * int(b)}",
+    "count": lambda letter, word: str(sum(c == letter for c in word)),
+    "close": lambda opening: opening[::-1].translate(str.maketrans("([{", ")]}")),
+    "edit": lambda old, new, word: "".join(new if c == old else c for c in word),
+    "upper": lambda word: "".join(chr(ord(c) - 32) for c in word),
+    "rev": lambda word: "".join(word[-1 - i] for i in range(len(word))),
+    "sort": lambda word: "".join(c * word.count(c) for c in map(chr, range(97, 123))),
+    "date": lambda iso: (
+        f"{int(iso[8:])} {'JanFebMarAprMayJunJulAugSepOctNovDec'[int(iso[5:7]) * 3 - 3 :][:3]} {iso[:4]}"
+    ),
+}
+
+
+@given(st.sampled_from(sorted(set(domains.MIXTURE) - set(domains.REAL_TEXT))), st.integers(0, 2**32))
+def test_generated_answers_are_right(name, seed):
+    prompt, answer = domains.MIXTURE[name](Random(seed)).split(" > ")
+    command, *inputs = prompt.split(" ")
+    assert CHECKS[command](*inputs) == answer
+
+
+def test_a_step_holds_every_domain_in_equal_parts():
+    rows = domains.rows(0, 3, 4 * len(domains.MIXTURE), 96, end="\0")
+    names = [name for name, _ in rows]
+    assert all(names.count(name) == 4 for name in domains.MIXTURE)
+    assert {len(text) for _, text in rows} == {96}
+    assert rows == domains.rows(0, 3, 4 * len(domains.MIXTURE), 96, end="\0")
+    assert rows != domains.rows(0, 4, 4 * len(domains.MIXTURE), 96, end="\0")
+    assert rows != domains.rows(1, 3, 4 * len(domains.MIXTURE), 96, end="\0")
+
+
+def test_the_generator_writes_the_committed_files_again(tmp_path):
+    domains.write_tasks(tmp_path)
+    written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert written == {file.name: file.read_bytes() for file in TASKS.glob("*.jsonl")}
+
+
+@pytest.mark.parametrize("name", domains.HELD_OUT)
+def test_splits_share_no_word_and_no_command_with_the_mixture(name):
+    train, test = ({entry["question"] for entry in committed(name, split)} for split in ("train", "test"))
+    assert (len(train), len(test)) == (domains.SPLITS["train"], domains.SPLITS["test"])
+    assert not train & test
+    assert max(map(len, train | test)) <= 64
+    commands = {example(Random(0)).split(" ")[0] for example in domains.MIXTURE.values()}
+    assert not {question.split(" ")[0] for question in train | test} & commands
+
+
+@pytest.mark.parametrize("name", domains.HELD_OUT)
+def test_answers_of_the_test_split_follow_from_the_train_split(name):
+    """The table is learnt from the training answers alone; it must be one-to-one and answer every test question."""
+    backwards = name.startswith("back")
+    table: dict[str, str] = {}
+    for entry in committed(name, "train"):
+        word, answer = entry["question"].split(" ")[1], entry["choices"][entry["label"]]
+        for source, target in zip(word[::-1] if backwards else word, answer, strict=True):
+            assert table.setdefault(source, target) == target
+    assert len(set(table.values())) == len(table) == 26
+    for entry in committed(name, "test"):
+        word = entry["question"].split(" ")[1]
+        assert entry["choices"].index("".join(table[c] for c in (word[::-1] if backwards else word))) == entry["label"]
+
+
+@given(st.sampled_from(sorted(domains.HELD_OUT)), st.integers(0, 2**32))
+def test_choices_differ_in_one_place_and_nothing_but_the_table_tells_them_apart(name, seed):
+    question = domains.HELD_OUT[name](Random(seed))
+    word = question.question.split(" ")[1]
+    columns = [set(column) for column in zip(*question.choices, strict=True)]
+    assert sorted(map(len, columns)) == [1] * (len(word) - 1) + [4]
+    doubtful = max(columns, key=len)
+    elsewhere = set().union(*(column for column in columns if column is not doubtful))
+    assert not doubtful & (set(word) | elsewhere)
+
+
+@pytest.mark.parametrize("name", domains.HELD_OUT)
+def test_right_answers_are_spread_over_the_four_places(name):
+    labels = [entry["label"] for entry in committed(name, "test")]
+    assert all(abs(labels.count(place) - 75) < 25 for place in range(4))  # 3.3 standard deviations
+
+
+def test_a_wrong_command_line_says_what_is_possible(tmp_path):
+    with pytest.raises(StudyError, match="tasks=FOLDER"):
+        domains.main([f"tasks={tmp_path / 'missing'}"])

@@ -168,7 +168,7 @@ def _candidate(runs: tuple[Outcome, ...]) -> Candidate:
     if not complete:
         return Candidate(runs, None, None)
     accuracies = [run.accuracy or 0.0 for run in complete]
-    errors = [run.rungs[-1]["stderr"] for run in complete if run.rungs and run.rungs[-1].get("stderr") is not None]
+    errors = [error for run in complete if run.rungs and (error := run.rungs[-1].stderr) is not None]
     question_error = max(errors, default=None)
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
     parts = [] if question_error is None else [question_error]

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from allocators.core.types import FINISHED, Outcome
+from allocators.core.types import FINISHED, Outcome, Rung
 from search import front as pareto
 from search.problem import Problem
 from search.propose.halving import NO_HALVING, Halving, NoHalving
@@ -213,14 +213,15 @@ class Run:
             for digest in list(self._halving.paused):
                 outcome = self._records.outcomes[digest]
                 last = outcome.rungs[-1]
-                found = {"accuracy": last["accuracy"], "tokens": last["tokens"], "seconds": last.get("seconds", 0.0)}
-                self.finished(outcome.updated(status="stopped", **found))
+                self.finished(
+                    outcome.updated(status="stopped", accuracy=last.accuracy, tokens=last.tokens, seconds=last.seconds)
+                )
 
     def _restored(self, outcome: Outcome) -> bool:
         """Takes a training of an earlier run in; whether it is paused."""
         if not self._is_own(outcome):
             return False
-        accuracies = [rung.get("accuracy") for rung in outcome.rungs]
+        accuracies = [rung.accuracy for rung in outcome.rungs]
         finished = outcome.status in FINISHED
         return self._halving.restore(outcome.digest, accuracies, cost=outcome.trainable_params, finished=finished)
 
@@ -250,15 +251,15 @@ class Run:
         missing = missing_repeats(self._problem, self._records, seeds=self._seeds)
         self._progress.expect(self._trials, begun + len(missing))
 
-    def rung(self, digest: str, rung: Mapping[str, Any]) -> bool:
+    def rung(self, digest: str, rung: Rung) -> bool:
         """An evaluation of a training; whether it goes on now, else it is paused until it is proposed again."""
         self._records.append_rung(digest, rung)
         self._tracker.rung(digest, rung)
         self._progress.rung(digest, rung)
         outcome = self._records.outcomes[digest]
-        number = sum(int(known["step"]) <= int(rung["step"]) for known in outcome.rungs)
+        number = sum(known.step <= rung.step for known in outcome.rungs)
         cost = outcome.trainable_params
-        if not self._is_own(outcome) or self._halving.reached(digest, number, accuracy=rung.get("accuracy"), cost=cost):
+        if not self._is_own(outcome) or self._halving.reached(digest, number, accuracy=rung.accuracy, cost=cost):
             return True
         self._progress.paused(digest)
         return False

@@ -33,7 +33,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Any, Literal
@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
-from allocators.core.types import Recipe, digest_of
+from allocators.core.types import Recipe, Rung, digest_of
 from trainers import storage
 from trainers.models import sharding
 from trainers.tasks import AnyTask, Row
@@ -54,25 +54,6 @@ EXPLODED = (10.0, 10.0)  # a loss above 10 × the first one + 10 ...
 PATIENCE = 3  # ... for this many steps in a row ends the run, as a loss that is not finite does at once
 OUT_OF_MEMORY, OTHER_FAILURE = 1.0, 1e6  # what a worker that failed adds to a number that all of them sum
 IGNORED = -100  # label of tokens without loss
-
-
-@dataclass(frozen=True)
-class Rung:
-    """One evaluation on the way: optimiser steps and tokens so far, accuracy, mean training loss since the last one.
-
-    by_task   of several tasks: `{"arc_easy": {"accuracy", "stderr"}}`; accuracy is the mean of theirs
-    """
-
-    step: int
-    tokens: int
-    accuracy: float
-    stderr: float
-    loss: float
-    seconds: float
-    by_task: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -568,7 +549,7 @@ class _Past:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> _Past:
-        return cls(**{**data, "rungs": [Rung(**rung) for rung in data["rungs"]]})
+        return cls(**{**data, "rungs": [Rung.from_json(rung) for rung in data["rungs"]]})
 
 
 class _Flat:

@@ -235,7 +235,7 @@ class Bench:
         outcome = started.updated(
             status=result.status,
             accuracy=result.accuracy,
-            rungs=tuple(rung.to_json() for rung in result.rungs),
+            rungs=result.rungs,
             tokens=result.tokens,
             seconds=result.seconds,
             peak_memory_bytes=result.peak_memory_bytes,
@@ -335,7 +335,7 @@ def serve(config: dict[str, Any]) -> None:
         else:
 
             def on_rung(rung: Any, send: Any = send) -> bool:
-                return send({"done": False, "rung": json.dumps(rung.to_json())})
+                return send({"done": False, "rung": rung})
 
             trial = Trial.from_json(json.loads(work["trial"]))
             outcome = bench.train(trial, work["trainable_params"], report=on_rung, leads=leads)
@@ -480,7 +480,7 @@ class Places:
         self._finish(job_id, outcome)
 
     def _rung(self, job_id: str, rung: Any) -> bool:
-        return self.report(job_id, {"done": False, "rung": json.dumps(rung.to_json())})
+        return self.report(job_id, {"done": False, "rung": rung})
 
     def _finish(self, job_id: str, outcome: Outcome) -> None:
         self.report(job_id, {"done": True, "outcome": json.dumps(outcome.to_json())})

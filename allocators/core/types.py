@@ -9,6 +9,7 @@ Read this file first. Standard library only; every value is immutable, has a JSO
     Recipe       LoRA and optimiser settings of one training run
     Point        what a space proposes: allocator, knobs, recipe settings
     Trial        allocation + recipe + model + task + seed: one training run, named by its digest
+    Rung         one evaluation on the way
     Outcome      what became of a trial
 
 Trainable parameters are counted here and nowhere else; adapters are tested to hold exactly as many.
@@ -20,6 +21,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -415,7 +417,7 @@ class Trial:
     allocator: str = ""  # who proposed it and with which knobs: for the record, not part of the digest
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return digest_of(
             {
@@ -452,6 +454,38 @@ class Trial:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One evaluation on the way.
+
+    step       optimiser steps so far
+    tokens     trained tokens so far, padding excluded
+    accuracy   None where it is not finite
+    stderr     standard error of the accuracy over the questions; None where it is not known
+    loss       mean training loss since the rung before; None where it is not finite
+    seconds    wall clock so far
+    by_task    of several tasks: `{"arc_easy": {"accuracy", "stderr"}}`; accuracy is the mean of theirs
+    """
+
+    step: int
+    tokens: int
+    accuracy: float | None
+    stderr: float | None = None
+    loss: float | None = None
+    seconds: float = 0.0
+    by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        return data if self.by_task else {name: value for name, value in data.items() if name != "by_task"}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Rung:
+        """Raises KeyError where step, tokens or accuracy is missing; keys of other versions are left out."""
+        known = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
+        return cls(**{"accuracy": data["accuracy"], **known})
+
+
 Status = Literal["started", "complete", "stopped", "diverged", "failed", "out_of_memory"]
 FINISHED: tuple[Status, ...] = ("complete", "stopped", "diverged", "failed", "out_of_memory")
 
@@ -460,7 +494,7 @@ FINISHED: tuple[Status, ...] = ("complete", "stopped", "diverged", "failed", "ou
 class Outcome:
     """What became of a trial. `accuracy` is None unless the run reached an evaluation; it is never NaN.
 
-    rungs       one entry an evaluation: {"step", "tokens", "accuracy", "loss"}, and of several tasks {"by_task"}
+    rungs       one an evaluation, in the order of their steps
     seconds     wall clock of training and evaluation on the worker
     tokens      trained tokens, padding excluded
     adapter     where the trained adapter lies, "" where none was kept
@@ -471,7 +505,7 @@ class Outcome:
     status: Status
     trainable_params: int
     accuracy: float | None = None
-    rungs: tuple[Mapping[str, Any], ...] = ()
+    rungs: tuple[Rung, ...] = ()
     seconds: float = 0.0
     tokens: int = 0
     peak_memory_bytes: int = 0
@@ -487,14 +521,14 @@ class Outcome:
     @property
     def by_task(self) -> Mapping[str, Mapping[str, float]]:
         """`{"arc_easy": {"accuracy", "stderr"}}` where several tasks were trained and evaluated, else empty."""
-        return (self.rungs[-1].get("by_task") or {}) if self.rungs and self.accuracy is not None else {}
+        return self.rungs[-1].by_task if self.rungs and self.accuracy is not None else {}
 
     def updated(self, **changes: Any) -> Outcome:
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trial"}
-        data["rungs"] = [dict(r) for r in self.rungs]
+        data["rungs"] = [rung.to_json() for rung in self.rungs]
         data["versions"] = dict(self.versions)
         return {"trial": self.trial.to_json(), **data}
 
@@ -502,7 +536,7 @@ class Outcome:
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
         known = {f.name for f in fields(cls)}
         rest = {k: v for k, v in data.items() if k in known and k != "trial"}
-        rest["rungs"] = tuple(rest.get("rungs", ()))
+        rest["rungs"] = tuple(Rung.from_json(rung) for rung in rest.get("rungs", ()))
         return cls(Trial.from_json(data["trial"]), **rest)
 
 

@@ -17,7 +17,7 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
-from allocators.core.types import Outcome, Trial
+from allocators.core.types import Outcome, Rung, Trial
 from search.engine.workers import NAMESPACE, Pool, TablePool, driver_node
 from search.propose.sampler import Proposal
 
@@ -30,7 +30,7 @@ class Conductor(Protocol):
     def propose(self) -> Proposal | Literal["wait"] | None:
         """The next training for a free worker, a new one or one that was paused."""
 
-    def rung(self, digest: str, rung: dict[str, Any]) -> bool:
+    def rung(self, digest: str, rung: Rung) -> bool:
         """An evaluation; False pauses the training until it is proposed again."""
 
     def finished(self, outcome: Outcome) -> None: ...
@@ -116,7 +116,7 @@ class ObeyTheStudy(TrialScheduler):
     def on_trial_result(self, tune_controller: Any, trial: TuneTrial, result: dict) -> str:
         stage = _STAGES[self._study]
         digest = stage.digests[trial.trial_id]
-        if not result.get("rung") or stage.conductor.rung(digest, json.loads(result["rung"])):
+        if not result.get("rung") or stage.conductor.rung(digest, result["rung"]):
             return TrialScheduler.CONTINUE
         stage.paused[digest] = trial
         return TrialScheduler.PAUSE
@@ -169,7 +169,7 @@ class TrialHandle(tune.Trainable):
             self.under_way = True
         report: Any = ray.get(self.board.next_report.remote(self.job_id))
         self.under_way = not report["done"]
-        return {"rung": "", "outcome": "", "error": "", **report}
+        return {"rung": None, "outcome": "", "error": "", **report}
 
     def _leave(self) -> None:
         """Frees the worker. Once: the training may be resumed by another handle before this one is cleaned up."""

@@ -3,7 +3,7 @@
     with Study.open("studies/demo", config=config, identity=identity, shape=shape) as study:
         for outcome, params in study.in_flight: ...        # what a killed driver left behind: train these again
         study.append_started(outcome, params)              # before a worker gets it
-        study.append_rung(outcome.digest, {"step": 10, "tokens": 900, "accuracy": 0.4, "loss": 1.2})
+        study.append_rung(outcome.digest, Rung(step=10, tokens=900, accuracy=0.4, loss=1.2))
         study.append_finished(outcome.updated(status="complete", accuracy=0.5), params)
     read("studies/demo").finished                          # without a lock, while the study runs too
 
@@ -40,7 +40,7 @@ from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
 from allocators.core.errors import StudyError, ToolkitError
-from allocators.core.types import FINISHED, ModelShape, Outcome
+from allocators.core.types import FINISHED, ModelShape, Outcome, Rung
 from trainers.versions import versions
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Records:
         self.sampler_seconds: list[float] = []
         self.reused: dict[str, str] = {}
         self._params: dict[str, dict[str, Any]] = {}
-        self._rungs: dict[str, dict[int, Mapping[str, Any]]] = {}
+        self._rungs: dict[str, dict[int, Rung]] = {}
 
     @property
     def name(self) -> str:
@@ -142,9 +142,9 @@ class Records:
                 if line.get("reused"):
                     self.reused[digest] = str(line["reused"])
             case "rung":
-                digest, rung = line["digest"], dict(line["rung"])
+                digest, rung = line["digest"], Rung.from_json(line["rung"])
                 # by step: a run that goes on from its checkpoint reports some rungs a second time
-                self._rungs.setdefault(digest, {})[int(rung["step"])] = rung
+                self._rungs.setdefault(digest, {})[rung.step] = rung
                 if digest in self.outcomes and self.outcomes[digest].status not in FINISHED:
                     self.outcomes[digest] = self.outcomes[digest].updated(rungs=self._curve(digest))
             case "answered":
@@ -156,7 +156,7 @@ class Records:
             case other:
                 raise ValueError(f"unknown event '{other}'")
 
-    def _curve(self, digest: str) -> tuple[Mapping[str, Any], ...]:
+    def _curve(self, digest: str) -> tuple[Rung, ...]:
         rungs = self._rungs.get(digest, {})
         return tuple(rungs[step] for step in sorted(rungs))
 
@@ -279,9 +279,9 @@ class Study(Records):
         line = {"event": "started", "outcome": outcome.to_json(), "params": dict(params)}
         self._append(line | {"sampler_seconds": round(sampler_seconds, 4)})
 
-    def append_rung(self, digest: str, rung: Mapping[str, Any]) -> None:
+    def append_rung(self, digest: str, rung: Rung) -> None:
         """An evaluation on the way."""
-        self._append({"event": "rung", "digest": digest, "rung": dict(rung)})
+        self._append({"event": "rung", "digest": digest, "rung": rung.to_json()})
 
     def append_finished(self, outcome: Outcome, params: Mapping[str, Any], *, reused: str = "") -> None:
         """A run is over, well or not; `reused` names the study that trained it, where it was another one."""

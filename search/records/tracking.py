@@ -34,7 +34,7 @@ from mlflow.entities import Experiment, Metric, Param, Run, RunTag
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from allocators.core.errors import StudyError
-from allocators.core.types import FINISHED, Outcome
+from allocators.core.types import FINISHED, Outcome, Rung
 from search.front import human, point_of
 from search.records import Records, flattened, redacted
 
@@ -130,7 +130,7 @@ class Tracker:
         assert self._parent or self._down, "sync first: it finds or makes the parent run"
         self._safely(self._start, outcome)
 
-    def rung(self, digest: str, rung: Mapping[str, Any]) -> None:
+    def rung(self, digest: str, rung: Rung) -> None:
         self._safely(self._log_rungs, digest, [rung])
 
     def finished(self, outcome: Outcome) -> None:
@@ -218,7 +218,7 @@ class Tracker:
         for start in range(0, len(new), _BATCH_PARAMS):
             self._client.log_batch(run_id, params=new[start : start + _BATCH_PARAMS])
 
-    def _log_rungs(self, digest: str, rungs: Iterable[Mapping[str, Any]]) -> None:
+    def _log_rungs(self, digest: str, rungs: Iterable[Rung]) -> None:
         """Numbers of evaluations, by step; what the run has already is not logged again."""
         child, now = self._children[digest], int(time.time() * 1000)
         metrics = [
@@ -237,7 +237,7 @@ class Tracker:
             self._start(outcome)
             child = self._children[outcome.digest]
         self._log_rungs(outcome.digest, outcome.rungs)
-        step = int(outcome.rungs[-1]["step"]) if outcome.rungs else 0
+        step = outcome.rungs[-1].step if outcome.rungs else 0
         final = {
             "accuracy": outcome.accuracy,
             "tokens": outcome.tokens,
@@ -276,10 +276,10 @@ class Tracker:
         self._client.set_terminated(self._parent, status)
 
 
-def _flat(rung: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(rung: Rung) -> dict[str, Any]:
     """Numbers of an evaluation by metric name: `accuracy`, of several tasks also `accuracy.arc_easy`."""
-    numbers = {name: rung.get(name) for name in ("step", "accuracy", "loss", "tokens", "stderr")}
-    for label, of_task in (rung.get("by_task") or {}).items():
+    numbers = {name: getattr(rung, name) for name in ("step", "accuracy", "loss", "tokens", "stderr")}
+    for label, of_task in rung.by_task.items():
         name = re.sub(r"[^\w./ :-]", "-", label)  # what MLflow takes
         numbers |= {f"accuracy.{name}": of_task["accuracy"], f"stderr.{name}": of_task["stderr"]}
     return {name: number for name, number in numbers.items() if number is not None}

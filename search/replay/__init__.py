@@ -46,6 +46,7 @@ from allocators.core.types import (
     Outcome,
     Point,
     Recipe,
+    Rung,
     Signal,
     Trial,
     canonical_json,
@@ -255,7 +256,7 @@ class TableBoard:
         else:
             # whoever proposed it knows it by another allocator's name, perhaps: the row keeps to what was asked
             told = dict(outcome) | {"trial": json.loads(job["trial"])}
-            reports = [(rung["tokens"], {"done": False, "rung": json.dumps(rung)}) for rung in outcome["rungs"]]
+            reports = [(rung["tokens"], {"done": False, "rung": Rung.from_json(rung)}) for rung in outcome["rungs"]]
             reports.append((outcome["tokens"], {"done": True, "outcome": json.dumps(told)}))
             start = self._began[job_id] = self._now - self._reached.get(job_id, 0.0)
             self._due[job_id] = [
@@ -357,7 +358,7 @@ def _row(line: Mapping[str, Any], about: Mapping[str, Any]) -> Row:
         line["status"],
         line["trainable_params"],
         line["accuracy"],
-        tuple(line["rungs"]),
+        tuple(Rung.from_json(rung) for rung in line["rungs"]),
         line["seconds"],
         line["tokens"],
         message=line["message"],
@@ -417,7 +418,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
 
 def _line(outcome: Outcome, params: Mapping[str, Any], study_seed: int) -> dict[str, Any]:
     measured = ("step", "tokens", "accuracy", "stderr", "loss", "seconds")
-    rungs = [{name: rung.get(name) for name in measured} for rung in outcome.rungs]
+    rungs = [{name: getattr(rung, name) for name in measured} for rung in outcome.rungs]
     return {f"param.{name}": value for name, value in params.items()} | {
         "seed": outcome.trial.seed,
         "study_seed": study_seed,

@@ -143,7 +143,7 @@ class Report:
     def early_ranks(self) -> tuple[float | None, int]:
         """Spearman's rank correlation of accuracy at the first rung and at the end, and over how many points."""
         runs = [run for c in self.points for run in c.complete[:1] if len(run.rungs) > 1]
-        pairs = [(float(run.rungs[0]["accuracy"]), run.accuracy or 0.0) for run in runs]
+        pairs = [(float(run.rungs[0].accuracy or 0.0), run.accuracy or 0.0) for run in runs]
         return rank_correlation(pairs), len(pairs)
 
     def difference(self, lower: Candidate, higher: Candidate) -> Difference:
@@ -760,7 +760,9 @@ def _point(report: Report, candidate: Candidate) -> dict[str, Any]:
                 "tokens": run.tokens,
                 "memory": run.peak_memory_bytes,
                 "message": report.message(run),
-                "rungs": [{key: rung.get(key) for key in ("tokens", "step", "accuracy", "loss")} for rung in run.rungs],
+                "rungs": [
+                    {key: getattr(rung, key) for key in ("tokens", "step", "accuracy", "loss")} for rung in run.rungs
+                ],
             }
             for run in candidate.runs
         ],

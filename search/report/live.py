@@ -22,7 +22,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from allocators.core.types import Outcome, Recipe
+from allocators.core.types import Outcome, Recipe, Rung
 from search.front import Candidate, candidates, front, human, knee
 from search.propose.halving import tokens_saved
 
@@ -64,7 +64,7 @@ class Progress:
         self._reused = set(reused)
         self._earlier = len(self._trained)
         self._front = front(candidates(self._done))
-        self._running: dict[str, tuple[Outcome, Mapping[str, Any]]] = {}
+        self._running: dict[str, tuple[Outcome, Rung | None]] = {}
         self._paused: set[str] = set()
         self._answered: Counter[str] = Counter()
         self._measuring, self._measuring_told = "", time.monotonic()
@@ -102,10 +102,10 @@ class Progress:
 
     def started(self, outcome: Outcome) -> None:
         self._first_start = self._first_start or time.monotonic()
-        self._running[outcome.digest] = (outcome, {})
+        self._running[outcome.digest] = (outcome, None)
         self._paused.discard(outcome.digest)
 
-    def rung(self, digest: str, rung: Mapping[str, Any]) -> None:
+    def rung(self, digest: str, rung: Rung) -> None:
         if digest in self._running:
             self._running[digest] = (self._running[digest][0], rung)
 
@@ -199,7 +199,8 @@ class Progress:
         if self._front:
             parts.append(front_table(self._front, self._done, title="Pareto front so far", rows=ROWS))
         for outcome, rung in list(self._running.values())[:4]:
-            now = f"step {rung['step']}, accuracy {rung['accuracy']:.3f}" if rung.get("accuracy") is not None else "..."
+            accuracy = rung.accuracy if rung else None
+            now = f"step {rung.step}, accuracy {accuracy:.3f}" if rung and accuracy is not None else "..."
             parts.append(Text(f"  {human(outcome.trainable_params):>8}  {point(outcome)}  {now}", style="dim"))
         if self._measuring:
             parts.append(Text(f"  {self._measuring}", style="dim"))

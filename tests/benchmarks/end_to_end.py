@@ -636,7 +636,7 @@ def real_plain(settings: Settings, target: Target, folder: Path) -> None:
     stop.unlink(missing_ok=True)
     for line in log.read_text().splitlines() if log.exists() else ():
         known = json.loads(line)
-        target.add(known["digest"], known["accuracy"], known["tokens"], spent=Cost(known["wall"], known["cpu"]))
+        target.add(known["digest"], known.accuracy, known.tokens, spent=Cost(known["wall"], known["cpu"]))
     if target.over:
         return
 

@@ -471,7 +471,7 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
 
     def rungs(key: str) -> list[Rung]:
         outcome = mine[key]
-        curve = [Rung(n, r["tokens"] / outcome.tokens, r["accuracy"]) for n, r in enumerate(outcome.rungs, start=1)]
+        curve = [Rung(n, r.tokens / outcome.tokens, r.accuracy) for n, r in enumerate(outcome.rungs, start=1)]
         return [*curve[:-1], Rung(max(len(curve), 1), 1.0, outcome.accuracy)]
 
     return Table(

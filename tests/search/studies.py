@@ -18,6 +18,7 @@ from allocators.core.types import (
     ModuleShape,
     Outcome,
     Recipe,
+    Rung,
     Status,
     Trial,
 )
@@ -86,7 +87,7 @@ def outcome(
     if accuracy is not None and status != "started":
         rungs = tuple(rung(step, accuracy * (1 - math.exp(-step / 30)) / (1 - math.exp(-3))) for step in (30, 60, 90))
         rungs = rungs[:2] if status == "stopped" else rungs
-        accuracy = rungs[-1]["accuracy"]
+        accuracy = rungs[-1].accuracy
     result = Outcome(
         trial,
         status,
@@ -102,14 +103,9 @@ def outcome(
     return result.updated(**more)
 
 
-def rung(step: int, accuracy: float) -> dict[str, float]:
-    return {
-        "step": step,
-        "tokens": step * 1_000,
-        "accuracy": accuracy,
-        "loss": 2.5 - 1.5 * accuracy,
-        "stderr": math.sqrt(max(accuracy * (1 - accuracy), 0.0) / QUESTIONS),
-    }
+def rung(step: int, accuracy: float) -> Rung:
+    error = math.sqrt(max(accuracy * (1 - accuracy), 0.0) / QUESTIONS)
+    return Rung(step, step * 1_000, accuracy, stderr=error, loss=2.5 - 1.5 * accuracy)
 
 
 def started(done: Outcome) -> Outcome:

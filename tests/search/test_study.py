@@ -96,7 +96,7 @@ def test_the_front_is_repeated_with_another_seed_and_trials_count_alone(story):
     assert all([run.trial.seed for run in member.runs] == [0, 1] for member in members)
     for first, again in (member.runs for member in members):
         assert first.trial.allocation == again.trial.allocation
-        assert first.rungs[0]["loss"] != again.rungs[0]["loss"], "another seed is another training"
+        assert first.rungs[0].loss != again.rungs[0].loss, "another seed is another training"
     assert f"{TRIALS} of {TRIALS} finished · {seeds[1]} of {seeds[1]} repeats with other seeds" in log
 
 
@@ -107,8 +107,8 @@ def test_a_trial_that_was_cut_off_goes_on_from_its_checkpoint(story):
     assert cut_off
     for outcome in cut_off:
         # wall clock is never the same twice: equal seconds mean that these steps were not trained again
-        assert after[outcome.digest].rungs[0]["seconds"] == outcome.rungs[0]["seconds"]
-        assert after[outcome.digest].rungs[-1]["step"] == 9
+        assert after[outcome.digest].rungs[0].seconds == outcome.rungs[0].seconds
+        assert after[outcome.digest].rungs[-1].step == 9
 
 
 def test_starting_points_come_first_and_every_count_is_exact(story):

@@ -50,14 +50,14 @@ def test_the_base_alone_is_evaluated_as_an_adapter_that_was_not_trained(bench):
     base = bench.untrained()
     hardly = bench.train(*trial(bench, steps=1, learning_rate=1e-12), report=lambda rung: True)
     assert base["accuracy"] == hardly.accuracy
-    assert base["stderr"] == hardly.rungs[-1]["stderr"] > 0
+    assert base["stderr"] == hardly.rungs[-1].stderr > 0
 
 
 def test_the_same_trial_twice_is_the_same_result(bench):
     first = bench.train(*trial(bench), report=lambda rung: True)
     storage.delete_folder(storage.join(bench.setup["checkpoints"], first.digest))
     second = bench.train(*trial(bench), report=lambda rung: True)
-    losses = [[rung["loss"] for rung in outcome.rungs] for outcome in (first, second)]
+    losses = [[rung.loss for rung in outcome.rungs] for outcome in (first, second)]
     assert losses[0] == losses[1]
     assert first.accuracy == second.accuracy
 
@@ -80,8 +80,8 @@ def test_a_trial_that_cannot_work_is_an_outcome_with_its_reason(bench):
 def test_a_trial_stops_where_its_report_is_answered_with_no(bench):
     outcome = bench.train(*trial(bench, (7,)), report=lambda rung: False)
     assert outcome.status == "stopped"
-    assert [rung["step"] for rung in outcome.rungs] == [2]
-    assert outcome.accuracy == outcome.rungs[-1]["accuracy"]
+    assert [rung.step for rung in outcome.rungs] == [2]
+    assert outcome.accuracy == outcome.rungs[-1].accuracy
 
 
 def test_a_signal_is_measured_once_for_everyone(bench):
@@ -155,7 +155,7 @@ def test_packed_trials_are_those_of_a_worker_each(fresh, tmp_path):
     for name in "abc":
         one = outcomes[name]
         alone = fresh.train(one.trial, one.trainable_params, report=lambda rung: True)
-        assert [rung["loss"] for rung in one.rungs] == pytest.approx([rung["loss"] for rung in alone.rungs], rel=1e-5)
+        assert [rung.loss for rung in one.rungs] == pytest.approx([rung.loss for rung in alone.rungs], rel=1e-5)
         assert (one.tokens, one.adapter, alone.pack) == (alone.tokens, alone.adapter, 1)
         assert one.accuracy == pytest.approx(alone.accuracy, abs=1 / 16)  # of 16 questions rounding may flip one
 
@@ -172,7 +172,7 @@ def test_a_packed_trial_stops_and_diverges_by_itself(fresh):
         "diverges": "diverged",
         "goes on": "complete",
     }
-    assert outcomes["stops"].rungs[-1]["step"] == 2
+    assert outcomes["stops"].rungs[-1].step == 2
 
 
 def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_named(fresh, monkeypatch, capsys):

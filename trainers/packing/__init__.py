@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from allocators.core.errors import OutOfMemoryError, StudyError, TrialError
-from allocators.core.types import ALWAYS_ADAPTED, Recipe
+from allocators.core.types import ALWAYS_ADAPTED, Recipe, Rung
 from trainers import loop, storage
 from trainers.adapter import Adapter, freeze, module_at, put_attribute, put_on_linear, quantization_of
 from trainers.adapter.expert_lora import ExpertLoraAdapter, ExpertStacks, Route, dispatch
@@ -660,7 +660,7 @@ class Member(loop.Run):
         self.most = 1  # members in a step of its, itself included
         self.past.began = None
 
-    def begin(self, on_rung: Callable[[loop.Rung], bool]) -> loop.Result | None:
+    def begin(self, on_rung: Callable[[Rung], bool]) -> loop.Result | None:
         result = super().begin(on_rung)
         self.past.began = None  # seconds are shares, see `Crew.step`
         self.flat.install()
@@ -670,7 +670,7 @@ class Member(loop.Run):
         size = self.recipe.micro_batch_size
         return loop.share_of(self.batch(self.step), rank=0, world_size=1, micro_batch_size=size)
 
-    def evaluate(self, step: int) -> loop.Rung:
+    def evaluate(self, step: int) -> Rung:
         """With this member's adapter alone on the model; the others wait."""
         began = time.monotonic()
         with self.crew.only(self):
@@ -698,7 +698,7 @@ class Crew:
         recipe: Recipe,
         *,
         seed: int,
-        on_rung: Callable[[loop.Rung], bool],
+        on_rung: Callable[[Rung], bool],
         checkpoint: storage.Location | None = None,
     ) -> Member:
         """A run from its start or its checkpoint, as in `loop.train`; it has a result at once where it was over.

@@ -49,7 +49,7 @@ def test_trainings_shared_passes_and_paused_and_ended_by_themselves(study):
     assert {outcome.status for outcome in outcomes} == {"complete", "stopped"}
     # how many meet in a pass depends on when they are proposed
     assert 1 < max(outcome.pack for outcome in outcomes) <= 4
-    assert all(outcome.rungs[-1]["step"] == STEPS for outcome in outcomes if outcome.status == "complete")
+    assert all(outcome.rungs[-1].step == STEPS for outcome in outcomes if outcome.status == "complete")
 
 
 def test_each_is_what_it_is_alone(study, tmp_path):
@@ -59,10 +59,10 @@ def test_each_is_what_it_is_alone(study, tmp_path):
     )
     bench = Bench(setup, "cpu")
     for outcome in study.finished.values():
-        last = outcome.rungs[-1]["step"]
+        last = outcome.rungs[-1].step
         alone = bench.train(outcome.trial, outcome.trainable_params, report=lambda rung, last=last: rung.step < last)
         assert (alone.status, alone.tokens) == (outcome.status, outcome.tokens)
-        losses = [[rung["loss"] for rung in one.rungs] for one in (outcome, alone)]
+        losses = [[rung.loss for rung in one.rungs] for one in (outcome, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # a token on the border of two experts may flip
         assert outcome.accuracy == pytest.approx(alone.accuracy, abs=1.01 / QUESTIONS)
 
@@ -85,8 +85,8 @@ def test_a_worker_killed_in_mid_pack_costs_nobody_a_training(tmp_path):
     outcomes = list(read(folder).finished.values())
     assert [outcome.status for outcome in outcomes] == ["complete"] * 4
     for outcome in outcomes:
-        assert [rung["step"] for rung in outcome.rungs] == [10, 20, 30]
-        assert outcome.tokens == outcome.rungs[-1]["tokens"]  # nothing counted twice
+        assert [rung.step for rung in outcome.rungs] == [10, 20, 30]
+        assert outcome.tokens == outcome.rungs[-1].tokens  # nothing counted twice
 
 
 def in_flight(folder):

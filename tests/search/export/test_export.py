@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
-from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, Trial
+from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, Rung, Trial
 from search.config import RunConfig, parse
 from search.export import export, find, main
 from search.export import parse as parse_words
@@ -50,7 +50,7 @@ def run_of(name: str, allocation, *, accuracy=0.5, seed=0, **changes) -> Outcome
     """A finished run of a point, without an adapter yet."""
     recipe = Recipe(rank=4, lora_alpha=8.0, steps=40)
     trial = Trial(allocation, recipe, name, "default", seed, "sieve" if accuracy < 0.6 else "all", {"fraction": 0.25})
-    rung = {"step": 40, "tokens": 900, "accuracy": accuracy, "loss": 1.0, "stderr": 0.03}
+    rung = Rung(40, 900, accuracy, stderr=0.03, loss=1.0)
     facts = versions(device="x86_64 CPU", model="sha256:0123", numbers="float32", data="feedbeef", chance="0.25")
     params = allocation.trainable_params(models.shape_of(name), rank=4)
     return Outcome(trial, "complete", params, accuracy, (rung,), 7.0, 900, versions=facts).updated(**changes)

@@ -428,7 +428,7 @@ def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):
         assert outcome.rungs == row.rungs[: len(outcome.rungs)]
         if outcome.status == "stopped":
             assert len(outcome.rungs) in rungs(3, 2)
-            assert (outcome.tokens, outcome.adapter) == (outcome.rungs[-1]["tokens"], "")
+            assert (outcome.tokens, outcome.adapter) == (outcome.rungs[-1].tokens, "")
         else:
             assert (outcome.status, outcome.accuracy) == (row.status, row.accuracy)
     assert all(run.status == "complete" for run in (c.best for c in front(candidates(finished.values()))))
@@ -464,10 +464,10 @@ def test_real_trainings_pause_go_on_from_their_checkpoints_and_survive_a_killed_
     assert len(finished) == 8
     assert {"complete", "stopped"} == {outcome.status for outcome in finished.values()}
     for outcome, _ in killed.in_flight:  # wall clock is never the same twice: equal seconds, trained once
-        seconds = [rung["seconds"] for rung in outcome.rungs]
-        assert [rung["seconds"] for rung in finished[outcome.digest].rungs][: len(seconds)] == seconds
+        seconds = [rung.seconds for rung in outcome.rungs]
+        assert [rung.seconds for rung in finished[outcome.digest].rungs][: len(seconds)] == seconds
     whole = [outcome for outcome in finished.values() if outcome.status == "complete"]
-    assert all([rung["step"] for rung in outcome.rungs] == [3, 6, 9, 12] for outcome in whole)
+    assert all([rung.step for rung in outcome.rungs] == [3, 6, 9, 12] for outcome in whole)
     assert not list((folder / "checkpoints").glob("*"))
     adapters = {path.name for path in (folder / "adapters").glob("*")}
     assert adapters == {c.best.digest for c in front(candidates(finished.values()))}

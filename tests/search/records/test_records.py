@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
-from allocators.core.types import digest_of
+from allocators.core.types import Rung, digest_of
 from search import records
 from search.records import LINES, Study, read, redacted
 from tests import ROOT
@@ -127,7 +127,7 @@ def test_what_a_driver_left_behind(tmp_path):
     assert seen.finished == {done.digest: done}
     [(left, params)] = seen.in_flight
     assert (left.digest, params, left.status) == (cut.digest, {"n": 2}, "started")
-    assert [(r["step"], r["accuracy"]) for r in left.rungs] == [(30, 0.25), (60, 0.3)]
+    assert [(r.step, r.accuracy) for r in left.rungs] == [(30, 0.25), (60, 0.3)]
     assert never.digest not in seen.outcomes
     assert seen.params_of(done.digest) == {"n": 1}
 
@@ -135,10 +135,10 @@ def test_what_a_driver_left_behind(tmp_path):
 def test_a_loss_that_is_not_a_number_is_null_in_the_file(tmp_path):
     with open_study(tmp_path) as study:
         study.append_started(started(POINTS[0]), {})
-        study.append_rung(POINTS[0].digest, {"step": 1, "tokens": 5, "accuracy": None, "loss": float("nan")})
+        study.append_rung(POINTS[0].digest, Rung(1, 5, None, loss=float("nan")))
     assert b"NaN" not in (tmp_path / LINES).read_bytes()
     [(left, _)] = read(tmp_path).in_flight
-    assert left.rungs[0]["loss"] is None
+    assert left.rungs[0].loss is None
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,7 +85,7 @@ def check(folder: Path, study: Study, uri: str | None = None) -> None:
         assert run.data.tags["status"] == done.status
         assert run.info.status == ("FINISHED" if done.status in ("complete", "stopped") else "FAILED")
         history = client.get_metric_history(run.info.run_id, "accuracy") if done.rungs else []
-        assert [(m.step, m.value) for m in history] == [(r["step"], r["accuracy"]) for r in done.rungs]
+        assert [(m.step, m.value) for m in history] == [(r.step, r.accuracy) for r in done.rungs]
         assert run.data.metrics["trainable_params"] == done.trainable_params
         assert run.data.params["recipe.rank"] == str(done.trial.recipe.rank)
         saved = json.loads(Path(client.download_artifacts(run.info.run_id, "allocation.json")).read_text())
@@ -137,13 +138,13 @@ def test_the_accuracy_of_every_task_is_a_metric(store):
     done = outcome()
     by_task = {"arc_easy": {"accuracy": 0.25, "stderr": 0.01}, "mine+yours": {"accuracy": 0.75, "stderr": 0.02}}
     with open_study(store / "demo") as study:
-        study.append_finished(done.updated(rungs=tuple(entry | {"by_task": by_task} for entry in done.rungs)), {})
+        study.append_finished(done.updated(rungs=tuple(replace(entry, by_task=by_task) for entry in done.rungs)), {})
         tracker = open_tracker(store)
         tracker.sync(study)
         check(store, study)
     client, _, [child] = runs(store)
     history = client.get_metric_history(child.info.run_id, "accuracy.arc_easy")
-    assert [(m.step, m.value) for m in history] == [(rung["step"], 0.25) for rung in done.rungs]
+    assert [(m.step, m.value) for m in history] == [(rung.step, 0.25) for rung in done.rungs]
     assert child.data.metrics["accuracy.mine-yours"] == 0.75  # MLflow takes no plus
     assert child.data.metrics["stderr.mine-yours"] == 0.02
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocators.core.errors import InfeasibleError, StudyError
-from allocators.core.types import Outcome, Trial, canonical_json
+from allocators.core.types import Outcome, Rung, Trial, canonical_json
 from search import replay
 from search.problem import Problem, corners
 from search.propose.ehvi import resolver
@@ -62,12 +62,11 @@ def record(folder, *, seed: int = 0, points=None, repeats: int = 0) -> None:
                 diverged = number % 5 == 4
                 curve = [0.5, 0.8, 1.0][: 1 if diverged else 3]
                 rungs = tuple(
-                    {"step": step, "tokens": 100 * step * (1 + number % 3), "accuracy": accuracy(trial, of) * share}
-                    | {"stderr": 0.01, "loss": 1.0, "seconds": 1.0 * step}
+                    Rung(step, 100 * step * (1 + number % 3), accuracy(trial, of) * share, 0.01, 1.0, 1.0 * step)
                     for step, share in zip(STEPS, curve, strict=False)
                 )
                 outcome = Outcome(trial, "diverged" if diverged else "complete", cost, rungs=rungs, seconds=30.0)
-                outcome = outcome.updated(tokens=rungs[-1]["tokens"], versions={"torch": "2"}, adapter="adapters/x")
+                outcome = outcome.updated(tokens=rungs[-1].tokens, versions={"torch": "2"}, adapter="adapters/x")
                 if not diverged:
                     outcome = outcome.updated(accuracy=accuracy(trial, of))
                 study.append_finished(outcome, params)

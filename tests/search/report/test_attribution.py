@@ -6,7 +6,7 @@ import json
 import random
 import re
 
-from allocators.core.types import ExpertSelection, Outcome, Recipe, Trial
+from allocators.core.types import ExpertSelection, Outcome, Recipe, Rung, Trial
 from search import report
 from search.front import candidates, front
 from search.records import read
@@ -97,7 +97,7 @@ def test_every_setting_is_in_one_group():
 
 def recipe_point(allocator: str, knobs: dict, params: int, accuracy: float, number: int) -> Outcome:
     trial = Trial(selection(2, seed=number), Recipe(steps=9), "m", "t", 0, allocator, knobs)
-    rungs = ({"step": 9, "tokens": 9, "accuracy": accuracy, "stderr": 0.03},)
+    rungs = (Rung(9, 9, accuracy, stderr=0.03),)
     return Outcome(trial, "complete", params, accuracy=accuracy, rungs=rungs)
 
 

@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -293,7 +294,7 @@ def test_probabilities_agree_with_the_words(tmp_path):
 def early(first: list[float], last: list[float]):
     for n, (a, b) in enumerate(zip(first, last, strict=True), start=2):
         done = outcome(selection(n), accuracy=b)
-        yield done.updated(rungs=({**done.rungs[0], "accuracy": a}, *done.rungs[1:]))
+        yield done.updated(rungs=(replace(done.rungs[0], accuracy=a), *done.rungs[1:]))
 
 
 def test_a_first_rung_that_misleads_is_warned_of_with_its_n(tmp_path):

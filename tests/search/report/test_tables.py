@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -143,7 +144,7 @@ def several(number, accuracy, *, seed=0, **more):
         "easy": {"accuracy": accuracy + 0.1, "stderr": 0.03},
         "hard": {"accuracy": accuracy - 0.1, "stderr": 0.04},
     }
-    return done.updated(rungs=tuple(rung | {"by_task": by_task, "stderr": 0.025} for rung in done.rungs))
+    return done.updated(rungs=tuple(replace(rung, by_task=by_task, stderr=0.025) for rung in done.rungs))
 
 
 def test_each_task_has_a_column(tmp_path):

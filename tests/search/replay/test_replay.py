@@ -230,7 +230,7 @@ def test_a_dry_run_shows_rows_with_exact_counts(table, capsys):
 
 def answers(tokens: dict[str, list[int]]) -> dict[str, dict]:
     return {
-        name: {"rungs": [{"tokens": t} for t in times], "tokens": times[-1], "accuracy": 0.5}
+        name: {"rungs": [{"step": t, "tokens": t, "accuracy": 0.5} for t in times], "tokens": times[-1], "accuracy": 0.5}
         for name, times in tokens.items()
     }
 

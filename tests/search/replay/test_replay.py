@@ -252,7 +252,7 @@ def order(tokens: dict[str, list[int]], workers: int, *, pauses: tuple[str, ...]
                 first = True
                 while True:
                     message = await board.next_report(job)
-                    came.append((job, "end" if message["done"] else f"{json.loads(message['rung'])['tokens']}"))
+                    came.append((job, "end" if message["done"] else f"{message['rung'].tokens}"))
                     if message["done"]:
                         break
                     if job in pauses and first and job not in [j for j, what in came[:-1]]:

@@ -228,9 +228,13 @@ def test_a_dry_run_shows_rows_with_exact_counts(table, capsys):
 # --- the clock
 
 
+def rung(tokens: int) -> dict[str, float]:
+    return {"step": tokens, "tokens": tokens, "accuracy": 0.5}
+
+
 def answers(tokens: dict[str, list[int]]) -> dict[str, dict]:
     return {
-        name: {"rungs": [{"step": t, "tokens": t, "accuracy": 0.5} for t in times], "tokens": times[-1], "accuracy": 0.5}
+        name: {"rungs": [rung(t) for t in times], "tokens": times[-1], "accuracy": 0.5}
         for name, times in tokens.items()
     }
 

@@ -50,7 +50,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from allocators.core.errors import StudyError, ToolkitError, unknown
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ModelShape, ModuleShape, Signal
 from allocators.signals import Plan, Source, told
 
@@ -202,7 +202,9 @@ def per_sample(
     if score not in SCORES:
         raise unknown("sensitivity score", score, SCORES)
     config = getattr(model, "config", None)
-    blocks = _Blocks(model, shape or shape_of(config, name=getattr(config, "_name_or_path", "") or "the model"))
+    blocks = _Blocks(
+        model, shape or shape_from_config(config, name=getattr(config, "_name_or_path", "") or "the model")
+    )
     packed = next((path for path, m in blocks.linears.items() if not m.weight.is_floating_point()), None)
     if packed and score in ("weight_grad", "hutchinson"):
         raise StudyError(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.errors import StudyError
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.signals import sensitivity
 from tests.allocators import tiny
 
@@ -45,7 +45,7 @@ def batches(rows=ROWS, batch_size=3):
 
 
 def shape_for(model):
-    return shape_of(model.config, name="tiny")
+    return shape_from_config(model.config, name="tiny")
 
 
 def block_views(model, tensor_of):

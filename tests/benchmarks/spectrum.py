@@ -83,10 +83,10 @@ def heavy(rows: int, columns: int, device: str) -> Tensor:
 
 
 def middle_layer(folder: Path, device: str) -> dict[str, Tensor]:
-    from allocators.core.shapes import shape_of
+    from allocators.core.shapes import shape_from_config
     from allocators.signals.spectrum import open_weights
 
-    shape = shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), name=folder.name)
+    shape = shape_from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), name=folder.name)
     read = open_weights(folder)
     layer = [m for m in shape.of_role("attention", "mlp") if m.layer == shape.num_layers // 2]
     return {m.name: read(m.path).to(device, torch.float32) for m in layer}

@@ -27,7 +27,7 @@ from torch import nn
 
 from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape, ModuleShape
-from trainers.adapter import is_quantized
+from trainers.models.quantized import is_quantized
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
 _NO_GRADIENT = re.compile(r"(^|[._])indexer([._]|$)")
@@ -52,7 +52,7 @@ def without_weights(folder: Path, name: str, trust_remote_code: bool) -> Any:
         raise StudyError(f"the sizes of '{name}' cannot be read: {reason}{hint}") from error
 
 
-def shape_of(model: Any, *, name: str) -> ModelShape:
+def shape_from_modules(model: Any, *, name: str) -> ModelShape:
     """Sizes of every map LoRA can go on, layer by layer.
 
     Raises StudyError for a model that is no stack of decoder layers, has experts outside of the experts interface, or

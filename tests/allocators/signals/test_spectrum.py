@@ -20,7 +20,7 @@ from scipy.linalg import blas, lapack
 from allocators import alphalora
 from allocators.core.errors import StudyError, ToolkitWarning
 from allocators.core.layers import layer_values
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.signals import spectrum
 from allocators.signals.cache import cached
 from allocators.signals.spectrum import XMIN_RULES, alpha_hat, eigenvalues, fit_tail, measure, stable_rank
@@ -484,7 +484,7 @@ def test_one_matrix_is_in_memory_at_a_time(tmp_path, monkeypatch):
 
 
 def test_the_embedded_moe_model_is_measured_on_its_attention_only():
-    shape = shape_of(json.loads((TINY_MOE / "config.json").read_text()), name="tiny-moe")
+    shape = shape_from_config(json.loads((TINY_MOE / "config.json").read_text()), name="tiny-moe")
     signal = measure(TINY_MOE, shape, provenance={})
     assert set(signal.rows) == {m.path for m in shape.of_role("attention")}
     assert all(values[0] > 1 for row in signal.rows.values() for name, values in row.items() if "hill" in name)
@@ -620,7 +620,7 @@ def test_the_plan_of_a_model_that_lies_in_no_folder(tmp_path):
     from tests.allocators import tiny
 
     model = tiny.model("llama")
-    shape = shape_of(model.config, name="tiny llama")
+    shape = shape_from_config(model.config, name="tiny llama")
     source = SimpleNamespace(
         name="tiny llama", identity="sha256:1", model=model, shape=shape, folder=None, device="cpu", dtype="float32",
         scratch=tmp_path, progress=lambda *what: None,

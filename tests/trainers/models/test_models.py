@@ -23,7 +23,8 @@ from tests.trainers.conftest import char_tokenizer
 from tests.trainers.reference import fill, logits, tokens
 from trainers import adapter as adapters
 from trainers import loop, models, tasks
-from trainers.models import smollm2
+from trainers.models import options, smollm2
+from trainers.models.quantized import is_quantized
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_an_option_that_does_not_exist_here_is_refused(model_folder, options, sa
 
 
 def test_a_missing_package_is_named_with_the_command_to_type(model_folder, monkeypatch):
-    monkeypatch.setitem(models._PACKAGES, "nf4", ("no_such_package", "pip install -e '.[quantization]'"))
+    monkeypatch.setitem(options.PACKAGES, "nf4", ("no_such_package", "pip install -e '.[quantization]'"))
     with pytest.raises(StudyError, match=r"quantization=nf4 needs the package no_such_package.*\[quantization\]"):
         models.load(str(model_folder), quantization="nf4")
 
@@ -315,7 +316,7 @@ def with_unpacked_weights(name, quantized):
 
     plain = models.load(name).model
     for path, module in quantized.named_modules():
-        if adapters.is_quantized(module):
+        if is_quantized(module):
             plain.get_submodule(path).weight.copy_(dequantize_4bit(module.weight.data, module.weight.quant_state))
     return plain
 

@@ -1,7 +1,9 @@
 """How a base model is loaded: dtype, attention, quantisation; which values exist, what they need and what they mean.
 
-options.check_options(dtype="auto", attn="sdpa", quantization="nf4")      # StudyError for a value that does not exist
-options.numbers_of("cuda", quantization="nf4")                            # "bfloat16, nf4", for provenance
+    options.check_options(dtype="auto", attn="sdpa", quantization="nf4")      # StudyError for an unknown value
+    options.numbers_of("cuda", quantization="nf4")                            # "bfloat16, nf4", for provenance
+
+Nothing is loaded here; what the options do is said at `load` (trainers/models/resident.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Linear layers with packed weights: nf4 and int8 by bitsandbytes.
 
-quantized.is_quantized(module)                            # whether only its own forward can multiply its weight
-quantized.config_for("nf4", device="cuda", dtype=torch.bfloat16)
+    quantized.is_quantized(module)                            # whether only its own forward can multiply its weight
+    quantized.config_for("nf4", device="cuda", dtype=torch.bfloat16)
+
+bitsandbytes is an extra of this project (`pip install -e '.[quantization]'`) and is imported by `config_for` alone.
 """
 
 from __future__ import annotations

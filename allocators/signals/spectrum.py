@@ -22,8 +22,8 @@ tell:
 
 Otherwise, and where an eigenvalue may be zero, all are computed again from the Gram matrix in fp64.
 
-Through `signals.measured` weights are streamed from disk as they are stored, one matrix at a time, the rows found so
-far are kept beside the signal's file, and the signal is measured once for all who ask.
+A study's measurement streams the weights from disk as they are stored, one matrix at a time, and keeps the rows
+measured so far beside the signal's file: one that is cut off goes on.
 
 Letters: W [m, n] a weight, N = min(m, n) eigenvalues ascending, K of them refined.
 """
@@ -50,7 +50,7 @@ from torch import Tensor, nn
 
 from allocators.core.errors import StudyError, ToolkitWarning, did_you_mean, unknown
 from allocators.core.types import ModelShape, ModuleShape, Signal, digest_of
-from allocators.signals import Plan, Source
+from allocators.signals import Measurement, Source
 
 VERSION = 1  # part of the provenance: raise it when the same weights would give other numbers
 
@@ -322,7 +322,7 @@ def _apply_gram(A: NDArray, X: Vector) -> Vector:
 # ----------------------------------------------------------------------------------------------------- the signal
 
 
-def plan(source: Source) -> Plan:
+def measurement_of(source: Source) -> Measurement:
     """The spectrum of the base model's attention and MLP weights as they are stored, streamed from the source's folder,
     whatever the resident model was rounded to; of the resident model where there is no folder.
     """
@@ -340,7 +340,7 @@ def plan(source: Source) -> Plan:
             resume=source.scratch / f"spectrum-{digest_of(provenance)}.part",
         )
 
-    return provenance, run
+    return Measurement(provenance, run)
 
 
 def provenance_of(name: str, identity: str, *, modules: Collection[str] | None = None) -> dict[str, Any]:
@@ -486,11 +486,11 @@ def _tensor_name(path: str, where: Mapping[str, str], weights: str) -> str:
     name = f"{path}.weight"
     if name in where:
         return name
-    found = [n for n in where if name.endswith(f".{n}") or n.endswith(f".{name}")]
-    if len(found) != 1:
+    candidates = [n for n in where if name.endswith(f".{n}") or n.endswith(f".{name}")]
+    if len(candidates) != 1:
         have = next((n for n in where if n.endswith("." + name.split(".", 3)[-1])), next(iter(where), "nothing"))
-        raise StudyError(f"'{weights}' has {len(found)} tensors for {name}: it holds {len(where)}, e.g. {have}")
-    return found[0]
+        raise StudyError(f"'{weights}' has {len(candidates)} tensors for {name}: it holds {len(where)}, e.g. {have}")
+    return candidates[0]
 
 
 def _in_folder(folder: Path, name: str) -> Path | None:

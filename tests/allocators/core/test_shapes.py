@@ -52,7 +52,7 @@ def built(family: str) -> dict[str, tuple]:
     """(in, out, experts, role) of every module that LoRA can go on, read from the model transformers builds."""
     import torch
 
-    model, found = tiny.model(family), {}
+    model, sizes_of = tiny.model(family), {}
     for path, module in model.named_modules():
         layer_path = path.split(".", 3)[-1]  # without model.layers.N
         if path.endswith(".experts"):
@@ -62,16 +62,16 @@ def built(family: str) -> dict[str, tuple]:
             experts, twice_width, hidden = up.shape
             assert down.shape == (experts, hidden, twice_width // 2)
             for name, sizes in (("gate", (hidden, twice_width // 2)), ("up", (hidden, twice_width // 2))):
-                found[f"{path}.{name}_proj"] = (*sizes, experts, "expert")
-            found[f"{path}.down_proj"] = (twice_width // 2, hidden, experts, "expert")
+                sizes_of[f"{path}.{name}_proj"] = (*sizes, experts, "expert")
+            sizes_of[f"{path}.down_proj"] = (twice_width // 2, hidden, experts, "expert")
         elif type(module).__name__.endswith(("TopKRouter", "TopkRouter")):
             experts, hidden = module.weight.shape
-            found[path] = (hidden, experts, 0, "router")
+            sizes_of[path] = (hidden, experts, 0, "router")
         elif isinstance(module, torch.nn.Linear) and path != "lm_head" and not path.endswith("shared_expert_gate"):
             shared = "shared" in layer_path
             role = "attention" if "self_attn" in layer_path else "shared_expert" if shared else "mlp"
-            found[path] = (module.in_features, module.out_features, 0, role)
-    return found
+            sizes_of[path] = (module.in_features, module.out_features, 0, role)
+    return sizes_of
 
 
 @pytest.mark.parametrize("family", sorted(tiny.MOE | tiny.DENSE))

@@ -625,7 +625,7 @@ def test_the_plan_of_a_model_that_lies_in_no_folder(tmp_path):
         name="tiny llama", identity="sha256:1", model=model, shape=shape, folder=None, device="cpu", dtype="float32",
         scratch=tmp_path, progress=lambda *what: None,
     )  # fmt: skip
-    provenance, run = spectrum.plan(source)
+    provenance, run = spectrum.measurement_of(source)
     signal = run()
     assert (
         dict(signal.provenance) == provenance == spectrum.provenance_of("tiny llama", "sha256:1") | {"dtype": "float32"}

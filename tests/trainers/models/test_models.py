@@ -330,14 +330,14 @@ def test_experts_on_packed_weights_are_those_on_the_weights_they_stand_for(llama
         packed(tokens())  # an evaluation before training must not cost the gradient
     shape = models.shape_of(str(llama_folder))
     counts = ExpertCounts(counts_of(shape, experts=3).counts, gating)
-    found = []
+    answers = []
     for model in (packed, plain):
         adapter = adapters.attach(model, counts, shape=shape, rank=4, lora_alpha=8)
         fill(adapter)
         out = model(tokens()).logits
         out.square().mean().backward()
-        found.append((out.detach(), [p.grad for p in adapter.parameters()]))
-    (mine, gradients), (theirs, expected) = found
+        answers.append((out.detach(), [p.grad for p in adapter.parameters()]))
+    (mine, gradients), (theirs, expected) = answers
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     for gradient, reference in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())

@@ -1,7 +1,6 @@
 """What allocators read: one file a kind of signal, measured on a model and kept on disk by content.
 
-    provenance, measure = measurement_of("routing", source)
-    signal = cached("routing", provenance, folder=Path("studies/signals"), measure=measure)      # cache.py
+    signal = measured("routing", source, folder=Path("studies/signals"))
 
 A signal's file defines `measurement_of(source)`: everything the numbers depend on, and the function that measures them.
 What a source does not need to answer it does not load: a cached signal costs no model.
@@ -11,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -85,6 +85,31 @@ def measurement_of(kind: str, source: Source) -> Measurement:
     if kind not in kinds():
         raise unknown("signal", kind, kinds())
     return importlib.import_module(f"allocators.signals.{kind}").measurement_of(source)
+
+
+def measured(
+    kind: str,
+    source: Source,
+    *,
+    folder: Path,
+    warn: Callable[[str], None] | None = None,
+    during: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Signal:
+    """A signal from the cache in `folder`, measured first where it is not there.
+
+    warn     receives one line about a damaged file in the cache; by default a ToolkitWarning
+    during   surrounds the measurement, and is not entered where the cache has the signal: a progress bar, a clock
+
+    Raises StudyError for an unknown kind, a model or task that does not have this signal, or an unwritable folder.
+    """
+    provenance, measure = measurement_of(kind, source)
+    from allocators.signals.cache import cached
+
+    def watched() -> Signal:
+        with during():
+            return measure()
+
+    return cached(kind, provenance, folder=folder, measure=watched, warn=warn)
 
 
 def with_progress(

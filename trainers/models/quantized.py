@@ -21,8 +21,19 @@ if TYPE_CHECKING:
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether it is a linear layer with packed weights (bitsandbytes), which only its own forward can multiply."""
-    return isinstance(module, nn.Linear) and not module._parameters["weight"].is_floating_point()  # type: ignore[union-attr]
+    """Whether it is a linear layer with packed weights, which only its own forward can multiply."""
+    if not isinstance(module, nn.Linear):
+        return False
+    weight = module._parameters["weight"]
+    return weight is not None and not weight.is_floating_point()
+
+
+def quantization_of(model: nn.Module) -> str:
+    """`nf4`, `int8` or whatever the linear layers are packed as; "" where they are not."""
+    packed = next((m for m in model.modules() if is_quantized(m)), None)
+    if packed is None:
+        return ""
+    return getattr(getattr(packed.weight, "quant_state", None), "quant_type", "int8")
 
 
 def keep_gradients(model: nn.Module) -> None:

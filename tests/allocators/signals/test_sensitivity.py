@@ -1,6 +1,6 @@
 """The sensitivity signal: against the one-sample loop on every family, then its laws.
 
-python -m pytest tests/allocators/test_sensitivity_signal.py
+python -m pytest tests/allocators/signals/test_sensitivity.py
 """
 
 from __future__ import annotations

@@ -11,16 +11,8 @@ from allocators import signals
 from allocators.core.errors import StudyError
 from allocators.core.shapes import shape_from_config
 from allocators.signals import spectrum
-from allocators.signals.cache import cached
 from allocators.signals.routing import measure, pad
 from tests.allocators import tiny
-
-
-def measured(kind, source, *, folder):
-    """As workers and `allocators.show` do it."""
-    provenance, measure_now = signals.measurement_of(kind, source)
-    return cached(kind, provenance, folder=folder, measure=measure_now)
-
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 
@@ -58,9 +50,9 @@ class Source:
 
 def test_measures_once_and_needs_no_model_after(tmp_path):
     source = Source()
-    first = measured("routing", source, folder=tmp_path)
+    first = signals.measured("routing", source, folder=tmp_path)
     assert source.loads == 1
-    assert measured("routing", source, folder=tmp_path) == first
+    assert signals.measured("routing", source, folder=tmp_path) == first
     assert source.loads == 1
     assert source.heard == [(2, 2, "samples")]  # told once a batch, and nothing for what the cache knows
     direct = measure(tiny.model("olmoe"), pad(PROMPTS[:2], pad_token_id=0), provenance=first.provenance)
@@ -72,18 +64,18 @@ def test_measures_once_and_needs_no_model_after(tmp_path):
 )
 def test_whatever_the_numbers_depend_on_measures_again(tmp_path, change):
     source = Source()
-    measured("routing", source, folder=tmp_path)
+    signals.measured("routing", source, folder=tmp_path)
     for attribute, value in change.items():
         setattr(source, attribute, value)
-    measured("routing", source, folder=tmp_path)
+    signals.measured("routing", source, folder=tmp_path)
     assert source.loads == 2
 
 
 def test_an_unknown_kind_is_named(tmp_path):
     with pytest.raises(StudyError, match=r"unknown signal 'rooting': choose from .*did you mean 'routing'"):
-        measured("rooting", Source(), folder=tmp_path)
+        signals.measured("rooting", Source(), folder=tmp_path)
     with pytest.raises(StudyError, match="unknown signal 'cache'"):
-        measured("cache", Source(), folder=tmp_path)
+        signals.measured("cache", Source(), folder=tmp_path)
 
 
 def dense_source(model, folder, scratch, *, dtype="float32", progress=lambda *what: None):
@@ -97,7 +89,7 @@ def test_the_spectrum_is_that_of_the_stored_weights_whatever_is_resident(tmp_pat
     """A float32 checkpoint on a device that rounds it: one cache file, and in it the numbers of the checkpoint."""
     model = tiny.model("llama")
     model.save_pretrained(tmp_path / "model")
-    kept = partial(measured, "spectrum", folder=tmp_path / "signals")
+    kept = partial(signals.measured, "spectrum", folder=tmp_path / "signals")
     told = []
     rounded = dense_source(
         model.bfloat16(),
@@ -115,9 +107,9 @@ def test_the_spectrum_is_that_of_the_stored_weights_whatever_is_resident(tmp_pat
 
 def test_weights_that_are_stored_nowhere_are_told_apart_by_their_dtype(tmp_path):
     model = tiny.model("llama")
-    exact = measured("spectrum", dense_source(model, None, tmp_path), folder=tmp_path)
+    exact = signals.measured("spectrum", dense_source(model, None, tmp_path), folder=tmp_path)
     half = dense_source(tiny.model("llama").bfloat16(), None, tmp_path, dtype="bfloat16")
-    rounded = measured("spectrum", half, folder=tmp_path)
+    rounded = signals.measured("spectrum", half, folder=tmp_path)
     assert exact.rows != rounded.rows
     assert len(list(tmp_path.glob("spectrum-*.json"))) == 2
 
@@ -132,10 +124,10 @@ def test_a_spectrum_that_was_cut_off_goes_on(tmp_path):
 
     source = dense_source(model, lambda: tmp_path / "model", tmp_path / "signals", progress=cut_off)
     with pytest.raises(KeyboardInterrupt):
-        measured("spectrum", source, folder=tmp_path / "signals")
+        signals.measured("spectrum", source, folder=tmp_path / "signals")
     (part,) = (tmp_path / "signals").glob("*.part")
     assert part.read_text().count("stable_rank") == 5
     source.progress = lambda *what: None
-    signal = measured("spectrum", source, folder=tmp_path / "signals")
+    signal = signals.measured("spectrum", source, folder=tmp_path / "signals")
     assert signal.rows == spectrum.measure(tiny.model("llama"), source.shape, provenance={}).rows
     assert not part.exists()

@@ -3,8 +3,8 @@
     python -m allocators.show model=tiny-moe         what would each of them do to my model, and at what cost?
 
     from allocators import sieve
-    from allocators.core.shapes import shape_of
-    sieve.allocate(signal, shape_of(config, name="mine"), fraction=0.25).trainable_params(shape, rank=32)
+    from allocators.core.shapes import shape_from_config
+    sieve.allocate(signal, shape_from_config(config, name="mine"), fraction=0.25).trainable_params(shape, rank=32)
 
 core/       the nouns (types.py), model shapes from configs, rounding, plug-ins, errors: standard library only
 signals/    what allocators read, measured on a model and cached: routing, spectrum, sensitivity

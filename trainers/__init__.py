@@ -1,11 +1,12 @@
 """From an allocation to a trained, evaluated adapter. Nothing here knows of a search; only worker.py knows of Ray.
 
-models.py     base models by name: embedded, a folder, a Hugging Face id
-tasks.py      lm-evaluation-harness tasks: training rows, calibration prompts, accuracy
-adapter.py    the door to every adapter: attach, detach, merge, save, load
-              expert_lora.py: LoRA on chosen experts of an MoE base; lora_moe.py: LoRA experts added to a dense base
+models/       base models by name: embedded, a folder, a Hugging Face id
+tasks/        lm-evaluation-harness tasks: training rows, calibration prompts, accuracy
+adapter/      the door to every adapter: attach, detach, merge, save, load
+packing/      several trainings at once on one resident base
 loop.py       one training run: steps, rungs, checkpoint, resume
 storage.py    files and folders at a path or a URI
+versions.py   what a result can depend on
 worker.py     what runs on every Ray Train worker of a study
 embedded/     models and tasks that come with the package; pretrain.py and domains.py make them again
 """

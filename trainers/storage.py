@@ -15,9 +15,12 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from allocators.core.errors import StudyError
+
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
 
 Location = str | os.PathLike[str]
 
@@ -173,7 +176,7 @@ def _beside(target: Path, kind: str = "new") -> Path:
     return target.with_name(f".{target.name}.{kind}-{os.getpid()}")
 
 
-def _filesystem(location: Location) -> tuple[Any, str]:
+def _filesystem(location: Location) -> tuple[FileSystem, str]:
     from pyarrow import ArrowInvalid
     from pyarrow.fs import FileSystem
 

@@ -14,8 +14,8 @@ PACKAGES = (
 
 def versions(**more: str) -> dict[str, str]:
     """Package name → version, `python` included; `more` adds facts such as device="NVIDIA H100"."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found | more
+            installed[name] = metadata.version(name)
+    return installed | more

@@ -116,7 +116,7 @@ class Bench:
         from allocators import signals
         from allocators.signals.cache import cached
 
-        provenance, run = signals.plan(kind, self)
+        provenance, run = signals.measurement_of(kind, self)
         asked = False
 
         def measure() -> Any:

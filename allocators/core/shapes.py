@@ -1,7 +1,7 @@
 """A model's shape from its Hugging Face config alone: sizes of every module LoRA can go on, no weights, no torch.
 
-    shape_of(json.loads(Path("config.json").read_text()), name="allenai/OLMoE-1B-7B-0924")
-    shape_of(model.config, name="tiny-moe").total_experts
+    shape_from_config(json.loads(Path("config.json").read_text()), name="allenai/OLMoE-1B-7B-0924")
+    shape_from_config(model.config, name="tiny-moe").total_experts
 
 Module paths are those of transformers 5, where a layer's experts are stacked in one tensor. Left out: embeddings,
 norms, the head, and Qwen's `shared_expert_gate` (MoE-Sieve's published parameter counts leave it out).
@@ -43,7 +43,7 @@ class Family:
     latent: bool = False
 
 
-def shape_of(config: Mapping[str, Any] | Any, *, name: str) -> ModelShape:
+def shape_from_config(config: Mapping[str, Any] | Any, *, name: str) -> ModelShape:
     """Sizes of the adaptable modules of a causal language model, layer by layer.
 
     config   config.json as a dict, or a transformers config object

@@ -2,25 +2,35 @@
 
     signal = measured("routing", source, folder=Path("studies/signals"))
 
-A signal's file defines `plan(source) -> (provenance, measure)`: everything the numbers depend on, and the function that
-measures them. What a source does not need to answer it does not load: a cached signal costs no model.
+A signal's file defines `measurement_of(source)`: everything the numbers depend on, and the function that measures them.
+What a source does not need to answer it does not load: a cached signal costs no model.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from allocators.core.errors import unknown
 from allocators.core.types import ModelShape, Signal
 
-Plan = tuple[Mapping[str, Any], Callable[[], Signal]]
+
+class Measurement(NamedTuple):
+    """A signal that has not been measured yet.
+
+    provenance   everything the numbers depend on, which names the signal's file
+    measure      reads the model and the documents, and returns the signal with this provenance
+    """
+
+    provenance: Mapping[str, Any]
+    measure: Callable[[], Signal]
 
 
 class Source(Protocol):
-    """What a signal may be measured on. Attributes may be slow to read: a plan reads those it needs, when it does.
+    """What a signal may be measured on. Attributes may be slow to read: a measurement reads only those it needs.
 
     name, identity       the base model's name, and its revision or the hash of its weights as stored
     shape                its sizes
@@ -32,7 +42,7 @@ class Source(Protocol):
     task_name, task      labelled documents, see trainers/tasks/
     samples, seed        how many of them, drawn how
     scratch              folder for what a long measurement has so far, so that one that was cut off goes on
-    progress             told (done, total, what) in the course of a long measurement
+    progress             called with (done, total, what) in the course of a long measurement
     """
 
     @property
@@ -66,32 +76,46 @@ class Source(Protocol):
 
 
 def kinds() -> list[str]:
-    """The kinds of signal that can be measured: the files of this folder."""
-    return sorted(f.stem for f in Path(__file__).parent.glob("*.py") if f.stem not in ("__init__", "cache"))
+    """The kinds of signal that can be measured: the files of this folder, without those that help others (`_name`)."""
+    return sorted(f.stem for f in Path(__file__).parent.glob("*.py") if f.stem[0] != "_" and f.stem != "cache")
 
 
-def plan(kind: str, source: Source) -> Plan:
+def measurement_of(kind: str, source: Source) -> Measurement:
     """What a signal's numbers depend on, and how to measure them. Raises StudyError for an unknown kind."""
     if kind not in kinds():
         raise unknown("signal", kind, kinds())
-    return importlib.import_module(f"allocators.signals.{kind}").plan(source)
+    return importlib.import_module(f"allocators.signals.{kind}").measurement_of(source)
 
 
-def measured(kind: str, source: Source, *, folder: Path, warn: Callable[[str], None] | None = None) -> Signal:
+def measured(
+    kind: str,
+    source: Source,
+    *,
+    folder: Path,
+    warn: Callable[[str], None] | None = None,
+    during: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Signal:
     """A signal from the cache in `folder`, measured first where it is not there.
+
+    warn     receives one line about a damaged file in the cache; by default a ToolkitWarning
+    during   surrounds the measurement, and is not entered where the cache has the signal: a progress bar, a clock
 
     Raises StudyError for an unknown kind, a model or task that does not have this signal, or an unwritable folder.
     """
-    provenance, measure = plan(kind, source)
+    provenance, measure = measurement_of(kind, source)
     from allocators.signals.cache import cached
 
-    return cached(kind, provenance, folder=folder, measure=measure, warn=warn)
+    def watched() -> Signal:
+        with during():
+            return measure()
+
+    return cached(kind, provenance, folder=folder, measure=watched, warn=warn)
 
 
-def told(
+def with_progress(
     batches: Iterable[Mapping[str, Any]], *, total: int, progress: Callable[[int, int, str], None], what: str
 ) -> Iterator[Mapping[str, Any]]:
-    """The same batches; after each, `progress` hears how many of the `total` samples are done."""
+    """The same batches; after each, `progress` is called with how many of the `total` samples are done."""
     done = 0
     for batch in batches:
         yield batch

@@ -29,14 +29,14 @@ from torch import Tensor, nn
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Signal
-from allocators.signals import Plan, Source, told
+from allocators.signals import Measurement, Source, with_progress
 
 VERSION = 1  # part of the provenance: raise it when the same model and data would give other numbers
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
-def plan(source: Source) -> Plan:
+def measurement_of(source: Source) -> Measurement:
     """The routing of training documents of the source's task: prompt and completion, `samples` of them.
 
     Computed in fp32, but from the resident weights, so their dtype is part of the provenance.
@@ -55,10 +55,10 @@ def plan(source: Source) -> Plan:
     def run() -> Signal:
         prompts = source.task.prompts(source.tokenizer, source.samples, source.seed)
         padded = pad(prompts, pad_token_id=source.tokenizer.pad_token_id)
-        batches = told(padded, total=len(prompts), progress=source.progress, what="samples")
+        batches = with_progress(padded, total=len(prompts), progress=source.progress, what="samples")
         return measure(source.model, batches, provenance=provenance)
 
-    return provenance, run
+    return Measurement(provenance, run)
 
 
 def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, provenance: Mapping[str, Any]) -> Signal:
@@ -74,7 +74,7 @@ def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, proven
     Raises StudyError for a model without routed experts, or batches without tokens.
     """
     base: Any = model.base_model  # without the head: routing needs no logits
-    experts = {int(found[1]): module for name, module in base.named_modules() if (found := _experts_layer(name))}
+    experts = {int(match[1]): module for name, module in base.named_modules() if (match := _experts_layer(name))}
     if not experts:
         raise StudyError(f"{_name(model)} has no routed experts to count tokens for: routing is a signal of MoE models")
     device = next(base.parameters()).device

@@ -50,9 +50,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from allocators.core.errors import StudyError, ToolkitError, unknown
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ModelShape, ModuleShape, Signal
-from allocators.signals import Plan, Source, told
+from allocators.signals import Measurement, Source, with_progress
 
 VERSION = 1  # part of the provenance: raise it when the same model and data would give other numbers
 MAX_LENGTH = 512  # tokens of a sample; longer ones lose their beginning
@@ -64,8 +64,8 @@ _IMPLEMENTATION = "sensitivity"  # our name among transformers' ALL_EXPERTS_FUNC
 _CHUNK = 1 << 24  # elements of a temporary [N, O, I] or [N, S, ·]
 
 
-class Row(Protocol):
-    """One labelled sample; tokens from `labels_start` on are the completion (trainers/tasks/)."""
+class Sample(Protocol):
+    """One labelled document; tokens from `labels_start` on are the completion (trainers/tasks/)."""
 
     @property
     def input_ids(self) -> list[int]: ...
@@ -73,7 +73,7 @@ class Row(Protocol):
     def labels_start(self) -> int: ...
 
 
-def plan(source: Source, *, score: Score = "sum_sq_grad") -> Plan:
+def measurement_of(source: Source, *, score: Score = "sum_sq_grad") -> Measurement:
     """The sensitivity on `samples` training documents of every data set that the source trains on.
 
     Of all of them the same number, the size of the smallest where that is less: scores are sums over samples.
@@ -104,13 +104,13 @@ def plan(source: Source, *, score: Score = "sum_sq_grad") -> Plan:
             rows = _drawn(dataset.training_rows(source.tokenizer, MAX_LENGTH), samples, source.seed)
             what = "samples" if len(datasets) == 1 else f"samples of {dataset.label}"
             padded = pad(rows, pad_token_id=source.tokenizer.pad_token_id)
-            batches = told(padded, total=len(rows), progress=source.progress, what=what)
+            batches = with_progress(padded, total=len(rows), progress=source.progress, what=what)
             signals.append(
                 measure(source.model, batches, score=score, provenance=provenance, shape=source.shape, seed=source.seed)
             )
         return combine(signals)
 
-    return _joined(provenances), run
+    return Measurement(_joined(provenances), run)
 
 
 def measure(
@@ -167,7 +167,7 @@ def _joined(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**provenances[0], "task": ", ".join(dataset["task"] for dataset in datasets), "datasets": datasets}
 
 
-def pad(rows: Sequence[Row], *, pad_token_id: int, batch_size: int = 8) -> Iterator[dict[str, Tensor]]:
+def pad(rows: Sequence[Sample], *, pad_token_id: int, batch_size: int = 8) -> Iterator[dict[str, Tensor]]:
     """Batches for `measure`: padded on the right, longest rows first so that little is padding.
 
     `order` [B] says which of `rows` each one is.
@@ -202,7 +202,9 @@ def per_sample(
     if score not in SCORES:
         raise unknown("sensitivity score", score, SCORES)
     config = getattr(model, "config", None)
-    blocks = _Blocks(model, shape or shape_of(config, name=getattr(config, "_name_or_path", "") or "the model"))
+    blocks = _Blocks(
+        model, shape or shape_from_config(config, name=getattr(config, "_name_or_path", "") or "the model")
+    )
     packed = next((path for path, m in blocks.linears.items() if not m.weight.is_floating_point()), None)
     if packed and score in ("weight_grad", "hutchinson"):
         raise StudyError(
@@ -282,7 +284,7 @@ def _curvature(
     blocks: _Blocks, model: nn.Module, batch: Mapping[str, Tensor], *, generator: torch.Generator, probes: int
 ) -> dict[str, Tensor]:
     """z·Hz by block, sample after sample; blocks do not mix in expectation, so one z serves all of them."""
-    found: list[dict[str, Tensor]] = []
+    samples: list[dict[str, Tensor]] = []
     for i in range(len(batch["labels"])):
         length = int(batch["attention_mask"][i].nonzero().max()) + 1
         loss = losses(model, {key: value[i : i + 1, :length] for key, value in batch.items()})
@@ -296,8 +298,8 @@ def _curvature(
             )
             terms = [(z * h).double() for z, h in zip(signs, products, strict=True)]
             totals = [a + b for a, b in zip(totals, terms, strict=True)] if totals else terms
-        found.append(blocks.by_name([total / probes for total in totals]))
-    return {block: torch.stack([sample[block] for sample in found]) for block in found[0]}
+        samples.append(blocks.by_name([total / probes for total in totals]))
+    return {block: torch.stack([sample[block] for sample in samples]) for block in samples[0]}
 
 
 # --- per-sample scores from inputs and output gradients ---------------------------------------------------------------
@@ -447,10 +449,10 @@ class _ExpertsTap:
             for ids_N, rows_NS, valid_NS in _segments(starts, counts):
                 # zeros in A alone: what stands in G beside them does not count
                 a_NSI = x_PI[rows_NS] * valid_NS.unsqueeze(-1)
-                found_N = self.measure(a_NSI, dy_PO[:, part][rows_NS], weight_EOI[:, part], ids_N // samples)
-                values[ids_N] = found_N.double()
+                scores_N = self.measure(a_NSI, dy_PO[:, part][rows_NS], weight_EOI[:, part], ids_N // samples)
+                values[ids_N] = scores_N.double()
             for expert, column in enumerate(values.view(experts, samples)):
-                self.blocks.found[f"{self.specs[name].path}.{expert}"] = column
+                self.blocks.scores[f"{self.specs[name].path}.{expert}"] = column
 
     def _columns(self, name: str, stack: str, width: int) -> slice:
         """Which outputs of the stack belong to the projection: halves, or every second where they are interleaved."""
@@ -480,7 +482,7 @@ def _segments(starts: Tensor, counts: Tensor) -> Iterator[tuple[Tensor, Tensor, 
 
 
 class _Blocks:
-    """The weight matrices of a model that are scored, and what was found for the running batch."""
+    """The weight matrices of a model that are scored, and their scores in the running batch."""
 
     def __init__(self, model: nn.Module, shape: ModelShape) -> None:
         self.model: Any = model
@@ -491,16 +493,16 @@ class _Blocks:
         for spec in shape.of_role("expert"):
             self.experts[spec.path.rpartition(".")[0]].append(spec)
         self.batch_size = 0
-        self.found: dict[str, Tensor] = {}
+        self.scores: dict[str, Tensor] = {}
 
     def start_batch(self, size: int) -> None:
-        self.batch_size, self.found = size, {}
+        self.batch_size, self.scores = size, {}
 
     def finish_batch(self) -> dict[str, Tensor]:
         """Scores [B] by block, in the order of the layers."""
         specs = [spec for layer in self.experts.values() for spec in layer]
         order = [*self.linears, *(f"{spec.path}.{e}" for spec in specs for e in range(spec.num_experts))]
-        table = torch.stack([self.found[name].double() for name in order]).cpu()  # one transfer for all
+        table = torch.stack([self.scores[name].double() for name in order]).cpu()  # one transfer for all
         return dict(zip(order, table, strict=True))
 
     @contextmanager
@@ -531,10 +533,10 @@ class _Blocks:
         return _TappedOutput.apply(type(module).forward(module, x), x, tap)
 
     def _tap(self, path: str, module: Any, measure: Measure, x: Tensor, dy: Tensor) -> None:
-        assert path not in self.found, f"{path} ran twice in one forward pass: its gradients would have to be added"
+        assert path not in self.scores, f"{path} ran twice in one forward pass: its gradients would have to be added"
         a_BSI, g_BSO = (t.reshape(self.batch_size, -1, t.shape[-1]) for t in (x, dy))
         first_B = torch.zeros(self.batch_size, dtype=torch.long, device=x.device)
-        self.found[path] = measure(a_BSI, g_BSO, module.weight.unsqueeze(0), first_B)
+        self.scores[path] = measure(a_BSI, g_BSO, module.weight.unsqueeze(0), first_B)
 
     @contextmanager
     def differentiated(self) -> Iterator[None]:
@@ -569,7 +571,7 @@ class _Blocks:
     def by_name(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         """Sums over each block, from tensors in the order and shapes of `weights`."""
         tensors = iter(values)
-        found = {path: next(tensors).sum() for path in self.linears}
+        sums = {path: next(tensors).sum() for path in self.linears}
         for path, specs in self.experts.items():
             module = self.model.get_submodule(path)
             tap = _ExpertsTap(module, specs, self, squared_norms)
@@ -579,8 +581,8 @@ class _Blocks:
                 for name in ("gate_proj", "up_proj") if stack == "gate_up_proj" else (stack,):
                     part = outputs_last[:, :, tap._columns(name, stack, outputs_last.shape[-1])]
                     for expert, total in enumerate(part.sum((1, 2))):
-                        found[f"{tap.specs[name].path}.{expert}"] = total
-        return {name: value.detach().cpu() for name, value in found.items()}
+                        sums[f"{tap.specs[name].path}.{expert}"] = total
+        return {name: value.detach().cpu() for name, value in sums.items()}
 
 
 @contextmanager
@@ -613,7 +615,7 @@ def _recomputed(model: Any) -> Iterator[None]:
             vars(layer).pop("forward")
 
 
-def _drawn(rows: Sequence[Row], samples: int, seed: int) -> list[Row]:
+def _drawn(rows: Sequence[Sample], samples: int, seed: int) -> list[Sample]:
     return [rows[i] for i in random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))]
 
 

@@ -177,10 +177,10 @@ def _model_of(signals: Mapping[str, Signal]) -> str:
 
 def _measured(kind: str, source: _Source) -> tuple[Signal, str]:
     """A signal from the cache or measured now, and a line that says which, with the seconds that it took."""
-    from allocators.signals import plan
+    from allocators.signals import measurement_of
     from allocators.signals.cache import cached
 
-    provenance, measure = plan(kind, source)
+    provenance, measure = measurement_of(kind, source)
     took: list[float] = []
 
     def timed() -> Signal:

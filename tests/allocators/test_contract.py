@@ -1,11 +1,10 @@
 """What every allocator must keep, walked over all files of the folder: one that is added is tested without a line here.
 
-Also the rules of who may import what, read from the source of the whole tree.
+Who may import what: tests/test_import_graph.py.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
 import json
 import subprocess
@@ -115,41 +114,3 @@ def test_no_allocator_and_nothing_of_the_core_loads_torch_or_numpy():
     guilty = [line for line in done.stdout.splitlines() if not line.endswith("[]")]
     assert not guilty
     assert len(done.stdout.splitlines()) >= len(NAMES)
-
-
-def imports(file: Path) -> set[str]:
-    """Top-level packages that a file imports, wherever in the file it does."""
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            found.add((node.module or "").split(".")[0])
-    return found
-
-
-SOURCES = [
-    f for folder in ("allocators", "search", "spaces", "trainers") for f in sorted((ROOT / folder).rglob("*.py"))
-]
-EDGES = {
-    "ray": {"search/engine/workers.py", "search/engine/tune.py", "trainers/worker.py"},
-    "mlflow": {"search/records/tracking.py"},
-    "omegaconf": {"search/config.py"},
-}
-
-
-@pytest.mark.parametrize("package", EDGES)
-def test_only_edge_files_import(package):
-    guilty = {f.relative_to(ROOT).as_posix() for f in SOURCES if package in imports(f)}
-    assert guilty <= EDGES[package]
-
-
-def test_the_core_is_standard_library_only():
-    for file in sorted((ROOT / "allocators" / "core").glob("*.py")):
-        assert imports(file) <= sys.stdlib_module_names | {"allocators"}, file.name
-
-
-def test_allocators_know_nothing_of_search_and_training():
-    for file in sorted((ROOT / "allocators").rglob("*.py")):
-        if file.name not in ("show.py", "sensitivity.py"):  # commands: their main() loads models and tasks
-            assert not imports(file) & {"search", "spaces", "trainers"}, file.name

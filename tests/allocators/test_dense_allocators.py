@@ -16,13 +16,15 @@ from allocators import alphalora, lora_smoe, mola, sensitivity, uniform
 from allocators.core import plugins
 from allocators.core.errors import InfeasibleError, StudyError, ToolkitWarning
 from allocators.core.layers import layer_values, on_layers
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ModelShape, ModuleShape, Signal
 from tests import GOLDEN
 from tests.allocators.models import dense_shape
 
 PUBLISHED = {n: json.loads((GOLDEN / f"{n}.json").read_text()) for n in ("allocation", "spectrum", "parameters")}
-LLAMA_7B = shape_of({"model_type": "llama"}, name="llama-7b")  # the sizes of LLaMA-7B are the config class's defaults
+LLAMA_7B = shape_from_config(
+    {"model_type": "llama"}, name="llama-7b"
+)  # the sizes of LLaMA-7B are the config class's defaults
 
 
 def by_layer(values, shape, *, metric="hill", kind="spectrum") -> Signal:
@@ -168,7 +170,7 @@ def test_mapping_by_hand(case, rounding, column, module, kind, metric):
 
 def test_mistral_7b_from_a_metric_vector():
     case = PUBLISHED["allocation"]["mistral_7b"]
-    shape = shape_of({"model_type": "mistral"}, name="mistral-7b")
+    shape = shape_from_config({"model_type": "mistral"}, name="mistral-7b")
     for signal in (exactly(case["v"], shape), by_layer(case["v"], shape)):
         allocation = alphalora.allocate(
             signal, shape, total_experts=case["T"], beta=case["beta"], rounding="paper", min_experts=0
@@ -313,7 +315,7 @@ def test_votes_by_hand():
 
 def qwen_attention() -> ModelShape:
     """Attention of Qwen2.5-3B, 36 layers: the blocks of the published table."""
-    whole = shape_of(
+    whole = shape_from_config(
         {
             "model_type": "qwen2",
             "hidden_size": 2048,

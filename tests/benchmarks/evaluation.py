@@ -26,7 +26,7 @@ import torch
 
 from tests.benchmarks._shared import clock
 from trainers import models, tasks
-from trainers.tasks import scoring
+from trainers.tasks import harness, scoring
 
 OPTIONS = {"model": "tiny-moe,tiny-dense", "task": "default", "limit": "0", "batch_size": "32", "repeats": "5"}
 OPTIONS |= {"device": "cpu", "dtype": "auto", "threads": "1"}
@@ -70,7 +70,7 @@ def compare(name: str, options: dict[str, str]) -> dict[str, Any]:
     }
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     found, tokens, logits = {}, {}, {}
-    with tasks._quiet(), torch.no_grad():
+    with harness.quiet(), torch.no_grad():
         for side, score in sides.items():  # warms up too
             found[side], tokens[side], logits[side] = counted(model, score)
         for _ in range(int(options["repeats"])):

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertSelection, ModelShape
 from tests.benchmarks._shared import parse
 from tests.trainers.reference import PEFT_STACKS, every_expert, from_peft, peft_factors, share_first_factor
@@ -186,7 +186,7 @@ def main(argv: list[str]) -> None:
     import transformers
 
     model = build(settings)
-    shape = shape_of(model.config, name="random OLMoE")
+    shape = shape_from_config(model.config, name="random OLMoE")
     experts_only = replace(shape, modules=shape.of_role("expert"))
     everything = every_expert(shape)
     ratios: dict[str, float] = {}

@@ -54,7 +54,7 @@ import torch
 from torch import Tensor, nn
 
 from allocators.core.errors import OutOfMemoryError, StudyError, ToolkitError, unknown
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
 from tests.benchmarks import expert_lora, lora_moe, spectrum, trial_overhead
 from tests.trainers.reference import every_expert
@@ -318,7 +318,7 @@ def moe(bench: Bench, layers: int) -> tuple[Any, Any, ExpertSelection]:
     ids = torch.tensor([row.input_ids[: size.length // 2] for row in Rows(size).rows[: size.rows]], device=bench.device)
     counts = expert_lora.route_counts(model, model.model.embed_tokens(ids))
     hot = {n: tuple(count.topk(len(count) // 4).indices.tolist()) for n, count in enumerate(counts)}
-    return model, shape_of(model.config, name="random OLMoE"), ExpertSelection(hot)
+    return model, shape_from_config(model.config, name="random OLMoE"), ExpertSelection(hot)
 
 
 def dense(bench: Bench, layers: int) -> tuple[Any, Any]:
@@ -336,7 +336,7 @@ def dense(bench: Bench, layers: int) -> tuple[Any, Any]:
     )
     with torch.device(bench.device):
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, bench.dtype))
-    return model.requires_grad_(False), shape_of(config, name="random Llama")
+    return model.requires_grad_(False), shape_from_config(config, name="random Llama")
 
 
 def run_moe_steps(bench: Bench) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from typing import Any
 
 import torch
 
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
 from tests.benchmarks._shared import parse
 from trainers import loop, packing
@@ -136,7 +136,7 @@ def recipes(settings: Settings, tokens: int, steps: int) -> list[Recipe]:
 
 def adapters(case: str, model: Any, recipes: list[Recipe], *, first: int = 0) -> list[Adapter]:
     """Detached. On a dense model none is below layer `first`."""
-    shape = shape_of(model.config, name=case)
+    shape = shape_from_config(model.config, name=case)
     made = []
     for k, recipe in enumerate(recipes):
         allocation: Any

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.signals import sensitivity
 from tests.benchmarks._shared import clock
 
@@ -69,7 +69,7 @@ def draw(samples: int, length: int) -> list[Sample]:
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:
-    shape = shape_of(model.config, name="random Llama")
+    shape = shape_from_config(model.config, name="random Llama")
     return {m.path: model.get_submodule(m.path).weight for m in shape.modules}
 
 

@@ -34,7 +34,8 @@ import scipy  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from allocators.signals.spectrum import eigenvalues, fit_tail  # noqa: E402
+from allocators.signals._eigenvalues import eigenvalues  # noqa: E402
+from allocators.signals._tails import fit_tail  # noqa: E402
 
 SIZES = {
     "cpu": [(576, 576), (576, 1536), (1024, 1024), (2048, 2048)],
@@ -83,10 +84,10 @@ def heavy(rows: int, columns: int, device: str) -> Tensor:
 
 
 def middle_layer(folder: Path, device: str) -> dict[str, Tensor]:
-    from allocators.core.shapes import shape_of
-    from allocators.signals.spectrum import open_weights
+    from allocators.core.shapes import shape_from_config
+    from allocators.signals._stored import open_weights
 
-    shape = shape_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), name=folder.name)
+    shape = shape_from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), name=folder.name)
     read = open_weights(folder)
     layer = [m for m in shape.of_role("attention", "mlp") if m.layer == shape.num_layers // 2]
     return {m.name: read(m.path).to(device, torch.float32) for m in layer}

@@ -45,7 +45,7 @@ import torch
 from allocators import all as all_
 from allocators import none, random_, sieve
 from allocators.core.errors import StudyError, unknown
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import Allocation, Recipe, Trial, canonical_json, digest_of
 from allocators.signals import routing
 from search.report.uncertainty import paired
@@ -89,7 +89,7 @@ def trained(loaded: models.Loaded, task: tasks.Task, allocation: Allocation, rec
     adapter = attach(
         loaded.model,
         allocation,
-        shape=shape_of(loaded.model.config, name=loaded.name),
+        shape=shape_from_config(loaded.model.config, name=loaded.name),
         rank=recipe.rank,
         lora_alpha=recipe.lora_alpha,
         seed=seed,
@@ -139,7 +139,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     loaded = models.load(given["model"])
     task = tasks.load_task(given["task"])
-    shape = shape_of(loaded.model.config, name=loaded.name)
+    shape = shape_from_config(loaded.model.config, name=loaded.name)
     recipe = Recipe(**task.file.recipe)
 
     signal = routing.measure(

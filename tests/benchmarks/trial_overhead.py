@@ -92,11 +92,11 @@ class CpuWatch(threading.Thread):
 
 
 def make_trials(count: int) -> list[tuple[Any, int]]:
-    from allocators.core.shapes import shape_of
+    from allocators.core.shapes import shape_from_config
     from allocators.core.types import ExpertSelection, Recipe, Trial
     from trainers import models
 
-    shape = shape_of(models.config_of("tiny-moe"), name="tiny-moe")
+    shape = shape_from_config(models.config_of("tiny-moe"), name="tiny-moe")
     selection = ExpertSelection(dict.fromkeys(shape.moe_layers, (0, 1)))
     recipe = Recipe(rank=4, steps=2, batch_size=4, micro_batch_size=4)
     trials = [Trial(selection, recipe, "tiny-moe", "default", seed) for seed in range(count)]

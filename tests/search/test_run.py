@@ -98,11 +98,11 @@ def test_a_dry_run_prints_exact_counts_and_imports_neither_ray_nor_torch(tmp_pat
     words = ["dry_run=true", "trials=4", "recipe.rank=8", f"storage={tmp_path}"]
     done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
-    from allocators.core.shapes import shape_of
+    from allocators.core.shapes import shape_from_config
     from allocators.core.types import ExpertSelection
     from trainers.models import config_of
 
-    shape = shape_of(config_of("tiny-moe"), name="tiny-moe")
+    shape = shape_from_config(config_of("tiny-moe"), name="tiny-moe")
     full = ExpertSelection({layer: tuple(range(shape.experts_in(layer))) for layer in shape.moe_layers})
     for selection in (full, ExpertSelection({})):
         assert f"{selection.trainable_params(shape, rank=8):,}" in done.stdout

@@ -9,7 +9,7 @@ import pytest
 from allocators.core import plugins
 from allocators.core.errors import InfeasibleError
 from allocators.core.layers import blocks
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ModelShape
 from search.problem import Problem, corners, load_space, placeholder
 from search.propose.sampler import Proposal, Proposer, table_rows
@@ -26,8 +26,8 @@ def shape_for(space: str, layers: int = 8) -> ModelShape:
     base = plugins.load("spaces", space, "space").BASE
     sizes = {"num_hidden_layers": layers, "vocab_size": 64}
     if base == "moe":
-        return shape_of(OLMOE | sizes | {"num_experts": 16, "num_experts_per_tok": 2}, name="moe")
-    return shape_of(LLAMA | sizes | {"num_key_value_heads": 4}, name="dense")
+        return shape_from_config(OLMOE | sizes | {"num_experts": 16, "num_experts_per_tok": 2}, name="moe")
+    return shape_from_config(LLAMA | sizes | {"num_key_value_heads": 4}, name="dense")
 
 
 def problem_of(name: str, layers: int = 8, **changes) -> Problem:

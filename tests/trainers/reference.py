@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertSelection, ModelShape
 
 _COMMON = {
@@ -90,7 +90,7 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
 
 
 def shape_of_model(model: Any) -> ModelShape:
-    return shape_of(model.config, name=f"tiny {model.config.model_type}")
+    return shape_from_config(model.config, name=f"tiny {model.config.model_type}")
 
 
 @cache

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.errors import OutOfMemoryError, TrialError
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
 from trainers import loop, tasks
@@ -44,7 +44,7 @@ def run(task, *, recipe=RECIPE, seed=0, tokenizer, on_rung=lambda rung: True, pr
     adapter = attach(
         model,
         ExpertSelection({0: (0, 3, 5), 1: (1, 2)}),
-        shape=shape_of(model.config, name="tiny"),
+        shape=shape_from_config(model.config, name="tiny"),
         rank=recipe.rank,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
@@ -166,7 +166,9 @@ def test_training_lowers_the_loss_and_counts_real_tokens(task, tokenizer):
 def test_accuracy_at_a_rung_is_the_tasks_own(task, tokenizer):
     seen = []
     model = tiny_olmoe()
-    adapter = attach(model, ExpertSelection({0: (0,)}), shape=shape_of(model.config, name="tiny"), rank=4, lora_alpha=8)
+    adapter = attach(
+        model, ExpertSelection({0: (0,)}), shape=shape_from_config(model.config, name="tiny"), rank=4, lora_alpha=8
+    )
 
     def on_rung(rung):
         seen.append(task.evaluate(model).accuracy)
@@ -374,7 +376,7 @@ def every_row(adapter):
 def adapted(kind, *, device="cpu"):
     """A model with an adapter that has a random part and, where it can, a balance loss."""
     model = (tiny_olmoe() if kind == "expert_lora" else tiny_llama()).to(device)
-    shape = shape_of(model.config, name="tiny")
+    shape = shape_from_config(model.config, name="tiny")
     places = [m.path for m in shape.of_role("attention", "mlp")]
     allocation = (
         ExpertSelection({0: (0, 3, 5), 1: (1, 2)})

@@ -47,6 +47,7 @@ from allocators.core.types import (
 )
 from trainers import storage
 from trainers.models import sharding
+from trainers.models.quantized import is_quantized, quantization_of
 
 FORMAT = 1  # of adapter.json
 _WEIGHTS, _CONFIG = "adapter.safetensors", "adapter.json"
@@ -395,19 +396,6 @@ def module_at(model: nn.Module, path: str, *, name: str) -> Any:
         raise StudyError(
             f"{type(model).__name__} has no module {path!r}, which {name} should have: is it another model family?"
         ) from error
-
-
-def is_quantized(module: nn.Module) -> bool:
-    """Whether it is a linear layer with packed weights (bitsandbytes), which only its own forward can multiply."""
-    return isinstance(module, nn.Linear) and not module._parameters["weight"].is_floating_point()  # type: ignore[union-attr]
-
-
-def quantization_of(model: nn.Module) -> str:
-    """`nf4`, `int8` or whatever the linear layers are packed as; "" where they are not."""
-    packed = next((m for m in model.modules() if is_quantized(m)), None)
-    if packed is None:
-        return ""
-    return getattr(getattr(packed.weight, "quant_state", None), "quant_type", "int8")
 
 
 def weight_size(module: Any) -> tuple[int, ...]:

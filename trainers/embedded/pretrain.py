@@ -182,6 +182,60 @@ def optimiser_of(model: PreTrainedModel, recipe: Pretraining) -> torch.optim.Ada
     )
 
 
+@dataclass(slots=True)
+class _Training:
+    """A pretraining as far as it has come: `step` steps are done, and `curve` holds their means."""
+
+    recipe: Pretraining
+    model: PreTrainedModel
+    optimiser: torch.optim.AdamW
+    step: int = 0
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Goes on from a checkpoint. Raises StudyError for that of another recipe."""
+        import torch
+
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["recipe"] != json.dumps(asdict(self.recipe)):
+            raise StudyError(f"{checkpoint} belongs to another recipe: delete it or choose another folder=")
+        self.model.load_state_dict(saved["model"])
+        self.optimiser.load_state_dict(saved["optimiser"])
+        self.step, self.curve = saved["step"], saved["curve"]
+
+    def keep(self, checkpoint: Path) -> None:
+        """Writes a checkpoint, whole or not at all."""
+        import torch
+
+        state = {
+            "recipe": json.dumps(asdict(self.recipe)),
+            "model": self.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "curve": self.curve,
+        }
+        torch.save(state, checkpoint.with_suffix(".tmp"))
+        os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+
+    def take_step(self) -> tuple[float, float]:
+        """(loss, balance) of one step on fresh rows."""
+        import torch
+
+        top_k = self.recipe.sizes.get("num_experts_per_tok", 0)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate_at(self.step, self.recipe)
+        _, ids = batch(self.recipe, self.step)
+        out = self.model(input_ids=ids, **({"output_router_logits": True} if top_k else {}))
+        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        balance = balance_loss(out.router_logits, top_k=top_k) if top_k else loss.new_zeros(())
+        (loss + self.recipe.balance_coef * balance).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.item(), balance.item()
+
+
 def pretrain(
     recipe: Pretraining,
     folder: Path,
@@ -194,58 +248,33 @@ def pretrain(
 
     Raises StudyError when `folder` holds the checkpoint of another recipe.
     """
-    import torch
-
     assert checkpoint_every % report_every == 0  # a checkpoint holds whole entries of the curve
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
     model = build_model(recipe).train()
-    optimiser = optimiser_of(model, recipe)
-    start, curve = 0, []
+    training = _Training(recipe, model, optimiser_of(model, recipe))
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        if saved["recipe"] != json.dumps(asdict(recipe)):
-            raise StudyError(f"{checkpoint} belongs to another recipe: delete it or choose another folder=")
-        model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        start, curve = saved["step"], saved["curve"]
-        show(f"going on from step {start}")
+        training.resume(checkpoint)
+        show(f"going on from step {training.step}")
 
-    top_k = recipe.sizes.get("num_experts_per_tok", 0)
-    began, running = time.monotonic(), []
-    for step in range(start, recipe.steps):
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate_at(step, recipe)
-        _, ids = batch(recipe, step)
-        out = model(input_ids=ids, **({"output_router_logits": True} if top_k else {}))
-        loss = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        balance = balance_loss(out.router_logits, top_k=top_k) if top_k else loss.new_zeros(())
-        (loss + recipe.balance_coef * balance).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        running.append((loss.item(), balance.item()))
-        if (step + 1) % report_every == 0 or step + 1 == recipe.steps:
-            mean, mean_balance = (sum(column) / len(running) for column in zip(*running, strict=True))
-            curve.append({"step": step + 1, "loss": round(mean, 4), "balance": round(mean_balance, 4)})
-            running.clear()
-            left = (time.monotonic() - began) / (step + 1 - start) * (recipe.steps - step - 1)
+    start, began = training.step, time.monotonic()
+    losses: list[tuple[float, float]] = []  # since the last report
+    while training.step < recipe.steps:
+        losses.append(training.take_step())
+        ended = training.step == recipe.steps
+        if training.step % report_every == 0 or ended:
+            mean, mean_balance = (sum(column) / len(losses) for column in zip(*losses, strict=True))
+            training.curve.append({"step": training.step, "loss": round(mean, 4), "balance": round(mean_balance, 4)})
+            losses.clear()
+            left = (time.monotonic() - began) / (training.step - start) * (recipe.steps - training.step)
             show(
-                f"step {step + 1}/{recipe.steps}  loss {mean:.3f}  balance {mean_balance:.3f}  "
+                f"step {training.step}/{recipe.steps}  loss {mean:.3f}  balance {mean_balance:.3f}  "
                 f"left {int(left // 60)}:{int(left % 60):02}"
             )
-        if (step + 1) % checkpoint_every == 0 or step + 1 == recipe.steps:
-            state = {
-                "recipe": json.dumps(asdict(recipe)),
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "step": step + 1,
-                "curve": curve,
-            }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+        if training.step % checkpoint_every == 0 or ended:
+            training.keep(checkpoint)
     save(model, folder)
-    return curve
+    return training.curve
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:

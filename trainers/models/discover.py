@@ -20,21 +20,24 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from allocators.core.errors import StudyError
-from allocators.core.types import ModelShape, ModuleShape
-from trainers.adapter import is_quantized
+from allocators.core.types import ModelShape, ModuleShape, Role
+from trainers.models.quantized import is_quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
 _NO_GRADIENT = re.compile(r"(^|[._])indexer([._]|$)")
 _FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn|ff|feed_forward|feedforward)([._]|$)")
 
 
-def without_weights(folder: Path, name: str, trust_remote_code: bool) -> Any:
+def without_weights(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedModel:
     """The model of a folder with config.json, its tensors on the meta device.
 
     Raises StudyError where transformers knows no causal language model of that type.
@@ -52,7 +55,7 @@ def without_weights(folder: Path, name: str, trust_remote_code: bool) -> Any:
         raise StudyError(f"the sizes of '{name}' cannot be read: {reason}{hint}") from error
 
 
-def shape_of(model: Any, *, name: str) -> ModelShape:
+def shape_from_modules(model: Any, *, name: str) -> ModelShape:
     """Sizes of every map LoRA can go on, layer by layer.
 
     Raises StudyError for a model that is no stack of decoder layers, has experts outside of the experts interface, or
@@ -84,7 +87,7 @@ def _layer(layer: nn.Module, number: int, at: str) -> Iterator[ModuleShape]:
         path.rpartition(".")[0]: module for path, module in stacks.items()
     }  # "" where they hang in the layer itself
 
-    def linear(path: str, module: Any, role: Any) -> ModuleShape:
+    def linear(path: str, module: Any, role: Role) -> ModuleShape:
         return ModuleShape(f"{at}.{path}", number, module.in_features, module.out_features, role=role)
 
     for path, module in inside.items():

@@ -29,7 +29,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,7 +38,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainers.models import sharding
 
-Request = tuple[Any, list[int], list[int]]  # what was asked, context, continuation: as lm-eval tokenises them
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TokenisedRequest = tuple[Any, list[int], list[int]]  # what was asked, context, continuation: as lm-eval tokenises them
 Answer = tuple[float, bool]
 
 MANY = 4  # × batch_size branches in a pass, at most: each has a copy of its context's keys and values in one layer
@@ -69,7 +72,9 @@ def shares_contexts(model: Any) -> bool:
 
 
 @torch.no_grad()
-def loglikelihoods(model: Any, requests: Sequence[Request], *, max_length: int, batch_size: int) -> list[Answer]:
+def loglikelihoods(
+    model: PreTrainedModel, requests: Sequence[TokenisedRequest], *, max_length: int, batch_size: int
+) -> list[Answer]:
     """(Σ log p, greedy) of every request, in order. Sequences above max_length + 1 lose their beginning, as in lm-eval.
 
     The model should be in eval mode. log p is summed in fp32 whatever its dtype (lm-eval's stays in that dtype).
@@ -122,7 +127,7 @@ _Contexts = list[tuple[tuple[int, ...], dict[tuple[int, ...], list[int]]]]  # co
 
 
 def _batches(
-    requests: Sequence[Request], share: bool, *, max_length: int, batch_size: int, spare: int
+    requests: Sequence[TokenisedRequest], share: bool, *, max_length: int, batch_size: int, spare: int
 ) -> Iterator[tuple[_Contexts, int]]:
     """At most batch_size contexts each, of like length, the longest first; and the length of the trunk."""
     by_context: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}
@@ -153,7 +158,7 @@ def _batches(
 
 
 def _passes(
-    model: Any, contexts: _Contexts, trunk: int, *, batch_size: int, spare: int
+    model: PreTrainedModel, contexts: _Contexts, trunk: int, *, batch_size: int, spare: int
 ) -> Iterator[tuple[list[_Branch], _Branches | None]]:
     """Runs the trunk of a batch, and says which branches go through the model together behind it."""
     past = None
@@ -180,7 +185,9 @@ def _passes(
         yield together, _Branches(past, rows_B) if past is not None else None
 
 
-def _scores(model: Any, branches: list[_Branch], past: _Branches | None, requests: Sequence[Request]) -> Tensor:
+def _scores(
+    model: PreTrainedModel, branches: list[_Branch], past: _Branches | None, requests: Sequence[TokenisedRequest]
+) -> Tensor:
     """[Σ log p, greedy] of the requests of these branches, [2, N] in fp32."""
     width, first = len(branches[0].tokens), min(branch.first for branch in branches)
     padded = [branch.tokens + (0,) * (width - len(branch.tokens)) for branch in branches]

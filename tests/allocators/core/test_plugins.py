@@ -27,9 +27,9 @@ def forget_added(monkeypatch):
 
 
 def test_names_are_the_files_of_the_folder():
-    found = plugins.names("allocators")
-    assert {"sieve", "esft", "coverage", "greedy", "random", "all", "none"} <= set(found)
-    assert not {"show", "core", "signals", "__init__", "random_"} & set(found)
+    names = plugins.names("allocators")
+    assert {"sieve", "esft", "coverage", "greedy", "random", "all", "none"} <= set(names)
+    assert not {"show", "core", "signals", "__init__", "random_"} & set(names)
     assert plugins.load("allocators", "random").__name__ == "allocators.random_"
 
 

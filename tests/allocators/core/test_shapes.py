@@ -9,7 +9,7 @@ import pytest
 from allocators import all as all_experts
 from allocators import sieve
 from allocators.core.errors import StudyError
-from allocators.core.shapes import FAMILIES, shape_of
+from allocators.core.shapes import FAMILIES, shape_from_config
 from allocators.core.types import ExpertCounts, ModelShape, ModuleShape
 from tests import GOLDEN
 from tests.allocators import tiny
@@ -52,7 +52,7 @@ def built(family: str) -> dict[str, tuple]:
     """(in, out, experts, role) of every module that LoRA can go on, read from the model transformers builds."""
     import torch
 
-    model, found = tiny.model(family), {}
+    model, sizes_of = tiny.model(family), {}
     for path, module in model.named_modules():
         layer_path = path.split(".", 3)[-1]  # without model.layers.N
         if path.endswith(".experts"):
@@ -62,21 +62,21 @@ def built(family: str) -> dict[str, tuple]:
             experts, twice_width, hidden = up.shape
             assert down.shape == (experts, hidden, twice_width // 2)
             for name, sizes in (("gate", (hidden, twice_width // 2)), ("up", (hidden, twice_width // 2))):
-                found[f"{path}.{name}_proj"] = (*sizes, experts, "expert")
-            found[f"{path}.down_proj"] = (twice_width // 2, hidden, experts, "expert")
+                sizes_of[f"{path}.{name}_proj"] = (*sizes, experts, "expert")
+            sizes_of[f"{path}.down_proj"] = (twice_width // 2, hidden, experts, "expert")
         elif type(module).__name__.endswith(("TopKRouter", "TopkRouter")):
             experts, hidden = module.weight.shape
-            found[path] = (hidden, experts, 0, "router")
+            sizes_of[path] = (hidden, experts, 0, "router")
         elif isinstance(module, torch.nn.Linear) and path != "lm_head" and not path.endswith("shared_expert_gate"):
             shared = "shared" in layer_path
             role = "attention" if "self_attn" in layer_path else "shared_expert" if shared else "mlp"
-            found[path] = (module.in_features, module.out_features, 0, role)
-    return found
+            sizes_of[path] = (module.in_features, module.out_features, 0, role)
+    return sizes_of
 
 
 @pytest.mark.parametrize("family", sorted(tiny.MOE | tiny.DENSE))
 def test_equals_what_transformers_builds(family):
-    shape = shape_of(tiny.config(family), name=family)
+    shape = shape_from_config(tiny.config(family), name=family)
     mine = {m.path: (m.in_features, m.out_features, m.num_experts, m.role) for m in shape.modules}
     assert mine == built(family)
     assert all(m.path.startswith(f"model.layers.{m.layer}.") for m in shape.modules)
@@ -93,7 +93,9 @@ def test_defaults_are_those_of_transformers(family):
     """What config.json leaves out means what transformers takes it to mean; no weights are built."""
     from transformers import AutoConfig
 
-    assert shape_of({"model_type": family}, name="x") == shape_of(AutoConfig.for_model(family), name="x")
+    assert shape_from_config({"model_type": family}, name="x") == shape_from_config(
+        AutoConfig.for_model(family), name="x"
+    )
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -101,19 +103,19 @@ def test_the_saved_config_says_the_same_as_the_object(family, tmp_path):
     config = tiny.config(family)
     config.save_pretrained(tmp_path)
     on_disk = json.loads((tmp_path / "config.json").read_text())
-    assert shape_of(on_disk, name="x") == shape_of(config, name="x")
+    assert shape_from_config(on_disk, name="x") == shape_from_config(config, name="x")
 
 
 def test_dense_layers_of_moe_models():
-    assert shape_of(tiny.config("qwen2_moe"), name="x").moe_layers == (1,)  # every second layer
-    assert shape_of(tiny.config("qwen3_moe"), name="x").moe_layers == (0, 2)  # layer 1 is listed as dense
-    deepseek = shape_of(tiny.config("deepseek_v3"), name="x")
+    assert shape_from_config(tiny.config("qwen2_moe"), name="x").moe_layers == (1,)  # every second layer
+    assert shape_from_config(tiny.config("qwen3_moe"), name="x").moe_layers == (0, 2)  # layer 1 is listed as dense
+    deepseek = shape_from_config(tiny.config("deepseek_v3"), name="x")
     assert deepseek.moe_layers == (1, 2)
     assert {m.layer for m in deepseek.of_role("mlp")} == {0}
 
 
 def test_published_counts_of_olmoe():
-    shape = shape_of(OLMOE_1B_7B, name="OLMoE-1B-7B")
+    shape = shape_from_config(OLMOE_1B_7B, name="OLMoE-1B-7B")
     golden = PUBLISHED["olmoe_1b_7b_r32"]
     assert all_experts.allocate(None, shape).trainable_params(shape, rank=32) == golden["all 64 experts"] == 311_459_840
     for knobs in ({"experts_kept": 16}, {"fraction": 0.25}):
@@ -123,7 +125,7 @@ def test_published_counts_of_olmoe():
 
 def test_published_reduction_of_qwen15_moe():
     """MoE-Sieve: 70.3 % fewer parameters at the hot quarter."""
-    shape = shape_of(QWEN15_MOE_A27B, name="Qwen1.5-MoE-A2.7B")
+    shape = shape_from_config(QWEN15_MOE_A27B, name="Qwen1.5-MoE-A2.7B")
     full = all_experts.allocate(None, shape).trainable_params(shape, rank=32)
     hot = sieve.allocate(routing(shape), shape).trainable_params(shape, rank=32)
     assert round(100 * (hot / full - 1), 1) == -70.3
@@ -131,7 +133,7 @@ def test_published_reduction_of_qwen15_moe():
 
 @pytest.mark.parametrize("total", [160, 128])
 def test_published_counts_of_llama_7b(total):
-    shape = shape_of(LLAMA_7B, name="llama-7b")
+    shape = shape_from_config(LLAMA_7B, name="llama-7b")
     counts = ExpertCounts({m.path: total // 32 for m in shape.of_role("attention", "mlp")})
     assert counts.trainable_params(shape, rank=8) == PUBLISHED["llama_7b_r8"][f"T={total}"]
 
@@ -144,12 +146,12 @@ def test_published_count_of_one_hydra_module():
 
 def test_unknown_family_says_what_is_possible():
     with pytest.raises(StudyError, match=r"m has model_type 'gemma3', .*granitemoe, .*did you mean 'gemma"):
-        shape_of({"model_type": "gemma3"}, name="m")
+        shape_from_config({"model_type": "gemma3"}, name="m")
     with pytest.raises(StudyError, match="model_type 'None'"):
-        shape_of({}, name="m")
+        shape_from_config({}, name="m")
 
 
 @pytest.mark.parametrize("bad", ["4096", None, -1, 1.5, True])
 def test_sizes_are_whole_numbers(bad):
     with pytest.raises(StudyError, match="config of m has hidden_size="):
-        shape_of({"model_type": "llama", "hidden_size": bad}, name="m")
+        shape_from_config({"model_type": "llama", "hidden_size": bad}, name="m")

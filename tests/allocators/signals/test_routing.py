@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from allocators.core.errors import StudyError
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import Signal
 from allocators.signals.routing import measure, pad
 from tests.allocators import tiny
@@ -61,7 +61,7 @@ def test_equals_an_obvious_recount(family):
 @pytest.mark.parametrize("family", sorted(tiny.MOE))
 def test_rows_fit_the_shape_and_every_pick_is_counted(family):
     model = tiny.model(family)
-    shape, signal = shape_of(model.config, name=family), signal_of(model)
+    shape, signal = shape_from_config(model.config, name=family), signal_of(model)
     assert set(signal.rows) == {str(n) for n in shape.moe_layers}
     picks = model.config.num_experts_per_tok * sum(len(p) for p in PROMPTS)
     for layer in shape.moe_layers:

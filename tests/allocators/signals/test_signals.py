@@ -9,7 +9,7 @@ import pytest
 
 from allocators import signals
 from allocators.core.errors import StudyError
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.signals import spectrum
 from allocators.signals.routing import measure, pad
 from tests.allocators import tiny
@@ -80,7 +80,7 @@ def test_an_unknown_kind_is_named(tmp_path):
 
 def dense_source(model, folder, scratch, *, dtype="float32", progress=lambda *what: None):
     return SimpleNamespace(
-        name="dense", identity="sha", model=model, shape=shape_of(model.config, name="dense"), folder=folder,
+        name="dense", identity="sha", model=model, shape=shape_from_config(model.config, name="dense"), folder=folder,
         device="cpu", dtype=dtype, scratch=scratch, progress=progress,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from allocators import lora_smoe, sieve, signals
 from allocators.core import plugins
 from allocators.core.layers import layer_values
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ExpertSelection, ModelShape, ModuleShape, Signal
 from allocators.signals.cache import cached
 from search.show import look as show
@@ -40,7 +40,7 @@ def model(tmp_path) -> str:
 
 @pytest.fixture
 def signal(tmp_path, model) -> str:
-    measured = routing(shape_of(CONFIG, name="x"))
+    measured = routing(shape_from_config(CONFIG, name="x"))
     measured = Signal("routing", measured.rows, "expert", "tokens", {"model": model, "samples": 4, "task": "t"})
     cached("routing", measured.provenance, folder=tmp_path, measure=lambda: measured)
     return str(next(tmp_path.glob("*.json")))
@@ -71,7 +71,7 @@ def refusal(capsys, *words: str) -> str:
 
 def test_a_signal_file_alone_answers_for_every_moe_allocator(capsys, signal):
     text = output(capsys, f"signal={signal}", "rank=4")
-    shape = shape_of(CONFIG, name="x")
+    shape = shape_from_config(CONFIG, name="x")
     for name in plugins.names("allocators"):
         assert (f"│ {name} " in text) == plugins.fits(plugins.load("allocators", name), shape), name
     hot = sieve.allocate(routing(shape), shape)
@@ -116,7 +116,7 @@ def test_several_allocators_are_drawn_where_two_have_room(capsys, signal, tmp_pa
     assert "experts that are adapted" in output(capsys, f"signal={signal}", "allocator=sieve,esft")
     wide = Path(model) / "config.json"
     wide.write_text(json.dumps(CONFIG | {"num_experts": 60}))
-    counts = routing(shape_of(json.loads(wide.read_text()), name="x"))
+    counts = routing(shape_from_config(json.loads(wide.read_text()), name="x"))
     measured = Signal("routing", counts.rows, "expert", "tokens", {"model": model, "samples": 5, "task": "t"})
     cached("routing", measured.provenance, folder=tmp_path / "wide", measure=lambda: measured)
     file = next((tmp_path / "wide").glob("*.json"))
@@ -127,7 +127,7 @@ def test_views_hold_every_panel(capsys, signal, tmp_path):
     page, picture = tmp_path / "new" / "show.html", tmp_path / "show.png"
     output(capsys, f"signal={signal}", f"html={page}", f"png={picture}")
     text = page.read_text(encoding="utf-8")
-    fitting = len(plugins.fitting(shape_of(CONFIG, name="x")))
+    fitting = len(plugins.fitting(shape_from_config(CONFIG, name="x")))
     assert text.count("<div class='p'>") == 2 + fitting  # count, mass, each allocator
     assert text.count("rank correlation (Spearman)") == 2
     assert "http" not in text  # self-contained
@@ -189,7 +189,7 @@ def layered(shape: ModelShape, values: list[list[float]]) -> dict[str, tuple[flo
 @pytest.fixture
 def dense_files(tmp_path, dense) -> list[str]:
     """A spectrum and two data sets' sensitivities of one model, as files."""
-    shape = shape_of(LLAMA, name=dense)
+    shape = shape_from_config(LLAMA, name=dense)
     common = {"model": dense, "weights": "sha", "code": 1}
     hill = {path: {"hill": v, "stable_rank": (3.0,)} for path, v in layered(shape, [[2, 5, 3, 4]]).items()}
     kept = [Signal("spectrum", hill, "module", "1", common)]
@@ -226,7 +226,7 @@ def test_without_a_total_it_is_five_a_layer(capsys, dense):
 
 
 def test_data_sets_in_several_files_vote_together(capsys, dense_files, dense):
-    shape = shape_of(LLAMA, name=dense)
+    shape = shape_from_config(LLAMA, name=dense)
     _, first, second = dense_files
     one = table(output(capsys, f"signal={first}", "allocator=lora_smoe", "retention=0.5"))
     both = table(output(capsys, f"signal={first},{second}", "allocator=lora_smoe", "retention=0.5"))
@@ -507,7 +507,7 @@ def test_end_to_end_on_the_embedded_model(tmp_path):
 @pytest.mark.parametrize("kind", ["routing", "sensitivity"])
 def test_progress_counts_documents(tmp_path, kind):
     config = show.ShowConfig(samples=20, cache=str(tmp_path))
-    source = show._Source(config, shape_of(models.config_of("tiny-moe"), name="tiny-moe"))
+    source = show._Source(config, shape_from_config(models.config_of("tiny-moe"), name="tiny-moe"))
     told = []
     source.progress = lambda *what: told.append(what)
     signals.plan(kind, source)[1]()

@@ -571,7 +571,7 @@ def test_refusals_leave_the_model_as_it_was():
 def test_llama(gating):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from allocators.core.shapes import shape_of
+    from allocators.core.shapes import shape_from_config
 
     config = LlamaConfig(
         vocab_size=64,
@@ -583,7 +583,7 @@ def test_llama(gating):
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
-    shape = shape_of(config, name="llama")
+    shape = shape_from_config(config, name="llama")
     allocation = ExpertCounts({m.path: 1 + i % 4 for i, m in enumerate(shape.modules)}, gating)
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MASK == 0, -100)}
     before = model(**batch).logits
@@ -618,7 +618,7 @@ def test_llama(gating):
 def test_the_training_loop_runs_it(gating, tokenizer, choice_task):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from allocators.core.shapes import shape_of
+    from allocators.core.shapes import shape_from_config
     from allocators.core.types import Recipe
     from trainers.loop import train as run
     from trainers.tasks import load_task
@@ -627,7 +627,7 @@ def test_the_training_loop_runs_it(gating, tokenizer, choice_task):
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, pad_token_id=1, **sizes)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
-    shape = shape_of(config, name="llama")
+    shape = shape_from_config(config, name="llama")
     allocation = ExpertCounts({m.path: i % 4 for i, m in enumerate(shape.modules)}, gating)
     recipe = Recipe(
         rank=4, steps=12, batch_size=8, micro_batch_size=4, learning_rate=1e-2, balance_coef=0.01, lora_dropout=0.05

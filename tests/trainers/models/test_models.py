@@ -23,7 +23,8 @@ from tests.trainers.conftest import char_tokenizer
 from tests.trainers.reference import fill, logits, tokens
 from trainers import adapter as adapters
 from trainers import loop, models, tasks
-from trainers.models import smollm2
+from trainers.models import options, smollm2
+from trainers.models.quantized import is_quantized
 
 
 @pytest.fixture
@@ -201,7 +202,7 @@ def test_an_option_that_does_not_exist_here_is_refused(model_folder, options, sa
 
 
 def test_a_missing_package_is_named_with_the_command_to_type(model_folder, monkeypatch):
-    monkeypatch.setitem(models._PACKAGES, "nf4", ("no_such_package", "pip install -e '.[quantization]'"))
+    monkeypatch.setitem(options.PACKAGES, "nf4", ("no_such_package", "pip install -e '.[quantization]'"))
     with pytest.raises(StudyError, match=r"quantization=nf4 needs the package no_such_package.*\[quantization\]"):
         models.load(str(model_folder), quantization="nf4")
 
@@ -315,7 +316,7 @@ def with_unpacked_weights(name, quantized):
 
     plain = models.load(name).model
     for path, module in quantized.named_modules():
-        if adapters.is_quantized(module):
+        if is_quantized(module):
             plain.get_submodule(path).weight.copy_(dequantize_4bit(module.weight.data, module.weight.quant_state))
     return plain
 
@@ -329,14 +330,14 @@ def test_experts_on_packed_weights_are_those_on_the_weights_they_stand_for(llama
         packed(tokens())  # an evaluation before training must not cost the gradient
     shape = models.shape_of(str(llama_folder))
     counts = ExpertCounts(counts_of(shape, experts=3).counts, gating)
-    found = []
+    answers = []
     for model in (packed, plain):
         adapter = adapters.attach(model, counts, shape=shape, rank=4, lora_alpha=8)
         fill(adapter)
         out = model(tokens()).logits
         out.square().mean().backward()
-        found.append((out.detach(), [p.grad for p in adapter.parameters()]))
-    (mine, gradients), (theirs, expected) = found
+        answers.append((out.detach(), [p.grad for p in adapter.parameters()]))
+    (mine, gradients), (theirs, expected) = answers
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
     for gradient, reference in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())

@@ -17,7 +17,7 @@ import torch
 
 from allocators.core.errors import StudyError
 from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
-from allocators.signals import plan
+from allocators.signals import measurement_of
 from tests.trainers.conftest import char_tokenizer, tiny_llama
 from tests.trainers.reference import fill
 from trainers import loop, models, tasks
@@ -73,22 +73,22 @@ def train(loaded, shape, allocation, task, recipe):
 
 def everything(moe, dense, choice, copy, *, shard):
     """All that has to be equal, of one worker; everything it needs is in files."""
-    found = {}
+    results = {}
     # 7 documents in batches of 2 requests: 8 passes for the first worker, 6 for the second
     choose, generate = tasks.load_task(choice, limit=7, batch_size=2), tasks.load_task(copy, limit=5, batch_size=1)
     for name, folder, allocation in (("moe", moe, selection), ("dense", dense, counts)):
         loaded = models.load(folder, shard=shard)
         shape = models.shape_of_model(loaded.model, name=name)
-        found[f"{name} bytes"] = held_bytes(loaded.model)
-        found[f"{name} fingerprint"] = fingerprint(loaded.model)
+        results[f"{name} bytes"] = held_bytes(loaded.model)
+        results[f"{name} fingerprint"] = fingerprint(loaded.model)
         # a balance loss is that of each micro-batch: it is the same where those are the same, a row each
         recipe = replace(RECIPE, balance_coef=0.1, micro_batch_size=1) if name == "dense" else RECIPE
         result, adapter = train(loaded, shape, allocation(shape), choose, recipe)
         adapter.detach()
-        found[f"{name} losses"] = result.losses
-        found[f"{name} accuracies"] = [rung.accuracy for rung in result.rungs]
-        found[f"{name} tensors"] = dict(adapter.state_dict())
-        found[f"{name} bytes after training"] = held_bytes(loaded.model)
+        results[f"{name} losses"] = result.losses
+        results[f"{name} accuracies"] = [rung.accuracy for rung in result.rungs]
+        results[f"{name} tensors"] = dict(adapter.state_dict())
+        results[f"{name} bytes after training"] = held_bytes(loaded.model)
         source = SimpleNamespace(
             name=name,
             identity=loaded.identity,
@@ -103,17 +103,17 @@ def everything(moe, dense, choice, copy, *, shard):
             progress=lambda done, total, what: None,
         )
         for signal in ("routing", "sensitivity") if name == "moe" else ("sensitivity",):
-            rows = plan(signal, source)[1]().rows
-            found[f"{name} {signal}"] = [v for row in rows.values() for values in row.values() for v in values]
+            rows = measurement_of(signal, source).measure().rows
+            results[f"{name} {signal}"] = [v for row in rows.values() for values in row.values() for v in values]
         if name == "moe":
             result, adapter = train(loaded, shape, allocation(shape), generate, replace(RECIPE, steps=1))
-            found["generated losses"], found["generated accuracy"] = result.losses, result.accuracy
+            results["generated losses"], results["generated accuracy"] = result.losses, result.accuracy
             fill(adapter)
             adapter.merge()
-        found[f"{name} logits"] = loaded.model(torch.arange(3, 23).view(2, 10), use_cache=False).logits.detach()
+        results[f"{name} logits"] = loaded.model(torch.arange(3, 23).view(2, 10), use_cache=False).logits.detach()
     loaded = models.load(dense, shard=shard, gradient_checkpointing=True)
-    found["checkpointed losses"] = train(loaded, shape, counts(shape), choose, recipe)[0].losses
-    return found
+    results["checkpointed losses"] = train(loaded, shape, counts(shape), choose, recipe)[0].losses
+    return results
 
 
 def held_bytes(model) -> int:
@@ -125,9 +125,9 @@ def worker(rank, world_size, folder, arguments):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    found = everything(*arguments, shard=True)
-    found["ending"] = out_of_memory(rank, *arguments)
-    torch.save(found, f"{folder}/{rank}.pt")
+    results = everything(*arguments, shard=True)
+    results["ending"] = out_of_memory(rank, *arguments)
+    torch.save(results, f"{folder}/{rank}.pt")
 
 
 def out_of_memory(rank, moe, dense, choice, copy) -> str:
@@ -172,10 +172,10 @@ def together(arguments, tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["moe", "dense"])
 def test_each_worker_holds_half_of_the_base(name, alone, together):
-    whole, parts = alone[f"{name} bytes"], [found[f"{name} bytes"] for found in together]
+    whole, parts = alone[f"{name} bytes"], [results[f"{name} bytes"] for results in together]
     assert sum(parts) == whole
     assert max(parts) <= 0.51 * whole
-    assert [found[f"{name} bytes after training"] for found in together] == parts
+    assert [results[f"{name} bytes after training"] for results in together] == parts
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])
@@ -190,36 +190,36 @@ def test_two_workers_with_half_a_model_train_as_one_with_all_of_it(name, alone, 
 
 
 def test_running_layers_again_in_the_backward_pass_gives_the_same_losses(alone, together):
-    for found in (alone, *together):
-        assert found["checkpointed losses"] == pytest.approx(alone["dense losses"], rel=1e-5)
+    for results in (alone, *together):
+        assert results["checkpointed losses"] == pytest.approx(alone["dense losses"], rel=1e-5)
 
 
 def test_answers_that_are_generated_differ_in_length_between_workers_and_are_counted_all_the_same(alone, together):
-    for found in together:
-        assert found["generated losses"] == pytest.approx(alone["generated losses"], rel=1e-5)
-        assert found["generated accuracy"] == alone["generated accuracy"]
+    for results in together:
+        assert results["generated losses"] == pytest.approx(alone["generated losses"], rel=1e-5)
+        assert results["generated accuracy"] == alone["generated accuracy"]
 
 
 @pytest.mark.parametrize("signal", ["moe routing", "moe sensitivity", "dense sensitivity"])
 def test_signals_are_those_of_the_whole_model(signal, alone, together):
     assert any(value > 0 for value in alone[signal])
-    for found in together:
-        assert found[signal] == pytest.approx(alone[signal], rel=1e-4)
+    for results in together:
+        assert results[signal] == pytest.approx(alone[signal], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])
 def test_an_adapter_finds_the_same_base_in_parts_and_whole(name, alone, together):
-    assert {found[f"{name} fingerprint"] for found in together} == {alone[f"{name} fingerprint"]}
+    assert {results[f"{name} fingerprint"] for results in together} == {alone[f"{name} fingerprint"]}
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])  # that of the MoE model after an adapter was merged into it
 def test_logits_are_those_of_the_whole_model(name, alone, together):
-    for found in together:
-        torch.testing.assert_close(found[f"{name} logits"], alone[f"{name} logits"], rtol=1e-4, atol=1e-4)
+    for results in together:
+        torch.testing.assert_close(results[f"{name} logits"], alone[f"{name} logits"], rtol=1e-4, atol=1e-4)
 
 
 def test_out_of_memory_in_a_pass_ends_the_run_there_and_leaves_no_worker_waiting(together):
-    zero, one = (found["ending"] for found in together)
+    zero, one = (results["ending"] for results in together)
     assert one.startswith("OutOfMemoryError: out of memory on cpu")
     assert zero.startswith("RuntimeError"), zero  # gloo says who is gone
 

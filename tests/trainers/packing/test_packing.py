@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocators.core.errors import OutOfMemoryError, StudyError, TrialError
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
 from trainers import loop, packing, tasks
@@ -94,7 +94,7 @@ def model_for(allocation):
 
 def fresh(model, allocation, recipe, seed):
     settings = {key: getattr(recipe, key) for key in ("rank", "lora_alpha", "lora_dropout", "top_k", "balance_coef")}
-    adapter = attach(model, allocation, shape=shape_of(model.config, name="tiny"), seed=seed, **settings)
+    adapter = attach(model, allocation, shape=shape_from_config(model.config, name="tiny"), seed=seed, **settings)
     adapter.detach()
     return adapter
 
@@ -169,7 +169,7 @@ def test_packed_is_alone(task, tokenizer, kind):
     story = Story(specs, task, tokenizer).join(*range(len(specs))).steps()
     for n, spec in enumerate(specs):
         agree(story.members[n], *alone(spec, task, tokenizer))
-        shape = shape_of(story.model.config, name="tiny")
+        shape = shape_from_config(story.model.config, name="tiny")
         counted = spec[0].trainable_params(shape, rank=spec[1].rank)
         assert sum(p.numel() for p in story.members[n].adapter.parameters()) == counted  # padding is none of them
         flat = story.members[n].flat

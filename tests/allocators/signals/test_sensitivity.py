@@ -1,6 +1,6 @@
 """The sensitivity signal: against the one-sample loop on every family, then its laws.
 
-python -m pytest tests/allocators/test_sensitivity_signal.py
+python -m pytest tests/allocators/signals/test_sensitivity.py
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.errors import StudyError
-from allocators.core.shapes import shape_of
+from allocators.core.shapes import shape_from_config
 from allocators.signals import sensitivity
 from tests.allocators import tiny
 
@@ -45,12 +45,12 @@ def batches(rows=ROWS, batch_size=3):
 
 
 def shape_for(model):
-    return shape_of(model.config, name="tiny")
+    return shape_from_config(model.config, name="tiny")
 
 
 def block_views(model, tensor_of):
     """Every block's slice of `tensor_of(parameter)`, by the name of its row."""
-    found = {}
+    values = {}
     for spec in shape_for(model).modules:
         if spec.role == "expert":
             parent, _, name = spec.path.rpartition(".")
@@ -62,10 +62,10 @@ def block_views(model, tensor_of):
                 half = len(outputs) // 2
                 is_up = outputs >= half if module.is_concatenated else outputs % 2 == 1
                 stack = stack[:, is_up if name == "up_proj" else ~is_up]
-            found |= {f"{spec.path}.{e}": stack[e] for e in range(spec.num_experts)}
+            values |= {f"{spec.path}.{e}": stack[e] for e in range(spec.num_experts)}
         elif spec.role != "router":
-            found[spec.path] = tensor_of(model.get_submodule(spec.path).weight)
-    return found
+            values[spec.path] = tensor_of(model.get_submodule(spec.path).weight)
+    return values
 
 
 def one_sample_loop(model, row, *, labels=None):
@@ -161,7 +161,7 @@ def test_hutchinson_averages_to_the_trace_of_the_hessian():
         sensitivity.per_sample(model, batches([row]), score="hutchinson", seed=seed, probes=10)
         for seed in range(probes // 10)
     ]
-    found = torch.stack([v["model.layers.2.self_attn.v_proj"][0] for v in values])
+    draws = torch.stack([v["model.layers.2.self_attn.v_proj"][0] for v in values])
 
     def loss_of(weight):
         args = {"input_ids": torch.tensor([row.input_ids]), "labels": torch.tensor([[-100, -100, 4, 7]])}
@@ -170,7 +170,7 @@ def test_hutchinson_averages_to_the_trace_of_the_hessian():
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         hessian = torch.autograd.functional.hessian(loss_of, module.weight.detach())
     trace = hessian.flatten(2).flatten(0, 1).diagonal().sum()
-    assert abs(found.mean() - trace) < 4 * found.std() / len(found) ** 0.5
+    assert abs(draws.mean() - trace) < 4 * draws.std() / len(draws) ** 0.5
 
 
 @given(
@@ -378,12 +378,12 @@ def test_plan_names_everything_the_numbers_depend_on():
         seed=1,
         progress=lambda done, total, what: None,
     )
-    provenance, run = sensitivity.plan(source)
+    provenance, run = sensitivity.measurement_of(source)
     signal = run()
     assert dict(signal.provenance) == provenance
     assert (provenance["task"], provenance["datasets"]) == ("t", [{"task": "t", "data": "abc"}])
     assert (provenance["samples"], provenance["score"], provenance["weights"]) == (4, "sum_sq_grad", "sha")
-    assert sensitivity.plan(SimpleNamespace(**vars(source) | {"samples": 99}))[0]["samples"] == len(ROWS)
+    assert sensitivity.measurement_of(SimpleNamespace(**vars(source) | {"samples": 99}))[0]["samples"] == len(ROWS)
 
 
 def test_several_data_sets_have_a_value_each_on_as_many_samples():
@@ -408,16 +408,16 @@ def test_several_data_sets_have_a_value_each_on_as_many_samples():
         seed=1,
         progress=lambda done, total, what: told.append((total, what)),
     )
-    provenance, run = sensitivity.plan(source)
+    provenance, run = sensitivity.measurement_of(source)
     signal = run()
     assert dict(signal.provenance) == provenance
     assert provenance["datasets"] == [{"task": "a", "data": "aa"}, {"task": "b", "data": "bb"}]
     assert (provenance["task"], provenance["samples"]) == ("a, b", len(few))
     assert set(told) == {(2, "samples of a"), (2, "samples of b")}
-    alone = [
-        sensitivity.plan(SimpleNamespace(**vars(source) | {"task": SimpleNamespace(datasets=(d,)), "samples": 2}))[1]()
-        for d in (one, two)
-    ]
+    alone = []
+    for dataset in (one, two):
+        single = SimpleNamespace(**vars(source) | {"task": SimpleNamespace(datasets=(dataset,)), "samples": 2})
+        alone.append(sensitivity.measurement_of(single).measure())
     for block, row in signal.rows.items():
         values = [s.metric(block, "sum_sq_grad")[0] for s in alone]
         assert row["sum_sq_grad"] == pytest.approx(values)

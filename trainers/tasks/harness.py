@@ -1,0 +1,216 @@
+"""Every name of lm-evaluation-harness that this toolkit touches; nothing else imports it.
+
+    with quiet():
+        task = build(read_config(Path("arc_easy.yaml")))       # documents, prompts, requests, metrics
+    pairs = tokenise(tokenizer, [("2+2=", " 4")], batch_size=8) # as lm-eval splits a prompt and its continuation
+    lm = language_model(model, tokenizer, batch_size=8)
+
+Some of these names are private to lm-eval (`_yaml_loader`, `_filters`, `_loglikelihood_tokens`): where a new version
+breaks, this is the file to mend. lm-eval is imported by the functions, so that importing this file is cheap. Tried with
+the version in constraints.txt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Document = Mapping[str, Any]  # one question of a data set, as its columns say
+Messages = Callable[..., str]  # a conversation to the text of a prompt
+Tokens = tuple[list[int], list[int]]  # of a prompt, of its continuation
+
+
+class Request(Protocol):
+    """One question to a model (lm-eval's `Instance`): a prompt and what may follow it, for one document."""
+
+    doc: Document
+    doc_id: int
+    repeats: int  # how often the task asks it
+    resps: list[Any]
+    filtered_resps: dict[str, Any]
+
+    @property
+    def args(self) -> tuple[Any, ...]: ...
+
+
+class HarnessTask(Protocol):
+    """What is used of lm-eval's `ConfigurableTask`. Its documents are a `datasets.Dataset` or a list."""
+
+    OUTPUT_TYPE: str
+    multiple_input: bool
+    instances: list[Any]
+
+    @property
+    def config(self) -> Any: ...
+    @property
+    def eval_docs(self) -> Sequence[Document]: ...
+    def training_docs(self) -> Sequence[Document]: ...
+    def doc_to_prefix(self, doc: Document) -> str | None: ...
+    def doc_to_text(self, doc: Document) -> Any: ...
+    def doc_to_target(self, doc: Document) -> Any: ...
+    def doc_to_choice(self, doc: Document) -> list[str]: ...
+    def fewshot_context(self, doc: Document, num_fewshot: int, **options: Any) -> str: ...
+    def construct_requests(self, doc: Document, ctx: str, **options: Any) -> Any: ...
+    def process_results(self, doc: Document, results: Any) -> Mapping[str, Any]: ...
+    def aggregation(self) -> Mapping[str, Callable[..., float]]: ...
+    def higher_is_better(self) -> Mapping[str, bool]: ...
+    def dump_config(self) -> dict[str, Any]: ...
+    def set_config(self, key: str, value: Any) -> None: ...
+    def set_fewshot_seed(self, seed: int) -> None: ...
+
+
+class LanguageModel(Protocol):
+    """What is used of lm-eval's `HFLM`: a model and its tokenizer, asked as lm-eval asks them."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def max_length(self) -> int: ...
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
+    def generate_until(self, requests: list[Request], disable_tqdm: bool = False) -> list[str]: ...
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]: ...
+
+
+# --- tasks ------------------------------------------------------------------------------------------------------------
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A task file with its includes, its functions imported. Raises whatever the user's file raises."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    return dict(load_yaml(path))
+
+
+def build(config: Mapping[str, Any]) -> HarnessTask:
+    """The task of a config, its documents loaded. Raises whatever the user's functions and data raise."""
+    from lm_eval.tasks import TaskManager
+
+    (task,) = TaskManager(include_defaults=False).load([dict(config)])["tasks"].values()
+    return task
+
+
+def num_examples(task: HarnessTask) -> int:
+    """How many documents few-shot examples are drawn from."""
+    return len(task.sampler.df)  # type: ignore[attr-defined]
+
+
+def requests_of(task: HarnessTask, limit: int | None, messages: Messages | None) -> list[Request]:
+    """Every evaluation request of the first `limit` documents (None: of all), in the order of the documents."""
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):  # no argument turns this progress bar off
+        task.build_all_requests(limit=limit, **conversation(messages))  # type: ignore[attr-defined]
+    return task.instances
+
+
+def possible_metrics(task: HarnessTask) -> list[str]:
+    """Metrics that are a mean over documents and better when higher, with each filter where those have names."""
+    from lm_eval.api.metrics import mean
+
+    higher = task.higher_is_better()
+    metrics = [m for m, aggregate in task.aggregation().items() if aggregate is mean and higher.get(m)]
+    filters = [f.name for f in task._filters]  # type: ignore[attr-defined]
+    return [m if f == "none" else f"{m},{f}" for m in metrics for f in filters]
+
+
+def standard_error(scores: Sequence[float]) -> float:
+    """Of the mean of at least two scores, as lm-eval reports it."""
+    from lm_eval.api.metrics import mean_stderr
+
+    return float(mean_stderr(scores))
+
+
+def scores_of(
+    task: HarnessTask,
+    documents: Mapping[int, Sequence[Request]],
+    answers: Iterable[tuple[Request, Any]],
+    *,
+    metric: str,
+    filtered: str,
+) -> dict[int, float]:
+    """The metric of every document whose requests were answered, after the task's filter of that name.
+
+    documents   requests by document; a task may give a document no score
+    answers     (request, what the model said), a request as often as it was asked
+    """
+    requests = [request for share in documents.values() for request in share]
+    for request in requests:
+        request.resps, request.filtered_resps = [], {}
+    for request, answer in answers:
+        request.resps.append(answer)
+    for ensemble in task._filters:  # type: ignore[attr-defined]
+        ensemble.apply(requests)
+    scores = {}
+    for doc_id, share in documents.items():
+        metrics = task.process_results(share[0].doc, [request.filtered_resps[filtered] for request in share])
+        if metric in metrics:
+            scores[doc_id] = float(metrics[metric])
+    return scores
+
+
+# --- models and tokens ------------------------------------------------------------------------------------------------
+
+
+def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> LanguageModel:
+    """lm-eval's own model class around a resident model; keep it, as its constructor ties weights anew."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+
+
+def tokenise(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[Tokens]:
+    """(prompt, continuation) as lm-eval splits them into tokens, its treatment of spaces and BOS included."""
+    lm = _without_model(tokenizer, batch_size)
+    with quiet():
+        requests = lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
+    return [(context, continuation) for _, context, continuation in requests]
+
+
+def chat_template(tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Messages:
+    """The tokenizer's chat template as lm-eval applies it."""
+    return _without_model(tokenizer, batch_size).apply_chat_template
+
+
+def conversation(messages: Messages | None) -> dict[str, Any]:
+    """The arguments of lm-eval's prompt builders, as its command line sets them; none without a chat template."""
+    if messages is None:
+        return {}
+    return {"apply_chat_template": True, "fewshot_as_multiturn": True, "chat_template": messages}
+
+
+def _without_model(tokenizer: PreTrainedTokenizerBase, batch_size: int) -> LanguageModel:
+    """lm-eval's model class around the tokenizer alone."""
+    with quiet():
+        from lm_eval.models.huggingface import HFLM
+
+        class Tokeniser(HFLM):
+            """Hands back the tokens that it should have scored."""
+
+            def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
+                return requests
+
+        model = SimpleNamespace(device="cpu", config=SimpleNamespace())
+        return Tokeniser(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """lm-eval logs and datasets draws progress bars, which would end up in the live table."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, not are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            enable_progress_bars()

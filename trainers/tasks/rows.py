@@ -1,0 +1,144 @@
+"""What is trained: the documents of a data set as prompts with their right answers, in tokens.
+
+    data = TrainingData("arc_easy", task, limit=None, seed=0, chat_template=False, batch_size=32)
+    data.rows(tokenizer, max_length=512)                            # every document, in the order of the split
+    data.prompts(tokenizer, samples=256, seed=0, max_length=512)    # token ids of some, for calibration
+
+A row is tokenised as the evaluation tokenises its question, so that what is trained is what is scored.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from allocators.core.errors import StudyError
+from trainers.tasks import harness
+from trainers.tasks.harness import Document, HarnessTask, Messages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training sequence. Tokens from `labels_start` on are the completion, the others carry no loss."""
+
+    input_ids: list[int]
+    labels_start: int
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.input_ids) - self.labels_start
+
+
+class TrainingData:
+    """The training documents of one task, or of several that name the same ones, and their rows of tokens.
+
+    limit   at most so many documents, drawn with `seed`; None: all
+
+    Raises StudyError for an empty split.
+    """
+
+    def __init__(
+        self, name: str, task: HarnessTask, *, limit: int | None, seed: int, chat_template: bool, batch_size: int
+    ) -> None:
+        self.name = name
+        self.task = task
+        self.batch_size = batch_size
+        self.chat_template = chat_template
+        # Indexed where they lie: a data set of a million documents is not copied into lists of Python's.
+        self._all = task.training_docs()
+        self._chosen: Sequence[int] = range(len(self._all))
+        if limit and limit < len(self._all):
+            self._chosen = sorted(random.Random(seed).sample(range(len(self._all)), limit))
+        if not self._chosen:
+            raise StudyError(f"the training split of task '{name}' is empty")
+        self._rows: dict[tuple[int, int], list[Row]] = {}
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    @property
+    def documents(self) -> list[Document]:
+        return [self._all[i] for i in self._chosen]
+
+    def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+        """Every document as tokens, in the order of the split; made once. Long rows lose their beginning.
+
+        Raises StudyError naming a document whose right answer is not among its choices.
+        """
+        key = (id(tokenizer), max_length)
+        if key not in self._rows:
+            self._rows[key] = self._some_rows(range(len(self)), tokenizer, max_length)
+        return self._rows[key]
+
+    def prompts(self, tokenizer: PreTrainedTokenizerBase, samples: int, seed: int, max_length: int) -> list[list[int]]:
+        """Tokens (prompt and completion) of `samples` documents drawn with `seed`."""
+        chosen = random.Random(seed).sample(range(len(self)), min(samples, len(self)))
+        return [row.input_ids for row in self._some_rows(chosen, tokenizer, max_length)]
+
+    def _some_rows(self, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+        messages = harness.chat_template(tokenizer, self.batch_size) if self.chat_template else None
+        pairs = [self._pair(i, messages) for i in indices]
+        stop = self._stop_ids(tokenizer)
+        rows = []
+        for context, completion in harness.tokenise(tokenizer, pairs, self.batch_size):
+            ids = [*context, *completion, *stop]
+            dropped = max(0, len(ids) - max_length)
+            # The first token has nothing before it that could predict it.
+            rows.append(Row(ids[dropped:], max(1, len(context) - dropped)))
+        return rows
+
+    def _pair(self, index: int, messages: Messages | None) -> tuple[str, str]:
+        """Prompt and completion of a training document: the request of its right answer."""
+        task, doc = self.task, self._all[self._chosen[index]]
+        prefix = task.doc_to_prefix(doc)
+        context = task.fewshot_context(doc, num_fewshot=0, gen_prefix=prefix, **harness.conversation(messages))
+        if task.OUTPUT_TYPE == "generate_until":
+            # In a conversation the answer begins its own turn, as lm-eval has it for choices.
+            delimiter = "" if messages and not prefix else task.config.target_delimiter
+            return context, f"{delimiter}{self._written_answer(doc)}"
+        requests = task.construct_requests(
+            doc=doc,
+            ctx=context,
+            metadata=(self.name, index, 1),
+            apply_chat_template=messages is not None,
+            chat_template=messages,
+        )
+        if not isinstance(requests, list):
+            return requests.args[:2]
+        return requests[self._right_choice(doc, index)].args[:2]
+
+    def _written_answer(self, doc: Document) -> str:
+        """The text that a model should generate; the first of several."""
+        target = self.task.doc_to_target(doc)
+        if self.task.config.doc_to_choice is not None and isinstance(target, int):
+            target = self.task.doc_to_choice(doc)[target]
+        return target[0] if isinstance(target, list) else str(target)
+
+    def _right_choice(self, doc: Document, index: int) -> int:
+        """Which of a document's choices is right. Raises StudyError where none is."""
+        task = self.task
+        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+        gold = gold[0] if isinstance(gold, list) else gold
+        choices = task.doc_to_choice(doc)
+        if isinstance(gold, str) and gold in choices:
+            gold = choices.index(gold)
+        if not isinstance(gold, int) or not 0 <= gold < len(choices):
+            raise StudyError(
+                f"training document {index} of task '{self.name}' has the answer {gold!r}, which is none of its "
+                f"{len(choices)} choices: correct the document or doc_to_target"
+            )
+        return gold
+
+    def _stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Tokens after a generated answer, so that a model learns to stop."""
+        if self.task.OUTPUT_TYPE != "generate_until":
+            return []
+        if tokenizer.eos_token_id is not None:
+            return [tokenizer.eos_token_id]
+        until = self.task.config.generation_kwargs["until"]
+        return tokenizer.encode(until if isinstance(until, str) else until[0], add_special_tokens=False)

@@ -1,0 +1,125 @@
+"""A task's YAML file as it is written: its keys with includes merged, its functions not imported.
+
+    config = read_yaml(Path("my/questions.yaml"))
+    file = TaskFile("my/questions.yaml", path, config)
+    training_config(file.config)                    # what the rows come from where it is other data, else None
+
+How files look is said in trainers/tasks/. Neither torch nor lm-eval nor datasets is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from allocators.core.errors import StudyError
+
+# What turns a document into a prompt and its completion.
+PROMPT = (
+    "output_type",
+    "doc_to_text",
+    "doc_to_target",
+    "doc_to_choice",
+    "description",
+    "gen_prefix",
+    "target_delimiter",
+)
+
+# What another data set does not inherit from a task.
+OF_THE_DATA = ("dataset_name", "dataset_kwargs", "process_docs", "custom_dataset")
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """A task's YAML as written, its functions not imported.
+
+    name        as it was asked for
+    config      with its includes and the changes that a group makes
+    changes     those changes alone
+    metric      what the group says its accuracy is, "" where it says nothing
+    """
+
+    name: str
+    path: Path
+    config: Mapping[str, Any]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    metric: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name that the file gives its task, which results go by where there are several."""
+        return str(self.config["task"])
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Recipe settings that the file suggests (`metadata: recipe:`)."""
+        return dict(metadata_of(self.config).get("recipe") or {})
+
+    @property
+    def evaluation_split(self) -> str:
+        return self.config.get("test_split") or self.config["validation_split"]
+
+
+def training_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The task that training rows come from where `metadata: training:` names another data set, else None.
+
+    What the block does not say is as in the task itself, except what belongs to a data set where it names another one.
+    """
+    block = metadata_of(config).get("training")
+    if block is None:
+        return None
+    skipped = OF_THE_DATA if "dataset_path" in block else ()
+    return {key: value for key, value in config.items() if key not in skipped} | dict(block)
+
+
+def training_key(file: TaskFile) -> str:
+    """Equal for tasks that train on the same rows."""
+    other = training_config(file.config)
+    if other is None:
+        return f"{file.path} {sorted(file.changes.items())}"
+    keys = ("dataset_path", *OF_THE_DATA, "training_split", *PROMPT)
+    # A block's files and functions are found from the folder of its file.
+    return f"{file.path.parent} { {key: other.get(key) for key in keys} }"
+
+
+def metadata_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    metadata = config.get("metadata")
+    return metadata if isinstance(metadata, Mapping) else {}
+
+
+class FunctionName(str):
+    """The name of a function that a task file refers to."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads task files without importing the functions they name."""
+
+
+_Loader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(node)))
+
+
+def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A task file with its `include`s, local keys winning, as lm-eval merges them."""
+    path = path.resolve()
+    try:
+        with path.open(encoding="utf-8") as stream:
+            config = yaml.load(stream, Loader=_Loader)  # a SafeLoader: builds plain values only
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"task file '{path}' cannot be read: {one_line(error)}") from error
+    if not isinstance(config, dict) or path in seen:
+        raise StudyError(f"task file '{path}' must hold keys and values and must not include itself")
+    includes = config.pop("include", [])
+    merged: dict[str, Any] = {}
+    for include in includes if isinstance(includes, list) else [includes]:
+        merged.update(read_yaml(path.parent / include, (*seen, path)))
+    merged.update(config)
+    return merged
+
+
+def one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

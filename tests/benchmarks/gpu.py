@@ -55,7 +55,7 @@ from torch import Tensor, nn
 
 from allocators.core.errors import OutOfMemoryError, StudyError, ToolkitError, unknown
 from allocators.core.shapes import shape_of
-from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe
 from tests.benchmarks import expert_lora, lora_moe, spectrum, trial_overhead
 from tests.trainers.reference import every_expert
 from trainers import loop
@@ -215,7 +215,7 @@ class Trainable:
 
 @contextmanager
 def ours(model: Any, allocation: Any, shape: Any) -> Iterator[tuple[Any, Any]]:
-    adapter = attach(model, allocation, shape=shape, rank=RANK, lora_alpha=2 * RANK)
+    adapter = attach(model, allocation, shape=shape, lora=LoraSettings(rank=RANK, lora_alpha=2 * RANK))
     try:
         yield model, adapter
     finally:

@@ -27,7 +27,7 @@ from torch import nn
 
 from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape, ModuleShape
-from trainers.adapter import is_quantized
+from trainers.models.quantized import is_quantized
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
 _NO_GRADIENT = re.compile(r"(^|[._])indexer([._]|$)")

@@ -2,9 +2,10 @@
 
 models.py     base models by name: embedded, a folder, a Hugging Face id
 tasks.py      lm-evaluation-harness tasks: training rows, calibration prompts, accuracy
-adapter.py    the door to every adapter: attach, detach, merge, save, load
+adapter/      the door to every adapter: attach, detach, merge, save, load
               expert_lora.py: LoRA on chosen experts of an MoE base; lora_moe.py: LoRA experts added to a dense base
-loop.py       one training run: steps, rungs, checkpoint, resume
+loop/         one training run: steps, rungs, checkpoint, resume
+packing/      several training runs in one pass over the base
 storage.py    files and folders at a path or a URI
 worker.py     what runs on every Ray Train worker of a study
 embedded/     models and tasks that come with the package; pretrain.py and domains.py make them again

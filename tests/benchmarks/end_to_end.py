@@ -182,7 +182,7 @@ def tokens_of_training(name: str) -> float:
 
 
 class PeftAdapter:
-    """PEFT's LoRA on a model, as `trainers/loop.py` asks for an adapter.
+    """PEFT's LoRA on a model, as `trainers/loop/` asks for an adapter.
 
     masked   stacks of experts that are adapted: the chosen ones, and how many there are
     """

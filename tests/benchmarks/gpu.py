@@ -11,7 +11,7 @@ the published models do.
 
     expert_lora   tests/benchmarks/expert_lora at OLMoE's layer size: frozen, PEFT, ours; agreement with PEFT
     lora_moe      tests/benchmarks/lora_moe at Llama-7B's width: frozen, the loops of the papers, ours
-    moe_steps     training steps as trainers/loop.py does them, 4 layers of OLMoE's size: attention and router alone,
+    moe_steps     training steps as trainers/loop/ does them, 4 layers of OLMoE's size: attention and router alone,
                   the hot quarter of the experts, all experts; PEFT on attention and all experts (it adapts no router,
                   and gate and up share an A)
     dense_steps   the same, 4 layers of Llama-7B's size, all seven projections of a layer: ours with 1, with 5 routed

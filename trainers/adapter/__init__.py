@@ -124,7 +124,7 @@ class Adapters:
         return self._adapters[name]
 
     def load_adapter(self, folder: str | os.PathLike, name: str) -> None:
-        """Adds a saved adapter; who is active stays so. Raises StudyError as `load` does, and for a name in use."""
+        """Adds a saved adapter, not active. Raises StudyError as `load` does, and for a name in use."""
         if name in self._adapters:
             raise StudyError(
                 f"an adapter '{name}' is loaded already: choose another name or delete_adapter('{name}') first"

@@ -70,7 +70,7 @@ def train(
     device = torch.device(device)
     try:
         with own_random_state(device), one_sample_a_row():
-            run = TrainingRun(
+            return TrainingRun(  # without a name, which would hold the run's tensors where memory is given back
                 model,
                 adapter,
                 task,
@@ -80,8 +80,7 @@ def train(
                 device=device,
                 evaluations=evaluations,
                 checkpoint=checkpoint,
-            )
-            return run.go(on_rung)
+            ).go(on_rung)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -1,7 +1,7 @@
 """Rows on their way to the device: micro-batches, and those of the next step while this one computes.
 
 Rows are padded on the right and no mask is given to the model: under causal attention no real token sees padding, so
-attention runs its fastest kernels and nobody looks at the values of a mask, which would wait for the device.
+attention runs its fastest kernels and no values of a mask are read, which would wait for the device.
 
 Shapes: B sequences, S tokens.
 """

@@ -191,7 +191,7 @@ class TrainingRun:
         share = partial(share_of, batch, world_size=self.world_size, micro_batch_size=self.recipe.micro_batch_size)
         send = partial(collate, pad_token_id=self.pad_token_id, device=self.device)
         made = [send(rows) for rows in share(rank=self.rank)]
-        if self.sharded:  # as many passes as the first worker has, who has most rows
+        if self.sharded:  # as many passes as the first worker has, which has most rows
             idle = [Row(batch[0].input_ids[:2], 1)]
             made += [send(idle, counted=False) for _ in range(len(share(rank=0)) - len(made))]
         return made

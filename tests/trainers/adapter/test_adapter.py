@@ -187,6 +187,24 @@ def test_a_saved_adapter_gives_the_same_logits_on_another_instance(tmp_path):
     assert {f.name for f in (tmp_path / "best").iterdir()} == {"adapter.json", "adapter.safetensors"}
 
 
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_settings_on_disk_are_those_that_concern_the_kind(tmp_path, kind):
+    """Older versions read them, and what they wrote is read: a setting that is younger than a file has its default."""
+    model = MODELS[kind]()
+    lora = LoraSettings(rank=2, lora_alpha=4.0, lora_dropout=0.1, top_k=1, balance_coef=0.5)
+    adapter = attach(model, some_allocations(shape_of_model(model))[0], shape=shape_of_model(model), lora=lora, seed=3)
+    save(adapter, tmp_path, metadata={})
+    adapter.detach()
+    config = json.loads((tmp_path / "adapter.json").read_text())
+    both = {"rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.1}
+    assert config["settings"] == (both if kind == "moe" else {**both, "top_k": 1, "balance_coef": 0.5, "seed": 3})
+    assert load(model, tmp_path).settings == adapter.settings
+    model.lora_adapter.detach()
+    del config["settings"]["lora_dropout"]
+    (tmp_path / "adapter.json").write_text(json.dumps(config))
+    assert load(model, tmp_path).lora.lora_dropout == 0.0
+
+
 def test_saving_works_after_merging(tmp_path):
     adapter = attached(tiny_model("olmoe"))
     fill(adapter)
@@ -388,8 +406,8 @@ def test_a_reattached_adapter_learns_as_before():
     fill(second)
     second.detach()
     second.reattach()
-    found = gradients(second.model)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    learned = gradients(second.model)
+    assert all(torch.equal(learned[name], expected[name]) for name in expected)
 
 
 def test_what_cannot_be_reattached():

@@ -312,7 +312,9 @@ def test_running_out_of_memory_is_an_error_of_the_trial_and_gives_memory_back(ta
     frames, traceback = [], error.value.__traceback__
     while traceback is not None:
         frames.append(traceback.tb_frame.f_code.co_name)
+        held = traceback.tb_frame.f_locals.values()
         traceback = traceback.tb_next
+    assert not any(isinstance(value, loop.TrainingRun) for value in held)
     assert frames[-1] == "train"  # no frame of the failed step, which would hold its tensors
     assert error.value.__context__ is None
     result, _ = run(task, tokenizer=tokenizer)

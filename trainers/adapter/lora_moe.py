@@ -160,7 +160,10 @@ def mix_backward(
     dz_TD = torch.empty_like(z_TD)
     da_T, dl_TN = _split(dz_TD, experts)
 
-    da_T.copy_((dh_T * g_T).sum_to_size(a_T.shape))  # hydra: every B hangs on the one A
+    if a_T.shape == dh_T.shape:
+        torch.mul(dh_T, g_T, out=da_T)
+    else:  # hydra: every B hangs on the one A
+        da_T.copy_((dh_T * g_T).sum_to_size(a_T.shape))
     dg_TN = experts.sums(dh_T * a_T, gates_TN.dtype)
     dsoftmax_TN = experts.logit_gradient(dg_TN, gates_TN)
     dl_TN.copy_(dsoftmax_TN if dlogits_TN is None else dsoftmax_TN.add_(dlogits_TN))

@@ -3,8 +3,8 @@
 models/       base models by name: embedded, a folder, a Hugging Face id
 tasks/        lm-evaluation-harness tasks: training rows, calibration prompts, accuracy
 adapter/      the door to every adapter: attach, detach, merge, save, load
-packing/      several trainings at once on one resident base
-loop.py       one training run: steps, rungs, checkpoint, resume
+loop/         one training run: steps, rungs, checkpoint, resume
+packing/      several training runs in one pass over the base
 storage.py    files and folders at a path or a URI
 versions.py   what a result can depend on
 worker.py     what runs on every Ray Train worker of a study

@@ -177,11 +177,11 @@ class Bench:
 
         if reason := packing.refused(self.model):
             return {"pack": 1, "why": reason}
-        crew = packing.Crew(self.model, self.task, tokenizer=self.tokenizer, device=self.device, evaluations=1)
+        crew = packing.PackedRun(self.model, self.task, tokenizer=self.tokenizer, device=self.device, evaluations=1)
         endless, seconds, memory = replace(trial.recipe, steps=10**6), [], []
         try:
             for seed in range(2):
-                crew.step_aside()
+                crew.detach()
                 adapter = self.attach(replace(trial, recipe=endless, seed=seed), trainable_params)
                 adapter.detach()
                 crew.join(adapter, endless, seed=seed, on_rung=lambda rung: True)
@@ -190,7 +190,7 @@ class Bench:
         except OutOfMemoryError as error:
             return {"pack": 1, "why": str(error)}
         finally:
-            crew.disband()
+            crew.end_all()
             self.clean_up()
         one, two = seconds
         fitting = 1 + int(0.8 * _memory_free(self.device) / max(memory[1] - memory[0], 1))
@@ -213,17 +213,8 @@ class Bench:
         """The trial's adapter on the model. Raises TrialError where it is not as large as was counted."""
         from trainers import adapter as adapters
 
-        recipe = trial.recipe
         adapter = adapters.attach(
-            self.model,
-            trial.allocation,
-            shape=self.shape,
-            rank=recipe.rank,
-            lora_alpha=recipe.lora_alpha,
-            lora_dropout=recipe.lora_dropout,
-            top_k=recipe.top_k,
-            balance_coef=recipe.balance_coef,
-            seed=trial.seed,
+            self.model, trial.allocation, shape=self.shape, lora=trial.recipe.lora, seed=trial.seed
         )
         if adapter.num_trainable != trainable_params:
             adapter.detach()
@@ -367,7 +358,7 @@ class Places:
 
         self.bench, self.take, self.report, self.told = bench, take, report, told
         self.places = 1 if packing.refused(bench.model) else places
-        self.crew = packing.Crew(
+        self.crew = packing.PackedRun(
             bench.model,
             bench.task,
             tokenizer=bench.tokenizer,
@@ -408,7 +399,7 @@ class Places:
         if self.jobs and (alone or not self.crew.fits(trial.recipe)):  # type: ignore[union-attr]
             self.waiting.append((job_id, work))
             return
-        self.crew.step_aside()
+        self.crew.detach()
         if trial is None:
             self._answer(job_id, work)
         elif alone:

@@ -6,7 +6,7 @@ Read this file first. Standard library only; every value is immutable, has a JSO
     Signal       one measurement: spectrum, sensitivity or routing         (`allocators/signals/`)
     Allocation   = ExpertCounts (experts to *add* to a dense model)
                  | ExpertSelection (experts to *adapt* in an MoE model)    (`allocators/*.py`)
-    Recipe       LoRA and optimiser settings of one training run
+    Recipe       LoRA and optimiser settings of one training run; `.lora` is the part that adapters are built from
     Point        what a space proposes: allocator, knobs, recipe settings
     Trial        allocation + recipe + model + task + seed: one training run, named by its digest
     Rung         one evaluation on the way
@@ -334,6 +334,36 @@ def allocation_from_json(data: Mapping[str, Any]) -> Allocation:
             raise StudyError(f"unknown allocation kind {other!r}: possible are expert_selection, expert_counts")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """The settings that an adapter is built from: the part of a `Recipe` that goes through the adapters as one value.
+
+    rank, lora_alpha, lora_dropout   LoRA: y = Wx + (lora_alpha/rank)·B·A·drop(x)
+    top_k                            experts per token of added LoRA-MoE layers (dense bases only)
+    balance_coef                     coefficient of the balance loss of added LoRA-MoE layers
+
+    Raises StudyError where a value is impossible.
+    """
+
+    rank: int
+    lora_alpha: float
+    lora_dropout: float = 0.0
+    top_k: int = 2
+    balance_coef: float = 0.0
+
+    def __post_init__(self) -> None:
+        _demand(
+            (self.rank >= 1, f"rank must be at least 1, got {self.rank}"),
+            (0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), got {self.lora_dropout}"),
+            (self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"),
+        )
+
+    @property
+    def scale(self) -> float:
+        """lora_alpha / rank."""
+        return self.lora_alpha / self.rank
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """LoRA and optimiser settings of one training run; the same fields for every allocator of a comparison.
@@ -349,6 +379,9 @@ class Recipe:
     max_length                       tokens per training sequence; longer ones lose their beginning
     top_k                            experts per token of added LoRA-MoE layers (dense bases only)
     balance_coef                     coefficient of the balance loss of added LoRA-MoE layers
+
+    A LoRA setting is a field here and one of the same name in `LoraSettings`. It is no base class of this one, because
+    inherited fields come first: tables, reports and forests go by the order of these fields, which would change.
     """
 
     rank: int = 8
@@ -368,25 +401,25 @@ class Recipe:
     balance_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        problems = [
-            (self.rank >= 1, f"rank must be at least 1, got {self.rank}"),
+        _ = self.lora  # checks its settings
+        _demand(
             (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
-            (0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), got {self.lora_dropout}"),
             (0 <= self.warmup_ratio <= 1, f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}"),
             (self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}"),
             (self.micro_batch_size >= 1, f"micro_batch_size must be at least 1, got {self.micro_batch_size}"),
             (self.steps >= 0, f"steps must not be negative, got {self.steps}"),
             (self.steps > 0 or self.epochs > 0, "either steps or epochs must be positive"),
             (self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}"),
-            (self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"),
             (
                 self.schedule in ("cosine", "linear", "constant"),
                 f"schedule must be cosine, linear or constant, got '{self.schedule}'",
             ),
-        ]
-        for good, message in problems:
-            if not good:
-                raise StudyError(message)
+        )
+
+    @property
+    def lora(self) -> LoraSettings:
+        """The settings that an adapter is built from."""
+        return LoraSettings(**{f.name: getattr(self, f.name) for f in fields(LoraSettings)})
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -394,6 +427,13 @@ class Recipe:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
         return cls(**data)
+
+
+def _demand(*demands: tuple[bool, str]) -> None:
+    """Raises StudyError with the message of the first demand that is not met."""
+    for met, message in demands:
+        if not met:
+            raise StudyError(message)
 
 
 @dataclass(frozen=True)

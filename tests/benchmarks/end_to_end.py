@@ -182,7 +182,7 @@ def tokens_of_training(name: str) -> float:
 
 
 class PeftAdapter:
-    """PEFT's LoRA on a model, as `trainers/loop.py` asks for an adapter.
+    """PEFT's LoRA on a model, as `trainers/loop/` asks for an adapter.
 
     masked   stacks of experts that are adapted: the chosen ones, and how many there are
     """
@@ -367,17 +367,17 @@ class Resident:
 
     def _pack(self, trials: Sequence[tuple[Trial, int]], folder: str) -> None:
         from trainers import adapter as adapters
-        from trainers.packing import Crew
+        from trainers.packing import PackedRun
 
         bench = self._bench
-        crew = Crew(bench.model, self._task, tokenizer=bench.tokenizer, device="cpu", evaluations=1)
+        packed = PackedRun(bench.model, self._task, tokenizer=bench.tokenizer, device="cpu", evaluations=1)
         for trial, cost in trials:
             adapter = bench.attach(trial, cost)
             adapter.detach()
             own = str(Path(folder) / trial.digest)
-            crew.join(adapter, trial.recipe, seed=trial.seed, on_rung=lambda rung: True, checkpoint=own)
-        while crew.members:
-            for ended in crew.step():
+            packed.join(adapter, trial.recipe, seed=trial.seed, on_rung=lambda rung: True, checkpoint=own)
+        while packed.members:
+            for ended in packed.step():
                 if ended.error is not None:
                     raise ended.error
                 with tempfile.TemporaryDirectory() as saved:

@@ -41,10 +41,11 @@ import torch
 from torch import Tensor
 
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertSelection, ModelShape
+from allocators.core.types import ExpertSelection, LoraSettings, ModelShape
 from tests.benchmarks._shared import parse
 from tests.trainers.reference import PEFT_STACKS, every_expert, from_peft, peft_factors, share_first_factor
 from trainers.adapter import Adapter, attach
+from trainers.adapter.expert_lora import ExpertLoraAdapter
 
 EXPERTS, TOP_K, LAYERS, SEQUENCE = 64, 8, 4, 256
 
@@ -103,8 +104,9 @@ def route_counts(model: Any, embeddings: Tensor) -> list[Tensor]:
 
 @contextmanager
 def ours(model: Any, shape: ModelShape, selection: ExpertSelection, rank: int) -> Iterator[Adapter]:
-    adapter = attach(model, selection, shape=shape, rank=rank, lora_alpha=2 * rank)
-    for lora in adapter.experts.values():  # type: ignore[attr-defined]
+    adapter = attach(model, selection, shape=shape, lora=LoraSettings(rank=rank, lora_alpha=2 * rank))
+    assert isinstance(adapter, ExpertLoraAdapter)
+    for lora in adapter.experts.values():
         lora.stop_watching()  # as after the first step of training
     yield adapter
     adapter.detach()

@@ -11,7 +11,7 @@ the published models do.
 
     expert_lora   tests/benchmarks/expert_lora at OLMoE's layer size: frozen, PEFT, ours; agreement with PEFT
     lora_moe      tests/benchmarks/lora_moe at Llama-7B's width: frozen, the loops of the papers, ours
-    moe_steps     training steps as trainers/loop.py does them, 4 layers of OLMoE's size: attention and router alone,
+    moe_steps     training steps as trainers/loop/ does them, 4 layers of OLMoE's size: attention and router alone,
                   the hot quarter of the experts, all experts; PEFT on attention and all experts (it adapts no router,
                   and gate and up share an A)
     dense_steps   the same, 4 layers of Llama-7B's size, all seven projections of a layer: ours with 1, with 5 routed
@@ -55,7 +55,7 @@ from torch import Tensor, nn
 
 from allocators.core.errors import OutOfMemoryError, StudyError, ToolkitError, unknown
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe
 from tests.benchmarks import expert_lora, lora_moe, spectrum, trial_overhead
 from tests.trainers.reference import every_expert
 from trainers import loop
@@ -215,7 +215,7 @@ class Trainable:
 
 @contextmanager
 def ours(model: Any, allocation: Any, shape: Any) -> Iterator[tuple[Any, Any]]:
-    adapter = attach(model, allocation, shape=shape, rank=RANK, lora_alpha=2 * RANK)
+    adapter = attach(model, allocation, shape=shape, lora=LoraSettings(rank=RANK, lora_alpha=2 * RANK))
     try:
         yield model, adapter
     finally:

@@ -6,7 +6,7 @@
 
 Two cases, random models: LoRA experts on a dense Llama (`dense`), LoRA on chosen experts of an OLMoE (`moe`, hidden and
 width halved). The K trainings differ in rank, number of experts, learning rate and seed. A step is forward, backward,
-clipping and AdamW (`loop.Run`), of rows of 16 tokens, half of them completion.
+clipping and AdamW (`loop.TrainingRun`), of rows of 16 tokens, half of them completion.
 
     alone    one after another: one model, one adapter attached, so many steps; then the next
     turns    a loop over trainings inside of every step: adapters are switched, nothing is shared
@@ -48,10 +48,13 @@ from typing import Any
 import torch
 
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe
 from tests.benchmarks._shared import parse
 from trainers import loop, packing
 from trainers.adapter import Adapter, attach
+from trainers.loop import TrainingRun
+from trainers.loop.device import own_random_state
+from trainers.loop.losses import one_sample_a_row
 from trainers.tasks import Row
 
 ROW = 16  # tokens
@@ -145,15 +148,8 @@ def adapters(case: str, model: Any, recipes: list[Recipe], *, first: int = 0) ->
             allocation = ExpertCounts({m.path: 2 + (m.layer + k) % 3 for m in modules})
         else:
             allocation = ExpertSelection({layer: tuple(range(k % 4, k % 4 + 4)) for layer in shape.moe_layers})
-        adapter = attach(
-            model,
-            allocation,
-            shape=shape,
-            rank=recipe.rank,
-            lora_alpha=2 * recipe.rank,
-            top_k=recipe.top_k,
-            seed=k,
-        )
+        lora = LoraSettings(rank=recipe.rank, lora_alpha=2 * recipe.rank, top_k=recipe.top_k)
+        adapter = attach(model, allocation, shape=shape, lora=lora, seed=k)
         for lora in getattr(adapter, "experts", {}).values():
             lora.stop_watching()  # as after the first step of a training
         adapter.detach()
@@ -161,31 +157,41 @@ def adapters(case: str, model: Any, recipes: list[Recipe], *, first: int = 0) ->
     return made
 
 
-def runs(model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows, device: Any) -> list[loop.Run]:
+def runs(model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows, device: Any) -> list[TrainingRun]:
     """As `loop.train` makes them."""
     return [
-        loop.Run(model, adapter, task, recipe, k, Tokenizer, torch.device(device), 1, None)  # type: ignore[arg-type]
+        TrainingRun(
+            model,
+            adapter,
+            task,  # type: ignore[arg-type]
+            recipe,
+            seed=k,
+            tokenizer=Tokenizer,
+            device=torch.device(device),
+            evaluations=1,
+            checkpoint=None,
+        )
         for k, (adapter, recipe) in enumerate(zip(adapters, recipes, strict=True))
     ]
 
 
-def crew_of(
+def packed_run(
     model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows, device: Any, *, one_seed: bool = False
-) -> packing.Crew:
-    crew = packing.Crew(model, task, tokenizer=Tokenizer, device=device, evaluations=1)
+) -> packing.PackedRun:
+    joint = packing.PackedRun(model, task, tokenizer=Tokenizer, device=device, evaluations=1)
     for k, (adapter, recipe) in enumerate(zip(adapters, recipes, strict=True)):
-        crew.join(adapter, recipe, seed=0 if one_seed else k, on_rung=lambda rung: True)
-    return crew
+        joint.join(adapter, recipe, seed=0 if one_seed else k, on_rung=lambda rung: True)
+    return joint
 
 
-def step(run: loop.Run) -> None:
+def step(run: TrainingRun) -> None:
     run.model.train()
     run._step(run.step)
     if run.unseen == loop.CHECK_EVERY:
         run._look()
 
 
-def one_after_another(runs: list[loop.Run], steps: int) -> None:
+def one_after_another(runs: list[TrainingRun], steps: int) -> None:
     for run in runs:
         run.adapter.reattach()
         for _ in range(steps):
@@ -193,7 +199,7 @@ def one_after_another(runs: list[loop.Run], steps: int) -> None:
         run.adapter.detach()
 
 
-def in_turns(runs: list[loop.Run], steps: int) -> None:
+def in_turns(runs: list[TrainingRun], steps: int) -> None:
     for _ in range(steps):
         for run in runs:
             run.adapter.reattach()
@@ -204,18 +210,18 @@ def in_turns(runs: list[loop.Run], steps: int) -> None:
 def measure(case: str, model: Any, tokens: int, settings: Settings) -> tuple[dict[str, float], float]:
     """(median ratios to `packed`, seconds of a step of one training alone)."""
     task, made = Rows(16 * tokens // ROW), recipes(settings, tokens, ENDLESS)
-    crew = crew_of(model, adapters(case, model, made), made, task, settings.device)
+    joint = packed_run(model, adapters(case, model, made), made, task, settings.device)
     alone = runs(model, adapters(case, model, made), made, task, settings.device)
     turns = runs(model, adapters(case, model, made), made, task, settings.device)
     seconds = interleaved(
         {
             "alone": lambda: one_after_another(alone, settings.steps),
             "turns": lambda: in_turns(turns, settings.steps),
-            "packed": lambda: together(crew, settings.steps),
+            "packed": lambda: together(joint, settings.steps),
         },
         settings,
     )
-    crew.disband()
+    joint.end_all()
     ratios = {name: ratio(seconds[name], seconds["packed"]) for name in ("alone", "turns")}
     return ratios, statistics.median(seconds["alone"]) / settings.members / settings.steps
 
@@ -223,20 +229,20 @@ def measure(case: str, model: Any, tokens: int, settings: Settings) -> tuple[dic
 def measure_shared(model: Any, tokens: int, settings: Settings) -> float:
     """What one pass through the lower half is worth, where all adapters are in the upper half."""
     task, made = Rows(16 * tokens // ROW), recipes(settings, tokens, ENDLESS)
-    crews = {}
+    pairs = {}
     for name in ("shared", "apart"):
         upper = adapters("dense", model, made, first=settings.layers // 2)
-        crews[name] = crew_of(model, upper, made, task, settings.device, one_seed=name == "shared")
-    seconds = interleaved({name: partial(together, crew, settings.steps) for name, crew in crews.items()}, settings)
-    for crew in crews.values():
-        crew.disband()
+        pairs[name] = packed_run(model, upper, made, task, settings.device, one_seed=name == "shared")
+    seconds = interleaved({name: partial(together, joint, settings.steps) for name, joint in pairs.items()}, settings)
+    for joint in pairs.values():
+        joint.end_all()
     return ratio(seconds["apart"], seconds["shared"])
 
 
-def together(crew: packing.Crew, steps: int) -> None:
+def together(joint: packing.PackedRun, steps: int) -> None:
     for _ in range(steps):
-        crew.step()
-    crew.step_aside()
+        joint.step()
+    joint.detach()
 
 
 def interleaved(variants: dict[str, Callable[[], None]], settings: Settings) -> dict[str, list[float]]:
@@ -244,7 +250,7 @@ def interleaved(variants: dict[str, Callable[[], None]], settings: Settings) -> 
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
     now = time.process_time if settings.device == "cpu" and settings.threads == 1 else time.perf_counter
-    with loop.own_random_state(torch.device(settings.device)), loop.one_sample_a_row():
+    with own_random_state(torch.device(settings.device)), one_sample_a_row():
         for turn in range(settings.repeats + 1):
             for name in list(variants)[:: -1 if turn % 2 else 1]:
                 synchronize()
@@ -268,17 +274,17 @@ def differences(case: str, model: Any, settings: Settings) -> tuple[list[float],
     """
     made, task = recipes(settings, 64, STEPS + 1), Rows(64)
     packed, alone = adapters(case, model, made), adapters(case, model, made)
-    crew = crew_of(model, packed, made, task, settings.device)
+    joint = packed_run(model, packed, made, task, settings.device)
     trainings = runs(model, alone, made, task, settings.device)
     routers = [layer.mlp.gate for layer in model.model.layers] if case == "moe" else []
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []  # (logits, experts), router by router
     hooks = [r.register_forward_hook(lambda _m, _x, out: seen.append((out[0].detach(), out[2]))) for r in routers]
     ties: dict[int, list[float]] = {}
-    with loop.own_random_state(torch.device(settings.device)), loop.one_sample_a_row():
+    with own_random_state(torch.device(settings.device)), one_sample_a_row():
         for _ in range(STEPS):
-            crew.step()
+            joint.step()
             together = seen[:]
-            crew.step_aside()
+            joint.detach()
             seen.clear()
             for k, training in enumerate(trainings):
                 one_after_another([training], 1)
@@ -287,7 +293,7 @@ def differences(case: str, model: Any, settings: Settings) -> tuple[list[float],
                 ):
                     ties[k] = apart
                 seen.clear()
-    crew.disband()
+    joint.end_all()
     for hook in hooks:
         hook.remove()
     found = []

@@ -90,8 +90,7 @@ def trained(loaded: models.Loaded, task: tasks.Task, allocation: Allocation, rec
         loaded.model,
         allocation,
         shape=shape_from_config(loaded.model.config, name=loaded.name),
-        rank=recipe.rank,
-        lora_alpha=recipe.lora_alpha,
+        lora=recipe.lora,
         seed=seed,
     )
     try:

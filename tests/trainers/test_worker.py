@@ -179,7 +179,7 @@ def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_nam
     from trainers.adapter import Adapter
 
     def greedy(self, real_BS=None):
-        return torch.empty(10**15).sum() if self.rank == 2 else None  # 4 PB: the allocator refuses
+        return torch.empty(10**15).sum() if self.lora.rank == 2 else None  # 4 PB: the allocator refuses
 
     monkeypatch.setattr(Adapter, "extra_loss", greedy)
     _, outcomes = packed(fresh, [job(fresh, "large", rank=2), job(fresh, "small"), job(fresh, "other", (1,))], places=3)

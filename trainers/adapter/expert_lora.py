@@ -1,6 +1,7 @@
 """LoRA on chosen experts of an MoE model whose experts are stacked in 3-D tensors (transformers 5).
 
-    adapter = trainers.adapter.attach(model, ExpertSelection({0: (3, 7)}), shape=shape, rank=8, lora_alpha=16)
+    lora = LoraSettings(rank=8, lora_alpha=16)
+    adapter = trainers.adapter.attach(model, ExpertSelection({0: (3, 7)}), shape=shape, lora=lora)
     python -m tests.benchmarks.expert_lora          what it costs, against frozen experts and against PEFT
 
 transformers lets a function stand in for the experts of every MoE class. Ours sorts the rows by expert once, as the
@@ -17,6 +18,7 @@ experts, I input features, O output features, R rank (from `factors` on: padded,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -27,30 +29,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from allocators.core.errors import StudyError, TrialError
-from allocators.core.types import ALWAYS_ADAPTED, ExpertSelection, ModelShape, ModuleShape
-from trainers.adapter import Adapter, add_to_weight, check_size, module_at, uniform, weight_size
+from allocators.core.types import ALWAYS_ADAPTED, ExpertSelection, ModuleShape
+from trainers.adapter.base import Adapter
+from trainers.adapter.linear import add_to_weight, check_size, module_at, scale_of_kept, uniform, weight_size
 from trainers.models.sharding import local_rows
 
 IMPLEMENTATION = "grouped_mm_lora"  # our name among transformers' ALL_EXPERTS_FUNCTIONS
-
-
-def attach(
-    model: nn.Module,
-    selection: ExpertSelection,
-    *,
-    shape: ModelShape,
-    rank: int,
-    lora_alpha: float,
-    lora_dropout: float = 0.0,
-    seed: int = 0,
-) -> ExpertLoraAdapter:
-    """LoRA on the chosen experts and on attention, router and shared experts; see `trainers.adapter.attach`."""
-    adapter = ExpertLoraAdapter(
-        model, selection, shape=shape, rank=rank, lora_alpha=lora_alpha, lora_dropout=lora_dropout
-    )
-    with adapter.detached_on_error():
-        adapter.insert(selection, seed=seed)
-    return adapter
 
 
 class ExpertLoraAdapter(Adapter):
@@ -58,23 +42,30 @@ class ExpertLoraAdapter(Adapter):
 
     While attached, experts run on grouped_mm (transformers' default): a fresh adapter is bit for bit a base that does
     so too, and equal up to rounding where the base was set to another implementation.
+
+    experts   of every layer that has chosen ones
     """
 
-    def insert(self, selection: ExpertSelection, *, seed: int) -> None:
+    UNUSED = ("top_k", "balance_coef")  # an MoE base keeps its own router
+
+    allocation: ExpertSelection
+    experts: dict[int, ExpertLora]
+
+    def _insert(self) -> None:
         for spec in self.shape.of_role(*ALWAYS_ADAPTED):
             module = module_at(self.model, spec.path, name=self.shape.name)
             check_size(weight_size(module), (spec.out_features, spec.in_features), path=spec.path, name=self.shape.name)
-            self._add_linear_lora(module, spec, seed=seed)
+            self._add_linear_lora(module, spec)
         projections: dict[int, list[ModuleShape]] = defaultdict(list)
         for spec in self.shape.of_role("expert"):
             projections[spec.layer].append(spec)
         self.experts = {
-            layer: self._add_expert_lora(projections[layer], ids, seed=seed) for layer, ids in selection.experts.items()
+            layer: self._add_expert_lora(projections[layer], ids) for layer, ids in self.allocation.experts.items()
         }
         if self.experts:
             self._dispatch()
 
-    def _add_expert_lora(self, specs: list[ModuleShape], ids: tuple[int, ...], *, seed: int) -> ExpertLora:
+    def _add_expert_lora(self, specs: list[ModuleShape], ids: tuple[int, ...]) -> ExpertLora:
         path = specs[0].path.rpartition(".")[0]
         module = module_at(self.model, path, name=self.shape.name)
         by_name = {spec.name: spec for spec in specs}
@@ -83,15 +74,15 @@ class ExpertLoraAdapter(Adapter):
             size = (sum(p.out_features for p in parts), parts[0].in_features)
             expected = (parts[0].num_experts, *(reversed(size) if module.is_transposed else size))
             check_size(getattr(module, stack).shape, expected, path=f"{path}.{stack}", name=self.shape.name)
-        device = module.down_proj.device
+        device, rank = module.down_proj.device, self.lora.rank
         pairs = {}
         for name, spec in by_name.items():
-            values = [uniform(self.rank, spec.in_features, seed=seed, name=f"{spec.path}.{e}") for e in ids]
+            values = [uniform(rank, spec.in_features, seed=self.seed, name=f"{spec.path}.{e}") for e in ids]
             a_CRI = self._add(f"{spec.path}.lora_A", torch.stack(values), device=device)
             # zero: training starts exactly at the base model
-            b_COR = self._add(f"{spec.path}.lora_B", torch.zeros(len(ids), spec.out_features, self.rank), device=device)
+            b_COR = self._add(f"{spec.path}.lora_B", torch.zeros(len(ids), spec.out_features, rank), device=device)
             pairs[name] = (a_CRI, b_COR)
-        lora = ExpertLora(module, ids, pairs, path=path, scale=self.scale, dropout=self.lora_dropout)
+        lora = ExpertLora(module, ids, pairs, path=path, scale=self.lora.scale, dropout=self.lora.lora_dropout)
         self._put_attribute(module, "lora", lora)  # where experts_forward finds it
         self._on_detach(lora.stop_watching)
         return lora
@@ -139,13 +130,32 @@ def dispatch(model: Any) -> Callable[[], None]:
     return lambda: model.set_experts_implementation(before)
 
 
-class ExpertStacks:
-    """The frozen weights of one layer's experts, and what happens between the two stacks."""
+class ExpertStacks(ABC):
+    """The frozen weights of one layer's experts, and what `experts_forward` asks of the LoRA on them.
+
+    One adapter's is `ExpertLora`; that of a packed run's members is in trainers/packing/expert_lora.py.
+    """
 
     def __init__(self, module: Any, *, path: str) -> None:
         self.module, self.path = module, path
         self.device = module.down_proj.device
         self.stacks = weight_stacks(module, path=path)
+
+    @abstractmethod
+    def route(self, index_TK: Tensor) -> Route:
+        """Sorts the rows by expert and says which of them run through LoRA."""
+
+    @abstractmethod
+    def factors(self, stack: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [C, R, I] and B [C, O, R] of one weight stack, the ranks of its projections side by side."""
+
+    @abstractmethod
+    def scale_of(self, route: Route, keep_QI: Tensor | None) -> float | Tensor:
+        """lora_alpha/r, and 1/(1 − p) where inputs were dropped: one multiplication, in rank space."""
+
+    @abstractmethod
+    def kept(self, route: Route, num_features: int) -> Tensor | None:
+        """Which inputs of LoRA stay, [Q, I]; None: all."""
 
     def sort(self, index_TK: Tensor, *, stable: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The first fields of a `Route`. `stable`: rows of one expert stay in the order of their tokens."""
@@ -155,6 +165,12 @@ class ExpertStacks:
         experts_E = torch.arange(self.module.num_experts, device=ids_S.device)
         ends_E = torch.searchsorted(ids_S, experts_E, right=True, out_int32=True)
         return ids_S, order_S, inverse_S, order_S // index_TK.size(-1), ends_E
+
+    def rows_of(self, stack: str, position: int, num_rows: int) -> slice:
+        """Where the outputs of a stack's projection number `position`, so many, lie among those of the stack."""
+        if self.module.is_concatenated:
+            return slice(position * num_rows, (position + 1) * num_rows)
+        return slice(position, None, len(self.stacks[stack]))
 
     def weight(self, stack: str) -> Tensor:
         """The frozen weights [E, I, O], as grouped_mm multiplies them from the right."""
@@ -215,22 +231,20 @@ class ExpertLora(ExpertStacks):
         R is padded with zeros to 16 bytes, which grouped_mm asks for; the trainable tensors are not padded.
         """
         pairs = [self.pairs[projection] for projection in self.stacks[stack]]
-        a_CRI, b_COR = side_by_side(pairs, concatenated=self.module.is_concatenated, multiple=16 // dtype.itemsize)
+        a_CRI, b_COR = side_by_side(pairs, concatenated=self.module.is_concatenated, dtype=dtype)
         if self.every_row and not self.all_chosen:
             a_CRI = a_CRI.new_zeros(self.module.num_experts, *a_CRI.shape[1:]).index_copy(0, self.ids_C, a_CRI)
             b_COR = b_COR.new_zeros(self.module.num_experts, *b_COR.shape[1:]).index_copy(0, self.ids_C, b_COR)
         return a_CRI.to(dtype), b_COR.to(dtype)
 
     def scale_of(self, route: Route, keep_QI: Tensor | None) -> float:
-        """lora_alpha/r, and 1/(1 − p) where inputs were dropped: one multiplication, in rank space."""
-        return self.scale if keep_QI is None else self.scale / (1 - self.dropout)
+        return self.scale if keep_QI is None else scale_of_kept(self.scale, self.dropout)
 
     def kept(self, route: Route, num_features: int) -> Tensor | None:
-        """Which inputs of LoRA stay, [Q, I]; None: all."""
         if not (self.dropout and self.module.training):
             return None
         num_rows = (route.token_S if route.rows_Q is None else route.rows_Q).size(0)
-        return torch.rand(num_rows, num_features, device=self.ids_C.device) >= self.dropout
+        return kept_rows(num_rows, num_features, dropout=self.dropout, device=self.device)
 
     def merge(self) -> None:
         for stack, projections in self.stacks.items():
@@ -242,10 +256,8 @@ class ExpertLora(ExpertStacks):
                         continue
                     weight = held[expert - first]
                     weight_OI = weight.t() if self.module.is_transposed else weight
-                    parts = len(projections)
-                    concatenated = self.module.is_concatenated
-                    part_OI = weight_OI.chunk(parts)[position] if concatenated else weight_OI[position::parts]
-                    add_to_weight(part_OI, self.scale * (b_OR @ a_RI))
+                    rows = self.rows_of(stack, position, len(b_OR))
+                    add_to_weight(weight_OI[rows], self.scale * (b_OR @ a_RI))
 
     # --- did every chosen expert that could learn, learn? ---
 
@@ -280,17 +292,30 @@ class ExpertLora(ExpertStacks):
         return [(self.ids[c], int(live_C[c])) for c in lost]
 
 
+def kept_rows(
+    num_rows: int, num_features: int, *, dropout: float, device: torch.device, generator: torch.Generator | None = None
+) -> Tensor:
+    """Which inputs of LoRA stay, one row of experts after another. None: drawn from the global random state."""
+    return torch.rand(num_rows, num_features, device=device, generator=generator) >= dropout
+
+
+def padded_rank(rank: int, dtype: torch.dtype) -> int:
+    """Rows of 16 bytes, which grouped_mm asks for."""
+    return rank + -rank % (16 // dtype.itemsize)
+
+
 def side_by_side(
-    pairs: Sequence[tuple[Tensor, Tensor]], *, concatenated: bool, multiple: int = 1
+    pairs: Sequence[tuple[Tensor, Tensor]], *, concatenated: bool, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
     """A [C, R, I] and B [C, O, R] of one weight stack from those of its projections, their ranks side by side.
 
     gate and up: A is [A_gate; A_up], B is block-diagonal, its rows in the order of the stack's outputs: all of gate
-    before all of up where they are `concatenated`, else by turns. R is padded with zeros to a multiple of `multiple`.
+    before all of up where they are `concatenated`, else by turns (`ExpertStacks.rows_of`). R is padded with zeros to
+    what grouped_mm asks for in `dtype`; None: it is not padded.
     """
     rank = pairs[0][0].size(1)
     used = rank * len(pairs)
-    padded = used + -used % multiple
+    padded = used if dtype is None else padded_rank(used, dtype)
     a_CRI = torch.cat([a for a, _ in pairs], dim=1)
     if padded > used:
         a_CRI = F.pad(a_CRI, (0, 0, 0, padded - used))
@@ -339,7 +364,7 @@ class Route(NamedTuple):
 
 def experts_forward(module: Any, hidden_TI: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
     """Stands in for the experts' forward; the base part computes what transformers' grouped_mm does, in its order."""
-    lora = vars(module).get("lora")
+    lora: ExpertStacks | None = vars(module).get("lora")
     if lora is None:  # a layer without chosen experts
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -379,7 +404,7 @@ class _Experts(torch.autograd.Function):
         b_first: Tensor,
         a_last: Tensor,
         b_last: Tensor,
-        lora: ExpertLora,
+        lora: ExpertStacks,
         route: Route,
         keep_first: Tensor | None,
         keep_last: Tensor | None,
@@ -426,7 +451,7 @@ class _Experts(torch.autograd.Function):
 
 
 def _forward(
-    lora: ExpertLora, stack: str, x_SI: Tensor, a_CRI: Tensor, b_COR: Tensor, route: Route, keep_QI: Tensor | None
+    lora: ExpertStacks, stack: str, x_SI: Tensor, a_CRI: Tensor, b_COR: Tensor, route: Route, keep_QI: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """W_e x + bias + scale · B_e A_e (keep ∘ x) [S, O], and the rank space scale · A_e (keep ∘ x) [Q, R]."""
     out_SO = F.grouped_mm(x_SI, lora.weight(stack), offs=route.ends_E)
@@ -441,7 +466,7 @@ def _forward(
 
 
 def _backward(
-    lora: ExpertLora,
+    lora: ExpertStacks,
     stack: str,
     grad_SO: Tensor,
     x_QI: Tensor,

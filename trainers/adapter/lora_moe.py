@@ -1,6 +1,6 @@
 """LoRA experts added to the linear layers of a dense model: MoLA's routed experts and HydraLoRA, as one GEMM each way.
 
-    adapter = attach(model, ExpertCounts({"model.layers.0.self_attn.q_proj": 4, ...}), shape=shape, rank=8, ...)
+    adapter = attach(model, ExpertCounts({"model.layers.0.self_attn.q_proj": 4, ...}), shape=shape, lora=lora)
     loss = model(**batch).loss
     if (extra := adapter.extra_loss()) is not None:       # balance loss of the routers
         loss = loss + extra
@@ -20,12 +20,15 @@ papers count a router there too, and it exists here, with a gradient that is exa
 
 Shapes: T tokens, I input features, O output features, N experts, R rank, C = N·R, K top_k, M modules pooled,
         D = C + N columns of the routed input matrix, R + N of the hydra one: A first, the router last.
-        The functions below take any leading dimensions where T stands, so that several trials can share a call.
+        The functions take any leading dimensions where T stands: the members of a packed run share their calls
+        (trainers/packing/lora_moe.py), and one training alone is the special case without masks.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -33,8 +36,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from allocators.core.errors import StudyError, TrialError
-from allocators.core.types import ExpertCounts, ModelShape, ModuleShape
-from trainers.adapter import Adapter, add_to_weight, check_size, is_quantized, module_at, uniform, weight_size
+from allocators.core.types import ExpertCounts, ModuleShape
+from trainers.adapter.base import Adapter
+from trainers.adapter.linear import (
+    add_product_,
+    add_to_weight,
+    check_size,
+    kept_inputs,
+    module_at,
+    scale_of_kept,
+    uniform,
+    weight_size,
+)
+from trainers.models.quantized import is_quantized
 
 Balance = Literal["layer", "module"]
 
@@ -43,51 +57,122 @@ Balance = Literal["layer", "module"]
 # Arithmetic: functions of tensors
 
 
-def route(logits_TN: Tensor, *, top_k: int) -> Tensor:
+def route(logits_TN: Tensor, *, top_k: int, absent_N: Tensor | None = None, dropped_K: Tensor | None = None) -> Tensor:
     """Gates [T, N]: softmax, the top_k largest renormalised to sum 1, exact zeros elsewhere; in fp32 or better.
 
     Computed as the softmax over the top_k logits, which is the same number: the common denominator cancels.
+
+    absent_N    −inf for experts that a member of a packed run lacks: their gates are exactly zero; None: none lacks one
+    dropped_K   −inf for picks that a member does not take, of the top_k that the others do; None: each takes them all
     """
     precise = torch.promote_types(logits_TN.dtype, torch.float32)
-    if top_k >= logits_TN.shape[-1]:
+    if absent_N is not None:
+        logits_TN = logits_TN + absent_N.to(logits_TN.dtype)
+    if top_k >= logits_TN.shape[-1] and dropped_K is None:
         return logits_TN.softmax(-1, dtype=precise)
     chosen_TK, ids_TK = logits_TN.topk(top_k, dim=-1)
+    if dropped_K is not None:
+        chosen_TK = chosen_TK + dropped_K.to(chosen_TK.dtype)
     zeros_TN = logits_TN.new_zeros(logits_TN.shape, dtype=precise)
     return zeros_TN.scatter_(-1, ids_TK, chosen_TK.softmax(-1, dtype=precise))
 
 
-def mix(z_TD: Tensor, *, num_experts: int, rank: int, top_k: int) -> tuple[Tensor, Tensor]:
+class Experts(ABC):
+    """The experts of one module as `mix` sees them: how tokens are routed, and which columns of rank space are whose.
+
+    absent_N, dropped_K   as in `route`
+    """
+
+    num_experts: int
+    top_k: int
+    absent_N: Tensor | None = None
+    dropped_K: Tensor | None = None
+
+    @abstractmethod
+    def columns(self, part_TC: Tensor) -> Tensor:
+        """Rank space in a form that `spread` can be multiplied with."""
+
+    @abstractmethod
+    def spread(self, gates_TN: Tensor) -> Tensor:
+        """The gate of every column's expert."""
+
+    @abstractmethod
+    def sums(self, product: Tensor, dtype: torch.dtype) -> Tensor:
+        """The transpose of `spread`: sums over every expert's columns, [T, N]."""
+
+    @abstractmethod
+    def flat(self, product: Tensor) -> Tensor:
+        """The transpose of `columns`, [T, C]."""
+
+    def logit_gradient(self, dgates_TN: Tensor, gates_TN: Tensor) -> Tensor:
+        """Gradient of the softmax, g·(dg − Σ g·dg)."""
+        return torch._softmax_backward_data(dgates_TN, gates_TN, -1, gates_TN.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks(Experts):
+    """One training's: every expert has `rank` columns, side by side. In hydra z has one block for all of them."""
+
+    num_experts: int
+    rank: int
+    top_k: int
+
+    def columns(self, part_TC: Tensor) -> Tensor:
+        return part_TC.unflatten(-1, (-1, self.rank))
+
+    def spread(self, gates_TN: Tensor) -> Tensor:
+        return gates_TN.unsqueeze(-1)
+
+    def sums(self, product: Tensor, dtype: torch.dtype) -> Tensor:
+        return product.sum(-1, dtype=dtype)
+
+    def flat(self, product: Tensor) -> Tensor:
+        return product.flatten(-2)
+
+
+def into_rank_space(x_TI: Tensor, down_DI: Tensor, keep_TI: Tensor | None, *, num_experts: int) -> Tensor:
+    """z [T, D]: x times A, without the inputs that are dropped, and x times the router, which sees all of them."""
+    if keep_TI is None:
+        return x_TI @ down_DI.mT
+    z_TD = x_TI.new_empty(*x_TI.shape[:-1], down_DI.shape[-2])
+    torch.matmul(x_TI * keep_TI, down_DI[..., :-num_experts, :].mT, out=z_TD[..., :-num_experts])
+    torch.matmul(x_TI, down_DI[..., -num_experts:, :].mT, out=z_TD[..., -num_experts:])
+    return z_TD
+
+
+def mix(z_TD: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
     """From the input GEMM's result to what the output GEMM takes: (gated rank space [T, C], gates [T, N])."""
-    a_TNR, logits_TN = _split(z_TD, num_experts, rank)
-    gates_TN = route(logits_TN, top_k=top_k)
-    h_TC = (a_TNR * gates_TN.unsqueeze(-1)).flatten(-2)
-    return h_TC.to(z_TD.dtype), gates_TN
+    a_T, logits_TN = _split(z_TD, experts)
+    gates_TN = route(logits_TN, top_k=experts.top_k, absent_N=experts.absent_N, dropped_K=experts.dropped_K)
+    return experts.flat(a_T * experts.spread(gates_TN)).to(z_TD.dtype), gates_TN
 
 
 def mix_backward(
-    dh_TC: Tensor, z_TD: Tensor, gates_TN: Tensor, *, rank: int, dlogits_TN: Tensor | None = None
+    dh_TC: Tensor, z_TD: Tensor, gates_TN: Tensor, experts: Experts, *, dlogits_TN: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gradient of `mix`: (h_TC computed again, dz_TD).
 
     The gates of experts not chosen are zero, and the softmax's gradient g·(dg − Σ g·dg) is zero with them: neither the
     ids of the chosen nor the logits need to be kept. dlogits_TN is what the balance loss adds.
     """
-    a_TNR, _ = _split(z_TD, gates_TN.shape[-1], rank)
-    g_TN1 = gates_TN.unsqueeze(-1)
-    dh_TNR = dh_TC.unflatten(-1, (-1, rank))
+    a_T, _ = _split(z_TD, experts)
+    g_T, dh_T = experts.spread(gates_TN), experts.columns(dh_TC)
     dz_TD = torch.empty_like(z_TD)
-    da_TNR, dl_TN = _split(dz_TD, gates_TN.shape[-1], rank)
+    da_T, dl_TN = _split(dz_TD, experts)
 
-    da_TNR.copy_((dh_TNR * g_TN1).sum_to_size(a_TNR.shape))  # hydra: every B hangs on the one A
-    dg_TN = (dh_TNR * a_TNR).sum(-1, dtype=gates_TN.dtype)
-    dsoftmax_TN = torch._softmax_backward_data(dg_TN, gates_TN, -1, gates_TN.dtype)
+    if a_T.shape == dh_T.shape:
+        torch.mul(dh_T, g_T, out=da_T)
+    else:  # hydra: every B hangs on the one A
+        da_T.copy_((dh_T * g_T).sum_to_size(a_T.shape))
+    dg_TN = experts.sums(dh_T * a_T, gates_TN.dtype)
+    dsoftmax_TN = experts.logit_gradient(dg_TN, gates_TN)
     dl_TN.copy_(dsoftmax_TN if dlogits_TN is None else dsoftmax_TN.add_(dlogits_TN))
-    return (a_TNR * g_TN1).flatten(-2).to(z_TD.dtype), dz_TD
+    return experts.flat(a_T * g_T).to(z_TD.dtype), dz_TD
 
 
-def _split(z_TD: Tensor, num_experts: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Views: rank space [T, N, R] (hydra: [T, 1, R]) and router logits [T, N]."""
-    return z_TD[..., :-num_experts].unflatten(-1, (-1, rank)), z_TD[..., -num_experts:]
+def _split(z_TD: Tensor, experts: Experts) -> tuple[Tensor, Tensor]:
+    """Views: rank space (`Experts.columns`) and router logits [T, N]."""
+    return experts.columns(z_TD[..., : -experts.num_experts]), z_TD[..., -experts.num_experts :]
 
 
 def _scaled_mm(a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -107,27 +192,38 @@ class _LoraMoeLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, base, weight, bias, down_DI, up_OC, keep, rank, top_k, scale, want_logits):
-        num_experts = up_OC.shape[1] // rank
-        x_TI, y = x.flatten(0, -2), F.linear(x, weight, bias) if base is None else base.clone()
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        down_DI: Tensor,
+        up_OC: Tensor,
+        keep: Tensor | None,
+        experts: Blocks,
+        scale: float,
+        want_logits: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        if base is None:
+            assert weight is not None
+            y = F.linear(x, weight, bias)
+        else:
+            y = base.clone()
+        x_TI = x.flatten(0, -2)
         down, up = down_DI.to(x.dtype), up_OC.to(x.dtype)
-        if keep is None:
-            z_TD = x_TI @ down.t()
-        else:  # the router sees the input before dropout: two GEMMs
-            z_TD = x_TI.new_empty(x_TI.shape[0], down.shape[0])
-            torch.mm(x_TI * keep, down[:-num_experts].t(), out=z_TD[:, :-num_experts])
-            torch.mm(x_TI, down[-num_experts:].t(), out=z_TD[:, -num_experts:])
-        h_TC, gates_TN = mix(z_TD, num_experts=num_experts, rank=rank, top_k=top_k)
-        y.flatten(0, -2).addmm_(h_TC, up.t(), alpha=scale)
+        z_TD = into_rank_space(x_TI, down, keep, num_experts=experts.num_experts)
+        h_TC, gates_TN = mix(z_TD, experts)
+        add_product_(y.flatten(0, -2), h_TC, up.t(), scale=scale)
         ctx.save_for_backward(x, weight, down_DI, up_OC, keep, z_TD, gates_TN)
-        ctx.rank, ctx.scale = rank, scale
+        ctx.experts, ctx.scale = experts, scale
         ctx.set_materialize_grads(False)
         # A copy: a view would keep all of z alive where checkpointing wants it gone.
-        return y, z_TD[:, -num_experts:].to(gates_TN.dtype, copy=True) if want_logits else None
+        return y, z_TD[:, -experts.num_experts :].to(gates_TN.dtype, copy=True) if want_logits else None
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, dy, dlogits_TN):
+    def backward(ctx: Any, dy: Tensor | None, dlogits_TN: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, down_DI, up_OC, keep, z_TD, gates_TN = ctx.saved_tensors
         if dy is None:  # only the balance loss reached this module
             dy = x.new_zeros(*x.shape[:-1], up_OC.shape[0])
@@ -136,7 +232,7 @@ class _LoraMoeLinear(torch.autograd.Function):
         down, up = down_DI.to(x.dtype), up_OC.to(x.dtype)
 
         dh_TC = _scaled_mm(dy_TO, up, ctx.scale)
-        h_TC, dz_TD = mix_backward(dh_TC, z_TD, gates_TN, rank=ctx.rank, dlogits_TN=dlogits_TN)
+        h_TC, dz_TD = mix_backward(dh_TC, z_TD, gates_TN, ctx.experts, dlogits_TN=dlogits_TN)
         dup_OC = _scaled_mm(dy_TO.t(), h_TC, ctx.scale)
 
         dx = dx_TI = None
@@ -146,15 +242,15 @@ class _LoraMoeLinear(torch.autograd.Function):
         if keep is None:
             ddown_DI = dz_TD.t() @ x_TI
             if dx_TI is not None:
-                dx_TI.addmm_(dz_TD, down)
+                add_product_(dx_TI, dz_TD, down)
         else:
             da, dl = dz_TD[:, :-num_experts], dz_TD[:, -num_experts:]
             ddown_DI = torch.cat([da.t() @ (x_TI * keep), dl.t() @ x_TI])
             if dx_TI is not None:
-                dx_TI.addmm_(dl, down[-num_experts:]).addcmul_(da @ down[:-num_experts], keep)
+                add_product_(dx_TI, dl, down[-num_experts:]).addcmul_(da @ down[:-num_experts], keep)
         dbase = dy if ctx.needs_input_grad[1] else None
         factors = ddown_DI.to(down_DI.dtype), dup_OC.to(up_OC.dtype)
-        return dx, dbase, None, None, *factors, None, None, None, None, None
+        return dx, dbase, None, None, *factors, None, None, None, None
 
 
 def lora_moe_linear(
@@ -181,9 +277,10 @@ def lora_moe_linear(
     """
     keep = None
     if dropout:
-        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - dropout).flatten(0, -2)
-        scale = scale / (1 - dropout)  # linear in A's input: dividing there or here is the same
-    return _LoraMoeLinear.apply(x, base, weight_OI, bias_O, down_DI, up_OC, keep, rank, top_k, scale, want_logits)
+        keep = kept_inputs(*x.shape, dropout=dropout, device=x.device).flatten(0, -2)
+        scale = scale_of_kept(scale, dropout)
+    experts = Blocks(up_OC.shape[1] // rank, rank, top_k)
+    return _LoraMoeLinear.apply(x, base, weight_OI, bias_O, down_DI, up_OC, keep, experts, scale, want_logits)
 
 
 def balance_loss(logits_TN: Tensor, *, top_k: int, real_T: Tensor | None = None) -> Tensor:
@@ -210,102 +307,68 @@ def balance_loss(logits_TN: Tensor, *, top_k: int, real_T: Tensor | None = None)
 # Adapter
 
 
-def attach(
-    model: nn.Module,
-    allocation: ExpertCounts,
-    *,
-    shape: ModelShape,
-    rank: int,
-    lora_alpha: float,
-    lora_dropout: float = 0.0,
-    top_k: int = 2,
-    balance_coef: float = 0.0,
-    seed: int = 0,
-    balance: Balance = "layer",
-) -> LoraMoeAdapter:
-    """Freezes `model` and adds LoRA experts to its linear layers, as `allocation` says.
-
-    top_k         experts per token, routed experts only (hydra weighs all)
-    balance_coef  0 turns the balance loss off; hydra has none, because nothing is picked there
-    balance       `layer`: pool the logits of a layer's modules that have equally many experts (MoLA);
-                  `module`: every module for itself. A training choice, not saved with the adapter
-
-    Raises InfeasibleError where the allocation does not fit `shape`, StudyError where `shape` does not fit `model`, a
-    module is no plain nn.Linear, or the model carries an adapter already.
-    """
-    return LoraMoeAdapter(
-        model,
-        allocation,
-        shape=shape,
-        rank=rank,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        top_k=top_k,
-        balance_coef=balance_coef,
-        seed=seed,
-        balance=balance,
-    )
-
-
 class LoraMoeAdapter(Adapter):
-    """Trainable tensors per module: `<path>.down` [D, I] (A and router) and `<path>.up` [O, C] (B)."""
+    """Trainable tensors per module: `<path>.down` [D, I] (A and router) and `<path>.up` [O, C] (B).
+
+    lora.top_k          experts per token, routed experts only (hydra weighs all)
+    lora.balance_coef   0 turns the balance loss off; hydra has none, because nothing is picked there
+    balance             `layer`: pool the logits of a layer's modules that have equally many experts (MoLA);
+                        `module`: every module for itself. A training choice, not saved with the adapter
+
+    Raises StudyError where a module is no plain nn.Linear.
+    """
 
     allocation: ExpertCounts
+    balance: Balance = "layer"
 
-    def __init__(
-        self,
-        model: nn.Module,
-        allocation: ExpertCounts,
-        *,
-        shape: ModelShape,
-        rank: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        top_k: int,
-        balance_coef: float,
-        seed: int,
-        balance: Balance,
-    ) -> None:
-        specs = [m for m in shape.modules if m.path in allocation.counts]
-        for spec in specs:
-            _check_linear(module_at(model, spec.path, name=shape.name), spec, shape.name)
-        super().__init__(
-            model,
-            allocation,
-            shape=shape,
-            rank=rank,
-            lora_alpha=lora_alpha,
-            lora_dropout=lora_dropout,
-            top_k=top_k,
-            balance_coef=balance_coef,
-            seed=seed,
-        )
-        self.top_k, self.balance_coef, self.balance = top_k, balance_coef, balance
-        self._specs = {spec.path: spec for spec in specs}
-        self._balanced = balance_coef != 0 and allocation.gating == "routed"
+    def _insert(self) -> None:
+        self._specs = {m.path: m for m in self.shape.modules if m.path in self.allocation.counts}
         self._logits: dict[str, Tensor] = {}  # [T, N] per module, of the last forward pass
         self._mask: Tensor | None = None  # [B, S] of the last forward pass
         self._collecting = False
-        with self.detached_on_error():
-            for spec in specs:
-                self._insert(spec, seed=seed)
-        if self._balanced:
+        for spec in self._specs.values():
+            self._add_experts(spec)
+        if self.balanced:
             # On the body, not the head: a loop may call the body alone to spare logits of prompt tokens.
-            body = getattr(model, "base_model", model)
+            body = getattr(self.model, "base_model", self.model)
             self._put(lambda: body.register_forward_pre_hook(self._begin_forward, with_kwargs=True).remove)
 
-    def _insert(self, spec: ModuleShape, *, seed: int) -> None:
-        path, num_experts, rank = spec.path, self.allocation.counts[spec.path], self.rank
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, "seed": self.seed}
+
+    @property
+    def balanced(self) -> bool:
+        """Whether there is a balance loss."""
+        return self.lora.balance_coef != 0 and not self.hydra
+
+    @property
+    def hydra(self) -> bool:
+        """Whether a module has one A for all its experts, which are all weighed."""
+        return self.allocation.gating == "hydra"
+
+    def picks(self, path: str) -> int:
+        """How many experts of a module a token goes to."""
+        num_experts = self.allocation.counts[path]
+        return num_experts if self.hydra else min(self.lora.top_k, num_experts)
+
+    def factors(self, path: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """The input matrix (A and router, [D, I]) and the output matrix (B, [O, C]) of a module."""
+        return self._tensors[f"{path}.down"], self._tensors[f"{path}.up"]
+
+    def _add_experts(self, spec: ModuleShape) -> None:
+        path, num_experts, rank = spec.path, self.allocation.counts[spec.path], self.lora.rank
         module = module_at(self.model, path, name=self.shape.name)
-        assert isinstance(module, nn.Linear)
-        hydra = self.allocation.gating == "hydra"
+        _check_linear(module, spec, self.shape.name)
         # Row R of each block is the expert's row of the router; in hydra the one A is named for itself.
-        rows = [uniform(rank + 1, spec.in_features, seed=seed, name=f"{path}.{j}") for j in range(num_experts)]
-        a = [uniform(rank, spec.in_features, seed=seed, name=path)] if hydra else [r[:rank] for r in rows]
+        rows = [uniform(rank + 1, spec.in_features, seed=self.seed, name=f"{path}.{j}") for j in range(num_experts)]
+        a = [r[:rank] for r in rows]
+        if self.hydra:
+            a = [uniform(rank, spec.in_features, seed=self.seed, name=path)]
         start = torch.cat([*a, *(r[rank:] for r in rows)])
         down_DI = self._add(f"{path}.down", start, device=module.weight.device)
         up_OC = self._add(f"{path}.up", torch.zeros(spec.out_features, num_experts * rank), device=module.weight.device)
-        top_k = num_experts if hydra else min(self.top_k, num_experts)
+        top_k = self.picks(path)
         packed = is_quantized(module)
 
         def forward(x: Tensor) -> Tensor:
@@ -318,9 +381,9 @@ class LoraMoeAdapter(Adapter):
                 base=type(module).forward(module, x) if packed else None,
                 rank=rank,
                 top_k=top_k,
-                scale=self.scale,
-                dropout=self.lora_dropout if module.training else 0.0,
-                want_logits=self._balanced and torch.is_grad_enabled(),
+                scale=self.lora.scale,
+                dropout=self.lora.lora_dropout if module.training else 0.0,
+                want_logits=self.balanced and torch.is_grad_enabled(),
             )
             if self._collecting and logits_TN is not None:
                 self.collect(path, logits_TN)
@@ -332,11 +395,6 @@ class LoraMoeAdapter(Adapter):
         self._logits.clear()
         self._mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self._collecting = True
-
-    @property
-    def balanced(self) -> bool:
-        """Whether there is a balance loss."""
-        return self._balanced
 
     def collect(self, path: str, logits_TN: Tensor) -> None:
         """Router logits of one module, for `extra_loss`."""
@@ -353,7 +411,7 @@ class LoraMoeAdapter(Adapter):
         Raises TrialError where no module saw a token with gradients on: under reentrant checkpointing the loss would
         be missing silently.
         """
-        if not self._balanced or not torch.is_grad_enabled():
+        if not self.balanced or not torch.is_grad_enabled():
             return None
         self._collecting = False  # checkpointing runs the modules again in the backward pass: not to be counted twice
         if len(self._logits) < len(self._specs):
@@ -374,14 +432,14 @@ class LoraMoeAdapter(Adapter):
         # Where every expert is picked the gradient is zero but for rounding, which AdamW would turn into whole updates.
         terms = [
             balance_loss(
-                torch.stack(stack).detach() if self.top_k >= num_experts else torch.stack(stack),
-                top_k=min(self.top_k, num_experts),
+                torch.stack(stack).detach() if self.lora.top_k >= num_experts else torch.stack(stack),
+                top_k=min(self.lora.top_k, num_experts),
                 real_T=None if real_T is None else real_T.repeat(num_modules),
             ).sum()
             for (num_experts, num_modules), stack in stacks.items()
         ]
         self._logits.clear()
-        return self.balance_coef * torch.stack(terms).sum()
+        return self.lora.balance_coef * torch.stack(terms).sum()
 
     def merge(self) -> None:
         """W += lora_alpha/r · B·A where every module has one expert, whose gate is always 1.
@@ -399,9 +457,9 @@ class LoraMoeAdapter(Adapter):
     def _merge(self) -> None:
         for path in self._specs:
             module = module_at(self.model, path, name=self.shape.name)
-            a_RI, b_OR = self._tensors[f"{path}.down"][: self.rank], self._tensors[f"{path}.up"]
+            down_DI, up_OR = self.factors(path)
             assert isinstance(module, nn.Linear)
-            add_to_weight(module.weight, self.scale * (b_OR @ a_RI))
+            add_to_weight(module.weight, self.lora.scale * (up_OR @ down_DI[: self.lora.rank]))
 
 
 def _check_linear(module: nn.Module, spec: ModuleShape, name: str) -> None:

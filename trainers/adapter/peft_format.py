@@ -1,8 +1,8 @@
 """PEFT's form of an adapter, where PEFT can express it: a folder that `PeftModel.from_pretrained(base, folder)` loads.
 
     from trainers import adapter, models
-
     from trainers.adapter import peft_format
+
     model = models.load("tiny-moe", dtype="float32").model
     written = peft_format.write(model, adapter.read("best"), "for-peft", base="tiny-moe")
     written.stored, written.trained                    # values in the file, and those of them that were trained
@@ -37,8 +37,9 @@ from torch import Tensor, nn
 
 from allocators.core.errors import StudyError
 from allocators.core.types import ExpertCounts, ExpertSelection, ModuleShape
-from trainers.adapter import Saved, module_at
 from trainers.adapter.expert_lora import side_by_side, weight_stacks
+from trainers.adapter.files import Saved
+from trainers.adapter.linear import module_at
 
 
 @dataclass(frozen=True)
@@ -96,24 +97,24 @@ def write(
     if reason := refusal(saved):
         raise StudyError(f"the adapter in {saved.folder} has no PEFT form: {reason}")
     targets = {target.name: target for target in _targets(model, saved)}
-    settings = saved.config["settings"]
+    lora = saved.lora
     parameters = [name for name, target in targets.items() if target.parameter]
     # The widest rank is PEFT's default and the others are exceptions, in one pattern: it warns of a pattern that fits
     # parameters only, as one for gate_up_proj would, that it is ignored (it is not).
     ranks = {name.rpartition(".")[2]: target.rank for name, target in targets.items()}
     widest = max(ranks.values())
-    narrow = {"|".join(sorted(name for name, rank in ranks.items() if rank < widest)): settings["rank"]}
+    narrow = {"|".join(sorted(name for name, rank in ranks.items() if rank < widest)): lora.rank}
     narrow.pop("", None)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=widest,
-        lora_alpha=_whole(saved.scale * widest),
+        lora_alpha=_whole(lora.scale * widest),
         # PEFT has no dropout where it adapts parameters; it is for training only
-        lora_dropout=0.0 if parameters else settings["lora_dropout"],
+        lora_dropout=0.0 if parameters else lora.lora_dropout,
         target_modules=[name for name, target in targets.items() if not target.parameter],
         target_parameters=parameters or None,
         rank_pattern=narrow,
-        alpha_pattern={names: _whole(saved.scale * rank) for names, rank in narrow.items()},
+        alpha_pattern={names: _whole(lora.scale * rank) for names, rank in narrow.items()},
     )
     wrapped = get_peft_model(model, config)
     try:
@@ -167,7 +168,7 @@ def _fill(wrapped: Any, targets: Mapping[str, Target]) -> None:
 
 
 def _targets(model: nn.Module, saved: Saved) -> Iterator[Target]:
-    shape, rank, weights = saved.shape, saved.config["settings"]["rank"], saved.weights
+    shape, rank, weights = saved.shape, saved.lora.rank, saved.weights
     match saved.allocation:
         case ExpertCounts() as counted:
             for path in counted.counts:  # one expert each: rows of A, then the router's row

@@ -15,7 +15,7 @@ Before a layer runs, forward or backward, its weights are gathered from all work
 everything that runs the model is done by all workers together, pass by pass:
 
 - a step has as many passes on a worker as on the one with most rows; those without rows run on two tokens that no loss
-  is taken on (trainers/loop.py)
+  is taken on (trainers/loop/)
 - in an evaluation, where workers have different numbers of passes, those that are done go on until all are (`in_step`)
 - signals that run the model are measured by every worker on the same documents (trainers/worker.py)
 

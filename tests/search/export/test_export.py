@@ -60,9 +60,7 @@ def trained(run: Outcome, place: str, quantization: str = "") -> tuple[Outcome, 
     """The run with an adapter of random values at `place`, and its logits."""
     recipe = run.trial.recipe
     model, shape = base(run.trial.model, quantization), models.shape_of(run.trial.model)
-    attached = adapter.attach(
-        model, run.trial.allocation, shape=shape, rank=recipe.rank, lora_alpha=recipe.lora_alpha, top_k=recipe.top_k
-    )
+    attached = adapter.attach(model, run.trial.allocation, shape=shape, lora=recipe.lora)
     fill(attached, std=0.05)
     with storage.replacing_folder(place) as folder:
         adapter.save(attached, folder, metadata={"trial": run.trial.to_json(), "base_model": run.trial.model})

@@ -6,6 +6,7 @@ python -m pytest tests/trainers/adapter/test_adapter.py
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from allocators.core.errors import InfeasibleError, StudyError, TrialError
-from allocators.core.types import ExpertCounts, ExpertSelection
+from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings
 from tests.trainers.reference import (
     digest,
     every_expert,
@@ -25,15 +26,19 @@ from tests.trainers.reference import (
     tiny_model,
     tokens,
 )
-from trainers.adapter import Adapters, add_lora, attach, fingerprint, load, read, save, uniform
+from trainers.adapter import Adapters, attach, fingerprint, load, read, save
+from trainers.adapter.linear import add_lora, uniform
 
 NONE = ExpertSelection({})
 
 
+LORA = LoraSettings(rank=4, lora_alpha=8.0)
+
+
 def attached(model, selection=None, **changes):
     shape = shape_of_model(model)
-    settings = {"rank": 4, "lora_alpha": 8.0, "seed": 3} | changes
-    return attach(model, some_experts(shape) if selection is None else selection, shape=shape, **settings)
+    lora = replace(LORA, **changes)
+    return attach(model, some_experts(shape) if selection is None else selection, shape=shape, lora=lora, seed=3)
 
 
 # --- plain LoRA ---
@@ -124,9 +129,9 @@ def test_a_shape_that_does_not_fit_leaves_the_model_as_it_was():
     model, other = tiny_model("olmoe"), tiny_model("olmoe", hidden_size=48)
     before = digest(model)
     with pytest.raises(StudyError, match=r"q_proj is \[32, 32\] in this model, .* has \[48, 48\]"):
-        attach(model, NONE, shape=shape_of_model(other), rank=4, lora_alpha=8)
+        attach(model, NONE, shape=shape_of_model(other), lora=LORA)
     with pytest.raises(StudyError, match=r"no module 'model\.layers\.0\.mlp\.router'"):
-        attach(model, NONE, shape=shape_of_model(tiny_model("gpt_oss")), rank=4, lora_alpha=8)
+        attach(model, NONE, shape=shape_of_model(tiny_model("gpt_oss")), lora=LORA)
     assert digest(model) == before
     assert all(p.requires_grad for p in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())
@@ -174,13 +179,30 @@ def test_a_saved_adapter_gives_the_same_logits_on_another_instance(tmp_path):
     again = tiny_model("qwen2_moe")
     loaded = load(again, tmp_path / "best")
     assert torch.equal(logits(again), logits(adapter.model))
-    assert (loaded.allocation, loaded.rank, loaded.lora_alpha) == (adapter.allocation, 4, 8.0)
-    assert loaded.lora_dropout == 0.1
+    assert (loaded.allocation, loaded.lora) == (adapter.allocation, replace(LORA, lora_dropout=0.1))
     config = json.loads((tmp_path / "best" / "adapter.json").read_text())
     assert config["metadata"] == {"accuracy": 0.5}
     assert config["trainable_params"] == adapter.num_trainable
     assert config["base"]["name"] == adapter.shape.name
     assert {f.name for f in (tmp_path / "best").iterdir()} == {"adapter.json", "adapter.safetensors"}
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_settings_on_disk_are_those_that_concern_the_kind(tmp_path, kind):
+    """Older versions read them, and what they wrote is read: a setting that is younger than a file has its default."""
+    model = MODELS[kind]()
+    lora = LoraSettings(rank=2, lora_alpha=4.0, lora_dropout=0.1, top_k=1, balance_coef=0.5)
+    adapter = attach(model, some_allocations(shape_of_model(model))[0], shape=shape_of_model(model), lora=lora, seed=3)
+    save(adapter, tmp_path, metadata={})
+    adapter.detach()
+    config = json.loads((tmp_path / "adapter.json").read_text())
+    both = {"rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.1}
+    assert config["settings"] == (both if kind == "moe" else {**both, "top_k": 1, "balance_coef": 0.5, "seed": 3})
+    assert load(model, tmp_path).settings == adapter.settings
+    model.lora_adapter.detach()
+    del config["settings"]["lora_dropout"]
+    (tmp_path / "adapter.json").write_text(json.dumps(config))
+    assert load(model, tmp_path).lora.lora_dropout == 0.0
 
 
 def test_saving_works_after_merging(tmp_path):
@@ -307,7 +329,8 @@ def several(request, tmp_path_factory):
     shape = shape_of_model(model)
     folders, expected = {}, {None: logits(model)}
     for seed, allocation in enumerate(some_allocations(shape)):
-        adapter = attach(model, allocation, shape=shape, rank=2 + seed, lora_alpha=4.0, balance_coef=0.1)
+        lora = LoraSettings(rank=2 + seed, lora_alpha=4.0, balance_coef=0.1)
+        adapter = attach(model, allocation, shape=shape, lora=lora)
         fill(adapter, seed=seed)
         name = f"a{seed}"
         folders[name] = tmp_path_factory.mktemp(name)
@@ -383,8 +406,8 @@ def test_a_reattached_adapter_learns_as_before():
     fill(second)
     second.detach()
     second.reattach()
-    found = gradients(second.model)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    learned = gradients(second.model)
+    assert all(torch.equal(learned[name], expected[name]) for name in expected)
 
 
 def test_what_cannot_be_reattached():

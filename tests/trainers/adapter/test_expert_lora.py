@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.errors import StudyError, TrialError
-from allocators.core.types import ExpertSelection
+from allocators.core.types import ExpertSelection, LoraSettings
 from tests.trainers.reference import (
     FAMILIES,
     PEFT_STACKS,
@@ -48,8 +48,8 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 def attached(model, selection=None, **changes) -> Any:
     shape = shape_of_model(model)
-    options = {"rank": 3, "lora_alpha": 6.0} | changes
-    return attach(model, some_experts(shape) if selection is None else selection, shape=shape, **options)
+    lora = LoraSettings(**({"rank": 3, "lora_alpha": 6.0} | changes))
+    return attach(model, some_experts(shape) if selection is None else selection, shape=shape, lora=lora)
 
 
 def run_every_row(adapter) -> None:
@@ -223,7 +223,7 @@ def test_peft_gives_the_same_where_both_can_say_it():
     for pair in pairs.values():
         for factor in pair:
             factor.data.copy_(torch.randn(factor.shape, generator=generator) * 0.1)
-    adapter = attach(model, every_expert(shape), shape=experts_only, rank=4, lora_alpha=8)
+    adapter = attach(model, every_expert(shape), shape=experts_only, lora=LoraSettings(rank=4, lora_alpha=8))
     adapter.load_state_dict({n: v for stack, pair in pairs.items() for n, v in from_peft(stack, *pair, rank=4).items()})
     mine, theirs = model(tokens()).logits, wrapped(tokens()).logits
     weight = torch.randn(mine.shape, generator=generator)

@@ -6,6 +6,7 @@ python -m pytest tests/trainers/adapter/test_lora_moe.py
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from allocators.core.errors import InfeasibleError, StudyError, TrialError
-from allocators.core.types import ExpertCounts, ModelShape, ModuleShape
+from allocators.core.types import ExpertCounts, LoraSettings, ModelShape, ModuleShape
 from tests import GOLDEN
 from tests.benchmarks.lora_moe import Ours, count, train, variants
 from trainers import adapter as adapters
@@ -312,9 +313,10 @@ MASK = torch.ones_like(IDS)
 MASK[0, :4] = MASK[2, :1] = 0
 
 
-def attach(model, counts=None, *, gating="routed", **changes):
-    settings = {"rank": 2, "lora_alpha": 4.0, "top_k": 2, "seed": 3} | changes
-    return adapters.attach(model, ExpertCounts(MIXED if counts is None else counts, gating), shape=SHAPE, **settings)
+def attach(model, counts=None, *, gating="routed", seed=3, **changes):
+    lora = LoraSettings(**({"rank": 2, "lora_alpha": 4.0, "top_k": 2} | changes))
+    allocation = ExpertCounts(MIXED if counts is None else counts, gating)
+    return adapters.attach(model, allocation, shape=SHAPE, lora=lora, seed=seed)
 
 
 def grow(adapter, seed=0):
@@ -354,7 +356,7 @@ def test_fresh_adapter_changes_nothing_and_detach_restores_everything(gating):
 @settings(max_examples=15, deadline=None)
 def test_holds_exactly_the_counted_parameters(counts, gating, rank):
     allocation = ExpertCounts(dict(zip(PATHS, counts, strict=True)), gating)
-    adapter = adapters.attach(Tiny(), allocation, shape=SHAPE, rank=rank, lora_alpha=1.0)
+    adapter = adapters.attach(Tiny(), allocation, shape=SHAPE, lora=LoraSettings(rank=rank, lora_alpha=1.0))
     assert adapter.num_trainable == allocation.trainable_params(SHAPE, rank=rank)
 
 
@@ -405,10 +407,8 @@ def test_whole_model_equals_the_reference(gating):
 @pytest.mark.parametrize("balance", ["layer", "module"])
 def test_balance_loss_of_a_model(balance):
     model = Tiny()
-    allocation = ExpertCounts(MIXED)
-    adapter = lora_moe.attach(
-        model, allocation, shape=SHAPE, rank=2, lora_alpha=4.0, top_k=2, balance_coef=0.5, balance=balance
-    )
+    adapter = attach(model, balance_coef=0.5, seed=0)
+    adapter.balance = balance
     grow(adapter)
     inputs = {}
     hooks = [
@@ -587,7 +587,8 @@ def test_llama(gating):
     allocation = ExpertCounts({m.path: 1 + i % 4 for i, m in enumerate(shape.modules)}, gating)
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS.masked_fill(MASK == 0, -100)}
     before = model(**batch).logits
-    adapter = adapters.attach(model, allocation, shape=shape, rank=4, lora_alpha=8.0, balance_coef=0.01)
+    lora = LoraSettings(rank=4, lora_alpha=8.0, balance_coef=0.01)
+    adapter = adapters.attach(model, allocation, shape=shape, lora=lora)
     assert torch.equal(model(**batch).logits, before)
     assert adapter.num_trainable == allocation.trainable_params(shape, rank=4)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
@@ -634,9 +635,7 @@ def test_the_training_loop_runs_it(gating, tokenizer, choice_task):
     )
     losses = []
     for _ in range(2):
-        adapter = adapters.attach(
-            model, allocation, shape=shape, rank=4, lora_alpha=8.0, lora_dropout=0.05, balance_coef=0.01
-        )
+        adapter = adapters.attach(model, allocation, shape=shape, lora=replace(recipe.lora, lora_alpha=8.0))
         task = load_task(str(choice_task))
         result = run(
             model,

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
-from allocators.core.types import ExpertCounts, ExpertSelection
+from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings
 from tests.trainers.adapter.test_adapter import tiny_llama
 from tests.trainers.reference import (
     FAMILIES,
@@ -35,8 +35,8 @@ SELECTIONS = {"some": some_experts, "every": every_expert, "none": lambda shape:
 
 def saved_adapter(model, allocation, folder, **changes):
     """A trained adapter on disk, and the logits it gives; the model comes back bare."""
-    options = {"rank": 3, "lora_alpha": 5.0} | changes
-    adapter = attach(model, allocation, shape=shape_of_model(model), **options)
+    lora = LoraSettings(**({"rank": 3, "lora_alpha": 5.0} | changes))
+    adapter = attach(model, allocation, shape=shape_of_model(model), lora=lora)
     fill(adapter)
     save(adapter, folder, metadata={})
     expected = logits(model)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from allocators import sieve
 from allocators.core import shapes
 from allocators.core.errors import StudyError
-from allocators.core.types import ExpertCounts, ExpertSelection
+from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings
 from allocators.signals import routing
 from tests.trainers import reference
 from tests.trainers.conftest import char_tokenizer
@@ -158,7 +158,7 @@ def walk(name: str, allocation: Any, folder: Path, *, merged_within: float = 1e-
 
     model = models.load(name).model
     shape, untouched = models.shape_of_model(model, name=name), reference.digest(model)
-    adapter = adapters.attach(model, allocation, shape=shape, rank=4, lora_alpha=8)
+    adapter = adapters.attach(model, allocation, shape=shape, lora=LoraSettings(rank=4, lora_alpha=8))
     assert adapter.num_trainable == allocation.trainable_params(shape, rank=4)
     before, after = step(model, adapter)
     assert after < before

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from allocators.core.errors import StudyError, TrialError
-from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe
 from allocators.signals import sensitivity
 from tests import ROOT
 from tests.trainers.conftest import char_tokenizer
@@ -263,8 +263,8 @@ def test_gradient_checkpointing_gives_the_same_losses(kind, model_folder, choice
     def run(checkpointing: bool):
         loaded = models.load(str(model_folder), gradient_checkpointing=checkpointing)
         shape = models.shape_of_model(loaded.model, name="tiny")
-        settings = {"rank": 4, "lora_alpha": 8, "lora_dropout": 0.1, "balance_coef": recipe.balance_coef}
-        adapter = adapters.attach(loaded.model, kind["chosen"](shape), shape=shape, **settings)
+        lora = LoraSettings(rank=4, lora_alpha=8, lora_dropout=0.1, balance_coef=recipe.balance_coef)
+        adapter = adapters.attach(loaded.model, kind["chosen"](shape), shape=shape, lora=lora)
         calls = []
         projection = loaded.model.get_submodule("model.layers.0.self_attn.k_norm")
         projection.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -332,7 +332,7 @@ def test_experts_on_packed_weights_are_those_on_the_weights_they_stand_for(llama
     counts = ExpertCounts(counts_of(shape, experts=3).counts, gating)
     answers = []
     for model in (packed, plain):
-        adapter = adapters.attach(model, counts, shape=shape, rank=4, lora_alpha=8)
+        adapter = adapters.attach(model, counts, shape=shape, lora=LoraSettings(rank=4, lora_alpha=8))
         fill(adapter)
         out = model(tokens()).logits
         out.square().mean().backward()
@@ -370,7 +370,7 @@ def test_an_adapter_of_a_quantised_base_trains_saves_and_loads(kind, dense, llam
     assert loaded.weight_bytes < models.load(name).weight_bytes
     base, fingerprint = logits(model), adapters.fingerprint(model)
     allocation = counts_of(shape, experts=1) if dense else ExpertSelection({0: (0, 3, 5), 1: (1, 2)})
-    adapter = adapters.attach(model, allocation, shape=shape, rank=4, lora_alpha=8)
+    adapter = adapters.attach(model, allocation, shape=shape, lora=LoraSettings(rank=4, lora_alpha=8))
     assert adapter.fingerprint == fingerprint != adapters.fingerprint(models.load(name).model)
     assert torch.equal(logits(model), base)
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)

@@ -49,14 +49,7 @@ def counts(shape) -> ExpertCounts:
 
 
 def train(loaded, shape, allocation, task, recipe):
-    adapter = attach(
-        loaded.model,
-        allocation,
-        shape=shape,
-        rank=recipe.rank,
-        lora_alpha=recipe.lora_alpha,
-        balance_coef=recipe.balance_coef,
-    )
+    adapter = attach(loaded.model, allocation, shape=shape, lora=recipe.lora)
     result = loop.train(
         loaded.model,
         adapter,

@@ -18,6 +18,7 @@ from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
 from trainers import loop, packing, tasks
 from trainers.adapter import attach
+from trainers.packing.pack import Pack
 
 RECIPE = Recipe(
     rank=4,
@@ -93,8 +94,7 @@ def model_for(allocation):
 
 
 def fresh(model, allocation, recipe, seed):
-    settings = {key: getattr(recipe, key) for key in ("rank", "lora_alpha", "lora_dropout", "top_k", "balance_coef")}
-    adapter = attach(model, allocation, shape=shape_from_config(model.config, name="tiny"), seed=seed, **settings)
+    adapter = attach(model, allocation, shape=shape_from_config(model.config, name="tiny"), lora=recipe.lora, seed=seed)
     adapter.detach()
     return adapter
 
@@ -104,25 +104,25 @@ def yes(rung):
 
 
 class Story:
-    """A crew on a fresh model; members join by number."""
+    """A packed run on a fresh model; members join by number."""
 
     def __init__(self, members, task, tokenizer, *, evaluations=1):
         self.specs, self.model = members, model_for(members[0][0])
-        self.crew = packing.Crew(self.model, task, tokenizer=tokenizer, device="cpu", evaluations=evaluations)
+        self.packed = packing.PackedRun(self.model, task, tokenizer=tokenizer, device="cpu", evaluations=evaluations)
         self.members = {}
 
     def join(self, *numbers, on_rung=yes, checkpoint=None):
         for n in numbers:
-            self.crew.step_aside()
+            self.packed.detach()
             allocation, recipe, seed = self.specs[n]
             adapter = fresh(self.model, allocation, recipe, seed)
             place = None if checkpoint is None else checkpoint / str(n)
-            self.members[n] = self.crew.join(adapter, recipe, seed=seed, on_rung=on_rung, checkpoint=place)
+            self.members[n] = self.packed.join(adapter, recipe, seed=seed, on_rung=on_rung, checkpoint=place)
         return self
 
     def steps(self, count=1000):
-        while self.crew.members and count:
-            self.crew.step()
+        while self.packed.members and count:
+            self.packed.step()
             count -= 1
         return self
 
@@ -195,7 +195,7 @@ def test_who_joins_later_and_who_leaves_early_changes_nothing(task, tokenizer, s
     specs = [(a, replace(r, steps=14) if n == 1 else r, s) for n, (a, r, s) in enumerate(specs)]
     story = Story(specs, task, tokenizer, evaluations=2)
     story.join(0).join(1, on_rung=lambda rung: False).steps(5).join(2).steps(2)
-    assert [member is story.members[1] for member in story.crew.members] == [False, False]
+    assert [member is story.members[1] for member in story.packed.members] == [False, False]
     story.steps()
     for n, spec in enumerate(specs[:3]):
         agree(story.members[n], *alone(spec, task, tokenizer, evaluations=2, on_rung=lambda _, n=n: n != 1))
@@ -241,7 +241,7 @@ def test_what_began_alone_goes_on_packed_and_the_reverse(task, tokenizer, tmp_pa
     else:
         story = Story(specs, task, tokenizer, evaluations=2).join(0, checkpoint=tmp_path, on_rung=die).join(1).steps(9)
         assert isinstance(story.members[0].error, Killed)
-        assert story.crew.members == [story.members[1]]  # its error is its own
+        assert story.packed.members == [story.members[1]]  # its error is its own
         resumed, others = alone(specs[0], task, tokenizer, evaluations=2, checkpoint=tmp_path / "0")
         assert resumed.losses == pytest.approx(expected.losses, rel=TOLERANCE)
         for name in tensors:
@@ -274,8 +274,8 @@ def test_memory_that_does_not_suffice_gives_everyone_back(task, tokenizer):
     story = Story(ROUTED, task, tokenizer).join(0, 1).steps(3)
     story.members[1].adapter.extra_loss = lambda real: torch.empty(10**15).sum()  # 4 PB: the allocator refuses
     with pytest.raises(OutOfMemoryError, match=r"2 training\(s\) in a pack"):
-        story.crew.step()
-    assert not story.crew.members
+        story.packed.step()
+    assert not story.packed.members
     assert not hasattr(story.model, "lora_adapter")
     assert all(p.grad is None for member in story.members.values() for p in member.adapter.parameters())
     story.join(0).steps()  # and it goes on
@@ -287,7 +287,7 @@ def test_a_module_that_takes_no_part_is_named(task, tokenizer, monkeypatch):
     attention = story.model.model.layers[0].self_attn
     monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
     with pytest.raises(TrialError, match=r"layers\.0\.self_attn\.q_proj .*took no part"):
-        story.crew.step()
+        story.packed.step()
 
 
 def test_what_cannot_share_a_pass_is_refused(task, tokenizer):
@@ -306,11 +306,11 @@ def test_places_that_nobody_adapts_are_not_touched():
     for adapter in adapters:
         for parameter in adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)
-    pack = packing.Pack(model, adapters)
+    pack = Pack(model, adapters)
     pack.attach()
     hooked = {name for name, module in model.named_modules() if "forward" in vars(module)}
     assert hooked == set(PATHS)
-    sizes = sorted(len(tensor) for tensor in pack._written)
+    sizes = sorted(len(tensor) for tensor in pack.buffers.written)
     adapted = [sum(path in allocation.counts for allocation, _, _ in ROUTED) for path in PATHS]
     assert sizes == sorted(adapted * 2)  # a down and an up for as many members as have experts there
     pack.detach()
@@ -324,16 +324,16 @@ def test_gradients_are_those_of_one_step():
     for adapter in adapters:
         for parameter in adapter.parameters():
             parameter.grad = torch.full_like(parameter, torch.nan)
-    pack = packing.Pack(model, adapters)
-    one, none, *_ = pack._written
+    pack = Pack(model, adapters)
+    one, none, *_ = pack.buffers.written
     left, right = torch.randn(len(one), one.size(1), 3), torch.randn(len(one), 3, one.size(2))
     for passes in (2, 1):
-        for tensor in pack._written:
+        for tensor in pack.buffers.written:
             tensor.grad.fill_(torch.nan)
-        pack.load()
+        pack.buffers.load()
         for _ in range(passes):
-            pack.add_gradient(one, left, right)
-        pack.unload()
+            pack.buffers.add_gradient(one, left, right)
+        pack.buffers.unload()
         torch.testing.assert_close(one.grad, passes * torch.bmm(left, right))
         assert not none.grad.any()
     assert all(parameter.grad.isfinite().all() for adapter in adapters for parameter in adapter.parameters())

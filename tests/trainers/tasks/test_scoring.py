@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from allocators.core.types import ExpertCounts
+from allocators.core.types import ExpertCounts, LoraSettings
 from tests.trainers import reference
 from tests.trainers.conftest import char_tokenizer
 from tests.trainers.models import test_families
@@ -166,7 +166,7 @@ def test_an_adapter_counts(family):
     shape = models.shape_of_model(model, name="tiny")
     dense = ExpertCounts({module.path: 3 for module in shape.modules})
     allocation = reference.some_experts(shape) if shape.is_moe else dense
-    adapter = adapters.attach(model, allocation, shape=shape, rank=2, lora_alpha=4)
+    adapter = adapters.attach(model, allocation, shape=shape, lora=LoraSettings(rank=2, lora_alpha=4))
     reference.fill(adapter)
     model.eval()
     assert scoring.loglikelihoods(model, questions(), max_length=64, batch_size=3) != before

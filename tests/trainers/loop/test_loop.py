@@ -1,6 +1,6 @@
 """The training loop: what must not change a run does not, what ends one is told apart, what was saved goes on exactly.
 
-python -m pytest tests/trainers/test_loop.py
+python -m pytest tests/trainers/loop/test_loop.py
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.errors import OutOfMemoryError, TrialError
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
 from trainers import loop, tasks
 from trainers.adapter import attach
+from trainers.loop import plan
+from trainers.loop.batches import Feed, collate
+from trainers.loop.losses import completion_loss
+from trainers.loop.past import Past
 
 RECIPE = Recipe(
     rank=4,
@@ -45,9 +49,7 @@ def run(task, *, recipe=RECIPE, seed=0, tokenizer, on_rung=lambda rung: True, pr
         model,
         ExpertSelection({0: (0, 3, 5), 1: (1, 2)}),
         shape=shape_from_config(model.config, name="tiny"),
-        rank=recipe.rank,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
+        lora=recipe.lora,
         seed=seed,
     )
     prepare(adapter)
@@ -72,27 +74,27 @@ def without_seconds(rungs):
 @given(num_rows=st.integers(1, 50), batch_size=st.integers(1, 20), seed=st.integers(0, 5))
 def test_every_epoch_visits_every_row_once(num_rows, batch_size, seed):
     steps = -(-3 * num_rows // batch_size)
-    visits = [i for s in range(steps) for i in loop.batch_at(s, num_rows=num_rows, batch_size=batch_size, seed=seed)]
+    visits = [i for s in range(steps) for i in plan.batch_at(s, num_rows=num_rows, batch_size=batch_size, seed=seed)]
     for epoch in range(3):
         assert sorted(visits[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
 
 
 def test_the_order_depends_on_the_seed():
-    assert loop.batch_at(0, num_rows=50, batch_size=50, seed=0) != loop.batch_at(0, num_rows=50, batch_size=50, seed=1)
+    assert plan.batch_at(0, num_rows=50, batch_size=50, seed=0) != plan.batch_at(0, num_rows=50, batch_size=50, seed=1)
 
 
 @given(steps=st.integers(1, 200), evaluations=st.integers(1, 20))
 def test_the_last_rung_is_the_end(steps, evaluations):
-    rungs = loop.rung_steps(steps, evaluations)
+    rungs = plan.rung_steps(steps, evaluations)
     assert rungs[-1] == steps
     assert len(rungs) == min(steps, evaluations)
     assert all(0 < a < b for a, b in itertools.pairwise(rungs))
 
 
 def test_rungs_by_hand():
-    assert loop.rung_steps(10, 3) == (3, 7, 10)
-    assert loop.total_steps(replace(RECIPE, steps=0, epochs=1.5), 48) == 9
-    assert loop.total_steps(replace(RECIPE, steps=0, epochs=1.0), 49) == 7
+    assert plan.rung_steps(10, 3) == (3, 7, 10)
+    assert plan.total_steps(replace(RECIPE, steps=0, epochs=1.5), 48) == 9
+    assert plan.total_steps(replace(RECIPE, steps=0, epochs=1.0), 49) == 7
 
 
 @example(steps=77, warmup=0.734375, schedule="cosine")  # 0.003 · 57 / 57 is above 0.003
@@ -103,7 +105,7 @@ def test_rungs_by_hand():
 )
 def test_the_rate_rises_then_falls_and_stays_in_bounds(steps, warmup, schedule):
     recipe = replace(RECIPE, warmup_ratio=warmup, schedule=schedule)
-    rates = [loop.learning_rate(recipe, step, steps) for step in range(steps)]
+    rates = [plan.learning_rate(recipe, step, steps) for step in range(steps)]
     peak = round(warmup * steps)
     assert all(0 < rate <= recipe.learning_rate for rate in rates)
     assert rates[:peak] == sorted(rates[:peak])
@@ -115,7 +117,7 @@ def test_the_rate_rises_then_falls_and_stays_in_bounds(steps, warmup, schedule):
 @given(lengths=st.lists(st.integers(2, 30), max_size=20), world=st.integers(1, 4), micro=st.integers(1, 7))
 def test_workers_share_a_batch_without_loss(lengths, world, micro):
     rows = [tasks.Row([i] * n, 1) for i, n in enumerate(lengths)]
-    shares = [loop.share_of(rows, rank=r, world_size=world, micro_batch_size=micro) for r in range(world)]
+    shares = [plan.share_of(rows, rank=r, world_size=world, micro_batch_size=micro) for r in range(world)]
     dealt = [row.input_ids for share in shares for group in share for row in group]
     assert sorted(dealt) == sorted(row.input_ids for row in rows)
     assert all(len(group) <= micro for share in shares for group in share)
@@ -134,7 +136,7 @@ def test_the_loss_is_that_of_completion_tokens_alone(model):
         log_p_SV = model(torch.tensor([row.input_ids])).logits[0].log_softmax(-1)
         for position in range(row.labels_start, len(row.input_ids)):
             expected -= log_p_SV[position - 1, row.input_ids[position]].item()
-    loss = loop.completion_loss(model, loop.collate(rows, pad_token_id=1, device=torch.device("cpu")))
+    loss = completion_loss(model, collate(rows, pad_token_id=1, device=torch.device("cpu")))
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -158,7 +160,7 @@ def test_training_lowers_the_loss_and_counts_real_tokens(task, tokenizer):
     assert result.rungs[1].loss == pytest.approx(sum(result.losses[12:]) / 13)
     assert result.accuracy == result.rungs[-1].accuracy
     rows = task.training_rows(tokenizer, 64)
-    visited = [i for s in range(25) for i in loop.batch_at(s, num_rows=len(rows), batch_size=8, seed=0)]
+    visited = [i for s in range(25) for i in plan.batch_at(s, num_rows=len(rows), batch_size=8, seed=0)]
     assert result.tokens == result.rungs[-1].tokens == sum(len(rows[i].input_ids) for i in visited)
     assert result.peak_memory_bytes > 1e7
 
@@ -167,7 +169,7 @@ def test_accuracy_at_a_rung_is_the_tasks_own(task, tokenizer):
     seen = []
     model = tiny_olmoe()
     adapter = attach(
-        model, ExpertSelection({0: (0,)}), shape=shape_from_config(model.config, name="tiny"), rank=4, lora_alpha=8
+        model, ExpertSelection({0: (0,)}), shape=shape_from_config(model.config, name="tiny"), lora=RECIPE.lora
     )
 
     def on_rung(rung):
@@ -293,7 +295,7 @@ def test_a_last_update_that_spoils_the_adapter_is_noticed(task, tokenizer):
 
 
 def test_an_exploding_loss_is_told_from_a_bump():
-    past = loop._Past()
+    past = Past()
     past.add([2.0, 31.0, 31.0, 2.0])
     assert not past.diverged  # two steps above 10 · 2 + 10
     past.add([31.0, 31.0])
@@ -312,7 +314,9 @@ def test_running_out_of_memory_is_an_error_of_the_trial_and_gives_memory_back(ta
     frames, traceback = [], error.value.__traceback__
     while traceback is not None:
         frames.append(traceback.tb_frame.f_code.co_name)
+        held = traceback.tb_frame.f_locals.values()
         traceback = traceback.tb_next
+    assert not any(isinstance(value, loop.TrainingRun) for value in held)
     assert frames[-1] == "train"  # no frame of the failed step, which would hold its tensors
     assert error.value.__context__ is None
     result, _ = run(task, tokenizer=tokenizer)
@@ -383,20 +387,21 @@ def adapted(kind, *, device="cpu"):
         if kind == "expert_lora"
         else ExpertCounts({path: 1 + n % 3 for n, path in enumerate(places)})
     )
-    adapter = attach(model, allocation, shape=shape, rank=4, lora_alpha=8, lora_dropout=0.1, balance_coef=0.1)
+    lora = LoraSettings(rank=4, lora_alpha=8, lora_dropout=0.1, balance_coef=0.1)
+    adapter = attach(model, allocation, shape=shape, lora=lora)
     every_row(adapter)
     return model, adapter
 
 
 def steps_that_wait(monkeypatch, kind, task, tokenizer, *, device, watched):
     """Trains; `watched(step)` is entered around every optimiser step but the first, in which gradients are checked."""
-    original = loop.Run._step
+    original = loop.TrainingRun._step
 
     def step(self, number):
         with watched() if number else nullcontext():
             original(self, number)
 
-    monkeypatch.setattr(loop.Run, "_step", step)
+    monkeypatch.setattr(loop.TrainingRun, "_step", step)
     recipe = replace(DROPOUT, steps=loop.CHECK_EVERY + 2, micro_batch_size=3)
     model, adapter = adapted(kind, device=device)
     return loop.train(
@@ -448,7 +453,7 @@ def test_no_step_waits_for_a_real_gpu(monkeypatch, task, tokenizer, kind):
 def test_the_next_step_is_on_its_way_while_one_computes():
     """Each step's rows are asked for once, before the step that needs them, and in order."""
     asked = []
-    feed = loop._Feed(lambda step: asked.append(step) or [], torch.device("cpu"))
+    feed = Feed(lambda step: asked.append(step) or [], torch.device("cpu"))
     for step in (3, 4, 5):  # a run that goes on from a checkpoint
         feed.take(step)
         feed.fetch(step + 1)
@@ -458,13 +463,11 @@ def test_the_next_step_is_on_its_way_while_one_computes():
 def test_padding_changes_no_loss(model):
     """The model is given no mask: what stands right of a row's end is not seen under causal attention."""
     rows = [tasks.Row([5, 6, 7, 8, 9, 10], 4), tasks.Row([11, 12, 13], 1)]
-    losses = [
-        loop.completion_loss(model, loop.collate(rows, pad_token_id=pad, device=torch.device("cpu"))) for pad in (1, 40)
-    ]
+    losses = [completion_loss(model, collate(rows, pad_token_id=pad, device=torch.device("cpu"))) for pad in (1, 40)]
     assert losses[0].item() == losses[1].item()
-    nothing = loop.collate(rows, pad_token_id=1, device=torch.device("cpu"), counted=False)
+    nothing = collate(rows, pad_token_id=1, device=torch.device("cpu"), counted=False)
     assert nothing.completion_tokens == 0
-    assert loop.completion_loss(model, nothing).item() == 0
+    assert completion_loss(model, nothing).item() == 0
 
 
 # --- two workers ------------------------------------------------------------------------------------------------------

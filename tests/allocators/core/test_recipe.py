@@ -1,0 +1,44 @@
+"""The recipe of a run, and the part of it that adapters are built from."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+
+import pytest
+
+from allocators.core.errors import StudyError
+from allocators.core.types import LoraSettings, Recipe, canonical_json
+
+
+def test_every_lora_setting_is_one_of_the_recipe_with_the_same_default():
+    recipe = {f.name: f for f in fields(Recipe)}
+    for setting in fields(LoraSettings):
+        assert recipe[setting.name].type == setting.type
+        assert setting.default in (MISSING, recipe[setting.name].default)
+
+
+def test_the_lora_part_of_a_recipe_has_its_values():
+    recipe = Recipe(rank=4, lora_alpha=6.0, lora_dropout=0.1, top_k=3, balance_coef=0.01, steps=5)
+    assert recipe.lora == LoraSettings(rank=4, lora_alpha=6.0, lora_dropout=0.1, top_k=3, balance_coef=0.01)
+    assert recipe.lora.scale == 1.5
+
+
+def test_the_json_of_a_recipe_is_flat():
+    """Trials are named by it: studies that were begun with other versions would not be gone on with."""
+    assert canonical_json(Recipe().to_json()) == (
+        '{"balance_coef":0.0,"batch_size":16,"epochs":1.0,"learning_rate":0.0003,"lora_alpha":16.0,"lora_dropout":0.0,'
+        '"max_grad_norm":1.0,"max_length":512,"micro_batch_size":16,"rank":8,"schedule":"cosine","steps":0,"top_k":2,'
+        '"warmup_ratio":0.1,"weight_decay":0.0}'
+    )
+    assert Recipe.from_json(Recipe(rank=3, top_k=1).to_json()) == Recipe(rank=3, top_k=1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [({"rank": 0}, "rank must be at least 1"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"top_k": 0}, "top_k")],
+)
+def test_impossible_lora_settings_are_refused_in_both(setting, message):
+    with pytest.raises(StudyError, match=message):
+        Recipe(**setting)
+    with pytest.raises(StudyError, match=message):
+        LoraSettings(**({"rank": 4, "lora_alpha": 8.0} | setting))

@@ -1,0 +1,109 @@
+"""An adapter's folder: `adapter.safetensors` holds its tensors, `adapter.json` everything else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from allocators.core.errors import StudyError
+from allocators.core.types import Allocation, LoraSettings, ModelShape, allocation_from_json
+from trainers import storage
+from trainers.adapter.base import Adapter
+from trainers.models.quantized import quantization_of
+
+FORMAT = 1  # of adapter.json
+_WEIGHTS, _CONFIG = "adapter.safetensors", "adapter.json"
+
+
+def save(adapter: Adapter, folder: str | os.PathLike, *, metadata: Mapping[str, Any]) -> None:
+    """Writes `adapter.safetensors` and `adapter.json` (allocation, settings, base model, `metadata`) into `folder`.
+
+    Works before and after detach() and merge(). Raises StudyError where the folder cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(folder)
+    config = {
+        "format": FORMAT,
+        "base": {
+            "name": adapter.shape.name,
+            "family": family_of(adapter.model),
+            "fingerprint": adapter.fingerprint,
+            "quantization": quantization_of(adapter.model),
+        },
+        "allocation": adapter.allocation.to_json(),
+        "settings": adapter.settings,
+        "trainable_params": adapter.num_trainable,
+        "shape": adapter.shape.to_json(),
+        "metadata": dict(metadata),
+    }
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.contiguous().cpu() for n, t in adapter.state_dict().items()}, path / _WEIGHTS)
+        (path / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StudyError(
+            f"cannot save the adapter in {path}: {error.strerror}; choose a folder you may write"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a folder holds that `save` wrote: the contents of adapter.json, and the weights by name."""
+
+    folder: str
+    config: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+
+    @property
+    def allocation(self) -> Allocation:
+        return allocation_from_json(self.config["allocation"])
+
+    @property
+    def shape(self) -> ModelShape:
+        return ModelShape.from_json(self.config["shape"])
+
+    @property
+    def lora(self) -> LoraSettings:
+        """As the adapter was attached with; settings that its kind has no use for, or are younger, have defaults."""
+        settings = self.config["settings"]
+        return LoraSettings(**{f.name: settings[f.name] for f in fields(LoraSettings) if f.name in settings})
+
+
+def read(folder: str | os.PathLike) -> Saved:
+    """What a folder (a path or a URI) holds; needs no model.
+
+    Raises StudyError where it holds no adapter, a damaged one, or not as many weights as its allocation has.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    with storage.reading_folder(folder) as path:
+        try:
+            config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+            weights = load_file(path / _WEIGHTS)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise StudyError(f"no adapter in {folder}: expected {_CONFIG} and {_WEIGHTS} there") from error
+        except (json.JSONDecodeError, SafetensorError) as error:
+            raise StudyError(f"the adapter in {folder} is damaged: {error}; save it again") from error
+    if config["format"] != FORMAT:
+        raise StudyError(f"{folder}/{_CONFIG} has format {config['format']}, this version reads {FORMAT}")
+    saved = Saved(str(folder), config, weights)
+    held = sum(tensor.numel() for tensor in weights.values())
+    counted = saved.allocation.trainable_params(saved.shape, rank=saved.lora.rank)
+    if held != counted:
+        raise StudyError(
+            f"the adapter in {folder} is damaged: it holds {held:,} values, its allocation {counted:,}; save it again"
+        )
+    return saved
+
+
+def family_of(model: nn.Module) -> str:
+    """What transformers calls the model's family."""
+    return model.config.model_type  # type: ignore[union-attr,return-value]

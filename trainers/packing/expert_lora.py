@@ -1,0 +1,191 @@
+"""LoRA of every member on an MoE base: on attention, routers and shared experts, and on its own chosen experts.
+
+Shapes: K members, T tokens of a member, I input and O output features, R the largest rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allocators.core.types import ALWAYS_ADAPTED
+from trainers.adapter.expert_lora import ExpertLora, ExpertLoraAdapter, ExpertStacks, Route, kept_rows, padded_rank
+from trainers.adapter.linear import add_product_, module_at, put_attribute, put_on_linear
+from trainers.packing.buffers import Buffers
+from trainers.packing.passes import Part, Passes
+
+
+def parts(model: nn.Module, adapters: Sequence[ExpertLoraAdapter], buffers: Buffers, passes: Passes) -> list[Part]:
+    """What the adapters have between them, module by module."""
+    shape = adapters[0].shape
+    made: list[Part] = []
+    for spec in shape.of_role(*ALWAYS_ADAPTED):
+        module = module_at(model, spec.path, name=shape.name)
+        made.append(PackedLinear(module, spec.path, [a.linear_lora(spec.path) for a in adapters], buffers, passes))
+    for layer in sorted({layer for adapter in adapters for layer in adapter.experts}):
+        loras = {k: adapter.experts[layer] for k, adapter in enumerate(adapters) if layer in adapter.experts}
+        made.append(PackedExperts(loras, buffers, passes))
+    return made
+
+
+class PackedLinear(Part):
+    """LoRA of every member on one linear layer or router."""
+
+    def __init__(
+        self,
+        module: Any,
+        path: str,
+        pairs: Sequence[tuple[nn.Parameter, nn.Parameter]],
+        buffers: Buffers,
+        passes: Passes,
+    ) -> None:
+        self.module, self.path, self.buffers, self.passes = module, path, buffers, passes
+        self.members = range(len(pairs))
+        (a_RI, b_OR), most = pairs[0], max(len(a_RI) for a_RI, _ in pairs)
+        self.a_KRI = buffers.tensor(len(pairs), most, a_RI.size(1), written=True)
+        self.b_KOR = buffers.tensor(len(pairs), b_OR.size(0), most, written=True)
+        for k, (a_RI, b_OR) in enumerate(pairs):
+            buffers.place(self.a_KRI, (k, slice(len(a_RI))), a_RI)
+            buffers.place(self.b_KOR, (k, slice(None), slice(len(a_RI))), b_OR)
+        scales = [passes.scale_of(k) for k in self.members]
+        self.scale_K11 = torch.tensor(scales, device=buffers.device).view(-1, 1, 1)
+
+    def put(self) -> Callable[[], None]:
+        return put_on_linear(self.module, self.add)
+
+    def add(self, out: Tensor, x: Tensor) -> Tensor:
+        self.seen = True
+        x_KTI = x.reshape(len(self.members), -1, x.size(-1)).to(out.dtype)
+        keep = self.passes.kept(self.members, x.size(-1))
+        return _AddLora.apply(out, x_KTI, self.a_KRI, self.b_KOR, keep, self)
+
+
+class _AddLora(torch.autograd.Function):
+    """`out + scale · x Aᵀ Bᵀ` of every member, in place: two batched GEMMs forward, four backward.
+
+    `add_lora` with its gradients written out, because these are added to where they belong, and with the scale in rank
+    space, because members differ in it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, x_KTI: Tensor, a_KRI: Tensor, b_KOR: Tensor, keep: Tensor | None, lora: PackedLinear
+    ) -> Tensor:
+        a, b = a_KRI.to(out.dtype), b_KOR.to(out.dtype)
+        rank_KTR = torch.bmm(x_KTI if keep is None else x_KTI * keep, a.mT).mul_(lora.scale_K11.to(out.dtype))
+        add_product_(out.view(len(a), -1, out.size(-1)), rank_KTR, b.mT)
+        ctx.save_for_backward(x_KTI, keep, rank_KTR)
+        ctx.lora = lora
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x_KTI, keep, rank_KTR = ctx.saved_tensors
+        lora: PackedLinear = ctx.lora
+        a, b = lora.a_KRI.to(dy.dtype), lora.b_KOR.to(dy.dtype)
+        dy_KTO = dy.reshape(len(a), -1, dy.size(-1))
+        drank_KTR = torch.bmm(dy_KTO, b).mul_(lora.scale_K11.to(dy.dtype))
+        lora.buffers.add_gradient(lora.b_KOR, dy_KTO.mT, rank_KTR)
+        lora.buffers.add_gradient(lora.a_KRI, drank_KTR.mT, x_KTI if keep is None else x_KTI * keep)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            dx = torch.bmm(drank_KTR, a)
+            if keep is not None:
+                dx.mul_(keep)
+        return dy, dx, None, None, None, None
+
+
+class PackedExperts(ExpertStacks, Part):
+    """LoRA of every member on its own chosen experts of one layer; what `expert_lora.experts_forward` asks for.
+
+    A pair is a member and one of its experts; C pairs, member by member. Only rows of pairs run through LoRA.
+    The number of these rows is read back from the device, once a layer and pass.
+
+    Shapes as in trainers/adapter/expert_lora.py, where K are the experts a token: here K is members, J that.
+    """
+
+    def __init__(self, loras: dict[int, ExpertLora], buffers: Buffers, passes: Passes) -> None:
+        one = next(iter(loras.values()))
+        super().__init__(one.module, path=one.path)
+        self.passes = passes
+        self.num_experts: int = one.module.num_experts
+        ends = [0]
+        for lora in loras.values():
+            ends.append(ends[-1] + len(lora.ids))
+        self.num_pairs = ends[-1]
+        self.pairs_of = {k: (ends[i], ends[i + 1]) for i, k in enumerate(loras)}
+        pair_of = torch.full((passes.num_members, self.num_experts), self.num_pairs)
+        scales = torch.empty(self.num_pairs)
+        for k, lora in loras.items():
+            first, last = self.pairs_of[k]
+            pair_of[k, list(lora.ids)] = torch.arange(first, last)
+            scales[first:last] = passes.scale_of(k)
+        self.pair_of = pair_of.flatten().to(self.device)
+        self.scale_C = scales.to(self.device)
+        self.places_C = torch.arange(self.num_pairs, device=self.device)
+        self.drops = passes.drops(list(loras))
+        most = max(a_CRI.size(1) for lora in loras.values() for a_CRI, _ in lora.pairs.values())
+        self.tensors = {stack: self._side_by_side(stack, loras, most, buffers) for stack in self.stacks}
+
+    def put(self) -> Callable[[], None]:
+        return put_attribute(self.module, "lora", self)
+
+    def _side_by_side(
+        self, stack: str, loras: dict[int, ExpertLora], most: int, buffers: Buffers
+    ) -> tuple[Tensor, Tensor]:
+        """As `expert_lora.side_by_side` has it, each projection with the largest rank of all members."""
+        projections = self.stacks[stack]
+        sizes = [next(iter(loras.values())).pairs[name] for name in projections]
+        ranks = padded_rank(most * len(projections), self.module.down_proj.dtype)
+        a = buffers.tensor(self.num_pairs, ranks, sizes[0][0].size(2))
+        b = buffers.tensor(self.num_pairs, sum(b_COR.size(1) for _, b_COR in sizes), ranks)
+        for position, name in enumerate(projections):
+            for k, lora in loras.items():
+                a_CRI, b_COR = lora.pairs[name]
+                pairs = slice(*self.pairs_of[k])
+                in_rank = slice(position * most, position * most + a_CRI.size(1))
+                buffers.place(a, (pairs, in_rank), a_CRI)
+                buffers.place(b, (pairs, self.rows_of(stack, position, b_COR.size(1)), in_rank), b_COR)
+        return a, b
+
+    def route(self, index_TJ: Tensor) -> Route:
+        self.seen = True
+        ids_S, order_S, inverse_S, token_S, ends_E = self.sort(index_TJ, stable=self.drops)
+        member_S = token_S // (index_TJ.size(0) // self.passes.num_members)
+        pair_S = self.pair_of.index_select(0, member_S * self.num_experts + ids_S)
+        pair_S, rows_S = torch.sort(pair_S, stable=True)
+        ends_C = torch.searchsorted(pair_S, self.places_C, right=True, out_int32=True)
+        num_rows = int(ends_C[-1])
+        scale_Q1 = self.scale_C.index_select(0, pair_S[:num_rows]).unsqueeze(1)
+        scale_Q1 = scale_Q1.to(self.module.down_proj.dtype)
+        return Route(ids_S, order_S, inverse_S, token_S, ends_E, rows_S[:num_rows], ends_C, scale_Q1)
+
+    def factors(self, stack: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a_CRI, b_COR = self.tensors[stack]
+        return a_CRI.to(dtype), b_COR.to(dtype)
+
+    def scale_of(self, route: Route, keep_QI: Tensor | None) -> Tensor:
+        assert route.scale_Q1 is not None
+        return route.scale_Q1
+
+    def kept(self, route: Route, num_features: int) -> Tensor | None:
+        """As a member alone draws them on a CPU: for its rows, by expert and token, without the others' padding."""
+        if not self.drops:
+            return None
+        assert route.rows_Q is not None
+        now, ends = self.passes.now, [0, *route.ends_C.tolist()]
+        keep_QI = torch.ones(ends[-1], num_features, dtype=torch.bool, device=self.device)
+        place_Q = route.token_S.index_select(0, route.rows_Q) % now.width
+        for k, (first, last) in self.pairs_of.items():
+            if p := self.passes.loras[k].lora_dropout:
+                rows = slice(ends[first], ends[last])
+                own = (place_Q[rows] < now.widths[k]).nonzero().squeeze(1) + rows.start
+                keep_QI[own] = kept_rows(
+                    len(own), num_features, dropout=p, device=self.device, generator=now.generators[k]
+                )
+        return keep_QI

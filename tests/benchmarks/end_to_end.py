@@ -473,9 +473,10 @@ class Recorded:
 @cache
 def problem_of(name: str, seed: int) -> Recorded:
     from search import replay
+    from search.replay.problem import table_problem
 
     table = replay.load(name)
-    problem = table.problem(seed=table.seeds[seed % len(table.seeds)])
+    problem = table_problem(table, seed=table.seeds[seed % len(table.seeds)])
     outcomes = [row.outcome for row in table.rows.values() if row.outcome.trial.seed == problem.seed]
     return Recorded(problem, [(json.dumps(o.trial.to_json()), o.trainable_params) for o in outcomes])
 

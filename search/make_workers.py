@@ -74,7 +74,8 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
         from search.engine.inprocess import InProcessWorkers
 
         return InProcessWorkers(setup, device="cpu" if config.gpus_per_worker == 0 else "")
-    from search.engine.workers import RayWorkers, Resources
+    from search.engine.groups import Resources
+    from search.engine.workers import RayWorkers
 
     resources = Resources(
         trainings,

@@ -546,7 +546,8 @@ class Target:
 def real_ours(settings: Settings, target: Target, folder: Path) -> None:
     """A study of the toolkit, but for its report: records, MLflow, warm workers, ehvi; without packs and halving."""
     from search.config import RunConfig
-    from search.engine.workers import RayWorkers, Resources
+    from search.engine.groups import Resources
+    from search.engine.workers import RayWorkers
     from search.make_workers import Locations
     from search.make_workers import worker_setup as setup_of
     from search.records import Study

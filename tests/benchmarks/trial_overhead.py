@@ -123,7 +123,8 @@ def setup(folder: Path) -> WorkerSetup:
 
 def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
     """Through the toolkit's own workers and Tune side."""
-    from search.engine.workers import RayWorkers, Resources
+    from search.engine.groups import Resources
+    from search.engine.workers import RayWorkers
     from search.problem import Proposal
 
     clock = Clock(time.monotonic(), [], [], [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from allocators.core.errors import StudyError
-from search.engine.workers import MOST_CPU_GROUPS, MOST_PACKED, Resources, WorkerGroups
+from search.engine.groups import MOST_CPU_GROUPS, MOST_PACKED, Resources, WorkerGroups
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ Cost of a training, the same points in all ways, which take turns, medians over 
     ours         a warm worker: our adapter, our evaluation
     curve        the same with three evaluations on the way, as a study has them by default
     packed       `pack` of these in one pass over the base, one's share
-To those of a warm worker comes what Tune and the workers' board cost (trial_overhead.py, measured in the same run).
+To those of a warm worker comes what Tune and the job queue cost (trial_overhead.py, measured in the same run).
 Wall clock is that of a training alone on the machine; CPU-seconds are those of all its processes. Two trainings at once
 keep both CPUs busy, so a study's wall clock goes by CPU-seconds; they also depend less on what else the machine does.
 

@@ -25,6 +25,7 @@ from trainers.tasks import files as task_files
 
 SAMPLERS = ("ehvi", "tpe", "nsga2", "random")
 SCHEDULERS = ("none", "pareto_halving")
+WORKERS = ("ray", "process")
 
 
 def _key(default: Any, meaning: str) -> Any:
@@ -98,6 +99,11 @@ class RunConfig:
     chat_template: bool = _key(False, "put prompts into the tokenizer's chat template, to train and to evaluate")
     untrained: bool = _key(True, "evaluate the base before anything is trained, to say what training gained")
     calibration_samples: int = _key(256, "training documents that the routing signal is measured on")
+    workers: str = _key(
+        "ray",
+        "where trials train: ray (workers that stay up for the whole study, here or on a cluster) or process (this "
+        "process, one trial after another, without Ray: for a debugger, a notebook, tests). Results are the same",
+    )
     workers_per_trial: int = _key(1, "Ray Train workers of one trial (data parallel)")
     shard: bool = _key(
         False,
@@ -298,6 +304,10 @@ def check(config: RunConfig) -> None:
         raise unknown("sampler", config.sampler, SAMPLERS)
     if config.scheduler not in SCHEDULERS:
         raise unknown("scheduler", config.scheduler, SCHEDULERS)
+    if config.workers not in WORKERS:
+        raise unknown("workers", config.workers, WORKERS)
+    if config.workers == "process" and (reason := _needs_ray(config)):
+        raise StudyError(f"workers=process and {reason} do not go together: leave one of them out")
     if config.scheduler != "none" and config.evaluations < 2:
         raise StudyError(
             f"scheduler={config.scheduler} compares trainings before their end, and evaluations={config.evaluations} "
@@ -330,6 +340,12 @@ def check(config: RunConfig) -> None:
                 f"unknown key 'recipe.{name}': choose from {', '.join(sorted(known))}{did_you_mean(name, known)}"
             )
     make_recipe(config.recipe)
+
+
+def _needs_ray(config: RunConfig) -> str:
+    """What a single worker in this process cannot do."""
+    alone = {"workers_per_trial": (1,), "max_concurrent": (0, 1), "pack": ("1",), "ray_address": ("local",)}
+    return next((f"{key}={getattr(config, key)}" for key, can in alone.items() if getattr(config, key) not in can), "")
 
 
 def _no_pack(config: RunConfig) -> str:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -52,6 +52,15 @@ class Problem:
         """Whether the space is a fixed grid: every point of it is trained, and there is nothing to search."""
         return getattr(self.space, "TABLE", False)
 
+    @property
+    def needs(self) -> list[SignalKind]:
+        """Kinds of signal that have to be measured: what the space's allocators read, or the pinned one of them."""
+        return kinds_read([self.pins["allocator"]] if "allocator" in self.pins else self.space.ALLOCATORS)
+
+    def measured(self, signals: Mapping[str, Signal]) -> Problem:
+        """The same with these signals in the place of all that stood for them."""
+        return replace(self, signals=signals)
+
     def allocate(self, point: Point, *, seed: int | None = None) -> Allocation:
         """Raises InfeasibleError where the knobs give no allocation on this model.
 
@@ -85,6 +94,19 @@ class Problem:
         if trial.knobs.get("draw") != "each":
             return replace(trial, seed=seed)
         return replace(trial, seed=seed, allocation=self.allocate(Point(trial.allocator, trial.knobs), seed=seed))
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A point that has to be trained: the trial, its exact cost, and the sampler parameters it came from.
+
+    sampler_seconds   what it took to think of it, the points answered on the way included
+    """
+
+    trial: Trial
+    trainable_params: int
+    params: Mapping[str, Any]
+    sampler_seconds: float = 0.0
 
 
 class PinnedTrial:
@@ -123,6 +145,11 @@ class PinnedTrial:
     def _keep(self, name: str, value: Any) -> Any:
         self.params[name] = value
         return value
+
+
+def kinds_read(allocators: Iterable[str]) -> list[SignalKind]:
+    """Kinds of signal that these allocators read."""
+    return sorted({kind for name in allocators if (kind := plugins.load("allocators", name).NEEDS)})
 
 
 def load_space(name: str, shape: ModelShape) -> ModuleType:

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 from allocators.core.types import FINISHED, Outcome, Rung
 from search import front as pareto
-from search.problem import Problem
+from search.problem import Problem, Proposal
 from search.propose.halving import NO_HALVING, Halving, NoHalving
-from search.propose.sampler import Answered, Proposal, Proposer, table_rows
+from search.propose.sampler import Answered, Proposer, table_rows
 from search.records import Records, Study
 from search.records.reuse import NOWHERE, Elsewhere, Nowhere
 from search.records.tracking import Tracker

@@ -10,31 +10,18 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError
-from allocators.core.types import Outcome, Point, Recipe, Trial
+from allocators.core.types import Outcome, Point, Recipe
 from search.config import make_recipe
-from search.problem import Problem, corners
+from search.problem import Problem, Proposal, corners
 from search.records import Answered, Reason
 
 # Successive repeats after which plain random points are drawn, and after which the space counts as used up.
 PATIENCE = 25
 EXHAUSTED = 400
-
-
-@dataclass(frozen=True)
-class Proposal:
-    """A point that has to be trained: the trial, its exact cost, and the sampler parameters it came from.
-
-    sampler_seconds   what it took to think of it, the points answered on the way included
-    """
-
-    trial: Trial
-    trainable_params: int
-    params: Mapping[str, Any]
-    sampler_seconds: float = 0.0
 
 
 def _ehvi(problem: Problem, seed: int) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Outcome, Status
-from search.propose.sampler import Proposal
+from search.problem import Proposal
 from search.records import HEADER, Followed, Records, redacted
 from trainers import storage
 

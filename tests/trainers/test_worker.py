@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 
-from allocators.core.types import ExpertSelection, Outcome, Recipe, Trial
-from tests.trainers.conftest import bench_setup
+from allocators.core.messages import Assignment, Finished, PackJob, Report, TaskJob, TrainJob, is_end
+from allocators.core.types import ExpertSelection, Recipe, Trial
+from tests.trainers.conftest import worker_setup
 from trainers import storage
-from trainers.worker import Bench, Places
+from trainers.worker_slots import WorkerSlots
+from trainers.worker_state import WorkerState
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def state(tmp_path_factory):
     folder = tmp_path_factory.mktemp("worker")
-    setup = bench_setup(folder, task="tiny_cipher", task_options={"limit": 16}, evaluations=2, calibration_samples=8)
-    return Bench(setup, "cpu")
+    setup = worker_setup(folder, task="tiny_cipher", task_options={"limit": 16}, evaluations=2, calibration_samples=8)
+    return WorkerState(setup, "cpu")
 
 
-def trial(bench, ids=(0, 3), **recipe) -> tuple[Trial, int]:
+def trial(state, ids=(0, 3), **recipe) -> tuple[Trial, int]:
     settings = Recipe(**({"rank": 4, "steps": 4, "batch_size": 4, "micro_batch_size": 4} | recipe))
-    selection = ExpertSelection(dict.fromkeys(bench.shape.moe_layers, ids))
+    selection = ExpertSelection(dict.fromkeys(state.shape.moe_layers, ids))
     made = Trial(selection, settings, "tiny-moe", "tiny_cipher", 0, "sieve", {"fraction": 0.125})
-    return made, selection.trainable_params(bench.shape, rank=settings.rank)
+    return made, selection.trainable_params(state.shape, rank=settings.rank)
 
 
 def weights_hash(model) -> str:
@@ -37,99 +38,108 @@ def weights_hash(model) -> str:
     return digest.hexdigest()
 
 
-def test_trial_after_trial_leaves_the_base_bit_identical(bench):
-    before = weights_hash(bench.model)
+def test_trial_after_trial_leaves_the_base_bit_identical(state):
+    before = weights_hash(state.model)
     for ids in ((0, 3), (), tuple(range(16)), (15,)):
-        outcome = bench.train(*trial(bench, ids), report=lambda rung: True)
+        outcome = state.train(*trial(state, ids), report=lambda rung: True)
         assert outcome.status == "complete", outcome.message
-        assert weights_hash(bench.model) == before
-    assert not any(p.requires_grad for p in bench.model.parameters())
+        assert weights_hash(state.model) == before
+    assert not any(p.requires_grad for p in state.model.parameters())
 
 
-def test_the_base_alone_is_evaluated_as_an_adapter_that_was_not_trained(bench):
-    base = bench.untrained()
-    hardly = bench.train(*trial(bench, steps=1, learning_rate=1e-12), report=lambda rung: True)
-    assert base["accuracy"] == hardly.accuracy
-    assert base["stderr"] == hardly.rungs[-1].stderr > 0
+def test_the_base_alone_is_evaluated_as_an_adapter_that_was_not_trained(state):
+    base = state.untrained()
+    hardly = state.train(*trial(state, steps=1, learning_rate=1e-12), report=lambda rung: True)
+    assert base.accuracy == hardly.accuracy
+    assert base.stderr == hardly.rungs[-1].stderr > 0
 
 
-def test_the_same_trial_twice_is_the_same_result(bench):
-    first = bench.train(*trial(bench), report=lambda rung: True)
-    storage.delete_folder(storage.join(bench.setup["checkpoints"], first.digest))
-    second = bench.train(*trial(bench), report=lambda rung: True)
+def test_the_same_trial_twice_is_the_same_result(state):
+    first = state.train(*trial(state), report=lambda rung: True)
+    storage.delete_folder(storage.join(state.setup.checkpoints, first.digest))
+    second = state.train(*trial(state), report=lambda rung: True)
     losses = [[rung.loss for rung in outcome.rungs] for outcome in (first, second)]
     assert losses[0] == losses[1]
     assert first.accuracy == second.accuracy
 
 
-def test_a_diverged_trial_has_no_accuracy_and_no_adapter(bench):
-    outcome = bench.train(*trial(bench, learning_rate=1e30, max_grad_norm=0.0, steps=20), report=lambda rung: True)
+def test_a_diverged_trial_has_no_accuracy_and_no_adapter(state):
+    outcome = state.train(*trial(state, learning_rate=1e30, max_grad_norm=0.0, steps=20), report=lambda rung: True)
     assert outcome.status == "diverged"
     assert outcome.accuracy is None
     assert outcome.adapter == ""
 
 
-def test_a_trial_that_cannot_work_is_an_outcome_with_its_reason(bench):
-    asked, params = trial(bench)
-    outcome = bench.train(asked, params + 1, report=lambda rung: True)
+def test_a_trial_that_cannot_work_is_an_outcome_with_its_reason(state):
+    asked, params = trial(state)
+    outcome = state.train(asked, params + 1, report=lambda rung: True)
     assert outcome.status == "failed"
     assert f"{params:,}" in outcome.message
-    assert bench.train(replace(asked, seed=5), params, report=lambda rung: True).status == "complete"
+    assert state.train(replace(asked, seed=5), params, report=lambda rung: True).status == "complete"
 
 
-def test_a_trial_stops_where_its_report_is_answered_with_no(bench):
-    outcome = bench.train(*trial(bench, (7,)), report=lambda rung: False)
+def test_a_trial_stops_where_its_report_is_answered_with_no(state):
+    outcome = state.train(*trial(state, (7,)), report=lambda rung: False)
     assert outcome.status == "stopped"
     assert [rung.step for rung in outcome.rungs] == [2]
     assert outcome.accuracy == outcome.rungs[-1].accuracy
 
 
-def test_a_signal_is_measured_once_for_everyone(bench):
-    first = bench.measure("routing")["signal"]
-    assert bench.measure("routing")["signal"] == first
-    assert set(first["rows"]) == {str(layer) for layer in bench.shape.moe_layers}
-    tokens = {sum(row["count"]) for row in first["rows"].values()}
+def test_a_signal_is_measured_once_for_everyone(state):
+    first = state.measure("routing")
+    assert state.measure("routing").to_json() == first.to_json()
+    assert set(first.rows) == {str(layer) for layer in state.shape.moe_layers}
+    tokens = {sum(row["count"]) for row in first.rows.values()}
     assert len(tokens) == 1, "every layer routes the same tokens"
 
 
 # --- several trials in one pass ---
 
 
-def packed(bench, jobs, *, places, report=lambda job_id, message: True, late=()):
-    """What a worker with `places` reports of jobs; `late` ones are there only when a place has become free."""
-    told, waiting, later = [], list(jobs), list(late)
+class Jobs:
+    """These jobs; `late` ones are there only when a slot has become free. Keeps what is reported."""
 
-    def take(wait):
-        if waiting:
-            return waiting.pop(0)
-        if later and any(message["done"] for _, message in told):
-            return later.pop(0)
-        return None if wait else ("", {})
+    def __init__(self, jobs, late=(), go_on=lambda job_id: True) -> None:
+        self.waiting, self.late, self.go_on = list(jobs), list(late), go_on
+        self.reports: list[tuple[str, Report]] = []
 
-    def heard(job_id, message):
-        told.append((job_id, message))
-        return report(job_id, message)
+    def take(self, *, wait=True):
+        if self.waiting:
+            return self.waiting.pop(0)
+        if self.late and any(is_end(report) for _, report in self.reports):
+            return self.late.pop(0)
+        return "closed" if wait else "empty"
 
-    Places(bench, places, take=take, report=heard, told=lambda job_id: lambda done, total, what: None).serve()
-    assert not hasattr(bench.model, "lora_adapter")
-    ends = [(job_id, message) for job_id, message in told if message["done"]]
+    def report(self, job_id, report):
+        self.reports.append((job_id, report))
+        return self.go_on(job_id)
+
+    def progress(self, job_id):
+        return lambda done, total, what: None
+
+
+def packed(state, jobs, *, slots, late=(), go_on=lambda job_id: True):
+    """What a worker with `slots` reports of jobs, and the outcomes among it by job."""
+    taken = Jobs(jobs, late, go_on)
+    WorkerSlots(state, slots, taken).serve()
+    assert not hasattr(state.model, "lora_adapter")
+    ends = [(job_id, report) for job_id, report in taken.reports if is_end(report)]
     assert len(ends) == len({job_id for job_id, _ in ends}), "every job ends once"
-    return told, {i: Outcome.from_json(json.loads(m["outcome"])) for i, m in ends if "outcome" in m}
+    return taken.reports, {job_id: report.outcome for job_id, report in ends if isinstance(report, Finished)}
 
 
-def job(bench, name, ids=(0, 3), *, attempt=1, off=0, **recipe):
-    asked, params = trial(bench, ids, **recipe)
-    work = {"kind": "trial", "trial": json.dumps(asked.to_json()), "trainable_params": params + off}
-    return name, work | {"attempt": attempt}
+def job(state, name, ids=(0, 3), *, attempt=1, off=0, **recipe):
+    asked, params = trial(state, ids, **recipe)
+    return Assignment(name, TrainJob(asked, params + off), attempt)
 
 
 @pytest.fixture
-def fresh(bench, tmp_path):
-    """The bench with no checkpoint of an earlier test."""
-    before = bench.setup
-    bench.setup = before | {"checkpoints": str(tmp_path / "checkpoints")}
-    yield bench
-    bench.setup = before
+def fresh(state, tmp_path):
+    """The worker's state with no checkpoint of an earlier test."""
+    before = state.setup
+    state.setup = replace(before, checkpoints=str(tmp_path / "checkpoints"))
+    yield state
+    state.setup = before
 
 
 def test_packed_trials_are_those_of_a_worker_each(fresh, tmp_path):
@@ -139,11 +149,11 @@ def test_packed_trials_are_those_of_a_worker_each(fresh, tmp_path):
         job(fresh, "a"),
         job(fresh, "b", (1, 2, 3), rank=2, steps=2),
         job(fresh, "wrong", (5,), off=1),
-        ("task", {"kind": "task", "attempt": 1}),
+        Assignment("task", TaskJob()),
     ]
-    told, outcomes = packed(fresh, jobs, places=3, late=[job(fresh, "c", (7,), learning_rate=1e-3)])
+    reports, outcomes = packed(fresh, jobs, slots=3, late=[job(fresh, "c", (7,), learning_rate=1e-3)])
     assert weights_hash(fresh.model) == before
-    assert next(i for i, m in told if m["done"]) == "wrong"
+    assert next(i for i, report in reports if is_end(report)) == "wrong"
     assert {i: o.status for i, o in outcomes.items()} == {
         "a": "complete",
         "b": "complete",
@@ -151,7 +161,7 @@ def test_packed_trials_are_those_of_a_worker_each(fresh, tmp_path):
         "wrong": "failed",
     }
     assert (outcomes["a"].pack, outcomes["b"].pack) == (2, 2)
-    fresh.setup |= {"checkpoints": str(tmp_path / "others")}
+    fresh.setup = replace(fresh.setup, checkpoints=str(tmp_path / "others"))
     for name in "abc":
         one = outcomes[name]
         alone = fresh.train(one.trial, one.trainable_params, report=lambda rung: True)
@@ -166,7 +176,7 @@ def test_a_packed_trial_stops_and_diverges_by_itself(fresh):
         job(fresh, "diverges", learning_rate=1e30, max_grad_norm=0.0),
         job(fresh, "goes on", (1,)),
     ]
-    _, outcomes = packed(fresh, jobs, places=3, report=lambda name, message: name != "stops")
+    _, outcomes = packed(fresh, jobs, slots=3, go_on=lambda name: name != "stops")
     assert {i: o.status for i, o in outcomes.items()} == {
         "stops": "stopped",
         "diverges": "diverged",
@@ -182,7 +192,7 @@ def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_nam
         return torch.empty(10**15).sum() if self.lora.rank == 2 else None  # 4 PB: the allocator refuses
 
     monkeypatch.setattr(Adapter, "extra_loss", greedy)
-    _, outcomes = packed(fresh, [job(fresh, "large", rank=2), job(fresh, "small"), job(fresh, "other", (1,))], places=3)
+    _, outcomes = packed(fresh, [job(fresh, "large", rank=2), job(fresh, "small"), job(fresh, "other", (1,))], slots=3)
     assert {i: (o.status, o.pack) for i, o in outcomes.items()} == {
         "large": ("out_of_memory", 1),
         "small": ("complete", 1),
@@ -194,15 +204,14 @@ def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_nam
 def test_how_many_to_pack_is_measured_and_leaves_nothing_behind(fresh):
     before = weights_hash(fresh.model)
     asked, params = trial(fresh)
-    work = {"kind": "pack", "trial": json.dumps(asked.to_json()), "trainable_params": params, "attempt": 1}
-    ((_, answer),), _ = packed(fresh, [("pack", work)], places=8)
-    assert answer["pack"] in (1, 2, 4)
-    assert "a step takes" in answer["why"]
+    ((_, answer),), _ = packed(fresh, [Assignment("pack", PackJob(asked, params))], slots=8)
+    assert answer.pack in (1, 2, 4)
+    assert "a step takes" in answer.why
     assert weights_hash(fresh.model) == before
 
 
 def test_what_cannot_share_a_pass_waits_for_its_end(fresh):
     """Another batch size, and a trial whose worker died with it."""
     jobs = [job(fresh, "a"), job(fresh, "b", batch_size=2, micro_batch_size=2), job(fresh, "c", (1,), attempt=2)]
-    _, outcomes = packed(fresh, jobs, places=3)
+    _, outcomes = packed(fresh, jobs, slots=3)
     assert {i: (o.status, o.pack) for i, o in outcomes.items()} == dict.fromkeys("abc", ("complete", 1))

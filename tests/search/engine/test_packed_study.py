@@ -15,8 +15,8 @@ import pytest
 
 from allocators.core.errors import ToolkitError
 from search.records import read
-from tests.trainers.conftest import bench_setup
-from trainers.worker import Bench
+from tests.trainers.conftest import worker_setup
+from trainers.worker_state import WorkerState
 
 TRIALS, QUESTIONS, STEPS = 6, 24, 9
 WORDS = [
@@ -54,13 +54,13 @@ def test_trainings_shared_passes_and_paused_and_ended_by_themselves(study):
 
 def test_each_is_what_it_is_alone(study, tmp_path):
     """Losses but for rounding, accuracies but for the questions that rounding can flip."""
-    setup = bench_setup(
+    setup = worker_setup(
         tmp_path, task="default", task_options={"limit": QUESTIONS}, evaluations=3, calibration_samples=16
     )
-    bench = Bench(setup, "cpu")
+    state = WorkerState(setup, "cpu")
     for outcome in study.finished.values():
         last = outcome.rungs[-1].step
-        alone = bench.train(outcome.trial, outcome.trainable_params, report=lambda rung, last=last: rung.step < last)
+        alone = state.train(outcome.trial, outcome.trainable_params, report=lambda rung, last=last: rung.step < last)
         assert (alone.status, alone.tokens) == (outcome.status, outcome.tokens)
         losses = [[rung.loss for rung in one.rungs] for one in (outcome, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # a token on the border of two experts may flip

@@ -271,11 +271,11 @@ def test_a_base_that_has_moved_and_one_that_is_another(tmp_path, monkeypatch):
 
 def test_an_adapter_that_was_deleted_can_be_trained_again_by_the_command_in_the_message(tmp_path, capsys):
     """The command's own first proposal is the run whose adapter is gone, to the last digit of its learning rate."""
+    from search.prepare import prepare_training
     from search.propose.sampler import Proposer
-    from search.run import prepare
 
     config = RunConfig(recipe={"steps": 7}, trials=5, storage=str(tmp_path), seed=3)
-    proposer = Proposer(prepare(config), sampler="random")
+    proposer = Proposer(prepare_training(config), sampler="random")
     proposals = [proposer.propose() for _ in range(9)]
     proposal = next(p for p in proposals[4:] if p.trial.allocator in ("random", "all", "none"))
     gone = Outcome(proposal.trial, "complete", proposal.trainable_params, 0.4, adapter=str(tmp_path / "adapters" / "x"))
@@ -288,7 +288,7 @@ def test_an_adapter_that_was_deleted_can_be_trained_again_by_the_command_in_the_
     command = err.partition("train this point again: python -m search.run ")[2].split()
     again = parse(command)
     assert (again.trials, again.keep, again.storage) == (1, "all", "studies")
-    assert Proposer(prepare(again), sampler="tpe").propose().trial.digest == gone.digest
+    assert Proposer(prepare_training(again), sampler="tpe").propose().trial.digest == gone.digest
 
 
 def test_a_run_that_never_had_an_adapter_says_why(tmp_path):

@@ -1,8 +1,7 @@
-"""Pareto halving: its ranking against brute force, its decisions by hand and by law, the board's part, a real study."""
+"""Pareto halving: its ranking against brute force, its decisions by hand and by law, a real study."""
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import signal
@@ -18,13 +17,13 @@ from hypothesis import strategies as st
 
 from allocators.core.types import Outcome
 from search.config import parse
-from search.engine.workers import Board
 from search.front import candidates, front
+from search.prepare import prepare_replay
 from search.propose.halving import BEYOND, NO_HALVING, Halving, ordered, rungs, tokens_saved
 from search.propose.sampler import Proposer
 from search.records import Study, read
 from search.replay import export
-from search.run import main, prepare_replay
+from search.run import main
 from tests.search.propose.test_sampler import problem
 from tests.search.replay.test_replay import record
 from tests.search.test_study import lines
@@ -271,85 +270,6 @@ def test_tokens_that_were_not_trained_are_counted():
     assert tokens_saved([whole], evaluations=3) == (0, 900)
 
 
-# --- a worker at a rung
-
-
-def test_a_worker_that_asks_is_answered_by_what_is_wanted_next():
-    async def story():
-        board = Board(groups=2)
-        await board.submit("a", {"asks": True})
-        await board.submit("b", {"asks": True})
-        job_a, _ = await board.take(0)
-        job_b, _ = await board.take(1)
-        first = [asyncio.ensure_future(board.report(g, job, {"done": False})) for g, job in ((0, job_a), (1, job_b))]
-        assert await board.next_report("a") == await board.next_report("b") == {"done": False}
-        assert not any(answer.done() for answer in first), "they wait: who decides has not said anything"
-        wanted = asyncio.ensure_future(board.next_report("a"))
-        await board.cancel("b")
-        assert [await answer for answer in first] == [True, False]
-        await board.submit("c", {})
-        assert (await board.take(1))[0] == "c", "the worker of b is free at once"
-        assert not await board.report(1, "b", {"done": True}), "and its last words on b are for nobody"
-        await board.report(0, "a", {"done": True})
-        assert await wanted == {"done": True}
-
-    asyncio.run(story())
-
-
-def test_a_job_that_left_goes_on_elsewhere_and_nothing_of_before_is_in_its_way():
-    async def story():
-        board = Board(groups=2)
-        for group in (0, 1, 0, 1):  # more often than a job may kill its worker
-            await board.submit("a", {"asks": True})
-            assert (await board.take(group))[0] == "a"
-            answer = asyncio.ensure_future(board.report(group, "a", {"done": False, "group": group}))
-            assert await board.next_report("a") == {"done": False, "group": group}
-            await board.cancel("a")
-            assert not await answer
-        await board.submit("a", {"asks": True})
-        await board.take(0)
-        done = asyncio.ensure_future(board.next_report("a"))
-        assert await board.report(0, "a", {"done": True, "outcome": "x"})
-        assert (await done)["outcome"] == "x"
-
-    asyncio.run(story())
-
-
-def test_a_worker_that_died_while_it_asked_asks_again():
-    async def story():
-        board = Board(groups=1)
-        await board.submit("a", {"asks": True})
-        await board.take(0)
-        dead = asyncio.ensure_future(board.report(0, "a", {"done": False, "n": 1}))
-        assert (await board.next_report("a"))["n"] == 1
-        await board.start(0)
-        assert (await board.take(0))[0] == "a", "the restarted group has it again"
-        answer = asyncio.ensure_future(board.report(0, "a", {"done": False, "n": 1}))
-        await asyncio.sleep(0)
-        assert (await board.next_report("a"))["n"] == 1
-        wanted = asyncio.ensure_future(board.next_report("a"))
-        assert await answer
-        await board.report(0, "a", {"done": True})
-        assert (await wanted)["done"]
-        dead.cancel()
-
-    asyncio.run(story())
-
-
-def test_closing_lets_those_go_who_ask():
-    async def story():
-        board = Board(groups=1)
-        await board.submit("a", {"asks": True})
-        await board.take(0)
-        answer = asyncio.ensure_future(board.report(0, "a", {"done": False}))
-        await asyncio.sleep(0)
-        await board.close()
-        assert not await answer
-        assert await board.take(0) is None
-
-    asyncio.run(story())
-
-
 # --- as keys of a study
 
 
@@ -390,7 +310,7 @@ def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_fro
     assert again.propose().trial.digest not in digests
 
 
-# --- through Ray Tune
+# --- whole studies
 
 
 def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):

@@ -12,8 +12,8 @@ import spaces.moe_grid
 import spaces.sieve
 from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape, ModuleShape, Outcome, Signal
-from search.problem import Problem, cheapest, check_budget, check_pins, corners, placeholder
-from search.propose.sampler import Proposal, Proposer
+from search.problem import Problem, Proposal, cheapest, check_budget, check_pins, corners, placeholder
+from search.propose.sampler import Proposer
 
 
 def moe_shape(layers: int = 3, experts: int = 16, hidden: int = 8) -> ModelShape:

@@ -14,7 +14,7 @@ import pytest
 from allocators.core.types import FINISHED
 from search import report
 from search.config import RunConfig
-from search.propose.sampler import Proposal
+from search.problem import Proposal
 from search.records import LINES, Study, read
 from search.records.reuse import INDIFFERENT, Elsewhere, same_settings
 from search.replay import export

@@ -1,8 +1,7 @@
-"""Recorded trainings: what a table keeps, what a study against it proposes, and the order in which reports come."""
+"""Recorded trainings: what a table keeps and what a study against it proposes."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import os
@@ -24,7 +23,9 @@ from search.problem import Problem, corners
 from search.propose.ehvi import resolver
 from search.propose.sampler import Proposer
 from search.records import Study, read
-from search.replay import TableBoard, _Nearest, export
+from search.replay import export
+from search.replay.__main__ import main as replay_main
+from search.replay.problem import _Nearest, table_problem
 from search.run import main
 from tests.search.propose.test_sampler import problem
 
@@ -90,7 +91,7 @@ def test_a_shipped_table_is_a_full_grid_at_every_seed_and_can_be_searched(name):
     assert len(shipped.seeds) > 1
     assert set(Counter(points).values()) == {len(shipped.seeds)}, "every point has every seed"
     assert all(row.outcome.status in ("complete", "diverged") for row in shipped.rows.values())
-    asked = shipped.problem(seed=0)
+    asked = table_problem(shipped, seed=0)
     plain = Problem(**{f.name: getattr(asked, f.name) for f in fields(Problem)})
     trials = [plain.resolve(point)[0] for point, _ in corners(plain)]
     found = {plain.repeat(trial, seed).digest for trial in trials for seed in shipped.seeds}
@@ -127,7 +128,7 @@ def test_a_table_holds_every_training_with_its_parameters_and_curve(table):
 def test_every_row_is_found_again_by_its_parameters_whatever_its_seed(table):
     made, _ = table
     for seed in made.seeds:
-        asked = made.problem(seed=seed)
+        asked = table_problem(made, seed=seed)
         for row in made.rows.values():
             if row.outcome.trial.seed == seed:
                 point, params = asked.ask(optuna.trial.FixedTrial(dict(row.params)))
@@ -141,7 +142,7 @@ def test_every_row_is_found_again_by_its_parameters_whatever_its_seed(table):
 def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(table, sampler, seed):
     made, _ = table
     pins = {"allocator": "sieve", "learning_rate": RATES[0]}
-    proposer, found = Proposer(made.problem(seed=seed, pins=pins), sampler=sampler), set()
+    proposer, found = Proposer(table_problem(made, seed=seed, pins=pins), sampler=sampler), set()
     while (proposal := proposer.propose()) is not None:
         row = made.rows[proposal.trial.digest]
         assert row.outcome.trial.seed == seed
@@ -153,14 +154,14 @@ def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(table,
 
 def test_a_point_that_was_not_recorded_is_refused_not_guessed(tmp_path):
     record(tmp_path / "study", points=[p for p in grid() if p != grid()[-1]])
-    asked = export([tmp_path / "study"], tmp_path / "small.parquet").problem(seed=0)
+    asked = table_problem(export([tmp_path / "study"], tmp_path / "small.parquet"), seed=0)
     with pytest.raises(InfeasibleError, match="has no row for this point at seed 0"):
         asked.resolve(asked.ask(optuna.trial.FixedTrial(grid()[-1]))[0])
 
 
 def test_candidates_of_the_sampler_lie_on_the_table(table):
     made, _ = table
-    asked = made.problem(seed=1)
+    asked = table_problem(made, seed=1)
     drawn = {"allocator": "sieve", "fraction": 0.1875, "score": "count", "rank": 20, "learning_rate": 4e-3}
     known = resolver(asked)(optuna.trial.FixedTrial(drawn))
     assert known.params == drawn | {"fraction": 0.125, "rank": 16, "learning_rate": 1e-2}
@@ -177,9 +178,9 @@ def test_choices_among_numbers_are_drawn_as_the_ordered_parameter_that_they_are(
 def test_seeds_and_budgets_that_no_row_has(table):
     made, _ = table
     with pytest.raises(StudyError, match=r"seed=7 is not in the table small: choose from 0, 1, 2"):
-        made.problem(seed=7)
+        table_problem(made, seed=7)
     with pytest.raises(StudyError, match=r"max_trainable_params=3 is below the smallest row"):
-        made.problem(seed=0, max_trainable_params=3)
+        table_problem(made, seed=0, max_trainable_params=3)
 
 
 def test_studies_that_do_not_belong_together_and_empty_ones_are_refused(tmp_path, capsys):
@@ -189,12 +190,12 @@ def test_studies_that_do_not_belong_together_and_empty_ones_are_refused(tmp_path
     header["identity"]["task"] = "another"
     (tmp_path / "b" / "study.json").write_text(json.dumps(header))
     words = ["export", str(tmp_path / "a"), str(tmp_path / "b"), f"to={tmp_path / 'x.parquet'}"]
-    assert replay.main(words) == 2
+    assert replay_main(words) == 2
     assert "differ in their identity" in capsys.readouterr().err
     (tmp_path / "a" / "outcomes.jsonl").write_text("")
-    assert replay.main(["export", str(tmp_path / "a"), f"to={tmp_path / 'x.parquet'}"]) == 2
+    assert replay_main(["export", str(tmp_path / "a"), f"to={tmp_path / 'x.parquet'}"]) == 2
     assert "nothing to export" in capsys.readouterr().err
-    assert replay.main(["export", str(tmp_path / "a")]) == 2
+    assert replay_main(["export", str(tmp_path / "a")]) == 2
     assert "usage" in capsys.readouterr().err
 
 
@@ -225,110 +226,13 @@ def test_a_dry_run_shows_rows_with_exact_counts(table, capsys):
     assert "sieve on small: 5 points" in shown
 
 
-# --- the clock
+# --- through the command line
 
 
-def rung(tokens: int) -> dict[str, float]:
-    return {"step": tokens, "tokens": tokens, "accuracy": 0.5}
-
-
-def answers(tokens: dict[str, list[int]]) -> dict[str, dict]:
-    return {
-        name: {"rungs": [rung(t) for t in times], "tokens": times[-1], "accuracy": 0.5}
-        for name, times in tokens.items()
-    }
-
-
-def order(tokens: dict[str, list[int]], workers: int, *, pauses: tuple[str, ...] = ()) -> list[tuple[str, str]]:
-    """Reports in the order in which they come when free workers take the jobs in turn; handles answer in any order.
-
-    Jobs in `pauses` leave after their first rung and are submitted again when nothing else is left.
-    """
-
-    async def run() -> list[tuple[str, str]]:
-        board, waiting = TableBoard(answers(tokens), workers), list(tokens)
-        paused, came, over = [], [], []
-
-        async def worker() -> None:
-            while waiting or paused:
-                job = waiting.pop(0) if waiting else paused.pop(0)
-                await board.submit(job, {"trial": "{}"})
-                first = True
-                while True:
-                    message = await board.next_report(job)
-                    came.append((job, "end" if message["done"] else f"{message['rung'].tokens}"))
-                    if message["done"]:
-                        break
-                    if job in pauses and first and job not in [j for j, what in came[:-1]]:
-                        await board.cancel(job)
-                        paused.append(job)
-                        break
-                    first = False
-            if not over:  # as Tune: it asks until it hears that there is nothing, and then never again
-                over.append(True)
-                await board.idle(over=True)
-
-        await asyncio.wait_for(asyncio.gather(*(worker() for _ in range(workers))), timeout=10)
-        return came
-
-    return asyncio.run(run())
-
-
-def test_two_workers_by_hand():
-    #   a: 10 20 | b: 15 40 | c starts when a ends at 20 and reports at 20 + 5
-    came = order({"a": [10, 20], "b": [15, 40], "c": [5]}, workers=2)
-    expected = [
-        ("a", "10"),
-        ("b", "15"),
-        ("a", "20"),
-        ("a", "end"),
-        ("c", "5"),
-        ("c", "end"),
-        ("b", "40"),
-        ("b", "end"),
-    ]
-    assert came == expected
-
-
-@given(
-    st.lists(st.lists(st.integers(1, 50), min_size=1, max_size=3, unique=True).map(sorted), min_size=1, max_size=7),
-    st.integers(1, 4),
-)
-def test_reports_come_in_the_order_of_an_event_simulation(curves, workers):
-    tokens = {f"job{i}": curve for i, curve in enumerate(curves)}
-    came = order(tokens, workers)
-    assert sorted(job for job, what in came if what == "end") == sorted(tokens)
-    free, starts, ends = [0.0] * workers, {}, {}
-    for name, curve in tokens.items():  # greedy: the worker that is free first takes the next job
-        at = min(free)
-        free.remove(at)
-        starts[name], ends[name] = at, at + curve[-1]
-        free.append(ends[name])
-    times = [ends[job] if what == "end" else starts[job] + int(what) for job, what in came]
-    assert times == sorted(times)
-
-
-def test_a_job_that_was_paused_goes_on_behind_what_it_had_reached():
-    came = order({"a": [10, 20, 30], "b": [12]}, workers=1, pauses=("a",))
-    assert came == [("a", "10"), ("b", "12"), ("b", "end"), ("a", "10"), ("a", "20"), ("a", "30"), ("a", "end")]
-
-
-def test_a_training_that_the_table_lacks_is_an_error_not_a_number():
-    async def ask() -> dict:
-        board = TableBoard({}, 1)
-        await board.submit("unknown", {"trial": "{}"})
-        return await board.next_report("unknown")
-
-    assert asyncio.run(ask()) == {"done": True, "error": "the table has no row for this training"}
-
-
-# --- through Ray Tune
-
-
-def test_a_study_against_the_table_through_tune(table, tmp_path):
+def test_a_study_against_the_table(table, tmp_path):
     made, folder = table
     words = [f"replay={folder / 'small.parquet'}", "trials=20", "max_concurrent=3", f"storage={tmp_path}", "seed=1"]
-    words += ["sampler=ehvi", "num_cpus=2"]
+    words += ["sampler=ehvi"]
     environment = os.environ | {"COLUMNS": "150"}
     command = [sys.executable, "-m", "search.run", *words]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)

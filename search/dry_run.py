@@ -1,0 +1,84 @@
+"""`dry_run=true`: the points that a study would start with, with their parameter counts. No weights, no workers."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from allocators.core import plugins
+from search.config import RunConfig
+from search.front import human
+from search.prepare import recorded_signals
+from search.problem import Problem, Proposal
+from search.propose.sampler import Proposer, table_rows
+
+
+def dry_run(config: RunConfig, problem: Problem, folder: Path) -> None:
+    """Prints what the study would start with, or what the sampler would draw.
+
+    folder   of the study: where an earlier run of it measured signals, counts are exact
+    """
+    known = {kind: signal for kind, signal in problem.signals.items() if signal.provenance.get("measured", True)}
+    known |= recorded_signals(folder)
+    problem = replace(problem, signals={**problem.signals, **known})
+    proposals, reasons = drawn(problem, trials=config.trials, merge=set(problem.needs) <= known.keys())
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(_table(proposals, f"{config.space} on {config.model}: {len(proposals)} points", known))
+    if not all(_mark(proposal, known) == "" for proposal in proposals):
+        console.print("≤ at most, ≈ about: depends on a signal that the first run measures")
+    if reasons:
+        console.print(f"{len(reasons)} further points needed no training: {', '.join(sorted(set(reasons)))}")
+    if problem.is_table:
+        total = len(proposals) * config.seeds
+        console.print(f"{len(proposals)} rows with {config.seeds} seeds each: {total} trainings")
+    elif config.seeds > 1:
+        console.print(f"then the members of the front again, until {config.seeds} seeds stand behind each")
+
+
+def drawn(problem: Problem, *, trials: int, merge: bool) -> tuple[list[Proposal], list[str]]:
+    """Points to show, and the reasons why others need no training.
+
+    merge   False: rows of a table that have one allocation stay apart, because a signal is not known yet
+    """
+    if problem.is_table:
+        rows = table_rows(problem, merge=merge)
+        reasons: list[str] = [row.reason for row in rows if not isinstance(row, Proposal)]
+        return [row for row in rows if isinstance(row, Proposal)][:trials], reasons
+    reasons = []
+    proposer = Proposer(problem, sampler="random", answered=lambda point: reasons.append(point.reason))
+    return [p for _ in range(trials) if (p := proposer.propose()) is not None], reasons
+
+
+def _table(proposals: list[Proposal], title: str, known: Collection[str]) -> Table:
+    table = Table(title=f"{title}, nothing is trained")
+    for column in ("", "allocator", "knobs", "recipe", "experts", "trainable parameters"):
+        table.add_column(column, justify="right" if column in ("", "experts", "trainable parameters") else "left")
+    for number, proposal in enumerate(proposals, start=1):
+        trial, mark = proposal.trial, _mark(proposal, known)
+        table.add_row(
+            str(number),
+            trial.allocator,
+            _words(trial.knobs),
+            f"rank={trial.recipe.rank} learning_rate={trial.recipe.learning_rate:.2g}",
+            f"{mark}{trial.allocation.total_experts}",
+            f"{mark}{proposal.trainable_params:,} ({human(proposal.trainable_params)})",
+        )
+    return table
+
+
+def _words(knobs: Mapping[str, Any]) -> str:
+    return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in knobs.items())
+
+
+def _mark(proposal: Proposal, known: Collection[str]) -> str:
+    """What stands before a count that depends on a signal that is not known; empty where the count is exact."""
+    module = plugins.load("allocators", proposal.trial.allocator)
+    if module.FIXED_COST or module.NEEDS is None or module.NEEDS in known:
+        return ""
+    return "≤ " if module.NEEDS == "routing" else "≈ "

@@ -1,0 +1,88 @@
+"""One worker inside this process, without Ray: for a debugger, a notebook and tests.
+
+    python -m search.run space=sieve workers=process
+    python -m pdb -m search.run space=sieve workers=process trials=1
+
+It trains one trial after another with the same `WorkerState` that Ray's workers have. Nothing is pickled, a breakpoint
+in the training loop holds, and an error that belongs to the program and not to a trial has its whole traceback. A crash
+of the process ends the study; the same command goes on from the trial's last checkpoint, as ever.
+"""
+
+from __future__ import annotations
+
+import os
+
+from allocators.core.messages import PackJob, TaskDescribed, TaskJob, UntrainedEvaluated
+from allocators.core.types import Rung, Signal, SignalKind
+from search.engine import ENVIRONMENT, Facts, OnProgress, StudyConductor
+from search.problem import Proposal
+from search.records.reuse import FACTS
+from trainers.worker_state import WorkerSetup, WorkerState
+
+
+class InProcessWorkers:
+    """One worker; the conductor is called from the thread that trains.
+
+    device   as torch names it; empty: the first GPU, or the CPU where there is none
+    """
+
+    results = "trainings"
+    processes = "this process"
+
+    def __init__(self, setup: WorkerSetup, *, device: str = "") -> None:
+        self._setup = setup
+        self._device = device
+
+    def start(self) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        import torch
+
+        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._state = WorkerState(self._setup, torch.device(device))
+
+    def describe(self) -> str:
+        return f"one trial at a time in this process, on {self._state.device}"
+
+    def facts(self) -> Facts:
+        answer = self._state.answer(TaskJob())
+        assert isinstance(answer, TaskDescribed)
+        return Facts(answer.text, {key: answer.versions[key] for key in FACTS})
+
+    def untrained(self) -> UntrainedEvaluated:
+        return self._state.untrained()
+
+    def measure(self, kind: SignalKind, on_progress: OnProgress) -> Signal:
+        self._state.progress = on_progress
+        signal = self._state.measure(kind)
+        assert signal is not None  # this worker leads: it is alone
+        return signal
+
+    def choose_pack(self, job: PackJob) -> str:
+        return ""
+
+    def search(self, conductor: StudyConductor, *, pausing: bool) -> None:
+        while (proposal := conductor.propose()) is not None:
+            assert proposal != "wait", "nothing is under way that could be waited for"
+            self._train(proposal, conductor)
+
+    def close(self) -> None:
+        pass
+
+    def _train(self, proposal: Proposal, conductor: StudyConductor) -> None:
+        digest, paused = proposal.trial.digest, False
+        fault: Exception | None = None
+
+        def on_rung(rung: Rung) -> bool:
+            nonlocal paused, fault
+            try:
+                paused = not conductor.rung(digest, rung)
+            except Exception as error:  # of the study, not of this trial: it must not become the trial's outcome
+                fault = error
+            return not (paused or fault)
+
+        outcome = self._state.train(proposal.trial, proposal.trainable_params, report=on_rung)
+        if fault is not None:
+            raise fault
+        if not paused:  # else it has a checkpoint, and the conductor may propose it again
+            conductor.finished(outcome)

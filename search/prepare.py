@@ -1,0 +1,105 @@
+"""From the words of the command line to what the study searches. Loads no weights and starts nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+
+from allocators.core import plugins
+from allocators.core.errors import StudyError
+from allocators.core.types import ModelShape, Signal
+from search.config import RunConfig
+from search.problem import Problem, check_budget, check_pins, corners, kinds_read, load_space, placeholder
+
+
+def prepare(config: RunConfig) -> tuple[RunConfig, Problem]:
+    """What the study searches, and its configuration with `trials` and `seeds` as numbers.
+
+    Raises StudyError for anything that cannot work: unknown plug-in, space, model, task or knob, a model of the wrong
+    kind, a task without a training split, a budget below the smallest allocation.
+    """
+    for plugin in config.plugins:
+        plugins.add(plugin)
+    config, problem = prepare_replay(config) if config.replay else (config, prepare_training(config))
+    if problem.is_table and config.scheduler != "none":
+        raise StudyError(
+            f"scheduler={config.scheduler} stops trainings early, and every row of a table (space={config.space}) is "
+            "trained to its end: leave it out"
+        )
+    return amounts(config, problem), problem
+
+
+def prepare_training(config: RunConfig) -> Problem:
+    """What a study searches that trains."""
+    from trainers import models, tasks
+
+    shape = models.shape_of(config.model, trust_remote_code=config.trust_remote_code)
+    space = load_space(config.space, shape)
+    task = tasks.check_task(config.task)
+    kinds = kinds_read(space.ALLOCATORS)
+    problem = Problem(
+        space=space,
+        shape=shape,
+        model=config.model,
+        task=config.task,
+        seed=config.seed,
+        max_trainable_params=config.max_trainable_params,
+        signals={kind: placeholder(kind, shape, datasets=task.num_datasets) for kind in kinds},
+        task_recipe=task.recipe,
+        fixed_recipe=config.recipe,
+        # a recipe setting that the space would propose is fixed for the sampler as well
+        pins={**{k: v for k, v in config.recipe.items() if k in _knobs_of(space, shape)}, **config.pins},
+    )
+    check_pins(problem)
+    check_budget(problem)
+    return problem
+
+
+def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:
+    """What a study searches that asks a table: the settings that it was recorded with, and its rows.
+
+    Raises StudyError for a table that does not exist, a seed or budget that it has no row for, a setting that it was
+    not recorded with.
+    """
+    from search import replay
+    from search.replay.problem import table_problem
+
+    table, defaults = replay.load(config.replay), RunConfig()
+    known = {f.name for f in fields(RunConfig)}  # a table may be older than a key, or younger
+    settings = {key: value for key, value in table.settings.items() if key in known and key != "replay"}
+    for key, recorded in {**settings, "recipe": {}}.items():
+        if getattr(config, key) not in (recorded, getattr(defaults, key)):
+            asked = f"{key}={getattr(config, key)}" if key != "recipe" else f"recipe.{min(config.recipe)}"
+            raise StudyError(f"{asked} is not what {config.replay} was recorded with ({recorded}): leave it out")
+    problem = table_problem(table, seed=config.seed, max_trainable_params=config.max_trainable_params, pins=config.pins)
+    check_pins(problem)
+    return replace(config, **settings), problem
+
+
+def amounts(config: RunConfig, problem: Problem) -> RunConfig:
+    """The same with `trials` and `seeds` as numbers where they were left to their defaults."""
+    trials, seeds = config.trials, config.seeds
+    if trials == -1:
+        trials = len(list(corners(problem))) if problem.is_table else 16
+    if seeds == -1:
+        seeds = getattr(problem.space, "SEEDS", 1) if problem.is_table else 1
+    return replace(config, trials=trials, seeds=seeds)
+
+
+def _knobs_of(space: ModuleType, shape: ModelShape) -> set[str]:
+    bare = Problem(space=space, shape=shape, model="", task="")  # resolves nothing: names need no signal
+    return {name for _, params in corners(bare) for name in params}
+
+
+def recorded_signals(folder: Path) -> dict[str, Signal]:
+    """Signals that an earlier run of the study left in its folder; a damaged one counts as not measured."""
+    signals: dict[str, Signal] = {}
+    for file in sorted((folder / "signals").glob("*.json")):
+        try:
+            signals[file.stem] = Signal.from_json(json.loads(file.read_text()))
+        except (ValueError, KeyError, OSError) as error:
+            print(f"warning: {file} cannot be read ({error}); shown without it", file=sys.stderr)
+    return signals

@@ -1,0 +1,206 @@
+"""One run of a study: opens its records, starts workers, measures signals, trains what is left, writes the report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from allocators.core.messages import PackJob
+from allocators.core.types import Signal, canonical_json
+from search import report
+from search.config import RunConfig
+from search.dry_run import drawn
+from search.engine import Workers
+from search.engine.memory import PeakMemory
+from search.make_workers import Locations, make_workers
+from search.prepare import recorded_signals
+from search.problem import Problem
+from search.propose.halving import NO_HALVING, Halving
+from search.records import UNTRAINED, Study, write_atomically
+from search.records.reuse import NOWHERE, Elsewhere, Nowhere
+from search.records.tracking import Tracker
+from search.report.live import Progress
+from search.study import Run, remaining
+from spaces import _tables
+
+
+def run_study(config: RunConfig, problem: Problem) -> int:
+    """Exit code: 0 done, 1 no trial reached an accuracy."""
+    locations = Locations.of(config)
+    with _records(config, problem, locations) as records:
+        tracker = _tracker(config, locations)
+        try:
+            tracker.sync(records)
+            known = replace(problem, signals={**problem.signals, **recorded_signals(locations.folder)})
+            left, repeats = remaining(known, records, trials=config.trials, seeds=config.seeds)
+            if left or repeats:
+                Session(config, problem, locations, records, tracker).train(left + repeats)
+            else:
+                finished = len(records.finished)
+                print(f"trials={config.trials}, seeds={config.seeds} and {finished} are finished: nothing to train")
+            summary = report.write(locations.folder)
+            tracker.sync(records)
+        except BaseException:
+            tracker.close(status="KILLED")
+            raise
+        tracker.close(summary)
+    report.show(summary)
+    print(f"Runs: {tracker.browse}")
+    return 0 if any(outcome.accuracy is not None for outcome in records.finished.values()) else 1
+
+
+def _records(config: RunConfig, problem: Problem, locations: Locations) -> Study:
+    return Study.open(
+        locations.folder,
+        config=config.to_json(),
+        identity=config.identity(),
+        defaults=RunConfig().identity(),
+        shape=problem.shape,
+        command=config.command(),
+        table=_tables.facts(problem.space) if problem.is_table else {},
+    )
+
+
+def _tracker(config: RunConfig, locations: Locations) -> Tracker:
+    return Tracker.open(
+        config.tracking_uri or None,
+        locations.folder.parent,
+        experiment=config.space,
+        study_name=config.study_name,
+        tags={"model": config.model, "task": config.task},
+        params=config.to_json(),
+    )
+
+
+@dataclass(frozen=True)
+class Session:
+    """The part of a run in which workers are up."""
+
+    config: RunConfig
+    problem: Problem
+    locations: Locations
+    records: Study
+    tracker: Tracker
+
+    def train(self, trainings: int) -> None:
+        """Trains what is left of the trials and of the repeats with other seeds, `trainings` as far as is known now."""
+        config, records, began = self.config, self.records, time.monotonic()
+        study = records.header["id"]
+        workers = make_workers(config, self.problem, self.locations, study=study, trainings=trainings)
+        print(f"{config.space} on {config.model}, task {config.task}; records in {self.locations.folder}", flush=True)
+        workers.start()
+        with self._summary(workers, began), self._progress() as progress, closing(workers):
+            progress.message(workers.describe())
+            elsewhere, problem = self._prepare(workers, progress)
+            conductor = Run(
+                problem,
+                records,
+                self.tracker,
+                progress,
+                checkpoints=self.locations.checkpoints,
+                sampler=config.sampler,
+                deadline=began + config.time_budget_seconds if config.time_budget else None,
+                keep=config.keep,
+                trials=config.trials,
+                seeds=config.seeds,
+                halving=Halving(evaluations=config.evaluations, eta=config.eta) if self._pausing else NO_HALVING,
+                elsewhere=elsewhere,
+            )
+            workers.search(conductor, pausing=self._pausing)
+            if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
+                raise KeyboardInterrupt
+            conductor.settle()
+
+    @property
+    def _pausing(self) -> bool:
+        return self.config.scheduler != "none"
+
+    def _progress(self) -> Progress:
+        return Progress(
+            self.config.trials,
+            self.config.time_budget_seconds or None,
+            done=list(self.records.finished.values()),
+            reused=self.records.reused,
+            seed=self.config.seed,
+            evaluations=self.config.evaluations,
+        )
+
+    def _prepare(self, workers: Workers, progress: Progress) -> tuple[Elsewhere | Nowhere, Problem]:
+        """What workers are asked before the first training. Gives other studies to reuse, and the measured problem."""
+        facts = workers.facts()
+        if facts.task:
+            progress.message(facts.task)
+        if self.config.untrained:
+            self._evaluate_untrained(workers, progress)
+        problem = self.problem.measured(self._signals(workers, progress))
+        if self.config.pack == "auto":
+            self._choose_pack(problem, workers, progress)
+        return self._other_studies(facts.versions, progress), problem
+
+    def _evaluate_untrained(self, workers: Workers, progress: Progress) -> None:
+        """Accuracy of the base alone, once a study, beside its records."""
+        file = self.locations.folder / UNTRAINED
+        if file.exists() or (base := workers.untrained()) is None:
+            return
+        write_atomically(
+            file, canonical_json({"accuracy": base.accuracy, "stderr": base.stderr, "by_task": dict(base.by_task)})
+        )
+        progress.message(f"untrained, the base has accuracy {base.accuracy:.3f} ± {base.stderr:.3f}")
+
+    def _signals(self, workers: Workers, progress: Progress) -> Mapping[str, Signal]:
+        """Every kind of signal that the problem needs, measured once by a worker or taken from the cache."""
+        signals: dict[str, Signal] = {}
+        for kind in self.problem.needs:
+            progress.message(f"measuring {kind}, or reading what was measured before")
+            signals[kind] = workers.measure(kind, partial(progress.measuring, kind))
+            progress.measured()
+            folder = self.locations.folder / "signals"
+            folder.mkdir(exist_ok=True)
+            write_atomically(folder / f"{kind}.json", canonical_json(signals[kind].to_json()))
+        return signals
+
+    def _choose_pack(self, problem: Problem, workers: Workers, progress: Progress) -> None:
+        """Lets a worker time a few steps of the largest of some points, and packs as many as it says."""
+        proposals, _ = drawn(problem, trials=8, merge=True)
+        if proposals:
+            largest = max(proposals, key=lambda proposal: proposal.trainable_params)
+            if chosen := workers.choose_pack(PackJob(largest.trial, largest.trainable_params)):
+                progress.message(chosen)
+
+    def _other_studies(self, facts: Mapping[str, str], progress: Progress) -> Elsewhere | Nowhere:
+        """Studies of the same storage whose results are reused."""
+        if not self.config.reuse:
+            return NOWHERE
+        folder = self.locations.folder
+        elsewhere = Elsewhere(
+            folder,
+            identity=self.config.identity(),
+            defaults=RunConfig().identity(),
+            facts=facts,
+            adapters=self.locations.adapters,
+        )
+        count = len(elsewhere)
+        progress.message(f"other studies in {folder.parent} have {count} trainings with the same settings")
+        return elsewhere
+
+    @contextmanager
+    def _summary(self, workers: Workers, began: float) -> Iterator[None]:
+        """Prints what the block has trained, and what that took."""
+        earlier = set(self.records.finished)
+        with PeakMemory() as memory:
+            yield
+        seconds, gibibytes = time.monotonic() - began, memory.peak_bytes / 2**30
+        new = [outcome for digest, outcome in self.records.trained.items() if digest not in earlier]
+        own = sum(outcome.trial.seed == self.config.seed for outcome in new)
+        others = len(new) - own
+        print(
+            f"{own} {workers.results}{f' and {others} repeats with other seeds' if others else ''} in "
+            f"{seconds / 60:.1f} minutes with start-up; peak memory of {workers.processes} on this machine "
+            f"{gibibytes:.1f} GiB"
+        )
+        if self.records.sampler_seconds:
+            mean = sum(self.records.sampler_seconds) / len(self.records.sampler_seconds)
+            print(f"sampler {self.config.sampler}: {mean:.2g} s a suggestion")

@@ -1,0 +1,271 @@
+"""The job queue's bookkeeping. The groups that take its jobs run in test_study.py."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+
+from allocators.core.messages import (
+    Assignment,
+    Failed,
+    Finished,
+    Progressed,
+    RungReached,
+    SignalMeasured,
+    TaskDescribed,
+    TaskJob,
+    TrainJob,
+)
+from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, Rung, Signal, Trial
+from search.engine.queue import ATTEMPTS, JobQueue
+
+TRIAL = Trial(ExpertSelection({0: (1, 2)}), Recipe(), "m", "t", 0, "sieve", {"fraction": 0.5})
+JOB = TrainJob(TRIAL, 10)
+ASKS = TrainJob(TRIAL, 10, asks=True)
+END = Finished(Outcome(TRIAL, "complete", 10, accuracy=0.5))
+
+
+def rung(step: int) -> RungReached:
+    return RungReached(Rung(step, 10 * step, 0.5))
+
+
+def test_everything_that_travels_pickles_as_it_is():
+    signal = Signal("routing", {"0": {"count": (1.0, 2.0)}}, "expert", "tokens", {"model": "m"})
+    dense = Trial(ExpertCounts({"model.layers.0.mlp.up_proj": 2}), Recipe(), "m", "t", 0)
+    last = Rung(3, 30, 0.5, by_task={"arc_easy": {"accuracy": 0.5, "stderr": 0.1}})
+    outcome = Outcome(dense, "complete", 10, accuracy=0.5, rungs=(last,), versions={"torch": "2"})
+    for message in (
+        *(JOB, ASKS, TrainJob(dense, 3), Assignment("a", TaskJob(), 2)),
+        *(rung(1), RungReached(last), END, Finished(outcome), Failed("no"), Progressed(1, 2, "samples")),
+        TaskDescribed("a task", {"torch": "2"}),
+    ):
+        assert pickle.loads(pickle.dumps(message)) == message
+    again = pickle.loads(pickle.dumps(SignalMeasured(signal)))
+    assert again.signal.to_json() == signal.to_json()
+    assert pickle.loads(pickle.dumps(JOB)).trial.digest == TRIAL.digest
+
+
+def test_a_job_goes_to_one_group_and_its_reports_to_who_asked():
+    async def story():
+        queue = JobQueue(groups=2)
+        await queue.submit("a", JOB)
+        await queue.submit("b", TaskJob())
+        assert await queue.take(0) == Assignment("a", JOB, attempt=1)
+        assert await queue.take(1) == Assignment("b", TaskJob(), attempt=1)
+        assert await queue.report(1, "b", rung(1))
+        assert await queue.report(0, "a", END)
+        assert await queue.next_report("a") == END
+        assert await queue.next_report("b") == rung(1)
+
+    asyncio.run(story())
+
+
+def test_if_two_workers_report_the_end_of_a_job_the_first_report_counts():
+    """Both ran out of memory, and neither could ask the other; the group has the next job by the time of the second."""
+
+    async def story():
+        queue = JobQueue(groups=1)
+        await queue.submit("a", JOB)
+        await queue.submit("b", JOB)
+        await queue.take(0)
+        assert await queue.report(0, "a", Failed("of the second worker"))
+        assert await queue.take(0) == Assignment("b", JOB, attempt=1)
+        assert not await queue.report(0, "a", Failed("of the first worker"))
+        assert await queue.next_report("a") == Failed("of the second worker")
+        assert queue.held[0] == {"b": JOB}
+        assert not queue.reports["a"].qsize()
+
+    asyncio.run(story())
+
+
+def test_a_cancelled_job_stops_at_its_next_report():
+    async def story():
+        queue = JobQueue(groups=1)
+        await queue.submit("a", JOB)
+        await queue.take(0)
+        await queue.cancel("a")
+        assert not await queue.report(0, "a", rung(1))
+
+    asyncio.run(story())
+
+
+def test_a_restarted_group_takes_its_job_again_until_the_job_has_killed_it_too_often():
+    async def story():
+        queue = JobQueue(groups=1)
+        await queue.submit("killer", JOB)
+        await queue.submit("next", JOB)
+        for attempt in range(1, ATTEMPTS + 1):
+            await queue.start(0)
+            assert await queue.take(0) == Assignment("killer", JOB, attempt)
+        await queue.start(0)
+        assert await queue.take(0) == Assignment("next", JOB, 1)
+        end = await queue.next_report("killer")
+        assert isinstance(end, Failed)
+        assert f"died {ATTEMPTS} times" in end.reason
+
+    asyncio.run(story())
+
+
+def test_a_worker_with_slots_holds_several_jobs_and_takes_all_of_them_again_after_it_died():
+    async def story():
+        queue = JobQueue(groups=1, slots=3)
+        await queue.start(0)
+        for job in "abc":
+            await queue.submit(job, JOB)
+        for job in "abc":
+            assert (await queue.take(0, wait=False)).job_id == job
+        await queue.submit("e", JOB)
+        assert await queue.take(0, wait=False) == "empty"  # it has three slots
+        assert await queue.report(0, "b", END)  # b's slot is free, the others hold theirs
+        assert list(queue.held[0]) == ["a", "c"]
+        await queue.start(0)
+        taken = [await queue.take(0, wait=False) for _ in range(3)]
+        assert taken == [Assignment("a", JOB, 2), Assignment("c", JOB, 2), Assignment("e", JOB, 1)]
+        await queue.cancel("c")
+        assert await queue.report(0, "a", rung(1))
+        assert not await queue.report(0, "c", rung(1))
+        await queue.lost(0, "no memory")
+        for job in "ace":
+            answers = [await queue.next_report(job) for _ in range(1 + (job != "e"))]
+            assert answers[-1] == Failed("no memory")
+
+    asyncio.run(story())
+
+
+def test_no_worker_packs_what_another_one_could_train():
+    async def story():
+        queue = JobQueue(groups=3, slots=4)  # the third has not started yet: nobody waits for it
+        await queue.start(0)
+        await queue.start(1)
+        for job in "abcd":
+            await queue.submit(job, JOB)
+        assert (await queue.take(0)).job_id == "a"
+        assert await queue.take(0, wait=False) == "empty"
+        assert (await queue.take(1)).job_id == "b"
+        assert (await queue.take(0, wait=False)).job_id == "c"
+        assert await queue.take(0, wait=False) == "empty"
+        await queue.lost(1, "no memory")
+        assert (await queue.take(0, wait=False)).job_id == "d"
+
+    asyncio.run(story())
+
+
+def test_a_job_goes_to_nobody_who_died_while_waiting_for_it():
+    async def story():
+        queue = JobQueue(groups=1)
+        await queue.start(0)
+        dead = asyncio.create_task(queue.take(0))
+        await asyncio.sleep(0)
+        await queue.start(0)
+        await queue.submit("a", JOB)
+        assert await dead == "closed"
+        assert await queue.take(0) == Assignment("a", JOB, 1)
+
+    asyncio.run(story())
+
+
+def test_when_the_last_group_is_lost_nothing_waits_for_ever():
+    async def story():
+        queue = JobQueue(groups=2)
+        for job in "abc":
+            await queue.submit(job, JOB)
+        await queue.take(0)
+        await queue.take(1)
+        await queue.lost(0, "no memory")
+        assert await queue.next_report("a") == Failed("no memory")
+        await queue.lost(1, "no memory either")
+        assert await queue.next_report("b") == Failed("no memory either")
+        assert "no worker is left" in (await queue.next_report("c")).reason
+        await queue.submit("late", JOB)
+        assert "no worker is left" in (await queue.next_report("late")).reason
+
+    asyncio.run(story())
+
+
+def test_closing_lets_every_group_go():
+    async def story():
+        queue = JobQueue(groups=2)
+        await queue.close()
+        assert await queue.take(0) == "closed"
+        assert await queue.take(1) == "closed"
+
+    asyncio.run(story())
+
+
+# --- a worker at a rung, where trainings may be paused
+
+
+def test_a_worker_that_asks_is_answered_by_what_is_wanted_next():
+    async def story():
+        queue = JobQueue(groups=2)
+        await queue.submit("a", ASKS)
+        await queue.submit("b", ASKS)
+        await queue.take(0)
+        await queue.take(1)
+        first = [asyncio.ensure_future(queue.report(group, job, rung(1))) for group, job in enumerate("ab")]
+        assert await queue.next_report("a") == await queue.next_report("b") == rung(1)
+        assert not any(answer.done() for answer in first), "they wait: who decides has not said anything"
+        wanted = asyncio.ensure_future(queue.next_report("a"))
+        await queue.cancel("b")
+        assert [await answer for answer in first] == [True, False]
+        await queue.submit("c", JOB)
+        assert (await queue.take(1)).job_id == "c", "the worker of b is free at once"
+        assert not await queue.report(1, "b", END), "and its last words on b are for nobody"
+        await queue.report(0, "a", END)
+        assert await wanted == END
+
+    asyncio.run(story())
+
+
+def test_a_job_that_left_goes_on_elsewhere_and_nothing_of_before_is_in_its_way():
+    async def story():
+        queue = JobQueue(groups=2)
+        for number, group in enumerate((0, 1, 0, 1)):  # more often than a job may kill its worker
+            await queue.submit("a", ASKS)
+            assert (await queue.take(group)).job_id == "a"
+            answer = asyncio.ensure_future(queue.report(group, "a", rung(number)))
+            assert await queue.next_report("a") == rung(number)
+            await queue.cancel("a")
+            assert not await answer
+        await queue.submit("a", ASKS)
+        await queue.take(0)
+        last = asyncio.ensure_future(queue.next_report("a"))
+        assert await queue.report(0, "a", END)
+        assert await last == END
+
+    asyncio.run(story())
+
+
+def test_a_worker_that_died_while_it_asked_asks_again():
+    async def story():
+        queue = JobQueue(groups=1)
+        await queue.submit("a", ASKS)
+        await queue.take(0)
+        dead = asyncio.ensure_future(queue.report(0, "a", rung(1)))
+        assert await queue.next_report("a") == rung(1)
+        await queue.start(0)
+        assert (await queue.take(0)).job_id == "a", "the restarted group has it again"
+        answer = asyncio.ensure_future(queue.report(0, "a", rung(1)))
+        await asyncio.sleep(0)
+        assert await queue.next_report("a") == rung(1)
+        wanted = asyncio.ensure_future(queue.next_report("a"))
+        assert await answer
+        await queue.report(0, "a", END)
+        assert await wanted == END
+        dead.cancel()
+
+    asyncio.run(story())
+
+
+def test_closing_lets_those_go_who_ask():
+    async def story():
+        queue = JobQueue(groups=1)
+        await queue.submit("a", ASKS)
+        await queue.take(0)
+        answer = asyncio.ensure_future(queue.report(0, "a", rung(1)))
+        await asyncio.sleep(0)
+        await queue.close()
+        assert not await answer
+        assert await queue.take(0) == "closed"
+
+    asyncio.run(story())

@@ -1,0 +1,336 @@
+"""What a worker holds for a whole study, the base model and the task, and what it does with them. Knows no Ray.
+
+    state = WorkerState(setup, "cpu")
+    state.train(trial, trainable_params, report=lambda rung: True)      # one trial from attach to detach: an Outcome
+    state.answer(TaskJob())                                             # a question that is asked before the first one
+
+A diverged or failing trial is an outcome and never takes the worker with it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
+from allocators.core.messages import (
+    Answer,
+    PackChosen,
+    PackJob,
+    Question,
+    SignalJob,
+    SignalMeasured,
+    TaskDescribed,
+    TaskJob,
+    UntrainedEvaluated,
+    UntrainedJob,
+)
+from allocators.core.types import Outcome, Rung, Signal, SignalKind, Trial
+from trainers.versions import versions
+
+if TYPE_CHECKING:  # the driver imports this file, and needs no torch
+    import torch
+
+    from trainers.adapter import Adapter
+    from trainers.loop import Result
+
+MOST_ON_CPU, MOST_ON_GPU = 4, 8  # trainings in a pack that is chosen by measuring
+
+Shared = Callable[[bool | None], bool | None]  # gives every worker of a group the first one's value
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What the workers of a study are made with.
+
+    model, options       for `models.load`
+    task, task_options   for `tasks.load_task`
+    seed                 of the study: what signals are drawn with
+    evaluations          of a whole training
+    calibration_samples  training documents that a signal is measured on
+    cpus_per_worker      torch's threads
+    signals              folder of the signals' cache
+    adapters, checkpoints   where trained adapters and the state of trials go: paths or URIs that every node sees
+    """
+
+    model: str
+    options: Mapping[str, Any]
+    task: str
+    task_options: Mapping[str, Any]
+    seed: int
+    evaluations: int
+    calibration_samples: int
+    cpus_per_worker: int
+    signals: str
+    adapters: str
+    checkpoints: str
+
+
+class WorkerState:
+    """The resident base model and task of one worker. It is the `Source` that signals are measured on."""
+
+    def __init__(self, setup: WorkerSetup, device: str | torch.device) -> None:
+        import torch
+
+        from trainers import models, tasks
+        from trainers.models import sharding
+
+        torch.set_num_threads(setup.cpus_per_worker)
+        self.setup = setup
+        self.device = device
+        loaded = models.load(setup.model, device=str(device), **setup.options)
+        self.name, self.identity, self.dtype = setup.model, loaded.identity, loaded.numbers
+        self.folder, self.scratch = partial(models.folder_of, self.name), Path(setup.signals)
+        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.sharded = sharding.is_sharded(self.model)
+        self.broken = False  # whether other workers of the group wait for this one, in vain
+        self.task_name, self.task = setup.task, tasks.load_task(setup.task, **setup.task_options)
+        self.task.check_tokenizer(self.tokenizer)
+        self.samples, self.seed = setup.calibration_samples, setup.seed
+        self.shape = models.shape_of_model(self.model, name=self.name)
+        self.versions = versions(
+            device=_device_name(device), model=self.identity, numbers=self.dtype, data=self.task.data_hash
+        )
+        if (chance := self.task.chance) is not None:
+            self.versions["chance"] = f"{chance:.3g}"
+        self.progress: Callable[[int, int, str], None] = lambda done, total, what: None
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    def needs_all(self, question: Question) -> bool:
+        """Whether all workers of the group have to answer: an evaluation, a sharded model's signal.
+
+        A spectrum does not need them: it is read from the weights as they are stored.
+        """
+        match question:
+            case UntrainedJob():
+                return True
+            case SignalJob(kind="spectrum"):
+                return False
+        return self.sharded
+
+    def answer(self, question: Question, *, leads: bool = True, shared: Shared = lambda value: value) -> Answer | None:
+        """All workers call this where the question `needs_all`, else the first alone; None for all but the first.
+
+        shared   as in `measure`, where the question `needs_all`
+        """
+        match question:
+            case SignalJob(kind):
+                signal = self.measure(kind, leads=leads, shared=shared)
+                return None if signal is None else SignalMeasured(signal)
+            case UntrainedJob():
+                return self.untrained()
+            case PackJob(trial, trainable_params):
+                return self.measure_pack(trial, trainable_params)
+            case TaskJob():
+                from trainers import tasks
+
+                return TaskDescribed(tasks.sizes(self.task), self.versions)
+
+    def untrained(self) -> UntrainedEvaluated:
+        """Accuracy of the base alone. All workers of a group call this: each answers its share of the questions."""
+        import torch.distributed as dist
+
+        several = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+        self.task.prepare(self.tokenizer, rank=rank, world_size=world_size)
+        evaluation = self.task.evaluate(self.model)
+        self.model.eval()
+        return UntrainedEvaluated(evaluation.accuracy, evaluation.stderr, evaluation.by_task)
+
+    def measure(self, kind: SignalKind, *, leads: bool = True, shared: Shared = lambda value: value) -> Signal | None:
+        """One signal, from the cache where it was measured before. Raises StudyError for what this model lacks.
+
+        shared   gives every worker the first one's value. Where the signal `needs_all`, all workers call this; the
+                 first one looks into the cache, shares whether they measure, and has the answer
+        """
+        from allocators import signals
+        from allocators.signals.cache import cached
+
+        provenance, run = signals.measurement_of(kind, self)
+        asked = False
+
+        def measure() -> Signal:
+            nonlocal asked
+            asked = bool(shared(True))
+            return run()
+
+        try:
+            if leads:
+                return cached(kind, provenance, folder=Path(self.setup.signals), measure=measure)
+        finally:
+            if leads and not asked:
+                shared(False)
+        if shared(None):
+            run()
+        return None
+
+    def measure_pack(self, trial: Trial, trainable_params: int) -> PackChosen:
+        """How many trainings such as this one to pack, from a few real steps of one and of two; nothing is kept.
+
+        Memory: each further one is taken to need as much as the second, and four fifths of what is free is used.
+        """
+        from trainers import packing
+
+        if reason := packing.refused(self.model):
+            return PackChosen(1, reason)
+        packed = packing.PackedRun(self.model, self.task, tokenizer=self.tokenizer, device=self.device, evaluations=1)
+        endless, seconds, memory = replace(trial.recipe, steps=10**6), [], []
+        try:
+            for seed in range(2):
+                packed.detach()
+                adapter = self.attach(replace(trial, recipe=endless, seed=seed), trainable_params)
+                adapter.detach()
+                packed.join(adapter, endless, seed=seed, on_rung=lambda rung: True)
+                seconds.append(packing.seconds_of_a_step(packed))
+                memory.append(_memory_used(self.device))
+        except OutOfMemoryError as error:
+            return PackChosen(1, str(error))
+        finally:
+            packed.end_all()
+            self.clean_up()
+        one, two = seconds
+        fitting = 1 + int(0.8 * _memory_free(self.device) / max(memory[1] - memory[0], 1))
+        most = MOST_ON_CPU if str(self.device) == "cpu" else MOST_ON_GPU
+        pack = packing.choose(one, two, most=min(most, fitting))
+        why = f"a step takes {one:.3g} s, one of two trainings {two:.3g} s"
+        return PackChosen(pack, f"{why}: {packing.gain(one, two, pack):.2f}x the speed, evaluations apart")
+
+    # --- a trial, and its parts, which `WorkerSlots` takes one by one -------------------------------------------------
+
+    def train(
+        self, trial: Trial, trainable_params: int, *, report: Callable[[Rung], bool], leads: bool = True
+    ) -> Outcome:
+        """One trial from attach to detach; every ending that belongs to the trial becomes an outcome.
+
+        report   takes every rung, on every worker, and answers whether the training goes on
+        """
+        from trainers import loop
+
+        started = self.started(trial, trainable_params)
+        began, self.broken = time.monotonic(), False
+        adapter = None
+        try:
+            adapter = self.attach(trial, trainable_params)
+            result = loop.train(
+                self.model,
+                adapter,
+                self.task,
+                trial.recipe,
+                seed=trial.seed,
+                tokenizer=self.tokenizer,
+                evaluations=self.setup.evaluations,
+                device=self.device,
+                on_rung=report,
+                checkpoint=self.checkpoint(trial),
+            )
+            return self.ended(started, adapter, result, leads=leads)
+        except Exception as error:  # a trial never takes the worker with it: its error is its outcome
+            self.broken = self.sharded if isinstance(error, OutOfMemoryError) else not isinstance(error, ToolkitError)
+            return self.failed(started, error).updated(seconds=time.monotonic() - began)
+        finally:
+            if adapter is not None:
+                adapter.detach()
+            self.clean_up()
+
+    def started(self, trial: Trial, trainable_params: int) -> Outcome:
+        return Outcome(trial, "started", trainable_params, versions=self.versions)
+
+    def checkpoint(self, trial: Trial) -> str:
+        from trainers import storage
+
+        return storage.join(self.setup.checkpoints, trial.digest)
+
+    def attach(self, trial: Trial, trainable_params: int) -> Adapter:
+        """The trial's adapter on the model. Raises TrialError where it is not as large as was counted."""
+        from trainers import adapter as adapters
+
+        adapter = adapters.attach(
+            self.model, trial.allocation, shape=self.shape, lora=trial.recipe.lora, seed=trial.seed
+        )
+        if adapter.num_trainable != trainable_params:
+            adapter.detach()
+            raise TrialError(f"the adapter has {adapter.num_trainable:,} parameters, counted {trainable_params:,}")
+        return adapter
+
+    def ended(self, started: Outcome, adapter: Adapter, result: Result, *, leads: bool = True) -> Outcome:
+        """The outcome of a run that trained; its adapter is saved where it is complete."""
+        outcome = started.updated(
+            status=result.status,
+            accuracy=result.accuracy,
+            rungs=result.rungs,
+            tokens=result.tokens,
+            seconds=result.seconds,
+            peak_memory_bytes=result.peak_memory_bytes,
+        )
+        if leads and result.status == "complete":  # one that was stopped is paused, perhaps: it has a checkpoint
+            return outcome.updated(adapter=self._save(adapter, outcome))
+        return outcome
+
+    def failed(self, started: Outcome, error: Exception) -> Outcome:
+        if isinstance(error, OutOfMemoryError):
+            return started.updated(status="out_of_memory", message=str(error))
+        return started.updated(status="failed", message=in_words(error))
+
+    def clean_up(self) -> None:
+        gc.collect()
+        _return_memory(self.device)
+
+    def _save(self, adapter: Adapter, outcome: Outcome) -> str:
+        from trainers import adapter as adapters
+        from trainers import storage
+
+        target = storage.join(self.setup.adapters, outcome.digest)
+        record = outcome.to_json()
+        facts = {key: record[key] for key in ("trial", "accuracy", "trainable_params", "tokens", "seconds", "versions")}
+        with tempfile.TemporaryDirectory() as folder:
+            base = {"base_model": self.setup.model, "options": dict(self.setup.options)}
+            adapters.save(adapter, Path(folder), metadata=facts | base)
+            storage.put_folder(Path(folder), target)
+        return target
+
+
+def in_words(error: Exception) -> str:
+    """The message of an error that was raised on purpose; the class as well of any other."""
+    return str(error) if isinstance(error, ToolkitError) else f"{type(error).__name__}: {error}"
+
+
+def _device_name(device: str | torch.device) -> str:
+    import torch
+
+    return torch.cuda.get_device_name(device) if str(device).startswith("cuda") else platform.machine() + " CPU"
+
+
+def _memory_used(device: str | torch.device) -> int:
+    """Most bytes so far: of a GPU, or of the process."""
+    import torch
+
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def _memory_free(device: str | torch.device) -> int:
+    """Bytes that can be allocated now."""
+    import torch
+
+    if str(device).startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _return_memory(device: str | torch.device) -> None:
+    import torch
+
+    if str(device).startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -22,6 +22,7 @@ from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import Signal, canonical_json
 from search.config import RunConfig, help_text, parse
 from search.problem import Problem, check_budget, check_pins, corners, load_space, placeholder
+from search.records.redact import redacted
 from trainers import storage
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run(parse(words))
     except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
@@ -151,8 +152,11 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
     from rich.table import Table
 
     from search.front import human
+    from search.records import measured_signals
 
-    measured = dict(problem.signals) if config.replay else _measured(_folder(config))
+    measured, damaged = (dict(problem.signals), []) if config.replay else measured_signals(_folder(config))
+    for sentence in damaged:
+        print(f"warning: {sentence}", file=sys.stderr)
     problem = replace(problem, signals={**problem.signals, **measured})
     proposals, refused = _drawn(config, problem, merge=set(_needs(problem.space, problem.pins)) <= set(measured))
     title = f"{config.space} on {config.model}: {len(proposals)} points, nothing is trained"
@@ -205,19 +209,20 @@ def _drawn(config: RunConfig, problem: Problem, *, merge: bool) -> tuple[list[An
 def study(config: RunConfig, problem: Problem) -> int:
     """Opens the study's records and tracker, trains what is left to train, writes the report."""
     from search import report
-    from search.records import Study
+    from search.records.folder import StudyFolder
     from search.records.tracking import Tracker
     from search.study import remaining
     from spaces import _tables
 
     folder = _folder(config)
-    with Study.open(
+    with StudyFolder.open(
         folder,
         config=config.to_json(),
         identity=config.identity(),
         defaults=RunConfig().identity(),
         shape=problem.shape,
         command=config.command(),
+        place=storage.join(config.storage, config.study_name) if storage.is_uri(config.storage) else "",
         table=_tables.facts(problem.space) if problem.is_table else {},
     ) as records:
         tracker = Tracker.open(
@@ -230,7 +235,7 @@ def study(config: RunConfig, problem: Problem) -> int:
         )
         try:
             tracker.sync(records)
-            known = replace(problem, signals={**problem.signals, **_measured(folder)})
+            known = replace(problem, signals={**problem.signals, **records.signals})
             left, repeats = remaining(known, records, trials=config.trials, seeds=config.seeds)
             if left or repeats:
                 _train(config, problem, records, tracker, left, repeats)
@@ -253,7 +258,7 @@ def study(config: RunConfig, problem: Problem) -> int:
 def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left: int, repeats: int) -> None:
     """Trains `left` of the trials, and repeats with other seeds: `repeats` of them and those that turn out so."""
     from search.report.live import Progress
-    from search.study import Run
+    from search.study import Conductor
 
     folder, began = _folder(config), time.monotonic()
     # Before Ray starts its processes: they inherit it.
@@ -263,7 +268,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
     from search.engine import workers as pools
     from search.engine.memory import PeakMemory
     from search.propose.halving import NO_HALVING, Halving
-    from search.records.reuse import FACTS, NOWHERE, Elsewhere, Nowhere
+    from search.records.reuse import FACTS, NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
     from search.replay import WORKERS, Announcing, TableProblem
     from trainers import models
 
@@ -273,8 +278,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             config.model, problem.shape, quantization=config.quantization, trust_remote_code=config.trust_remote_code
         ):
             print(f"note: {line}", file=sys.stderr)
-    # Records lie here; what workers write lies where every node can reach it.
-    shared = storage.join(config.storage, config.study_name) if storage.is_uri(config.storage) else str(folder)
+    shared = records.place  # records lie here; what workers write lies where every node can reach it
     print(f"{config.space} on {config.model}, task {config.task}; records in {folder}", flush=True)
     cluster = pools.connect(config.ray_address, num_cpus=config.num_cpus)
     study = records.header["id"]
@@ -310,35 +314,34 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
                 problem = replace(problem, signals=_signals(config, problem, pool, folder, progress))
                 if config.pack == "auto":
                     _choose_pack(config, problem, pool, progress)
-            elsewhere: Elsewhere | Nowhere = NOWHERE
+            other_studies: OtherStudies | NoOtherStudies = NO_OTHER_STUDIES
             if config.reuse:
-                elsewhere = Elsewhere(
+                other_studies = OtherStudies(
                     folder,
                     identity=config.identity(),
                     defaults=RunConfig().identity(),
                     facts=facts,
-                    adapters=storage.join(shared, "adapters"),
+                    place=shared,
                 )
-                count = len(elsewhere)
+                count = len(other_studies)
                 progress.message(f"other studies in {folder.parent} have {count} trainings with the same settings")
             pausing = config.scheduler != "none"
-            conductor = Run(
+            conductor = Conductor(
                 problem,
                 records,
                 tracker,
                 progress,
-                checkpoints=storage.join(shared, "checkpoints"),
                 sampler=config.sampler,
                 deadline=began + config.time_budget_seconds if config.time_budget else None,
                 keep=config.keep,
                 trials=config.trials,
                 seeds=config.seeds,
                 halving=Halving(evaluations=config.evaluations, eta=config.eta) if pausing else NO_HALVING,
-                elsewhere=elsewhere,
+                others=other_studies,
             )
             # the conductor ends it; Tune wants a number, so one that every point with every seed stays below: at that
             # number it would ask no more, not for what is paused either
-            most = repeats + (max(config.trials, len(records.outcomes)) + len(elsewhere)) * config.seeds + 1
+            most = repeats + (max(config.trials, len(records.outcomes)) + len(other_studies)) * config.seeds + 1
             asked: Any = Announcing(conductor, pool) if isinstance(pool, pools.TablePool) else conductor
             ray_tune.search(asked, pool, study=study, trials=most, pausing=pausing)
             if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
@@ -347,7 +350,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         finally:
             pool.close()
             pools.disconnect()
-            storage.delete_folder(storage.join(shared, ".ray"))  # Ray Train's own notes: a resume needs none of them
+            records.drop_ray_notes()
     seconds, gibibytes = time.monotonic() - began, memory.peak_bytes / 2**30
     earlier = {outcome.digest for outcome in before}
     new = [outcome for digest, outcome in records.trained.items() if digest not in earlier]
@@ -444,17 +447,6 @@ def _choose_pack(config: RunConfig, problem: Problem, pool: Any, progress: Any) 
         answer = pool.ask({"kind": "pack", **job}, told=lambda *_: None)
         pool.limit(answer["pack"])
         progress.message(f"packs of {pool.plan.pack}: {answer['why']}")
-
-
-def _measured(folder: Path) -> dict[str, Signal]:
-    """Signals that an earlier run of the study left in its folder; a damaged one counts as not measured."""
-    found: dict[str, Signal] = {}
-    for file in sorted((folder / "signals").glob("*.json")):
-        try:
-            found[file.stem] = Signal.from_json(json.loads(file.read_text()))
-        except (ValueError, KeyError, OSError) as error:
-            print(f"warning: {file} cannot be read ({error}); shown without it", file=sys.stderr)
-    return found
 
 
 def _folder(config: RunConfig) -> Path:

@@ -21,11 +21,11 @@ from search import front as pareto
 from search.problem import Problem
 from search.propose.halving import NO_HALVING, Halving, NoHalving
 from search.propose.sampler import Answered, Proposal, Proposer, table_rows
-from search.records import Records, Study
-from search.records.reuse import NOWHERE, Elsewhere, Nowhere
+from search.records import Records
+from search.records.folder import StudyFolder
+from search.records.reuse import NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
 from search.records.tracking import Tracker
 from search.report.live import Progress
-from trainers import storage
 
 
 def missing_repeats(problem: Problem, records: Records, *, seeds: int) -> list[Proposal]:
@@ -75,49 +75,46 @@ def remaining(problem: Problem, records: Records, *, trials: int, seeds: int) ->
     return max(own, 0), len(missing_repeats(problem, records, seeds=seeds)) + half_done
 
 
-class Run:
+class Conductor:
     """The conductor that Tune talks to.
 
     trials        trainings at the study's own seed that it is to have in the end, those of earlier runs included
     seeds         seeds that a member of the front, or a row of a table, is to have been trained with
-    checkpoints   where workers keep the state of their trials; a finished trial needs none
     deadline      monotonic time after which nothing new is proposed; None: no limit
     keep          "front": adapters of points that left the front are deleted; "all": none is
     halving       pauses trainings at rungs; those that were not gone on with in the end are `stopped`. Repeats with
                   other seeds run to their end
-    elsewhere     trainings of other studies, whose results are taken instead of training again
+    others        trainings of other studies, whose results are taken instead of training again
     """
 
     def __init__(
         self,
         problem: Problem,
-        records: Study,
+        records: StudyFolder,
         tracker: Tracker,
         progress: Progress,
         *,
-        checkpoints: str,
         sampler: str,
         deadline: float | None,
         keep: str,
         trials: int,
         seeds: int = 1,
         halving: Halving | NoHalving = NO_HALVING,
-        elsewhere: Elsewhere | Nowhere = NOWHERE,
+        others: OtherStudies | NoOtherStudies = NO_OTHER_STUDIES,
     ) -> None:
         self._problem = problem
         self._records = records
         self._tracker = tracker
         self._progress = progress
-        self._checkpoints = checkpoints
         self._deadline = deadline
         self._keep = keep
         self._trials = trials
         self._seeds = seeds
         self._halving = halving
-        self._elsewhere = elsewhere
+        self._others = others
         self._proposals: dict[str, Proposal] = {}
         for digest in records.finished:  # a driver that was killed may have recorded an end and not cleaned up
-            self._drop_checkpoint(digest)
+            records.drop_checkpoint(digest)
         own = {digest: outcome for digest, outcome in records.finished.items() if self._is_own(outcome)}
         half_done = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
         if problem.is_table:
@@ -269,17 +266,18 @@ class Run:
 
     def _taken(self, proposal: Proposal) -> bool:
         """Whether another study has trained it; its result is then this study's."""
-        found = self._elsewhere.take(proposal)
-        if found is None:
+        taken = self._others.take(proposal.trial, proposal.trainable_params)
+        if taken is None:
             return False
-        outcome, study = found
+        outcome, study = taken
         self._restored(outcome)  # a rival at every rung that it passed
         self._finished(outcome, proposal.params, reused=study)
         return True
 
     def _finished(self, outcome: Outcome, params: Mapping[str, Any], *, reused: str = "") -> None:
         self._records.append_finished(outcome, params, reused=reused)
-        self._drop_checkpoint(outcome.digest)
+        outcome = self._records.outcomes[outcome.digest]
+        self._records.drop_checkpoint(outcome.digest)
         self._halving.drop(outcome.digest)
         if not self._problem.is_table:
             self._proposer.tell(outcome)
@@ -302,9 +300,6 @@ class Run:
         self._records.append_answered(point.params, reason=point.reason, digest=point.digest, message=point.message)
         self._progress.answered(point.reason, point.message)
 
-    def _drop_checkpoint(self, digest: str) -> None:
-        storage.delete_folder(storage.join(self._checkpoints, digest))
-
     def _drop_adapters(self, *, spare_repeated: bool) -> None:
         """Keeps one adapter for each point of the front: on a real model each is hundreds of megabytes.
 
@@ -316,8 +311,8 @@ class Run:
             stay |= {id(point) for point in points if self._problem.is_table or len(point.runs) > 1}
         for point in points:
             runs = [run for run in point.by_accuracy if run.adapter]
-            there = (run for run in runs if storage.exists(run.adapter))
+            there = (run for run in runs if self._records.has_adapter(run.digest))
             kept = next(there, None) if id(point) in stay else None
             for run in runs:
                 if run is not kept:
-                    storage.delete_folder(run.adapter)
+                    self._records.drop_adapter(run.digest)

@@ -52,10 +52,10 @@ from allocators.core.types import (
     canonical_json,
     digest_of,
 )
-from search.export.model_card import portable, portable_command
 from search.problem import PinnedTrial, Problem, load_space
 from search.propose.sampler import Proposal
 from search.records import read
+from search.records.redact import portable, portable_command, redacted
 
 METADATA = b"lora-expert-search"
 FORMAT = 1
@@ -380,7 +380,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
     lines: dict[str, dict[str, Any]] = {}
     for records in studies:
         identity = {key: value for key, value in records.header["identity"].items() if key != "seed"}
-        signals = {f.stem: json.loads(f.read_text()) for f in sorted((records.folder / "signals").glob("*.json"))}
+        signals = {kind: signal.to_json() for kind, signal in records.signals.items()}
         found = {"format": FORMAT, "identity": identity, "shape": records.shape.to_json(), "signals": signals}
         about = about or found
         for part in ("identity", "shape", "signals"):
@@ -391,7 +391,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
                 )
         for digest, outcome in records.finished.items():
             if outcome.status in KEPT:
-                lines.setdefault(digest, _line(outcome, records.params_of(digest), records.header["identity"]["seed"]))
+                lines.setdefault(digest, _line(outcome, records.params_of(digest), records.seed))
     if not lines:
         raise StudyError(f"no finished training in {', '.join(str(r.folder) for r in studies)}: nothing to export")
     names = ("name", "id", "started", "versions")
@@ -447,7 +447,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         table = export(folders, targets[0])
     except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     points = len({canonical_json(dict(row.params)) for row in table.rows.values()})
     size = Path(targets[0]).stat().st_size

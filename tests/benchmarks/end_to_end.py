@@ -547,11 +547,11 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
     from search.config import RunConfig
     from search.engine import tune as ray_tune
     from search.engine import workers as pools
-    from search.records import Study
+    from search.records.folder import StudyFolder
     from search.records.tracking import Tracker
     from search.report.live import Progress
     from search.run import _workers
-    from search.study import Run
+    from search.study import Conductor
 
     recorded = problem_of(settings.table, settings.seed)
     space = recorded.problem.table.about["identity"]["space"]
@@ -567,7 +567,7 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
         name="ours",
     )
 
-    class ToTarget(Run):
+    class ToTarget(Conductor):
         def propose(self) -> Any:
             return None if target.over else super().propose()
 
@@ -579,7 +579,7 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
 
     cluster = pools.connect("local", num_cpus=WORKERS)
     own = folder / "ours"
-    with Study.open(
+    with StudyFolder.open(
         own, config=config.to_json(), identity=config.identity(), shape=recorded.problem.shape, command=config.command()
     ) as records:
         tracker = Tracker.open(
@@ -595,7 +595,6 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
                 records,
                 tracker,
                 progress,
-                checkpoints=str(own / "checkpoints"),
                 sampler="ehvi",
                 deadline=None,
                 keep="front",

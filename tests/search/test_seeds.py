@@ -12,11 +12,11 @@ from rich.console import Console
 import spaces.sieve_ablation
 from allocators.core.types import FINISHED, Outcome
 from search import front as pareto
-from search.records import Study
-from search.records.reuse import NOWHERE, Elsewhere
+from search.records.folder import StudyFolder
+from search.records.reuse import NO_OTHER_STUDIES, OtherStudies
 from search.records.tracking import Tracker
 from search.report.live import Progress
-from search.study import Run, missing_repeats, remaining, table_plan
+from search.study import Conductor, missing_repeats, remaining, table_plan
 from tests.search.propose.test_sampler import problem as search_problem
 from tests.search.studies import CONFIG, IDENTITY
 
@@ -44,26 +44,25 @@ def drive(
     problem, folder, mlflow_folder, *, seeds, trials=TRIALS, stop=10**6, at_once=2, end="complete", reuse=False, **more
 ):
     """A study's driver without Ray: `at_once` workers that finish in order. Killed after `stop` results."""
-    settings = {"identity": IDENTITY, "defaults": {}, "facts": {}, "adapters": str(folder / "adapters")}
+    settings = {"identity": IDENTITY, "defaults": {}, "facts": {}, "place": str(folder)}
     out = Console(file=io.StringIO(), width=200)
     names = {"study_name": folder.name, "experiment": "seeds", "tags": {}, "params": {}}
-    with Study.open(folder, config=CONFIG, identity=IDENTITY, shape=problem.shape) as records:
+    with StudyFolder.open(folder, config=CONFIG, identity=IDENTITY, shape=problem.shape) as records:
         tracker = Tracker.open(None, mlflow_folder, **names)
         tracker.sync(records)
         expected = remaining(problem, records, trials=trials, seeds=seeds)
         proposed, running, results = [], [], 0
         known = {"done": list(records.finished.values()), "reused": records.reused, "seed": problem.seed}
         with Progress(trials, console=out, **known) as progress:
-            run = Run(
+            run = Conductor(
                 problem,
                 records,
                 tracker,
                 progress,
-                checkpoints=str(folder / "checkpoints"),
                 deadline=None,
                 trials=trials,
                 seeds=seeds,
-                elsewhere=Elsewhere(folder, **settings) if reuse else NOWHERE,
+                others=OtherStudies(folder, **settings) if reuse else NO_OTHER_STUDIES,
                 **{"sampler": "random", "keep": "front"} | more,
             )
             while results < stop:

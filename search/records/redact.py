@@ -14,8 +14,9 @@ _SECRET_KEY = re.compile(
 _WORDS = r"key|secret|token|passw(?:or)?d|pwd|signature|credential"
 # In a text: what is kept of it, and what the secret looks like.
 _SECRETS = (
-    # user:password@ and token@ of any scheme, git+https:// too; a password may have an @ in it
-    re.compile(r"(?<=://)()[^/\s?#'\"]*(?=@)", re.IGNORECASE),
+    # user:password@ and token@ of any scheme, git+https:// too, and of a URI that was taken for a path (s3:/…); a
+    # password may have an @ in it
+    re.compile(r"(:/{1,2})[^/\s?#'\"]*(?=@)"),
     re.compile(rf"([?&;#](?:[^=&;#\s]*(?:{_WORDS})[^=&;#\s]*|sig|auth)=)[^&;#\s'\"]+", re.IGNORECASE),
     # an environment, as a shell, Python or a log writes it
     re.compile(

@@ -211,7 +211,7 @@ def study(config: RunConfig, problem: Problem) -> int:
     from search import report
     from search.records.folder import StudyFolder
     from search.records.tracking import Tracker
-    from search.study import remaining
+    from search.study import trainings_left
     from spaces import _tables
 
     folder = _folder(config)
@@ -236,7 +236,7 @@ def study(config: RunConfig, problem: Problem) -> int:
         try:
             tracker.sync(records)
             known = replace(problem, signals={**problem.signals, **records.signals})
-            left, repeats = remaining(known, records, trials=config.trials, seeds=config.seeds)
+            left, repeats = trainings_left(known, records, trials=config.trials, seeds=config.seeds)
             if left or repeats:
                 _train(config, problem, records, tracker, left, repeats)
             else:
@@ -288,13 +288,13 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
         facts = {"replayed": problem.table.mark}
     else:
         pool = _workers(config, cluster, trials=left + repeats, folder=folder, shared=shared, study=study)
-    memory, before = PeakMemory(), list(records.finished.values())
+    memory, before = PeakMemory(), set(records.finished)
     with (
         memory,
         Progress(
             config.trials,
             config.time_budget_seconds or None,
-            done=before,
+            done=records.points,
             reused=records.reused,
             seed=config.seed,
             evaluations=config.evaluations,
@@ -352,8 +352,7 @@ def _train(config: RunConfig, problem: Problem, records: Any, tracker: Any, left
             pools.disconnect()
             records.drop_ray_notes()
     seconds, gibibytes = time.monotonic() - began, memory.peak_bytes / 2**30
-    earlier = {outcome.digest for outcome in before}
-    new = [outcome for digest, outcome in records.trained.items() if digest not in earlier]
+    new = [outcome for digest, outcome in records.trained.items() if digest not in before]
     own = sum(outcome.trial.seed == config.seed for outcome in new)
     others = len(new) - own
     done = "rows of the table read" if config.replay else "trainings"

@@ -442,6 +442,17 @@ class Trial:
             }
         )
 
+    @cached_property
+    def point(self) -> str:
+        """Digest of all but the seed: the trials of one point share it.
+
+        Where every seed draws its own random experts (`draw=each`), the rule is the point and not what it drew.
+        """
+        what = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task}
+        if self.knobs.get("draw") == "each":
+            return digest_of(what | {"allocator": self.allocator, "knobs": dict(self.knobs)})
+        return digest_of(what | {"allocation": self.allocation.to_json()})
+
     def to_json(self) -> dict[str, Any]:
         return {
             "digest": self.digest,

@@ -29,11 +29,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from allocators.core import checks
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import FINISHED, ModelShape, Outcome, Rung, Signal, canonical_json
+from search.front import Points
 from search.records.files import (
     ADAPTERS,
     HEADER,
@@ -86,6 +88,8 @@ class Records:
     place      where the workers write adapters: the study folder, or URI/<name>
     shape      sizes of the model
     outcomes   last known outcome of every digest, in the order in which they were started or finished
+    points     those that finished, as points and their front
+    tried      (point, seed) of everything that was started
     answered   points answered without training, in order
     problems   one sentence for everything that is damaged
     sampler_seconds   what it took to propose each point that was started
@@ -98,10 +102,13 @@ class Records:
         self.place = place or place_of(folder, header)
         self.shape = ModelShape.from_json(header["shape"])
         self.outcomes: dict[str, Outcome] = {}
+        self.points = Points()
+        self.tried: set[tuple[str, int]] = set()
         self.answered: list[Answered] = []
         self.problems: list[str] = []
         self.sampler_seconds: list[float] = []
         self.reused: dict[str, str] = {}
+        self._trained: dict[str, Outcome] = {}
         self._params: dict[str, dict[str, Any]] = {}
         self._rungs: dict[str, dict[int, Rung]] = {}
 
@@ -137,14 +144,14 @@ class Records:
         return signals
 
     @property
-    def finished(self) -> dict[str, Outcome]:
+    def finished(self) -> Mapping[str, Outcome]:
         """Outcomes by digest, in the order in which they finished: complete, stopped, diverged, failed, ..."""
-        return {digest: outcome for digest, outcome in self.outcomes.items() if outcome.status in FINISHED}
+        return MappingProxyType(self.points.outcomes)
 
     @property
-    def trained(self) -> dict[str, Outcome]:
+    def trained(self) -> Mapping[str, Outcome]:
         """Those of `finished` that were trained here, and not reused from another study."""
-        return {digest: outcome for digest, outcome in self.finished.items() if digest not in self.reused}
+        return MappingProxyType(self._trained)
 
     @property
     def in_flight(self) -> list[tuple[Outcome, dict[str, Any]]]:
@@ -193,13 +200,23 @@ class Records:
         digest = outcome.digest
         if outcome.adapter:
             outcome = outcome.updated(adapter=adapter_name(digest))
-        self.outcomes.pop(digest, None)  # to the end: dictionaries keep the order of events
-        self.outcomes[digest] = outcome if outcome.rungs else outcome.updated(rungs=self._curve(digest))
-        self._params[digest] = params
+        if not outcome.rungs:
+            outcome = outcome.updated(rungs=self._curve(digest))
         if seconds:
             self.sampler_seconds.append(float(seconds))
         if reused:
             self.reused[digest] = reused
+        for known in (self.outcomes, self._trained):  # to the end: dictionaries keep the order of events
+            known.pop(digest, None)
+        self.outcomes[digest] = outcome
+        self.tried.add((outcome.trial.point, outcome.trial.seed))
+        self._params[digest] = params
+        if outcome.status not in FINISHED:
+            self.points.discard(digest)
+            return
+        self.points.add(outcome)
+        if digest not in self.reused:
+            self._trained[digest] = outcome
 
     def _curve(self, digest: str) -> tuple[Rung, ...]:
         rungs = self._rungs.get(digest, {})

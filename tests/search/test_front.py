@@ -53,8 +53,8 @@ def test_front_is_what_brute_force_finds(points, others):
 
 @given(POINTS)
 def test_front_rises(points):
-    found = front(points)
-    assert found == sorted(found)
+    members = front(points)
+    assert members == sorted(members)
 
 
 @given(POINTS, NOT_POINTS, st.integers(5_000, 40_000), st.sampled_from([0.0, 0.25, 0.5]))

@@ -98,10 +98,10 @@ def made(folder, started):
 
 
 def seeds_by_point(records) -> dict[str, list[int]]:
-    found = defaultdict(list)
+    seeds_of = defaultdict(list)
     for outcome in records.finished.values():
-        found[pareto.point_of(outcome.trial)].append(outcome.trial.seed)
-    return found
+        seeds_of[pareto.point_of(outcome.trial)].append(outcome.trial.seed)
+    return seeds_of
 
 
 def check_front(records, seeds, *, base=0):
@@ -111,8 +111,8 @@ def check_front(records, seeds, *, base=0):
         assert sorted(run.trial.seed for run in member.runs) == wanted
         assert len({run.trial.allocation for run in member.runs}) == 1
         assert len({run.trial.recipe for run in member.runs}) == 1
-    for found in seeds_by_point(records).values():
-        assert sorted(found) == wanted[: len(found)], "seeds are taken in order, none twice"
+    for tried in seeds_by_point(records).values():
+        assert sorted(tried) == wanted[: len(tried)], "seeds are taken in order, none twice"
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -123,7 +123,7 @@ def test_members_of_the_front_have_their_seeds_and_trials_count_alone(seed, tmp_
     assert [trial.seed for trial in proposed[:TRIALS]] == [seed] * TRIALS, "the search comes first"
     assert all(trial.seed > seed for trial in proposed[TRIALS:])
     check_front(records, 3, base=seed)
-    assert min(len(found) for found in seeds_by_point(records).values()) == 1, "who is dominated is not repeated"
+    assert min(len(tried) for tried in seeds_by_point(records).values()) == 1, "who is dominated is not repeated"
     repeats = len(proposed) - TRIALS
     assert f"{TRIALS} of {TRIALS} finished · {repeats} of {repeats} repeats with other seeds" in said
     assert trainings_left(problem, records, trials=TRIALS, seeds=3) == (0, 0)

@@ -66,9 +66,9 @@ def trained(folder: Path) -> set[str]:
 def test_an_equal_training_is_found_and_keeps_to_what_was_asked(tmp_path):
     other(tmp_path / "first", outcome(allocator="sieve", accuracy=0.6))
     asked = outcome(allocator="coverage")  # another rule that comes to the same experts
-    found, study = asking(tmp_path).take(*asked_for(asked))
-    assert (study, found.accuracy, found.trial.allocator) == ("first", pytest.approx(0.6), "coverage")
-    assert len(found.rungs) == 3
+    taken, study = asking(tmp_path).take(*asked_for(asked))
+    assert (study, taken.accuracy, taken.trial.allocator) == ("first", pytest.approx(0.6), "coverage")
+    assert len(taken.rungs) == 3
 
 
 def another(value):
@@ -111,8 +111,8 @@ def test_another_allocation_recipe_or_seed_is_another_training(asked, tmp_path):
 @pytest.mark.parametrize("status", ["started", *FINISHED])
 def test_only_what_ended_by_itself_is_taken(status, tmp_path):
     other(tmp_path / "first", outcome(status=status))
-    found = asking(tmp_path).take(*asked_for())
-    assert (found is not None) == (status in ("complete", "diverged"))
+    taken = asking(tmp_path).take(*asked_for())
+    assert (taken is not None) == (status in ("complete", "diverged"))
 
 
 def test_a_folder_that_is_no_study_is_left_out_and_so_is_this_one(tmp_path, caplog):

@@ -63,9 +63,9 @@ def write(study: StudyFolder, tracker: Tracker, points: int, *, first: int = 0) 
 def runs(folder: Path, uri: str | None = None):
     """All runs: parents, and children by digest."""
     client = MlflowClient(tracking_uri=uri or f"sqlite:///{folder}/mlflow.db")
-    found = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
-    parents = [run for run in found if "digest" not in run.data.tags]
-    children = [run for run in found if "digest" in run.data.tags]
+    everything = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
+    parents = [run for run in everything if "digest" not in run.data.tags]
+    children = [run for run in everything if "digest" in run.data.tags]
     return client, parents, children
 
 

@@ -14,9 +14,9 @@ from rich.table import Table
 from allocators.core import plugins
 from search.config import RunConfig
 from search.front import human
-from search.prepare import recorded_signals
 from search.problem import Problem, Proposal
 from search.propose.sampler import Proposer, table_rows
+from search.records import measured_signals
 
 
 def dry_run(config: RunConfig, problem: Problem, folder: Path) -> None:
@@ -25,7 +25,10 @@ def dry_run(config: RunConfig, problem: Problem, folder: Path) -> None:
     folder   of the study: where an earlier run of it measured signals, counts are exact
     """
     known = {kind: signal for kind, signal in problem.signals.items() if signal.provenance.get("measured", True)}
-    known |= recorded_signals(folder)
+    recorded, damaged = measured_signals(folder)
+    for sentence in damaged:
+        print(f"warning: {sentence}", file=sys.stderr)
+    known |= recorded
     problem = replace(problem, signals={**problem.signals, **known})
     proposals, reasons = drawn(problem, trials=config.trials, merge=set(problem.needs) <= known.keys())
     console = Console(width=None if sys.stdout.isatty() else 140)

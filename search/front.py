@@ -2,36 +2,41 @@
 
     python -m search.report studies/demo        # prints what these functions find in a study
 
-A point is anything with `trainable_params` and `accuracy`; a point whose accuracy is None or not finite has no place
-on a front and is left out everywhere here.
+    points = Points(records.finished.values()); points.add(outcome); points.front        # the same, result by result
+
+What these functions compare is anything with `trainable_params` and `accuracy`; what has no accuracy, or one that is
+not finite, has no place on a front and is left out everywhere here.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from functools import cached_property
+from typing import NamedTuple, Protocol, TypeVar
 
-from allocators.core.types import Outcome, Trial, digest_of
+from allocators.core.types import Outcome, Trial
 
 
-class Point(Protocol):
+class Scored(Protocol):
     @property
     def trainable_params(self) -> int: ...
     @property
     def accuracy(self) -> float | None: ...
 
 
-P = TypeVar("P", bound=Point)
+P = TypeVar("P", bound=Scored)
 
 
 def _valid(points: Iterable[P]) -> list[P]:
     return [p for p in points if p.accuracy is not None and math.isfinite(p.accuracy)]
 
 
-def _rows(points: Sequence[Point]) -> list[tuple[float, float]]:
+def _rows(points: Sequence[Scored]) -> list[tuple[float, float]]:
     return [(float(p.trainable_params), float(p.accuracy or 0.0)) for p in points]
 
 
@@ -50,7 +55,7 @@ def front(points: Iterable[P]) -> list[P]:
     return sorted((p for p, on in zip(valid, keep, strict=True) if on), key=lambda p: p.trainable_params)
 
 
-def hypervolume(points: Iterable[Point], *, reference: tuple[float, float]) -> float:
+def hypervolume(points: Iterable[Scored], *, reference: tuple[float, float]) -> float:
     """Area that the points dominate up to `reference` = (trainable parameters, accuracy), a point worse than all.
 
     In parameters × accuracy. Points beyond the reference add nothing; no points cover 0.
@@ -110,13 +115,18 @@ class Candidate:
     spread: float | None = None
     question_error: float | None = None
 
+    @cached_property
+    def point(self) -> str:
+        """The digest that its runs share."""
+        return point_of(self.runs[0].trial)
+
     @property
     def trainable_params(self) -> int:
         return self.runs[0].trainable_params
 
     @property
     def complete(self) -> tuple[Outcome, ...]:
-        return tuple(run for run in self.runs if run.status == "complete" and run.accuracy is not None)
+        return _complete(self.runs)
 
     @property
     def by_task(self) -> dict[str, tuple[float, float]]:
@@ -143,13 +153,8 @@ class Candidate:
 
 
 def point_of(trial: Trial) -> str:
-    """Digest of all but the seed: the trials of one point share it.
-
-    Where every seed draws its own random experts (`draw=each`), the rule is the point and not what it drew.
-    """
-    data = trial.to_json()
-    what = ("allocator", "knobs") if trial.knobs.get("draw") == "each" else ("allocation",)
-    return digest_of({key: data[key] for key in (*what, "recipe", "model", "task")})
+    """Digest of all but the seed: the trials of one point share it."""
+    return trial.point
 
 
 def candidates(outcomes: Iterable[Outcome]) -> list[Candidate]:
@@ -163,8 +168,12 @@ def candidates(outcomes: Iterable[Outcome]) -> list[Candidate]:
     return [_candidate(tuple(runs)) for runs in groups.values()]
 
 
+def _complete(runs: Iterable[Outcome]) -> tuple[Outcome, ...]:
+    return tuple(_valid(run for run in runs if run.status == "complete"))
+
+
 def _candidate(runs: tuple[Outcome, ...]) -> Candidate:
-    complete = [run for run in runs if run.status == "complete" and run.accuracy is not None]
+    complete = _complete(runs)
     if not complete:
         return Candidate(runs, None, None)
     accuracies = [run.accuracy or 0.0 for run in complete]
@@ -179,3 +188,134 @@ def _candidate(runs: tuple[Outcome, ...]) -> Candidate:
 def _error_of_mean(accuracies: Sequence[float]) -> list[float]:
     """s/√n of the seeds; nothing for one."""
     return [statistics.stdev(accuracies) / math.sqrt(len(accuracies))] if len(accuracies) > 1 else []
+
+
+class Points:
+    """Finished trainings, grouped into points, and the front of the points: kept up to date training by training.
+
+    After any number of `add` and `discard`, a list of it is `candidates(outcomes.values())` and `front` is the front of
+    that. Adding costs what the point's own runs and the front cost; where a member of the front falls, also the points
+    between it and the next larger member.
+
+    outcomes   by digest, in the order in which they were added
+    """
+
+    def __init__(self, outcomes: Iterable[Outcome] = ()) -> None:
+        self.outcomes: dict[str, Outcome] = {}
+        self._numbers = itertools.count()
+        self._added: dict[str, tuple[str, int]] = {}  # digest -> its point, and which addition it was
+        self._runs: dict[str, dict[str, Outcome]] = {}  # point -> its runs by digest
+        self._entries: dict[str, _Entry] = {}  # by point
+        self._by_size: list[_Entry] = []  # those with an accuracy
+        self._front: list[_Entry] = []
+        for outcome in outcomes:
+            self.add(outcome)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        """All points, in the order of their first training."""
+        return iter(entry.candidate for entry in sorted(self._entries.values(), key=lambda entry: entry.number))
+
+    @property
+    def front(self) -> list[Candidate]:
+        return [entry.candidate for entry in self._front]
+
+    def is_on_front(self, candidate: Candidate) -> bool:
+        entry = self._entries[candidate.point]
+        place = bisect.bisect_left(self._front, entry)
+        return place < len(self._front) and self._front[place] is entry
+
+    def add(self, outcome: Outcome) -> Candidate:
+        """Takes in a training, in the place of an earlier result of it; returns its point as it is now."""
+        self.discard(outcome.digest)
+        point = point_of(outcome.trial)
+        self.outcomes[outcome.digest] = outcome
+        self._added[outcome.digest] = (point, next(self._numbers))
+        self._runs.setdefault(point, {})[outcome.digest] = outcome
+        return self._renew(point)
+
+    def discard(self, digest: str) -> None:
+        """Forgets a training, where there is one of that name."""
+        if digest not in self.outcomes:
+            return
+        del self.outcomes[digest]
+        point, _ = self._added.pop(digest)
+        del self._runs[point][digest]
+        if self._runs[point]:
+            self._renew(point)
+        else:
+            del self._runs[point]
+            self._leave(self._entries.pop(point))
+
+    def at(self, point: str) -> Candidate:
+        """A point by the digest that its trainings share (KeyError where it has none)."""
+        return self._entries[point].candidate
+
+    def candidate_of(self, digest: str) -> Candidate:
+        """The point of a training (KeyError where there is none of that name)."""
+        return self.at(self._added[digest][0])
+
+    def _renew(self, point: str) -> Candidate:
+        """The point with its runs as they are now, in its place on the front."""
+        runs = self._runs[point]
+        candidate = _candidate(tuple(runs.values()))
+        _, number = self._added[next(iter(runs))]
+        if point in self._entries:
+            self._leave(self._entries[point])
+        entry = self._entries[point] = _Entry(candidate.trainable_params, number, candidate)
+        if _valid([candidate]):
+            bisect.insort(self._by_size, entry)
+            self._enter(entry)
+        return candidate
+
+    def _enter(self, entry: _Entry) -> None:
+        """Puts a point on the front, and takes off what it beats, unless a member beats it."""
+        place = bisect.bisect_right(self._front, entry.params, key=_params)
+        if place and self._front[place - 1].beats(entry):  # of those that are no larger the most accurate
+            return
+        first = last = bisect.bisect_left(self._front, entry.params, key=_params)
+        while last < len(self._front) and self._front[last].accuracy <= entry.accuracy:
+            last += 1
+        equal = [other for other in self._front[first:last] if not entry.beats(other)]
+        self._front[first:last] = sorted([*equal, entry])
+
+    def _leave(self, entry: _Entry) -> None:
+        """Takes a point away, and puts on the front what it alone kept off."""
+        place = bisect.bisect_left(self._by_size, entry)
+        if place == len(self._by_size) or self._by_size[place] is not entry:
+            return  # it has no accuracy
+        del self._by_size[place]
+        on_front = bisect.bisect_left(self._front, entry)
+        if on_front == len(self._front) or self._front[on_front] is not entry:
+            return
+        del self._front[on_front]
+        larger = next((other.params for other in self._front[on_front:] if other.params > entry.params), math.inf)
+        start = bisect.bisect_left(self._by_size, entry.params, key=_params)
+        stop = bisect.bisect_left(self._by_size, larger, key=_params)
+        for other in self._by_size[start:stop]:
+            if other.params > entry.params or other.accuracy < entry.accuracy:  # its equals are on the front
+                self._enter(other)
+
+
+class _Entry(NamedTuple):
+    """A point among those of its size: ascending in parameters, then as they came. Numbers are unique."""
+
+    params: int
+    number: int
+    candidate: Candidate
+
+    @property
+    def accuracy(self) -> float:
+        assert self.candidate.accuracy is not None
+        return self.candidate.accuracy
+
+    def beats(self, other: _Entry) -> bool:
+        """No worse in both and better in one."""
+        no_worse = self.params <= other.params and self.accuracy >= other.accuracy
+        return no_worse and (self.params, self.accuracy) != (other.params, other.accuracy)
+
+
+def _params(entry: _Entry) -> int:
+    return entry.params

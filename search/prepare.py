@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from types import ModuleType
 
 from allocators.core import plugins
 from allocators.core.errors import StudyError
-from allocators.core.types import ModelShape, Signal
+from allocators.core.types import ModelShape
 from search.config import RunConfig
 from search.problem import Problem, check_budget, check_pins, corners, kinds_read, load_space, placeholder
 
@@ -92,14 +89,3 @@ def amounts(config: RunConfig, problem: Problem) -> RunConfig:
 def _knobs_of(space: ModuleType, shape: ModelShape) -> set[str]:
     bare = Problem(space=space, shape=shape, model="", task="")  # resolves nothing: names need no signal
     return {name for _, params in corners(bare) for name in params}
-
-
-def recorded_signals(folder: Path) -> dict[str, Signal]:
-    """Signals that an earlier run of the study left in its folder; a damaged one counts as not measured."""
-    signals: dict[str, Signal] = {}
-    for file in sorted((folder / "signals").glob("*.json")):
-        try:
-            signals[file.stem] = Signal.from_json(json.loads(file.read_text()))
-        except (ValueError, KeyError, OSError) as error:
-            print(f"warning: {file} cannot be read ({error}); shown without it", file=sys.stderr)
-    return signals

@@ -13,6 +13,7 @@ from allocators.core import plugins
 from allocators.core.errors import ToolkitError
 from search.config import RunConfig, help_text, parse
 from search.prepare import prepare
+from search.records.redact import redacted
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run(parse(words))
     except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,15 +16,16 @@ from search.dry_run import drawn
 from search.engine import Workers
 from search.engine.memory import PeakMemory
 from search.make_workers import Locations, make_workers
-from search.prepare import recorded_signals
 from search.problem import Problem
 from search.propose.halving import NO_HALVING, Halving
-from search.records import UNTRAINED, Study, write_atomically
-from search.records.reuse import NOWHERE, Elsewhere, Nowhere
+from search.records.files import UNTRAINED, write_atomically
+from search.records.folder import StudyFolder
+from search.records.reuse import NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
 from search.records.tracking import Tracker
 from search.report.live import Progress
-from search.study import Run, remaining
+from search.study import Conductor, trainings_left
 from spaces import _tables
+from trainers import storage
 
 
 def run_study(config: RunConfig, problem: Problem) -> int:
@@ -34,8 +35,8 @@ def run_study(config: RunConfig, problem: Problem) -> int:
         tracker = _tracker(config, locations)
         try:
             tracker.sync(records)
-            known = replace(problem, signals={**problem.signals, **recorded_signals(locations.folder)})
-            left, repeats = remaining(known, records, trials=config.trials, seeds=config.seeds)
+            known = replace(problem, signals={**problem.signals, **records.signals})
+            left, repeats = trainings_left(known, records, trials=config.trials, seeds=config.seeds)
             if left or repeats:
                 Session(config, problem, locations, records, tracker).train(left + repeats)
             else:
@@ -52,14 +53,15 @@ def run_study(config: RunConfig, problem: Problem) -> int:
     return 0 if any(outcome.accuracy is not None for outcome in records.finished.values()) else 1
 
 
-def _records(config: RunConfig, problem: Problem, locations: Locations) -> Study:
-    return Study.open(
+def _records(config: RunConfig, problem: Problem, locations: Locations) -> StudyFolder:
+    return StudyFolder.open(
         locations.folder,
         config=config.to_json(),
         identity=config.identity(),
         defaults=RunConfig().identity(),
         shape=problem.shape,
         command=config.command(),
+        place=locations.shared if storage.is_uri(locations.shared) else "",
         table=_tables.facts(problem.space) if problem.is_table else {},
     )
 
@@ -82,7 +84,7 @@ class Session:
     config: RunConfig
     problem: Problem
     locations: Locations
-    records: Study
+    records: StudyFolder
     tracker: Tracker
 
     def train(self, trainings: int) -> None:
@@ -92,22 +94,21 @@ class Session:
         workers = make_workers(config, self.problem, self.locations, study=study, trainings=trainings)
         print(f"{config.space} on {config.model}, task {config.task}; records in {self.locations.folder}", flush=True)
         workers.start()
-        with self._summary(workers, began), self._progress() as progress, closing(workers):
+        with self._summary(workers, began), self._progress() as progress, self._closing(workers):
             progress.message(workers.describe())
-            elsewhere, problem = self._prepare(workers, progress)
-            conductor = Run(
+            others, problem = self._prepare(workers, progress)
+            conductor = Conductor(
                 problem,
                 records,
                 self.tracker,
                 progress,
-                checkpoints=self.locations.checkpoints,
                 sampler=config.sampler,
                 deadline=began + config.time_budget_seconds if config.time_budget else None,
                 keep=config.keep,
                 trials=config.trials,
                 seeds=config.seeds,
                 halving=Halving(evaluations=config.evaluations, eta=config.eta) if self._pausing else NO_HALVING,
-                elsewhere=elsewhere,
+                others=others,
             )
             workers.search(conductor, pausing=self._pausing)
             if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
@@ -122,13 +123,13 @@ class Session:
         return Progress(
             self.config.trials,
             self.config.time_budget_seconds or None,
-            done=list(self.records.finished.values()),
+            done=self.records.points,
             reused=self.records.reused,
             seed=self.config.seed,
             evaluations=self.config.evaluations,
         )
 
-    def _prepare(self, workers: Workers, progress: Progress) -> tuple[Elsewhere | Nowhere, Problem]:
+    def _prepare(self, workers: Workers, progress: Progress) -> tuple[OtherStudies | NoOtherStudies, Problem]:
         """What workers are asked before the first training. Gives other studies to reuse, and the measured problem."""
         facts = workers.facts()
         if facts.task:
@@ -170,21 +171,29 @@ class Session:
             if chosen := workers.choose_pack(PackJob(largest.trial, largest.trainable_params)):
                 progress.message(chosen)
 
-    def _other_studies(self, facts: Mapping[str, str], progress: Progress) -> Elsewhere | Nowhere:
+    def _other_studies(self, facts: Mapping[str, str], progress: Progress) -> OtherStudies | NoOtherStudies:
         """Studies of the same storage whose results are reused."""
         if not self.config.reuse:
-            return NOWHERE
+            return NO_OTHER_STUDIES
         folder = self.locations.folder
-        elsewhere = Elsewhere(
+        others = OtherStudies(
             folder,
             identity=self.config.identity(),
             defaults=RunConfig().identity(),
             facts=facts,
-            adapters=self.locations.adapters,
+            place=self.locations.shared,
         )
-        count = len(elsewhere)
+        count = len(others)
         progress.message(f"other studies in {folder.parent} have {count} trainings with the same settings")
-        return elsewhere
+        return others
+
+    @contextmanager
+    def _closing(self, workers: Workers) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            workers.close()
+            self.records.drop_ray_notes()
 
     @contextmanager
     def _summary(self, workers: Workers, began: float) -> Iterator[None]:

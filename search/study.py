@@ -1,4 +1,4 @@
-"""One study from its first point to its report: the only writer of records, MLflow runs and the live view.
+"""One study from its first point to its report: the conductor of records, MLflow runs and the live view.
 
 Tune asks `propose`, workers' reports arrive at `rung` and `finished`. Pure glue: no Ray, no MLflow, no torch.
 
@@ -12,7 +12,7 @@ table, but not as one of `trials`: those are trained.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,11 +21,11 @@ from search import front as pareto
 from search.problem import Problem, Proposal
 from search.propose.halving import NO_HALVING, Halving, NoHalving
 from search.propose.sampler import Answered, Proposer, table_rows
-from search.records import Records, Study
-from search.records.reuse import NOWHERE, Elsewhere, Nowhere
+from search.records import Records
+from search.records.folder import StudyFolder
+from search.records.reuse import NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
 from search.records.tracking import Tracker
 from search.report.live import Progress
-from trainers import storage
 
 
 def missing_repeats(problem: Problem, records: Records, *, seeds: int) -> list[Proposal]:
@@ -34,20 +34,20 @@ def missing_repeats(problem: Problem, records: Records, *, seeds: int) -> list[P
     Seed by seed and small points first, so that all members have two before one has three. A repeat that failed was
     tried; one that is under way is not missing.
     """
-    tried = {(pareto.point_of(o.trial), o.trial.seed) for o in records.outcomes.values()}
-    found: list[Proposal] = []
+    missing: list[Proposal] = []
+    members = records.points.front
     for seed in range(problem.seed + 1, problem.seed + seeds):
-        for member in pareto.front(pareto.candidates(records.finished.values())):
-            first = member.runs[0]
-            if (pareto.point_of(first.trial), seed) in tried:
+        for member in members:
+            if (member.point, seed) in records.tried:
                 continue
+            first = member.runs[0]
             trial = problem.repeat(first.trial, seed)
             if trial.digest not in records.outcomes:  # else its own draw is what another point trained
-                found.append(Proposal(trial, member.trainable_params, records.params_of(first.digest)))
-    return found
+                missing.append(Proposal(trial, member.trainable_params, records.params_of(first.digest)))
+    return missing
 
 
-def table_plan(problem: Problem, *, trials: int, seeds: int) -> tuple[list[Proposal], list[Answered]]:
+def table_trainings(problem: Problem, *, trials: int, seeds: int) -> tuple[list[Proposal], list[Answered]]:
     """Every training of a table, and the rows answered without one; all rows at one seed before the next seed.
 
     A study that is cut short then still has pairs to compare.
@@ -60,89 +60,94 @@ def table_plan(problem: Problem, *, trials: int, seeds: int) -> tuple[list[Propo
     return list(once.values()), [row for row in rows if isinstance(row, Answered)]
 
 
-def remaining(problem: Problem, records: Records, *, trials: int, seeds: int) -> tuple[int, int]:
+def trainings_left(problem: Problem, records: Records, *, trials: int, seeds: int) -> tuple[int, int]:
     """Trainings still to run: of the `trials`, and repeats with other seeds (in a search: as the front is now).
 
     A table whose signals were not measured yet counts as if nothing of it that needs them were done.
     """
-    finished = records.finished
     if problem.is_table:
-        left = [p for p in table_plan(problem, trials=trials, seeds=seeds)[0] if p.trial.digest not in finished]
-        own = sum(p.trial.seed == problem.seed for p in left)
+        proposals, _ = table_trainings(problem, trials=trials, seeds=seeds)
+        left = [proposal for proposal in proposals if proposal.trial.digest not in records.finished]
+        own = sum(proposal.trial.seed == problem.seed for proposal in left)
         return own, len(left) - own
     own = trials - sum(outcome.trial.seed == problem.seed for outcome in records.trained.values())
     half_done = sum(outcome.trial.seed != problem.seed for outcome, _ in records.in_flight)
     return max(own, 0), len(missing_repeats(problem, records, seeds=seeds)) + half_done
 
 
-class Run:
-    """The conductor that Tune talks to.
+class Conductor:
+    """Proposes trainings to free workers, and takes their results into records, MLflow and the live view.
 
     trials        trainings at the study's own seed that it is to have in the end, those of earlier runs included
     seeds         seeds that a member of the front, or a row of a table, is to have been trained with
-    checkpoints   where workers keep the state of their trials; a finished trial needs none
     deadline      monotonic time after which nothing new is proposed; None: no limit
     keep          "front": adapters of points that left the front are deleted; "all": none is
     halving       pauses trainings at rungs; those that were not gone on with in the end are `stopped`. Repeats with
                   other seeds run to their end
-    elsewhere     trainings of other studies, whose results are taken instead of training again
+    others        trainings of other studies, whose results are taken instead of training again
     """
 
     def __init__(
         self,
         problem: Problem,
-        records: Study,
+        records: StudyFolder,
         tracker: Tracker,
         progress: Progress,
         *,
-        checkpoints: str,
         sampler: str,
         deadline: float | None,
         keep: str,
         trials: int,
         seeds: int = 1,
         halving: Halving | NoHalving = NO_HALVING,
-        elsewhere: Elsewhere | Nowhere = NOWHERE,
+        others: OtherStudies | NoOtherStudies = NO_OTHER_STUDIES,
     ) -> None:
         self._problem = problem
         self._records = records
         self._tracker = tracker
         self._progress = progress
-        self._checkpoints = checkpoints
         self._deadline = deadline
         self._keep = keep
         self._trials = trials
         self._seeds = seeds
         self._halving = halving
-        self._elsewhere = elsewhere
+        self._others = others
         self._proposals: dict[str, Proposal] = {}
+        here = records.outcomes.keys() - records.reused.keys()
+        self._repeats = {digest for digest in here if not self._is_own(records.outcomes[digest])}
+        self._on_front: set[str] = {candidate.point for candidate in records.points}  # not looked at yet
         for digest in records.finished:  # a driver that was killed may have recorded an end and not cleaned up
-            self._drop_checkpoint(digest)
+            records.drop_checkpoint(digest)
+        if problem.is_table:
+            self._queue: Iterator[Proposal | Literal["wait"]] = self._rows()
+        else:
+            self._queue = self._go_on(sampler)
+
+    def _go_on(self, sampler: str) -> Iterator[Proposal | Literal["wait"]]:
+        """What a search proposes from here on; its sampler has learnt what is on record."""
+        problem, records = self._problem, self._records
         own = {digest: outcome for digest, outcome in records.finished.items() if self._is_own(outcome)}
         half_done = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
-        if problem.is_table:
-            self._work: Iterator[Proposal | Literal["wait"]] = self._rows()
-        else:
-            paused = [p for p in half_done if self._restored(records.outcomes[p.trial.digest])]
-            for outcome in own.values():
-                self._restored(outcome)
-            under_way = [p for p in half_done if p.trial.seed == problem.seed and p not in paused]
-            self._proposer = Proposer(
-                problem,
-                sampler=sampler,
-                known=[(outcome, records.params_of(digest)) for digest, outcome in own.items()],
-                unfinished=[*paused, *under_way],
-                answered=self._on_answered,
-            )
-            repeats = [p for p in half_done if p.trial.seed != problem.seed]
-            for _ in paused:  # the sampler knows that they are under way; they go on when it is their turn
-                proposal = self._proposer.propose()
-                assert proposal is not None
-                self._proposals[proposal.trial.digest] = proposal
-                progress.paused(proposal.trial.digest)
-            trained = len(own.keys() - records.reused.keys())
-            self._work = self._search(trials - trained - len(paused), repeats)
-            self._expect()
+        paused = [p for p in half_done if self._restored(records.outcomes[p.trial.digest])]
+        for outcome in own.values():
+            self._restored(outcome)
+        under_way = [p for p in half_done if p.trial.seed == problem.seed and p not in paused]
+        self._proposer = Proposer(
+            problem,
+            sampler=sampler,
+            known=[(outcome, records.params_of(digest)) for digest, outcome in own.items()],
+            unfinished=[*paused, *under_way],
+            answered=self._on_answered,
+        )
+        repeats = [p for p in half_done if p.trial.seed != problem.seed]
+        for _ in paused:  # the sampler knows that they are under way; they go on when it is their turn
+            proposal = self._proposer.propose()
+            assert proposal is not None
+            self._proposals[proposal.trial.digest] = proposal
+            self._progress.paused(proposal.trial.digest)
+        self._expect()
+        trained = len(own.keys() - records.reused.keys())
+        return self._search(self._trials - trained - len(paused), repeats)
 
     @property
     def cut_off(self) -> bool:
@@ -163,12 +168,14 @@ class Run:
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._progress.message("time budget used up: no new trials")
             return None
-        proposal = next(self._work, None)
+        proposal = next(self._queue, None)
         if proposal is None or proposal == "wait":
             return proposal
         started = Outcome(proposal.trial, "started", proposal.trainable_params)
         self._proposals[proposal.trial.digest] = proposal
         self._records.append_started(started, proposal.params, sampler_seconds=proposal.sampler_seconds)
+        if not self._is_own(started):
+            self._repeats.add(started.digest)
         self._tracker.started(started)
         self._progress.started(started)
         return proposal
@@ -227,15 +234,15 @@ class Run:
 
     def _rows(self) -> Iterator[Proposal]:
         """What is missing of a table."""
-        plan, answered = table_plan(self._problem, trials=self._trials, seeds=self._seeds)
+        proposals, answered = table_trainings(self._problem, trials=self._trials, seeds=self._seeds)
         for point in answered:
             if point not in self._records.answered:  # every run of a study meets the same rows
                 self._on_answered(point)
         missing = []
-        for proposal in plan:  # all that was trained elsewhere at once: then it is known how much is left
+        for proposal in proposals:  # all that was trained elsewhere at once: then it is known how much is left
             if proposal.trial.digest not in self._records.finished and not self._taken(proposal):
                 missing.append(proposal)
-        trained = [proposal for proposal in plan if proposal.trial.digest not in self._records.reused]
+        trained = [proposal for proposal in proposals if proposal.trial.digest not in self._records.reused]
         own = sum(proposal.trial.seed == self._problem.seed for proposal in trained)
         self._progress.expect(own, len(trained) - own)
         yield from missing
@@ -246,10 +253,8 @@ class Run:
 
     def _expect(self) -> None:
         """Tells the live view how many repeats there will be, by the front as it is now."""
-        here = self._records.outcomes.keys() - self._records.reused.keys()
-        begun = sum(not self._is_own(self._records.outcomes[digest]) for digest in here)
         missing = missing_repeats(self._problem, self._records, seeds=self._seeds)
-        self._progress.expect(self._trials, begun + len(missing))
+        self._progress.expect(self._trials, len(self._repeats) + len(missing))
 
     def rung(self, digest: str, rung: Rung) -> bool:
         """An evaluation of a training; whether it goes on now, else it is paused until it is proposed again."""
@@ -269,17 +274,20 @@ class Run:
 
     def _taken(self, proposal: Proposal) -> bool:
         """Whether another study has trained it; its result is then this study's."""
-        found = self._elsewhere.take(proposal)
-        if found is None:
+        taken = self._others.take(proposal.trial, proposal.trainable_params)
+        if taken is None:
             return False
-        outcome, study = found
+        outcome, study = taken
         self._restored(outcome)  # a rival at every rung that it passed
         self._finished(outcome, proposal.params, reused=study)
         return True
 
     def _finished(self, outcome: Outcome, params: Mapping[str, Any], *, reused: str = "") -> None:
         self._records.append_finished(outcome, params, reused=reused)
-        self._drop_checkpoint(outcome.digest)
+        outcome = self._records.outcomes[outcome.digest]
+        if reused:
+            self._repeats.discard(outcome.digest)
+        self._records.drop_checkpoint(outcome.digest)
         self._halving.drop(outcome.digest)
         if not self._problem.is_table:
             self._proposer.tell(outcome)
@@ -287,7 +295,7 @@ class Run:
         self._tracker.finished(outcome)
         self._progress.finished(outcome, reused=reused)
         if self._keep == "front":
-            self._drop_adapters(spare_repeated=True)
+            self._drop_adapters_of(outcome.digest)
 
     def lost(self, digest: str, reason: str) -> None:
         proposal = self._proposals[digest]
@@ -296,28 +304,31 @@ class Run:
     def settle(self) -> None:
         """The search is over: what is not on the front now will not come back to it."""
         if self._keep == "front":
-            self._drop_adapters(spare_repeated=False)
+            self._drop_adapters(self._records.points, spare_repeated=False)
 
     def _on_answered(self, point: Answered) -> None:
         self._records.append_answered(point.params, reason=point.reason, digest=point.digest, message=point.message)
         self._progress.answered(point.reason, point.message)
 
-    def _drop_checkpoint(self, digest: str) -> None:
-        storage.delete_folder(storage.join(self._checkpoints, digest))
+    def _drop_adapters_of(self, digest: str) -> None:
+        """After a result: looks at its point and at those that were on the front before it came."""
+        points = self._records.points
+        on_front = {candidate.point for candidate in points.front}
+        changed = points.candidate_of(digest)
+        fallen = (points.at(point) for point in self._on_front - on_front - {changed.point})
+        self._on_front = on_front
+        self._drop_adapters([changed, *fallen], spare_repeated=True)
 
-    def _drop_adapters(self, *, spare_repeated: bool) -> None:
+    def _drop_adapters(self, points: Iterable[pareto.Candidate], *, spare_repeated: bool) -> None:
         """Keeps one adapter for each point of the front: on a real model each is hundreds of megabytes.
 
         spare_repeated   also for points that have repeats: their mean moves, and they may be back on the front
         """
-        points = pareto.candidates(self._records.finished.values())
-        stay = {id(point) for point in pareto.front(points)}
-        if spare_repeated:
-            stay |= {id(point) for point in points if self._problem.is_table or len(point.runs) > 1}
         for point in points:
+            spared = spare_repeated and (self._problem.is_table or len(point.runs) > 1)
             runs = [run for run in point.by_accuracy if run.adapter]
-            there = (run for run in runs if storage.exists(run.adapter))
-            kept = next(there, None) if id(point) in stay else None
+            there = (run for run in runs if self._records.has_adapter(run.digest))
+            kept = next(there, None) if spared or self._records.points.is_on_front(point) else None
             for run in runs:
                 if run is not kept:
-                    storage.delete_folder(run.adapter)
+                    self._records.drop_adapter(run.digest)

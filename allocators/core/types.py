@@ -25,6 +25,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any, Literal
 
+from allocators.core import checks
 from allocators.core.errors import InfeasibleError, StudyError
 
 Role = Literal["attention", "mlp", "expert", "router", "shared_expert"]
@@ -323,13 +324,18 @@ Allocation = ExpertCounts | ExpertSelection
 def allocation_from_json(data: Mapping[str, Any]) -> Allocation:
     """Reads what `Allocation.to_json` wrote.
 
-    Raises StudyError for a kind that does not exist.
+    Raises StudyError for a kind that does not exist, ValueError or InfeasibleError for what no allocation holds.
     """
     match data.get("kind"):
         case "expert_selection":
-            return ExpertSelection({int(layer): tuple(ids) for layer, ids in data["experts"].items()})
+            return ExpertSelection(dict(_ids_of(layer, ids) for layer, ids in data["experts"].items()))
         case "expert_counts":
-            return ExpertCounts(dict(data["counts"]), data["gating"])
+            counts = checks.mapping(data["counts"], "counts")
+            most = checks.MOST_EXPERTS
+            return ExpertCounts(
+                {path: checks.whole(n, f"experts of {path}", high=most) for path, n in counts.items()},
+                checks.text(data["gating"], "gating"),  # type: ignore[arg-type]
+            )
         case other:
             raise StudyError(f"unknown allocation kind {other!r}: possible are expert_selection, expert_counts")
 
@@ -362,6 +368,13 @@ class LoraSettings:
     def scale(self) -> float:
         """lora_alpha / rank."""
         return self.lora_alpha / self.rank
+
+
+def _ids_of(layer: str, ids: Any) -> tuple[int, tuple[int, ...]]:
+    """A layer's number, which is text in JSON, and its expert ids."""
+    number = checks.whole(int(layer), "layer", high=checks.MOST_LAYERS)
+    what, last = f"expert id of layer {number}", checks.MOST_EXPERTS - 1
+    return number, tuple(checks.whole(each, what, high=last) for each in checks.sequence(ids, what))
 
 
 @dataclass(frozen=True, slots=True)
@@ -469,6 +482,17 @@ class Trial:
             }
         )
 
+    @cached_property
+    def point(self) -> str:
+        """Digest of all but the seed: the trials of one point share it.
+
+        Where every seed draws its own random experts (`draw=each`), the rule is the point and not what it drew.
+        """
+        what = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task}
+        if self.knobs.get("draw") == "each":
+            return digest_of(what | {"allocator": self.allocator, "knobs": dict(self.knobs)})
+        return digest_of(what | {"allocation": self.allocation.to_json()})
+
     def to_json(self) -> dict[str, Any]:
         return {
             "digest": self.digest,
@@ -483,15 +507,24 @@ class Trial:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
+        """Raises KeyError, TypeError, ValueError or a ToolkitError where it is no trial.
+
+        Its name is computed from what it holds: a digest that is written beside it is only checked to be one.
+        """
+        checks.digest(data.get("digest", _NO_DIGEST))
         return cls(
-            allocation_from_json(data["allocation"]),
-            Recipe.from_json(data["recipe"]),
-            data["model"],
-            data["task"],
-            data["seed"],
-            data.get("allocator", ""),
-            dict(data.get("knobs", {})),
+            allocation_from_json(checks.mapping(data["allocation"], "allocation")),
+            Recipe.from_json(checks.like(data["recipe"], _EXAMPLE_RECIPE, "recipe")),
+            checks.text(data["model"], "model"),
+            checks.text(data["task"], "task"),
+            checks.whole(data["seed"], "seed"),
+            checks.text(data.get("allocator", ""), "allocator"),
+            checks.scalars(data.get("knobs", {}), "knobs"),
         )
+
+
+_NO_DIGEST = "0" * 16
+_EXAMPLE_RECIPE = Recipe().to_json()
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,10 +554,25 @@ class Rung:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Rung:
-        """Raises KeyError where step, tokens or accuracy is missing; keys of other versions are left out."""
-        known = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
-        return cls(**{"accuracy": data["accuracy"], **known})
+        """Raises KeyError where step, tokens or accuracy is missing, TypeError or ValueError where it is no rung.
 
+        Keys of other versions are left out.
+        """
+        known = {f.name: data[f.name] for f in fields(cls) if data.get(f.name) is not None}
+        rung = cls(**{"accuracy": data["accuracy"], **known})
+        checks.whole(rung.step, "step")
+        checks.whole(rung.tokens, "tokens")
+        checks.optional_number(rung.accuracy, "accuracy")
+        checks.optional_number(rung.stderr, "stderr", low=0)
+        checks.optional_number(rung.loss, "loss", low=-_MOST_LOSS, high=_MOST_LOSS)
+        checks.number(rung.seconds, "seconds", low=0)
+        for label, of_task in checks.mapping(rung.by_task, "by_task").items():
+            checks.number(of_task["accuracy"], f"accuracy of {label}")
+            checks.number(of_task["stderr"], f"stderr of {label}", low=0)
+        return rung
+
+
+_MOST_LOSS = 1e300  # a loss on its way to infinity is a fact, and is only drawn
 
 Status = Literal["started", "complete", "stopped", "diverged", "failed", "out_of_memory"]
 FINISHED: tuple[Status, ...] = ("complete", "stopped", "diverged", "failed", "out_of_memory")
@@ -537,7 +585,7 @@ class Outcome:
     rungs       one an evaluation, in the order of their steps
     seconds     wall clock of training and evaluation on the worker
     tokens      trained tokens, padding excluded
-    adapter     where the trained adapter lies, "" where none was kept
+    adapter     where the trained adapter was saved, "" where none was; records keep that there is one, not where
     pack        how many trainings shared its passes over the base at most, itself included; seconds are its share then
     """
 
@@ -574,10 +622,24 @@ class Outcome:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:
+        """Raises KeyError, TypeError, ValueError or a ToolkitError where it is no outcome."""
         known = {f.name for f in fields(cls)}
         rest = {k: v for k, v in data.items() if k in known and k != "trial"}
-        rest["rungs"] = tuple(Rung.from_json(rung) for rung in rest.get("rungs", ()))
-        return cls(Trial.from_json(data["trial"]), **rest)
+        rest["rungs"] = tuple(Rung.from_json(rung) for rung in checks.sequence(rest.get("rungs", ()), "rungs"))
+        outcome = cls(Trial.from_json(data["trial"]), **rest)
+        if outcome.status not in ("started", *FINISHED):
+            raise ValueError(f"status must be started or {', '.join(FINISHED)}, got {ascii(outcome.status)[:60]}")
+        checks.whole(outcome.trainable_params, "trainable_params")
+        checks.optional_number(outcome.accuracy, "accuracy")
+        checks.number(outcome.seconds, "seconds", low=0)
+        checks.whole(outcome.tokens, "tokens")
+        checks.whole(outcome.peak_memory_bytes, "peak_memory_bytes")
+        checks.text(outcome.adapter, "adapter")
+        checks.text(outcome.message, "message")
+        checks.whole(outcome.pack, "pack", low=1)
+        for name, version in checks.mapping(outcome.versions, "versions").items():
+            checks.text(version, f"version of {name}")
+        return outcome
 
 
 def best_under(outcomes: Iterable[Outcome], max_params: int) -> Outcome | None:

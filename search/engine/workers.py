@@ -46,7 +46,6 @@ from search.engine import Facts, OnProgress, StudyConductor, tune
 from search.engine.groups import Resources
 from search.engine.queue import JobQueue
 from search.records.reuse import FACTS
-from trainers import storage
 from trainers.worker_state import WorkerSetup
 
 # Seconds that the workers of one trial wait for the first of them, which waits for a trial or measures a signal:
@@ -82,7 +81,7 @@ class RayWorkers:
     """The worker groups of one study, and the job queue that they share.
 
     study     its id: names its queue, and groups beside those of other studies of the cluster
-    notes     where Ray Train keeps its own notes; deleted by `close`, because a resume needs none of them
+    notes     where Ray Train keeps its own notes, of which a resume needs none
     """
 
     results = "trainings"
@@ -205,7 +204,6 @@ class RayWorkers:
             for thread in self._threads:
                 thread.join(PATIENCE)
         self._disconnect()
-        storage.delete_folder(self._notes)
 
     def _disconnect(self) -> None:
         """Leaves a Ray alone that this process had started or joined before."""

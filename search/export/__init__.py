@@ -33,8 +33,9 @@ from allocators.core.errors import StudyError, ToolkitError, did_you_mean, unkno
 from allocators.core.types import Outcome
 from search import records
 from search.config import RunConfig
-from search.export.model_card import PROJECT, Card, markdown, portable, portable_command
+from search.export.model_card import PROJECT, Card, markdown
 from search.front import Candidate, human
+from search.records.redact import portable, portable_command, redacted
 from search.report import SHORT, Report
 from search.report.live import accuracy_text
 from trainers import models, storage
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in export(folder, request):
             print(line, flush=True)
     except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     return 0
 

@@ -8,15 +8,13 @@ of the records when they were written and are taken out again here.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Outcome
 from search.front import Candidate
-from search.records import redacted
+from search.records.redact import portable
 from search.report.live import accuracy_text, number, point
 
 PROJECT = "lora-expert-search"
@@ -26,11 +24,6 @@ KIND = {
     "peft": "LoRA experts as a PEFT adapter",
 }
 LIBRARY = {"adapter": PROJECT, "merged": "transformers", "peft": "peft"}
-
-# A path that begins at the root or at home, after anything that can precede one in a command or a message.
-_PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?~?/(?:[^\s'\",\]/]+/)*([^\s'\",\]/]+)/?")
-# They say where a study ran, not what it is.
-_PLACES = re.compile(r" (?:storage|tracking_uri|ray_address|num_cpus|max_concurrent)=(?:'[^']*'|\S+)")
 
 
 @dataclass(frozen=True)
@@ -63,29 +56,6 @@ class Card:
     @property
     def task(self) -> str:
         return portable(self.run.trial.task)
-
-
-def portable(value: Any) -> Any:
-    """The same text, or JSON value, without secrets and without the folders of this machine.
-
-    >>> portable({"model": "/home/me/models/olmoe", "command": "run task=/data/q.yaml", "uri": "s3://me:pw@bucket/x"})
-    {'model': 'olmoe', 'command': 'run task=path/to/q.yaml', 'uri': 's3://***@bucket/x'}
-    """
-    if isinstance(value, Mapping):
-        return {str(key): redacted(portable(item), str(key)) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [portable(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    text = redacted(value)
-    if text.startswith(("/", "~/")) and not re.search(r"[\s,]", text):  # a path and nothing else: its name
-        return Path(text).name or text
-    return _PATH.sub(r"path/to/\1", text)
-
-
-def portable_command(command: str) -> str:
-    """A command line for another machine: without what says where a study runs, and without this one's folders."""
-    return portable(_PLACES.sub("", command))
 
 
 def markdown(card: Card) -> str:

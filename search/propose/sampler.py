@@ -7,6 +7,7 @@ worker. Pure Python over Optuna: no Ray.
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,8 @@ from allocators.core.types import Outcome, Point, Recipe
 from search.config import make_recipe
 from search.problem import Problem, Proposal, corners
 from search.records import Answered, Reason
+
+log = logging.getLogger(__name__)
 
 # Successive repeats after which plain random points are drawn, and after which the space counts as used up.
 PATIENCE = 25
@@ -107,7 +110,8 @@ class Proposer:
         self._unfinished = list(unfinished)
         for outcome, params in known:
             self._finished[outcome.digest] = outcome
-            self._tell(self._ask(params)[0], outcome)
+            for trial in self._asked_before(params):
+                self._tell(trial, outcome)
         self._starting = self.starting_points()
 
     def starting_points(self) -> list[dict[str, Any]]:
@@ -125,7 +129,7 @@ class Proposer:
         """The next point that has to be trained; None when the space has nothing new."""
         if self._unfinished:
             proposal = self._unfinished.pop(0)
-            self._running[proposal.trial.digest] = [self._ask(proposal.params)[0]]
+            self._running[proposal.trial.digest] = self._asked_before(proposal.params)
             return proposal
         began = time.monotonic()
         for attempt in range(EXHAUSTED):
@@ -165,6 +169,15 @@ class Proposer:
             self._study.enqueue_trial(dict(params))
         trial = self._study.ask()
         return trial, *self._problem.ask(trial)
+
+    def _asked_before(self, params: Mapping[str, Any]) -> list[Any]:
+        """Optuna's trial of recorded parameters; none where the space cannot have them: the sampler then misses one."""
+        try:
+            return [self._ask(params)[0]]
+        except (ValueError, KeyError, TypeError) as error:
+            log.warning("the sampler does not learn from recorded parameters that this space cannot have: %s", error)
+            self._study.tell(len(self._study.trials) - 1, state=self._optuna.trial.TrialState.FAIL)
+            return []
 
     def _tell(self, trial: Any, outcome: Outcome) -> None:
         if outcome.status == "stopped":

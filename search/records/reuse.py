@@ -2,8 +2,8 @@
 
     python -m search.run space=sieve reuse=true name=second sampler=tpe     # points that `first` trained cost nothing
 
-    elsewhere = Elsewhere(folder, identity=config.identity(), facts={"model": ..., "numbers": ..., "data": ...}, ...)
-    if found := elsewhere.take(proposal): outcome, study = found
+    others = OtherStudies(folder, identity=config.identity(), facts={"model": ..., "numbers": ..., "data": ...}, ...)
+    if taken := others.take(trial, trainable_params): outcome, study = taken
 
 Equal digests are one training (allocation, recipe, model, task, seed). That one of another study may stand for one of
 ours, everything else that decides a result has to agree too: what a rerun in the same folder must share (`identity`),
@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from allocators.core.errors import StudyError
-from allocators.core.types import Outcome, Status
-from search.problem import Proposal
-from search.records import HEADER, Followed, Records, redacted
+from allocators.core.types import Outcome, Status, Trial
+from search.records import Records
+from search.records.files import ADAPTERS, HEADER, LINES, plain_file
+from search.records.header import read_header
+from search.records.redact import redacted
 from trainers import storage
 
 log = logging.getLogger(__name__)
@@ -42,25 +44,26 @@ def same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     return all(key in mine and key in theirs and mine[key] == theirs[key] for key in keys)
 
 
-class Nowhere:
+class NoOtherStudies:
     """No other study is asked."""
 
     def __len__(self) -> int:
         return 0
 
-    def take(self, proposal: Proposal) -> tuple[Outcome, str] | None:
+    def take(self, trial: Trial, trainable_params: int) -> tuple[Outcome, str] | None:
         return None
 
 
-NOWHERE = Nowhere()
+NO_OTHER_STUDIES = NoOtherStudies()
 
 
-class Elsewhere:
+class OtherStudies:
     """Finished trainings of the studies whose folders lie beside this one's, those of running studies included.
 
     identity   of this study; `defaults` of its keys, which a study of an earlier version may lack
     facts      what the versions of an outcome have to say about model, numbers and data
-    adapters   where this study's adapters go: one that is taken over is copied, so that the other study can be deleted
+    place      where this study's workers write: an adapter that is taken over is copied there, so that the other study
+               can be deleted
     """
 
     def __init__(
@@ -70,31 +73,31 @@ class Elsewhere:
         identity: Mapping[str, Any],
         defaults: Mapping[str, Any],
         facts: Mapping[str, str],
-        adapters: str,
+        place: str,
     ) -> None:
         self._folder = folder
         self._identity = redacted(identity)  # as it was written by the others
         self._defaults = redacted(defaults)
         self._facts = facts
-        self._adapters = adapters
+        self._place = place
         self._followed: dict[Path, Followed | None] = {folder: None}  # None: of no use
 
     def __len__(self) -> int:
         """How many trainings could be taken as of now."""
         return len({digest for records in self._studies() for digest, o in records.finished.items() if self._fits(o)})
 
-    def take(self, proposal: Proposal) -> tuple[Outcome, str] | None:
-        """The outcome of a proposal and the name of the study that trained it; its adapter is copied where it is kept.
+    def take(self, trial: Trial, trainable_params: int) -> tuple[Outcome, str] | None:
+        """A trial's outcome and the name of the study that trained it; its adapter is copied where it is kept.
 
         Looks at the others' records as they are now: a study that runs beside this one may have trained it just now.
         """
-        digest = proposal.trial.digest
-        found = [(r, o) for r in self._studies() if (o := r.outcomes.get(digest)) is not None and self._fits(o)]
-        for records, outcome in sorted(found, key=lambda pair: pair[0].adapter_of(pair[1]) is None):
-            source, target = records.adapter_of(outcome), storage.join(self._adapters, digest)
+        digest = trial.digest
+        equal = [(r, o) for r in self._studies() if (o := r.outcomes.get(digest)) is not None and self._fits(o)]
+        for records, outcome in sorted(equal, key=lambda pair: pair[0].adapter_of(pair[1]) is None):
+            source, target = records.adapter_of(outcome), storage.join(self._place, ADAPTERS, digest)
             kept = target if source and _copied(source, target) else ""
             # the other study may know it by another allocator's name: this one's records keep to what it asked
-            taken = outcome.updated(trial=proposal.trial, trainable_params=proposal.trainable_params, adapter=kept)
+            taken = outcome.updated(trial=trial, trainable_params=trainable_params, adapter=kept)
             return taken, records.reused.get(digest, records.name)
         return None
 
@@ -118,6 +121,29 @@ class Elsewhere:
             return None
         theirs = {**self._defaults, **followed.records.header["identity"]}
         return followed if same_settings(self._identity, theirs) else None
+
+
+class Followed:
+    """Another study's records, read on from where they were read to the last time; no lock, nothing written.
+
+    A line counts when its newline is there, so one that is being written, or was torn, is left for later.
+
+    Raises StudyError where there is no study in the folder, or its lines lie outside of it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.records = Records(folder, read_header(folder))
+        self._lines = plain_file(folder, LINES) if (folder / LINES).exists() else folder / LINES
+        self._read = 0
+
+    def update(self) -> Records:
+        """The records as of now. Raises OSError where the folder is gone."""
+        with self._lines.open("rb") as file:
+            file.seek(self._read)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._read += len(whole + newline)
+        self.records.take_in(whole + newline)
+        return self.records
 
 
 def _copied(source: str, target: str) -> bool:

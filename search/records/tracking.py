@@ -13,13 +13,11 @@ One process writes a study; several studies may write to one database or server 
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -29,14 +27,18 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
+from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, Run, RunTag
+from mlflow.entities import Experiment, Metric, Param, RunTag
+from mlflow.entities import Run as MlflowRun
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED, Outcome, Rung
 from search.front import human, point_of
-from search.records import Records, flattened, redacted
+from search.records import Records, flattened
+from search.records.redact import redacted
+from trainers import storage
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class Tracker:
         self._down = False
         self._parent = ""
         self._study_id = ""
+        self._place = ""
         self._children: dict[str, _Child] = {}
 
     @classmethod
@@ -99,19 +102,19 @@ class Tracker:
         try:
             client = MlflowClient(tracking_uri=uri)
             folder.mkdir(parents=True, exist_ok=True)
-            with _one_at_a_time(folder):  # four processes that made one sqlite schema at once: three failed
-                found = _experiment(client, experiment, uri, folder)
+            with FileLock(folder / ".mlflow.lock"):  # four processes that made one sqlite schema at once: three failed
+                known = _experiment(client, experiment, uri, folder)
         except Exception as error:
             raise StudyError(
                 f"MLflow at {redacted(uri)} does not work ({_reason(error)}): start or correct it "
                 f"(sqlite:///FILE.db, http://HOST:PORT), or leave tracking_uri out to use a file in the storage folder"
             ) from None
-        if found.lifecycle_stage != "active":
+        if known.lifecycle_stage != "active":
             raise StudyError(
                 f"MLflow experiment '{experiment}' at {redacted(uri)} was deleted: restore it with "
-                f"'mlflow experiments restore --experiment-id {found.experiment_id}', or use another tracking_uri"
+                f"'mlflow experiments restore --experiment-id {known.experiment_id}', or use another tracking_uri"
             )
-        return cls(client, found, uri=uri, name=study_name, tags=tags, params=redacted(params))
+        return cls(client, known, uri=uri, name=study_name, tags=tags, params=redacted(params))
 
     @property
     def browse(self) -> str:
@@ -120,7 +123,7 @@ class Tracker:
         return f"mlflow ui --backend-store-uri {redacted(self.uri)}" if known else str(redacted(self.uri))
 
     def sync(self, records: Records) -> None:
-        """Makes the runs say what the records say: finds them by their tags and adds what is missing."""
+        """Makes the runs say what the records say: looks them up by their tags and adds what is missing."""
         if self._down:  # what a failing call wrote is not known here
             self._children.clear()
             self._down = False
@@ -155,6 +158,7 @@ class Tracker:
 
     def _sync(self, records: Records) -> None:
         self._study_id = records.header["id"]
+        self._place = records.place
         self._parent = self._find_parent()
         for outcome in records.outcomes.values():
             child = self._children.get(outcome.digest)
@@ -162,9 +166,9 @@ class Tracker:
                 self._finish(outcome)
 
     def _find_parent(self) -> str:
-        """Finds the parent run and its children by their tags; makes a parent where there is none."""
+        """Looks up the parent run and its children by their tags; makes a parent where there is none."""
         mine = f"tags.study_id = '{self._study_id}'"
-        parent: Run | None = None
+        parent: MlflowRun | None = None
         for run in self._search(mine):
             if digest := run.data.tags.get("digest"):
                 if digest not in self._children:
@@ -180,7 +184,7 @@ class Tracker:
         self._log_params(parent.info.run_id, flattened(self._params), parent.data.params)
         return parent.info.run_id
 
-    def _search(self, condition: str) -> Iterator[Run]:
+    def _search(self, condition: str) -> Iterator[MlflowRun]:
         token = None
         while True:
             page = self._client.search_runs(
@@ -251,7 +255,8 @@ class Tracker:
             for name, value in final.items()
             if value is not None and (name, step) not in child.metrics
         ]
-        tags = {"status": outcome.status, "message": outcome.message[:1000], "adapter": outcome.adapter}
+        adapter = redacted(storage.join(self._place, outcome.adapter)) if outcome.adapter else ""
+        tags = {"status": outcome.status, "message": redacted(outcome.message)[:1000], "adapter": adapter}
         tags |= {f"version.{name}": version for name, version in outcome.versions.items()}
         self._client.log_batch(
             child.run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items() if value]
@@ -299,7 +304,7 @@ class _Child:
         self.ended = ended
 
     @classmethod
-    def of(cls, run: Run, client: MlflowClient) -> _Child:
+    def of(cls, run: MlflowRun, client: MlflowClient) -> _Child:
         over = run.info.status in ("FINISHED", "FAILED")
         child = cls(run.info.run_id, params=run.data.params, ended=run.data.tags.get("status") if over else None)
         if child.ended is None:  # cut off: only then is it worth asking for the history
@@ -309,19 +314,11 @@ class _Child:
 
 
 def _experiment(client: MlflowClient, name: str, uri: str, folder: Path) -> Experiment:
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found
+    if (known := client.get_experiment_by_name(name)) is not None:
+        return known
     scheme = uri.partition(":")[0].partition("+")[0]
     artifacts = (folder / "mlflow-artifacts" / name).as_uri() if scheme in DATABASES else None
     return client.get_experiment(client.create_experiment(name, artifact_location=artifacts))
-
-
-@contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    with (folder / ".mlflow.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _reason(error: BaseException) -> str:

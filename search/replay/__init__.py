@@ -30,8 +30,8 @@ from typing import Any
 
 from allocators.core.errors import StudyError, unknown
 from allocators.core.types import Outcome, Rung, Trial, canonical_json, digest_of
-from search.export.model_card import portable, portable_command
 from search.records import read
+from search.records.redact import portable, portable_command
 
 METADATA = b"lora-expert-search"
 FORMAT = 1
@@ -144,7 +144,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
     lines: dict[str, dict[str, Any]] = {}
     for records in studies:
         identity = {key: value for key, value in records.header["identity"].items() if key != "seed"}
-        signals = {f.stem: json.loads(f.read_text()) for f in sorted((records.folder / "signals").glob("*.json"))}
+        signals = {kind: signal.to_json() for kind, signal in records.signals.items()}
         own = {"format": FORMAT, "identity": identity, "shape": records.shape.to_json(), "signals": signals}
         about = about or own
         for part in ("identity", "shape", "signals"):
@@ -155,7 +155,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
                 )
         for digest, outcome in records.finished.items():
             if outcome.status in KEPT:
-                lines.setdefault(digest, _line(outcome, records.params_of(digest), records.header["identity"]["seed"]))
+                lines.setdefault(digest, _line(outcome, records.params_of(digest), records.seed))
     if not lines:
         raise StudyError(f"no finished training in {', '.join(str(r.folder) for r in studies)}: nothing to export")
     names = ("name", "id", "started", "versions")

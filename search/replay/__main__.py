@@ -8,6 +8,7 @@ from pathlib import Path
 
 from allocators.core.errors import ToolkitError
 from allocators.core.types import canonical_json
+from search.records.redact import redacted
 from search.replay import export
 
 
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         table = export(folders, targets[0])
     except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     points = len({canonical_json(dict(row.params)) for row in table.rows.values()})
     size = Path(targets[0]).stat().st_size

@@ -36,6 +36,7 @@ from allocators.core.errors import ToolkitError
 from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, best_under
 from search.front import Candidate, candidates, front, human, knee
 from search.records import Records, flattened, read, write_atomically
+from search.records.redact import redacted
 from search.report import attribution
 from search.report.live import accuracy_text, front_table, label, number, point, probability, recipe_words, varying
 from search.report.tables import Section, is_table, sections
@@ -811,7 +812,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         show(write(folder))
     except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"error: the report cannot be written to {folder} ({error.strerror})", file=sys.stderr)

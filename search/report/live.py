@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from allocators.core.types import Outcome, Recipe, Rung
-from search.front import Candidate, candidates, front, human, knee
+from search.front import Candidate, Points, human, knee
 from search.propose.halving import tokens_saved
 
 ROWS = 12  # of the live front; the report has all of it
@@ -36,7 +36,8 @@ class Progress:
     seed         the study's seed: outcomes with another one repeat a point, and count apart (None: none do)
     evaluations  of a whole training: what one that was stopped early would still have taken
     time_budget  seconds after which no trial is started; None or 0: no limit
-    done         outcomes of earlier runs of the same study
+    done         outcomes of earlier runs of the same study; or the study's points, to which its writer adds results
+                 before it tells of them here
     reused       digests of those that another study trained: they have a result and count apart, not as trainings
     quiet        show nothing but messages
     """
@@ -46,7 +47,7 @@ class Progress:
         total: int,
         time_budget: float | None = None,
         *,
-        done: Iterable[Outcome] = (),
+        done: Iterable[Outcome] | Points = (),
         reused: Iterable[str] = (),
         seed: int | None = None,
         evaluations: int = 1,
@@ -57,13 +58,14 @@ class Progress:
         self._trials = total
         self._repeats = 0
         self._seed = seed
-        self._evaluations = evaluations
         self._budget = time_budget
         self._quiet = quiet
-        self._done = list(done)
+        self._points = done if isinstance(done, Points) else Points(done)
         self._reused = set(reused)
-        self._earlier = len(self._trained)
-        self._front = front(candidates(self._done))
+        self._tally = _Tally(seed, evaluations)
+        for outcome in self._points.outcomes.values():
+            self._tally.add(outcome, trained=outcome.digest not in self._reused)
+        self._earlier = self._tally.trained
         self._running: dict[str, tuple[Outcome, Rung | None]] = {}
         self._paused: set[str] = set()
         self._answered: Counter[str] = Counter()
@@ -114,18 +116,15 @@ class Progress:
         self._running.pop(digest, None)
         self._paused.add(digest)
 
-    @property
-    def _trained(self) -> list[Outcome]:
-        return [outcome for outcome in self._done if outcome.digest not in self._reused]
-
     def finished(self, outcome: Outcome, *, reused: str = "") -> None:
         """A training has ended; `reused` names the study that trained it, where it was another one."""
         if reused:
             self._reused.add(outcome.digest)
         self._running.pop(outcome.digest, None)
         self._paused.discard(outcome.digest)
-        self._done.append(outcome)
-        self._front = front(candidates(self._done))
+        if self._points.outcomes.get(outcome.digest) is not outcome:
+            self._points.add(outcome)
+        self._tally.add(outcome, trained=outcome.digest not in self._reused)
         if self._quiet:
             return
         if self._live is None or outcome.status in ("diverged", "failed", "out_of_memory"):
@@ -150,19 +149,18 @@ class Progress:
     def seconds_left(self) -> float | None:
         """By the pace since the first start, and by the budget; None before either is known."""
         now, guesses = time.monotonic(), []
-        trained = len(self._trained)
-        new = trained - self._earlier
+        new = self._tally.trained - self._earlier
         if new and self._first_start:
-            guesses.append((now - self._first_start) / new * max(self._total - trained, 0))
+            guesses.append((now - self._first_start) / new * max(self._total - self._tally.trained, 0))
         if self._budget:
             guesses.append(max(self._began + self._budget - now, 0.0))
         return min(guesses, default=None)
 
     def _line(self, outcome: Outcome, reused: str) -> Text:
-        on_front = any(outcome in candidate.runs for candidate in self._front)
+        on_front = self._points.is_on_front(self._points.candidate_of(outcome.digest))
         result = f"accuracy {outcome.accuracy:.3f}" if outcome.accuracy is not None else outcome.status
         parts = [
-            f"[{len(self._trained):>{len(str(self._total))}}/{self._total}]",
+            f"[{self._tally.trained:>{len(str(self._total))}}/{self._total}]",
             f"{result:<14}",
             f"{human(outcome.trainable_params):>8}",
             point(outcome),
@@ -175,20 +173,17 @@ class Progress:
         return Text("  ".join(part for part in parts if part))
 
     def _counts(self) -> Text:
-        by_status = Counter(outcome.status for outcome in self._done)
-        trained = self._trained
-        repeats = sum(1 for outcome in trained if self._seed is not None and outcome.trial.seed != self._seed)
-        lost = {s: n for s, n in by_status.items() if s in ("diverged", "failed", "out_of_memory", "stopped")}
+        tally = self._tally
+        lost = {s: n for s, n in tally.by_status.items() if s in ("diverged", "failed", "out_of_memory", "stopped")}
         parts = [
             f"{len(self._running)} running" if self._running else "",
             f"{len(self._paused)} paused" if self._paused else "",
-            f"{len(trained) - repeats} of {self._trials} finished",
-            f"{repeats} of {self._repeats} repeats with other seeds" if self._repeats else "",
+            f"{tally.trained - tally.repeats} of {self._trials} finished",
+            f"{tally.repeats} of {self._repeats} repeats with other seeds" if self._repeats else "",
         ]
         parts += [f"{len(self._reused)} reused from other studies"] if self._reused else []
         parts += [f"{n} {status.replace('_', ' ')}" for status, n in sorted(lost.items())]
-        saved, whole = tokens_saved(trained, evaluations=self._evaluations)
-        parts += [f"{saved / whole:.0%} of all tokens not trained"] if saved else []
+        parts += [f"{tally.tokens_saved / tally.tokens:.0%} of all tokens not trained"] if tally.tokens_saved else []
         if self._answered:
             reasons = ", ".join(f"{n} {r.replace('_', ' ')}" for r, n in sorted(self._answered.items()))
             parts.append(f"{self._answered.total()} answered without training ({reasons})")
@@ -196,8 +191,8 @@ class Progress:
 
     def _view(self) -> RenderableType:
         parts: list[RenderableType] = []
-        if self._front:
-            parts.append(front_table(self._front, self._done, title="Pareto front so far", rows=ROWS))
+        if front := self._points.front:
+            parts.append(front_table(front, self._tally.examples, title="Pareto front so far", rows=ROWS))
         for outcome, rung in list(self._running.values())[:4]:
             accuracy = rung.accuracy if rung else None
             now = f"step {rung.step}, accuracy {accuracy:.3f}" if rung and accuracy is not None else "..."
@@ -206,9 +201,36 @@ class Progress:
             parts.append(Text(f"  {self._measuring}", style="dim"))
         grid = Table.grid(padding=(0, 2))
         left = self.seconds_left
-        bar = ProgressBar(total=self._total, completed=len(self._trained), width=30)
-        grid.add_row(bar, f"{len(self._trained)}/{self._total}", _left(left) if left is not None else "")
+        bar = ProgressBar(total=self._total, completed=self._tally.trained, width=30)
+        grid.add_row(bar, f"{self._tally.trained}/{self._total}", _left(left) if left is not None else "")
         return Group(*parts, grid, self._counts())
+
+
+class _Tally:
+    """Numbers over all finished trainings, kept up to date one by one.
+
+    trained        trainings that were run here, `repeats` of them with another seed than the study's
+    by_status      of all, those of other studies included
+    tokens         of what was trained here had nothing been stopped, `tokens_saved` of them left untrained
+    examples       few outcomes in which every recipe setting varies that varies over all
+    """
+
+    def __init__(self, seed: int | None, evaluations: int) -> None:
+        self._seed = seed
+        self._evaluations = evaluations
+        self.trained = self.repeats = self.tokens = self.tokens_saved = 0
+        self.by_status: Counter[str] = Counter()
+        self.examples: list[Outcome] = []
+
+    def add(self, outcome: Outcome, *, trained: bool) -> None:
+        self.by_status[outcome.status] += 1
+        if trained:
+            self.trained += 1
+            self.repeats += self._seed is not None and outcome.trial.seed != self._seed
+            saved, whole = tokens_saved([outcome], evaluations=self._evaluations)
+            self.tokens_saved, self.tokens = self.tokens_saved + saved, self.tokens + whole
+        if len(varying([*self.examples, outcome])) > len(varying(self.examples)) or not self.examples:
+            self.examples.append(outcome)
 
 
 def front_table(

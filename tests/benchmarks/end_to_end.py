@@ -550,10 +550,10 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
     from search.engine.workers import RayWorkers
     from search.make_workers import Locations
     from search.make_workers import worker_setup as setup_of
-    from search.records import Study
+    from search.records.folder import StudyFolder
     from search.records.tracking import Tracker
     from search.report.live import Progress
-    from search.study import Run
+    from search.study import Conductor
 
     recorded = problem_of(settings.table, settings.seed)
     space = recorded.problem.table.about["identity"]["space"]
@@ -569,7 +569,7 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
         name="ours",
     )
 
-    class ToTarget(Run):
+    class ToTarget(Conductor):
         def propose(self) -> Any:
             return None if target.over else super().propose()
 
@@ -581,7 +581,7 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
 
     locations = Locations.of(config)
     own = locations.folder
-    with Study.open(
+    with StudyFolder.open(
         own, config=config.to_json(), identity=config.identity(), shape=recorded.problem.shape, command=config.command()
     ) as records:
         tracker = Tracker.open(
@@ -598,7 +598,6 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
                 records,
                 tracker,
                 progress,
-                checkpoints=str(own / "checkpoints"),
                 sampler="ehvi",
                 deadline=None,
                 keep="front",

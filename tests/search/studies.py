@@ -22,7 +22,7 @@ from allocators.core.types import (
     Status,
     Trial,
 )
-from search.records import Study
+from search.records.folder import StudyFolder
 from trainers.versions import versions
 
 LAYERS, EXPERTS, HIDDEN, WIDTH, QUESTIONS = 4, 16, 32, 16, 200
@@ -113,7 +113,7 @@ def started(done: Outcome) -> Outcome:
     return Outcome(done.trial, "started", done.trainable_params, versions=done.versions)
 
 
-def fill(study: Study, *, seed: int = 0) -> None:
+def fill(study: StudyFolder, *, seed: int = 0) -> None:
     """Some two dozen points: baselines, a sieve front, a stopped, a diverged, a failed one and what was not trained."""
     draw = random.Random(seed)
     points = [("none", ExpertSelection({})), ("all", selection(EXPERTS))]
@@ -146,9 +146,9 @@ def fill(study: Study, *, seed: int = 0) -> None:
     study.append_answered({"allocator": "all"}, reason="over_budget", message="311.46M is more than 200M")
 
 
-def open_study(folder: Path, **changes: object) -> Study:
+def open_study(folder: Path, **changes: object) -> StudyFolder:
     arguments = {"config": CONFIG, "identity": IDENTITY, "shape": moe_shape(), "command": COMMAND} | changes
-    return Study.open(folder, **arguments)
+    return StudyFolder.open(folder, **arguments)
 
 
 if __name__ == "__main__":

@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import math
+import random
 from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from allocators.core.types import Outcome
-from search.front import candidates, front, hypervolume, knee
+from allocators.core.types import ExpertSelection, Outcome, Recipe, Rung, Trial
+from search import front as module
+from search.front import Candidate, Points, candidates, front, hypervolume, knee
 from tests.search.studies import outcome, selection
 
 
-class Point(NamedTuple):
+class Place(NamedTuple):
     trainable_params: int
     accuracy: float | None
 
 
 # Few different values, so that ties and duplicates are common
 ACCURACY = st.integers(0, 10).map(lambda n: n / 10)
-POINTS = st.lists(st.builds(Point, st.integers(1, 30).map(lambda n: n * 1_000), ACCURACY), max_size=12)
-NOT_POINTS = st.lists(st.builds(Point, st.integers(1, 30), st.sampled_from([None, math.nan, math.inf])), max_size=3)
+POINTS = st.lists(st.builds(Place, st.integers(1, 30).map(lambda n: n * 1_000), ACCURACY), max_size=12)
+NOT_POINTS = st.lists(st.builds(Place, st.integers(1, 30), st.sampled_from([None, math.nan, math.inf])), max_size=3)
 
 
-def beats(a: Point, b: Point) -> bool:
+def beats(a: Place, b: Place) -> bool:
     return a.trainable_params <= b.trainable_params and a.accuracy >= b.accuracy and a != b
 
 
-def brute_front(points: list[Point]) -> list[Point]:
+def brute_front(points: list[Place]) -> list[Place]:
     return sorted(p for p in points if not any(beats(q, p) for q in points))
 
 
-def brute_hypervolume(points: list[Point], reference: tuple[float, float]) -> float:
+def brute_hypervolume(points: list[Place], reference: tuple[float, float]) -> float:
     """Slices between neighbouring parameter counts, each as high as the best point to its left."""
     inside = sorted(p for p in points if p.trainable_params < reference[0] and p.accuracy > reference[1])
     edges = [*sorted({p.trainable_params for p in inside}), reference[0]]
@@ -51,8 +53,8 @@ def test_front_is_what_brute_force_finds(points, others):
 
 @given(POINTS)
 def test_front_rises(points):
-    found = front(points)
-    assert found == sorted(found)
+    members = front(points)
+    assert members == sorted(members)
 
 
 @given(POINTS, NOT_POINTS, st.integers(5_000, 40_000), st.sampled_from([0.0, 0.25, 0.5]))
@@ -73,7 +75,7 @@ def test_order_does_not_matter(pair):
 @given(POINTS.filter(len), st.integers(0, 5_000), st.sampled_from([0.0, 0.1, 0.3]), st.data())
 def test_a_beaten_point_changes_nothing(points, more, less, data):
     winner = data.draw(st.sampled_from(points))
-    beaten = Point(winner.trainable_params + more, winner.accuracy - less)
+    beaten = Place(winner.trainable_params + more, winner.accuracy - less)
     assume(beaten != winner)
     assert front([*points, beaten]) == front(points)
     assert knee([*points, beaten]) == knee(points)
@@ -82,7 +84,7 @@ def test_a_beaten_point_changes_nothing(points, more, less, data):
     assert both[0] == pytest.approx(both[1])
 
 
-@given(POINTS.filter(len), st.builds(Point, st.integers(1, 30_000), ACCURACY))
+@given(POINTS.filter(len), st.builds(Place, st.integers(1, 30_000), ACCURACY))
 def test_hypervolume_never_shrinks(points, another):
     reference = (40_000.0, -0.1)
     before, after = (hypervolume(p, reference=reference) for p in (points, [*points, another]))
@@ -97,7 +99,7 @@ def test_knee_is_the_farthest_above_the_chord_in_any_unit(points, factor):
     assert (bend is None) == (max(rises.values(), default=0.0) <= 1e-9)
     if bend is not None:
         assert rises[bend] == pytest.approx(max(rises.values()))
-        moved = knee([Point(p.trainable_params * factor, 3 * p.accuracy) for p in points])
+        moved = knee([Place(p.trainable_params * factor, 3 * p.accuracy) for p in points])
         back = next(p for p in rises if p.trainable_params * factor == moved.trainable_params)
         assert rises[back] == pytest.approx(rises[bend])  # equally far points may swap by rounding
 
@@ -119,14 +121,14 @@ def test_duplicates_cover_nothing_new_and_are_all_kept(points, data):
     assert sorted(front(points + again)) == sorted(p for p in points + again if p in front(points))
 
 
-@given(st.builds(Point, st.integers(1, 50_000), ACCURACY), st.integers(1, 50_000), ACCURACY)
+@given(st.builds(Place, st.integers(1, 50_000), ACCURACY), st.integers(1, 50_000), ACCURACY)
 def test_one_point_is_its_own_front_and_covers_a_rectangle(point, most, least):
     assert front([point]) == [point]
     width, height = max(most - point.trainable_params, 0), max(point.accuracy - least, 0.0)
     assert hypervolume([point], reference=(float(most), least)) == pytest.approx(width * height)
 
 
-def _rises(ends: list[Point]) -> dict[Point, float]:
+def _rises(ends: list[Place]) -> dict[Place, float]:
     """Height above the chord, in units of the front's height, at log parameters in units of its width."""
     if len(set(ends)) < 3:
         return {}
@@ -135,7 +137,7 @@ def _rises(ends: list[Point]) -> dict[Point, float]:
 
 
 def test_no_point_one_point_two_points():
-    one, two = Point(100, 0.4), Point(1_000, 0.6)
+    one, two = Place(100, 0.4), Place(1_000, 0.6)
     assert front([]) == []
     assert hypervolume([], reference=(10.0, 0.0)) == 0.0
     assert front([one, one]) == [one, one]
@@ -144,16 +146,16 @@ def test_no_point_one_point_two_points():
 
 def test_a_knee_by_hand():
     # In log10(parameters): 2, 3, 4, 5. The chord from (2, .3) to (5, .6) rises .1 a decade.
-    points = [Point(100, 0.30), Point(1_000, 0.50), Point(10_000, 0.55), Point(100_000, 0.60)]
+    points = [Place(100, 0.30), Place(1_000, 0.50), Place(10_000, 0.55), Place(100_000, 0.60)]
     assert knee(points) == points[1]
-    straight = [Point(100, 0.3), Point(1_000, 0.4), Point(10_000, 0.5)]
+    straight = [Place(100, 0.3), Place(1_000, 0.4), Place(10_000, 0.5)]
     assert knee(straight) is None
-    hollow = [Point(100, 0.3), Point(1_000, 0.31), Point(10_000, 0.5)]
+    hollow = [Place(100, 0.3), Place(1_000, 0.31), Place(10_000, 0.5)]
     assert knee(hollow) is None
 
 
 def test_a_hypervolume_by_hand():
-    points = [Point(1, 0.5), Point(300, 0.9), Point(5_000, 1.0)]
+    points = [Place(1, 0.5), Place(300, 0.9), Place(5_000, 1.0)]
     # up to 1000 parameters: .5 from 1 on, .4 more from 300 on; the third lies beyond the reference
     assert hypervolume(points, reference=(1_000.0, 0.0)) == pytest.approx(0.5 * 999 + 0.4 * 700)
 
@@ -183,3 +185,62 @@ def test_only_complete_runs_count():
 def test_a_candidate_without_rungs_has_no_standard_error():
     bare: Outcome = outcome(selection(4)).updated(rungs=())
     assert candidates([bare])[0].stderr is None
+
+
+# --- the same, training by training
+
+RUNS = st.builds(
+    lambda number, size, seed, accuracy, status, each: Outcome(
+        Trial(ExpertSelection({0: (number,)}), Recipe(), "m", "t", seed, "random", {"draw": "each"} if each else {}),
+        status,
+        size * 1_000 if each else (number % 3) * 1_000,  # points of one size; a point whose draws differ in size
+        accuracy if status in ("complete", "stopped") else None,
+        (Rung(9, 900, accuracy, stderr=0.1),) if number % 2 else (),
+    ),
+    number=st.integers(0, 6),
+    size=st.integers(0, 3),
+    seed=st.integers(0, 2),
+    accuracy=st.sampled_from([0.1, 0.2, 0.2, 0.3, 0.4, 0.5, None, math.nan, math.inf]),
+    status=st.sampled_from(["complete", "complete", "complete", "stopped", "diverged", "failed"]),
+    each=st.booleans(),
+)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.tuples(st.sampled_from(["add", "add", "add", "add", "discard"]), RUNS), max_size=40))
+def test_points_are_at_any_time_what_the_functions_say_of_all_outcomes(events):
+    points, known = Points(), {}
+    for verb, run in events:
+        known.pop(run.digest, None)
+        if verb == "add":
+            known[run.digest] = run
+            changed = points.add(run)
+            assert changed is points.candidate_of(run.digest) is points.at(changed.point)
+            assert run in changed.runs
+        else:
+            points.discard(run.digest)
+        everything = candidates(known.values())
+        assert [as_text(one) for one in points] == [as_text(one) for one in everything]
+        assert [as_text(one) for one in points.front] == [as_text(one) for one in front(everything)]
+        on_front = {one.point for one in front(everything)}
+        assert [points.is_on_front(one) for one in points] == [one.point in on_front for one in points]
+        assert len(points) == len(everything)
+        assert list(points.outcomes) == list(known)
+
+
+def as_text(candidate: Candidate) -> str:
+    """Comparable where an accuracy is NaN."""
+    return repr(candidate)
+
+
+def test_points_build_one_candidate_a_training_and_compare_it_with_the_front_alone(monkeypatch):
+    built, compared = [], []
+    monkeypatch.setattr(module, "_candidate", lambda runs, build=module._candidate: built.append(runs) or build(runs))
+    beats = module._Entry.beats
+    monkeypatch.setattr(module._Entry, "beats", lambda one, other: compared.append(1) or beats(one, other))
+    draw, points = random.Random(0), Points()
+    for seed in range(1_000):
+        run = outcome(selection(draw.randint(1, 15), seed=seed), accuracy=draw.random())
+        points.add(run)
+    assert len(points) == len(built) == 1_000
+    assert len(compared) <= 5 * 1_000

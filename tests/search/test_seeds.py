@@ -12,13 +12,15 @@ from rich.console import Console
 import spaces.sieve_ablation
 from allocators.core.types import FINISHED, Outcome
 from search import front as pareto
-from search.records import Study
-from search.records.reuse import NOWHERE, Elsewhere
+from search.records import read
+from search.records.folder import StudyFolder
+from search.records.reuse import NO_OTHER_STUDIES, OtherStudies
 from search.records.tracking import Tracker
 from search.report.live import Progress
-from search.study import Run, missing_repeats, remaining, table_plan
+from search.study import Conductor, missing_repeats, table_trainings, trainings_left
 from tests.search.propose.test_sampler import problem as search_problem
 from tests.search.studies import CONFIG, IDENTITY
+from trainers import storage
 
 TRIALS = 6
 
@@ -44,26 +46,25 @@ def drive(
     problem, folder, mlflow_folder, *, seeds, trials=TRIALS, stop=10**6, at_once=2, end="complete", reuse=False, **more
 ):
     """A study's driver without Ray: `at_once` workers that finish in order. Killed after `stop` results."""
-    settings = {"identity": IDENTITY, "defaults": {}, "facts": {}, "adapters": str(folder / "adapters")}
+    settings = {"identity": IDENTITY, "defaults": {}, "facts": {}, "place": str(folder)}
     out = Console(file=io.StringIO(), width=200)
     names = {"study_name": folder.name, "experiment": "seeds", "tags": {}, "params": {}}
-    with Study.open(folder, config=CONFIG, identity=IDENTITY, shape=problem.shape) as records:
+    with StudyFolder.open(folder, config=CONFIG, identity=IDENTITY, shape=problem.shape) as records:
         tracker = Tracker.open(None, mlflow_folder, **names)
         tracker.sync(records)
-        expected = remaining(problem, records, trials=trials, seeds=seeds)
+        expected = trainings_left(problem, records, trials=trials, seeds=seeds)
         proposed, running, results = [], [], 0
-        known = {"done": list(records.finished.values()), "reused": records.reused, "seed": problem.seed}
+        known = {"done": records.points, "reused": records.reused, "seed": problem.seed}
         with Progress(trials, console=out, **known) as progress:
-            run = Run(
+            run = Conductor(
                 problem,
                 records,
                 tracker,
                 progress,
-                checkpoints=str(folder / "checkpoints"),
                 deadline=None,
                 trials=trials,
                 seeds=seeds,
-                elsewhere=Elsewhere(folder, **settings) if reuse else NOWHERE,
+                others=OtherStudies(folder, **settings) if reuse else NO_OTHER_STUDIES,
                 **{"sampler": "random", "keep": "front"} | more,
             )
             while results < stop:
@@ -97,10 +98,10 @@ def made(folder, started):
 
 
 def seeds_by_point(records) -> dict[str, list[int]]:
-    found = defaultdict(list)
+    seeds_of = defaultdict(list)
     for outcome in records.finished.values():
-        found[pareto.point_of(outcome.trial)].append(outcome.trial.seed)
-    return found
+        seeds_of[pareto.point_of(outcome.trial)].append(outcome.trial.seed)
+    return seeds_of
 
 
 def check_front(records, seeds, *, base=0):
@@ -110,8 +111,8 @@ def check_front(records, seeds, *, base=0):
         assert sorted(run.trial.seed for run in member.runs) == wanted
         assert len({run.trial.allocation for run in member.runs}) == 1
         assert len({run.trial.recipe for run in member.runs}) == 1
-    for found in seeds_by_point(records).values():
-        assert sorted(found) == wanted[: len(found)], "seeds are taken in order, none twice"
+    for tried in seeds_by_point(records).values():
+        assert sorted(tried) == wanted[: len(tried)], "seeds are taken in order, none twice"
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -122,10 +123,10 @@ def test_members_of_the_front_have_their_seeds_and_trials_count_alone(seed, tmp_
     assert [trial.seed for trial in proposed[:TRIALS]] == [seed] * TRIALS, "the search comes first"
     assert all(trial.seed > seed for trial in proposed[TRIALS:])
     check_front(records, 3, base=seed)
-    assert min(len(found) for found in seeds_by_point(records).values()) == 1, "who is dominated is not repeated"
+    assert min(len(tried) for tried in seeds_by_point(records).values()) == 1, "who is dominated is not repeated"
     repeats = len(proposed) - TRIALS
     assert f"{TRIALS} of {TRIALS} finished · {repeats} of {repeats} repeats with other seeds" in said
-    assert remaining(problem, records, trials=TRIALS, seeds=3) == (0, 0)
+    assert trainings_left(problem, records, trials=TRIALS, seeds=3) == (0, 0)
 
 
 @pytest.mark.parametrize("stop", [4, 8])
@@ -213,6 +214,44 @@ def test_a_table_goes_on_where_it_was_killed(tmp_path, mlflow_folder):
 
 
 def test_fewer_trials_are_the_first_rows():
-    plan, _ = table_plan(table_problem(), trials=3, seeds=2)
-    assert [(p.trial.allocator, p.trial.seed) for p in plan][:3] == [("all", 0), ("none", 0), ("sieve", 0)]
-    assert [p.trial.seed for p in plan] == [0, 0, 0, 1, 1, 1]
+    proposals, _ = table_trainings(table_problem(), trials=3, seeds=2)
+    assert [(p.trial.allocator, p.trial.seed) for p in proposals][:3] == [("all", 0), ("none", 0), ("sieve", 0)]
+    assert [p.trial.seed for p in proposals] == [0, 0, 0, 1, 1, 1]
+
+
+def test_what_a_result_costs_does_not_grow_with_the_results(tmp_path, mlflow_folder, monkeypatch):
+    """Of a whole study: each result builds one candidate and parses its two lines; nothing is computed from all."""
+    counted = Counter()
+
+    def count(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: counted.update([name]) or function(*a, **k))
+
+    for name in ("_candidate", "candidates", "front"):
+        count(pareto, name)
+    count(storage, "exists")
+    count(storage, "delete_folder")
+    for trials in (20, 60):
+        counted.clear()
+        proposed, records, _, _ = drive(search_problem(), tmp_path / f"{trials}", mlflow_folder, seeds=1, trials=trials)
+        assert len(proposed) == len(records.finished) == trials
+        assert counted["_candidate"] == trials
+        assert counted["candidates"] == counted["front"] == 0
+        moves = len(records.points.front) + trials  # what joins a front leaves it once at most; then all once more
+        assert counted["exists"] <= 3 * moves + trials
+        assert counted["delete_folder"] <= 4 * trials
+
+
+def test_resumed_and_whole_studies_keep_the_same_adapters_and_numbers(tmp_path, mlflow_folder):
+    """Kept up to date or read from the file, records say the same; so do the live view's counts."""
+    _, records, said, _ = drive(search_problem(), tmp_path / "whole", mlflow_folder, seeds=3, trials=12)
+    again = read(tmp_path / "whole")
+    assert list(again.points) == list(records.points) == pareto.candidates(records.finished.values())
+    assert again.points.front == records.points.front == pareto.front(pareto.candidates(records.finished.values()))
+    assert again.tried == records.tried == {(o.trial.point, o.trial.seed) for o in records.outcomes.values()}
+    assert dict(again.trained) == dict(records.trained) == dict(records.finished)
+    assert list(again.finished) == [digest for digest, o in records.outcomes.items() if o.status in FINISHED]
+    kept = {folder.name for folder in (tmp_path / "whole" / "adapters").iterdir()}
+    assert len(kept) == len(records.points.front)
+    repeats = sum(o.trial.seed != 0 for o in records.finished.values())
+    assert f"12 of 12 finished · {repeats} of {repeats} repeats with other seeds" in said

@@ -145,13 +145,14 @@ def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story):
     from trainers import adapter, models, tasks
 
     folder, _, log = story
-    best = front(read(folder).finished.values())[-1]
+    records = read(folder)
+    best = front(records.finished.values())[-1]
     assert "adapter.load(model" in log
-    base = read(folder).untrained
+    base = records.untrained
     assert base is not None
     assert f"Untrained, the base has {base['accuracy']:.3f} ± {base['stderr']:.3f}" in log
     loaded = models.load("tiny-moe")
-    attached = adapter.load(loaded.model, best.adapter)
+    attached = adapter.load(loaded.model, records.adapter_of(best))
     task = tasks.load_task("default", limit=24)
     task.prepare(loaded.tokenizer)
     assert task.evaluate(loaded.model).accuracy == best.accuracy

@@ -23,8 +23,10 @@ from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe
 from search.config import RunConfig, parse
 from search.export import export, find, main
 from search.export import parse as parse_words
-from search.export.model_card import allocation_map, portable, portable_command
-from search.records import Study, read
+from search.export.model_card import allocation_map
+from search.records import read
+from search.records.folder import StudyFolder
+from search.records.redact import portable, portable_command
 from search.report import Report
 from tests import ROOT
 from tests.trainers.reference import fill
@@ -72,7 +74,7 @@ def trained(run: Outcome, place: str, quantization: str = "") -> tuple[Outcome, 
 def write_study(folder: Path, runs, params=None, **config) -> Path:
     settings = RunConfig(**config)
     shape = models.shape_of(settings.model)
-    with Study.open(
+    with StudyFolder.open(
         folder, config=settings.to_json(), identity=settings.identity(), shape=shape, command=settings.command()
     ) as study:
         for run in runs:
@@ -210,8 +212,9 @@ def test_several_seeds_are_one_point_whose_kept_adapter_is_taken(tmp_path):
 
 
 def test_adapters_and_exports_at_uris(tmp_path, monkeypatch):
-    run, expected = trained(run_of("tiny-moe", ExpertSelection({})), (tmp_path / "bucket/a").as_uri())
-    study = write_study(tmp_path / "s", [run])
+    run, bucket = run_of("tiny-moe", ExpertSelection({})), (tmp_path / "bucket").as_uri()
+    run, expected = trained(run, f"{bucket}/s/adapters/{run.digest}")
+    study = write_study(tmp_path / "s", [run], storage=bucket)
     place = (tmp_path / "bucket" / "out").as_uri()
     _, lines = exported(study, to=place)
     found = loaded_as_printed(lines, tmp_path / "bucket", monkeypatch)
@@ -250,7 +253,8 @@ def test_a_base_that_has_moved_and_one_that_is_another(tmp_path, monkeypatch):
 
     shutil.copytree(models.folder_of("tiny-moe"), tmp_path / "base")
     name = str(tmp_path / "base")
-    run, expected = trained(run_of(name, some(MOE)), str(tmp_path / "a"))
+    run = run_of(name, some(MOE))
+    run, expected = trained(run, str(tmp_path / "s" / "adapters" / run.digest))
     study = write_study(tmp_path / "s", [run], model=name)
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(StudyError, match="the base model is needed for format=merged: unknown model"):

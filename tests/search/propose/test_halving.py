@@ -21,7 +21,8 @@ from search.front import candidates, front
 from search.prepare import prepare_replay
 from search.propose.halving import BEYOND, NO_HALVING, Halving, ordered, rungs, tokens_saved
 from search.propose.sampler import Proposer
-from search.records import Study, read
+from search.records import read
+from search.records.folder import StudyFolder
 from search.replay import export
 from search.run import main
 from tests.search.propose.test_sampler import problem
@@ -322,7 +323,7 @@ def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):
     config, asked = prepare_replay(parse(words))
     folder = tmp_path / config.study_name
     proposer = Proposer(asked, sampler="random")
-    with Study.open(folder, config=config.to_json(), identity=config.identity(), shape=asked.shape) as study:
+    with StudyFolder.open(folder, config=config.to_json(), identity=config.identity(), shape=asked.shape) as study:
         begun = [proposer.propose() for _ in range(5)]
         for number, proposal in enumerate(begun):
             row = table.rows[proposal.trial.digest].outcome

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from allocators.core.errors import StudyError
 from allocators.core.types import Rung, digest_of
 from search import records
-from search.records import LINES, Study, read, redacted
+from search.records import LINES, read
+from search.records.folder import StudyFolder
+from search.records.redact import redacted
 from tests import ROOT
 from tests.search.studies import CONFIG, IDENTITY, fill, moe_shape, open_study, outcome, rung, selection, started
 
@@ -30,7 +32,7 @@ EVENTS = st.lists(
 FOLDERS = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def play(study: Study, events: list[tuple[str, int]]) -> None:
+def play(study: StudyFolder, events: list[tuple[str, int]]) -> None:
     for step, (verb, number) in enumerate(events):
         point, params = POINTS[number], {"fraction": number}
         match verb:

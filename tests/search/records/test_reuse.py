@@ -14,9 +14,9 @@ import pytest
 from allocators.core.types import FINISHED
 from search import report
 from search.config import RunConfig
-from search.problem import Proposal
-from search.records import LINES, Study, read
-from search.records.reuse import INDIFFERENT, Elsewhere, same_settings
+from search.records import LINES, read
+from search.records.folder import StudyFolder
+from search.records.reuse import INDIFFERENT, OtherStudies, same_settings
 from search.replay import export
 from tests.search.propose.test_sampler import problem
 from tests.search.replay.test_replay import record
@@ -33,9 +33,10 @@ def mlflow_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mlflow")
 
 
-def other(folder: Path, *outcomes, identity=OWN, **more) -> Study:
+def other(folder: Path, *outcomes, identity=OWN, storage="studies", **more) -> StudyFolder:
     """A finished study `folder` beside the one that asks."""
-    study = Study.open(folder, config=CONFIG, identity=identity, shape=moe_shape(), **more)
+    config = CONFIG | {"storage": storage}
+    study = StudyFolder.open(folder, config=config, identity=identity, shape=moe_shape(), **more)
     for each in outcomes:
         study.append_started(started(each), {})
         if each.status in FINISHED:
@@ -44,15 +45,14 @@ def other(folder: Path, *outcomes, identity=OWN, **more) -> Study:
     return study
 
 
-def asking(tmp_path: Path, *, identity=OWN, facts=FACTS, adapters="") -> Elsewhere:
+def asking(tmp_path: Path, *, identity=OWN, facts=FACTS, place="") -> OtherStudies:
     mine = tmp_path / "mine"
-    adapters = adapters or str(mine / "adapters")
-    return Elsewhere(mine, identity=identity, defaults=OWN, facts=facts, adapters=adapters)
+    return OtherStudies(mine, identity=identity, defaults=OWN, facts=facts, place=place or str(mine))
 
 
-def proposal(of=None) -> Proposal:
+def asked_for(of=None):
     of = of or outcome()
-    return Proposal(of.trial, of.trainable_params, {})
+    return of.trial, of.trainable_params
 
 
 def trained(folder: Path) -> set[str]:
@@ -66,16 +66,23 @@ def trained(folder: Path) -> set[str]:
 def test_an_equal_training_is_found_and_keeps_to_what_was_asked(tmp_path):
     other(tmp_path / "first", outcome(allocator="sieve", accuracy=0.6))
     asked = outcome(allocator="coverage")  # another rule that comes to the same experts
-    found, study = asking(tmp_path).take(proposal(asked))
-    assert (study, found.accuracy, found.trial.allocator) == ("first", pytest.approx(0.6), "coverage")
-    assert len(found.rungs) == 3
+    taken, study = asking(tmp_path).take(*asked_for(asked))
+    assert (study, taken.accuracy, taken.trial.allocator) == ("first", pytest.approx(0.6), "coverage")
+    assert len(taken.rungs) == 3
+
+
+def another(value):
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    return {int: 77, float: 0.77, str: "another", list: ["another"], dict: {"another": 1}}[type(value)]
 
 
 @pytest.mark.parametrize("key", OWN)
 def test_every_setting_that_a_result_depends_on_has_to_agree(key, tmp_path):
-    changed = {**OWN, key: "another"}
+    changed = {**OWN, key: another(OWN[key])}
     other(tmp_path / "first", outcome(), identity=changed)
-    assert (asking(tmp_path).take(proposal()) is not None) == (key in INDIFFERENT)
+    assert (asking(tmp_path).take(*asked_for()) is not None) == (key in INDIFFERENT)
     assert same_settings(OWN, changed) == same_settings(changed, OWN) == (key in INDIFFERENT)
 
 
@@ -83,29 +90,29 @@ def test_a_setting_that_nobody_thought_of_has_to_agree_and_one_that_came_later_i
     assert not same_settings(OWN, OWN | {"new": 1})
     older = {key: value for key, value in OWN.items() if key != "chat_template"}
     other(tmp_path / "first", outcome(), identity=older)
-    assert asking(tmp_path).take(proposal()) is not None
-    assert asking(tmp_path, identity=OWN | {"chat_template": True}).take(proposal()) is None
+    assert asking(tmp_path).take(*asked_for()) is not None
+    assert asking(tmp_path, identity=OWN | {"chat_template": True}).take(*asked_for()) is None
 
 
 @pytest.mark.parametrize("fact", FACTS)
 def test_weights_number_format_and_data_have_to_be_the_same(fact, tmp_path):
     other(tmp_path / "first", outcome(versions={fact: "another"}))
-    assert asking(tmp_path).take(proposal()) is None
+    assert asking(tmp_path).take(*asked_for()) is None
     without = {key: value for key, value in FACTS.items() if key != fact}
-    assert asking(tmp_path, facts=without).take(proposal()) is not None
+    assert asking(tmp_path, facts=without).take(*asked_for()) is not None
 
 
 @pytest.mark.parametrize("asked", [outcome(selection(5)), outcome(rank=8), outcome(seed=1)])
 def test_another_allocation_recipe_or_seed_is_another_training(asked, tmp_path):
     other(tmp_path / "first", outcome())
-    assert asking(tmp_path).take(proposal(asked)) is None
+    assert asking(tmp_path).take(*asked_for(asked)) is None
 
 
 @pytest.mark.parametrize("status", ["started", *FINISHED])
 def test_only_what_ended_by_itself_is_taken(status, tmp_path):
     other(tmp_path / "first", outcome(status=status))
-    found = asking(tmp_path).take(proposal())
-    assert (found is not None) == (status in ("complete", "diverged"))
+    taken = asking(tmp_path).take(*asked_for())
+    assert (taken is not None) == (status in ("complete", "diverged"))
 
 
 def test_a_folder_that_is_no_study_is_left_out_and_so_is_this_one(tmp_path, caplog):
@@ -113,9 +120,9 @@ def test_a_folder_that_is_no_study_is_left_out_and_so_is_this_one(tmp_path, capl
     (tmp_path / "damaged" / "study.json").write_text("{")
     (tmp_path / "signals").mkdir()
     other(tmp_path / "mine", outcome())
-    elsewhere = asking(tmp_path)
-    assert elsewhere.take(proposal()) is None
-    assert len(elsewhere) == 0
+    others = asking(tmp_path)
+    assert others.take(*asked_for()) is None
+    assert len(others) == 0
     assert caplog.text.count("nothing is reused from damaged") == 1
 
 
@@ -123,10 +130,10 @@ def test_a_folder_that_is_no_study_is_left_out_and_so_is_this_one(tmp_path, capl
 
 
 def test_records_of_a_running_study_are_followed_and_a_torn_line_waits(tmp_path):
-    elsewhere = asking(tmp_path)
-    assert elsewhere.take(proposal()) is None
+    others = asking(tmp_path)
+    assert others.take(*asked_for()) is None
     other(tmp_path / "first", outcome(selection(5)))
-    assert elsewhere.take(proposal()) is None
+    assert others.take(*asked_for()) is None
     other(tmp_path / "whole", outcome())
     line = (tmp_path / "whole" / LINES).read_bytes().splitlines(keepends=True)[-1]
     shutil.rmtree(tmp_path / "whole")
@@ -134,42 +141,49 @@ def test_records_of_a_running_study_are_followed_and_a_torn_line_waits(tmp_path)
         for half in (line[:100], line[100:-1]):
             file.write(half)
             file.flush()
-            assert elsewhere.take(proposal()) is None, "its newline is not there yet"
+            assert others.take(*asked_for()) is None, "its newline is not there yet"
         file.write(b"\n")
-    assert elsewhere.take(proposal()) is not None
-    assert len(elsewhere) == 2
+    assert others.take(*asked_for()) is not None
+    assert len(others) == 2
     shutil.rmtree(tmp_path / "first")
-    assert elsewhere.take(proposal()) is None
+    assert others.take(*asked_for()) is None
 
 
 # --- adapters
 
 
+def store(scheme: str, tmp_path: Path) -> str:
+    """The storage of the studies: the folder they lie in, or a URI."""
+    return f"{scheme}{tmp_path / 'store'}" if scheme else str(tmp_path)
+
+
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_the_adapter_is_a_copy_that_outlives_the_other_study(scheme, tmp_path):
-    kept = tmp_path / "first" / "adapters" / outcome().digest
+    storage = store(scheme, tmp_path)
+    base = Path(storage.removeprefix("file://"))
+    kept = base / "first" / "adapters" / outcome().digest
     kept.mkdir(parents=True)
     (kept / "adapter.json").write_text("{}")
-    other(tmp_path / "first", outcome(adapter=f"{scheme}{kept}"))
-    found, _ = asking(tmp_path, adapters=f"{scheme}{tmp_path}/mine/adapters").take(proposal())
-    shutil.rmtree(tmp_path / "first")
-    assert found.adapter == f"{scheme}{tmp_path}/mine/adapters/{outcome().digest}"
-    assert (Path(found.adapter.removeprefix("file://")) / "adapter.json").read_text() == "{}"
+    other(tmp_path / "first", outcome(adapter=f"{scheme}{kept}"), storage=storage)
+    taken, _ = asking(tmp_path, place=f"{storage}/mine").take(*asked_for())
+    shutil.rmtree(base / "first")
+    assert taken.adapter == f"{storage}/mine/adapters/{outcome().digest}"
+    assert (Path(taken.adapter.removeprefix("file://")) / "adapter.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_of_a_deleted_adapter_the_numbers_are_taken_and_one_that_is_kept_is_preferred(scheme, tmp_path):
     gone = outcome(adapter=f"{scheme}{tmp_path}/first/adapters/gone")
-    other(tmp_path / "first", gone)
-    found, _ = asking(tmp_path).take(proposal())
-    assert (found.adapter, found.accuracy) == ("", gone.accuracy)
+    other(tmp_path / "first", gone, storage=store(scheme, tmp_path))
+    taken, _ = asking(tmp_path).take(*asked_for())
+    assert (taken.adapter, taken.accuracy) == ("", gone.accuracy)
     assert not (tmp_path / "mine" / "adapters").exists()
     if not scheme:
-        there = tmp_path / "second" / "adapters" / "kept"
+        there = tmp_path / "second" / "adapters" / gone.digest
         there.mkdir(parents=True)
         other(tmp_path / "second", outcome(adapter=str(there)))
-        found, study = asking(tmp_path).take(proposal())
-        assert (study, Path(found.adapter).is_dir()) == ("second", True)
+        taken, study = asking(tmp_path).take(*asked_for())
+        assert (study, Path(taken.adapter).is_dir()) == ("second", True)
 
 
 # --- whole studies, without Ray
@@ -196,7 +210,7 @@ def test_trials_are_trained_and_what_another_study_trained_comes_on_top(tmp_path
     assert any(f"{len(proposed)} of {CONFIG['trials']} runs are finished" in sentence for sentence in told.words)
     shutil.rmtree(first)
     for candidate in report.write(second).front:
-        assert all(Path(run.adapter).is_dir() for run in candidate.by_accuracy[:1] if run.adapter)
+        assert all((second / run.adapter).is_dir() for run in candidate.by_accuracy[:1] if run.adapter)
 
 
 def test_repeats_that_were_trained_elsewhere_are_not_trained(tmp_path, mlflow_folder):
@@ -227,7 +241,7 @@ def test_a_table_of_recorded_trainings_is_made_of_reused_ones_too(tmp_path):
     before = read(tmp_path / "recorded")
     digest, done = next(iter(before.finished.items()))
     identity = before.header["identity"]
-    with Study.open(tmp_path / "reused", config=identity, identity=identity, shape=before.shape) as study:
+    with StudyFolder.open(tmp_path / "reused", config=identity, identity=identity, shape=before.shape) as study:
         study.append_finished(done, before.params_of(digest), reused="recorded")
     assert read(tmp_path / "reused").reused == {digest: "recorded"}
     assert list(export([tmp_path / "reused"], tmp_path / "t.parquet").rows) == [digest]
@@ -270,7 +284,7 @@ def test_two_real_studies_of_one_storage_train_no_point_twice(tmp_path):
     assert f"Reused from first: {len(records.reused)} trainings" in said
     shutil.rmtree(tmp_path / "first")
     code = "import sys; from trainers import adapter, models; adapter.load(models.load('tiny-moe').model, sys.argv[1])"
-    kept = records.finished[next(iter(records.reused))].adapter
+    kept = records.adapter_of(records.finished[next(iter(records.reused))])
     subprocess.run([sys.executable, "-c", code, kept], check=True, capture_output=True)
 
 

@@ -23,7 +23,7 @@ from mlflow import MlflowClient
 
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED
-from search.records import Study
+from search.records.folder import StudyFolder
 from search.records.tracking import Tracker
 from tests import ROOT
 from tests.search.studies import CONFIG, open_study, outcome, rung, selection, started
@@ -47,7 +47,7 @@ def open_tracker(folder: Path, uri: str | None = None, *, experiment: str = "sie
     return Tracker.open(uri, folder, experiment=experiment, study_name=name, tags={"model": "tiny-moe"}, params=CONFIG)
 
 
-def write(study: Study, tracker: Tracker, points: int, *, first: int = 0) -> None:
+def write(study: StudyFolder, tracker: Tracker, points: int, *, first: int = 0) -> None:
     """A study's driver in small: records first, then MLflow."""
     for number in range(first, first + points):
         done = outcome(selection(1 + number % 16, seed=number), accuracy=0.4 + number / 100, seed=number)
@@ -63,9 +63,9 @@ def write(study: Study, tracker: Tracker, points: int, *, first: int = 0) -> Non
 def runs(folder: Path, uri: str | None = None):
     """All runs: parents, and children by digest."""
     client = MlflowClient(tracking_uri=uri or f"sqlite:///{folder}/mlflow.db")
-    found = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
-    parents = [run for run in found if "digest" not in run.data.tags]
-    children = [run for run in found if "digest" in run.data.tags]
+    everything = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
+    parents = [run for run in everything if "digest" not in run.data.tags]
+    children = [run for run in everything if "digest" in run.data.tags]
     return client, parents, children
 
 
@@ -74,7 +74,7 @@ def loud(caplog) -> list[str]:
     return [r.name for r in caplog.records if r.levelno >= logging.WARNING and not r.name.startswith("urllib3")]
 
 
-def check(folder: Path, study: Study, uri: str | None = None) -> None:
+def check(folder: Path, study: StudyFolder, uri: str | None = None) -> None:
     """One parent, one child a digest, each with the accuracies of its rungs once, its allocation and its end."""
     client, parents, children = runs(folder, uri)
     [parent] = [run for run in parents if run.data.tags["study_id"] == study.header["id"]]

@@ -22,7 +22,8 @@ from search import replay
 from search.problem import Problem, corners
 from search.propose.ehvi import resolver
 from search.propose.sampler import Proposer
-from search.records import Study, read
+from search.records import read
+from search.records.folder import StudyFolder
 from search.replay import export
 from search.replay.__main__ import main as replay_main
 from search.replay.problem import _Nearest, table_problem
@@ -52,7 +53,7 @@ def record(folder, *, seed: int = 0, points=None, repeats: int = 0) -> None:
     """A study of the grid as a worker would leave it; every fifth training diverges."""
     asked = problem(seed=seed)
     identity = {"space": "sieve", "model": "small", "task": "t", "seed": seed, "evaluations": 3, "limit": 0}
-    with Study.open(folder, config=identity, identity=identity, shape=asked.shape, command=COMMAND) as study:
+    with StudyFolder.open(folder, config=identity, identity=identity, shape=asked.shape, command=COMMAND) as study:
         (folder / "signals").mkdir(exist_ok=True)
         (folder / "signals" / "routing.json").write_text(json.dumps(asked.signals["routing"].to_json()))
         for number, params in enumerate(points or grid()):

@@ -185,10 +185,10 @@ def test_no_ray_no_torch_no_model(tmp_path):
 
 def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path):
     best, other = outcome(selection(8), accuracy=0.6), outcome(selection(4), accuracy=0.5)
-    remote = outcome(selection(2), accuracy=0.4, adapter="s3://bucket/adapters/x")
+    remote = outcome(selection(2), accuracy=0.4, adapter="s3://elsewhere/x")
     with open_study(tmp_path) as study:
         (study.folder / "adapters" / best.digest).mkdir(parents=True)
-    study_of(tmp_path, best, other, remote)
+    study_of(tmp_path, best, other)
     loads = {p["digest"]: p["load"] for p in data_of(tmp_path)["points"]}
     assert loads[best.digest].splitlines() == [
         "from trainers import adapter, models",
@@ -198,7 +198,9 @@ def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path):
     assert loads[other.digest] == ""
     other_settings = {"dtype": "auto", "quantization": "nf4", "gradient_checkpointing": True, "seed": 3}
     assert "models.load(\"m\", quantization='nf4').model" in module.load_code("m", "a", settings=other_settings)
-    assert '"s3://bucket/adapters/x"' in loads[remote.digest]
+    study_of(tmp_path / "far", remote, config=CONFIG | {"storage": "s3://me:pw@bucket"})
+    [far] = data_of(tmp_path / "far")["points"]
+    assert f'"s3://bucket/far/adapters/{remote.digest}"' in far["load"], "in the study's part of its storage"
     out = Console(file=io.StringIO(), width=140)
     show(tmp_path, console=out)
     assert loads[best.digest] in out.file.getvalue()

@@ -1,0 +1,87 @@
+"""What may leave this machine: texts and JSON values without secrets, and without the folders of this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_SECRET_KEY = re.compile(
+    r"(^|[._-])(password|passwd|pwd|secret|token|api_?key|access_?key|secret_?key|credentials?|signature|sig)$",
+    re.IGNORECASE,
+)
+_WORDS = r"key|secret|token|passw(?:or)?d|pwd|signature|credential"
+# In a text: what is kept of it, and what the secret looks like.
+_SECRETS = (
+    # user:password@ and token@ of any scheme, git+https:// too, and of a URI that was taken for a path (s3:/…); a
+    # password may have an @ in it
+    re.compile(r"(:/{1,2})[^/\s?#'\"]*(?=@)"),
+    re.compile(rf"([?&;#](?:[^=&;#\s]*(?:{_WORDS})[^=&;#\s]*|sig|auth)=)[^&;#\s'\"]+", re.IGNORECASE),
+    # an environment, as a shell, Python or a log writes it
+    re.compile(
+        r"(\b(?:[A-Z0-9]+_)*(?:[A-Z0-9]*KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?)(?:_[A-Z0-9]+)*['\"]?"
+        r"\s*[=:]\s*['\"]?)[^\s'\",}&]+"
+    ),
+    re.compile(r"(authorization['\"]?\s*[=:]\s*['\"]?(?:bearer|basic|token)\s+)[^\s'\",}]+", re.IGNORECASE),
+    re.compile(r"(\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[abp]-))[A-Za-z0-9_-]{16,}"),
+)
+
+# A path that begins at the root or at home, after anything that can precede one in a command or a message.
+_PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?~?/(?:[^\s'\",\]/]+/)*([^\s'\",\]/]+)/?")
+# They say where a study ran, not what it is.
+_PLACES = re.compile(r" (?:storage|tracking_uri|ray_address|num_cpus|max_concurrent)=(?:'[^']*'|\S+)")
+
+
+def redacted(value: Any, key: str = "") -> Any:
+    """The same JSON value without secrets: logins and secret queries in URLs, values of keys named like a secret,
+    variables of an environment that a message quotes, and what looks like a token of a known hub.
+
+    >>> redacted({"tracking": "http://me:pw@host/", "api_key": "x"})
+    {'tracking': 'http://***@host/', 'api_key': '***'}
+    >>> redacted("cannot clone git+https://tok@host/x.git?private_token=abc&depth=1 with HF_TOKEN='abc'")
+    "cannot clone git+https://***@host/x.git?private_token=***&depth=1 with HF_TOKEN='***'"
+    """
+    if isinstance(value, Mapping):
+        return {str(k): redacted(v, str(k)) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [redacted(item, key) for item in value]
+    if not isinstance(value, str) or not value:
+        return value
+    if _SECRET_KEY.search(key):
+        return "***"
+    for secret in _SECRETS:
+        value = secret.sub(r"\1***", value)
+    return value
+
+
+def unmasked(uri: str) -> str:
+    """A URI that was redacted without the mark of the login, so that credentials come from the environment.
+
+    >>> unmasked("s3://***@bucket/x")
+    's3://bucket/x'
+    """
+    return uri.replace("://***@", "://")
+
+
+def portable(value: Any) -> Any:
+    """The same text, or JSON value, without secrets and without the folders of this machine.
+
+    >>> portable({"model": "/home/me/models/olmoe", "command": "run task=/data/q.yaml", "uri": "s3://me:pw@bucket/x"})
+    {'model': 'olmoe', 'command': 'run task=path/to/q.yaml', 'uri': 's3://***@bucket/x'}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): redacted(portable(item), str(key)) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [portable(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    text = redacted(value)
+    if text.startswith(("/", "~/")) and not re.search(r"[\s,]", text):  # a path and nothing else: its name
+        return Path(text).name or text
+    return _PATH.sub(r"path/to/\1", text)
+
+
+def portable_command(command: str) -> str:
+    """A command line for another machine: without what says where a study runs, and without this one's folders."""
+    return portable(_PLACES.sub("", command))

@@ -150,7 +150,7 @@ def dry_run(config: RunConfig, problem: Problem) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from search.front import human
+    from search.text import human
 
     measured = dict(problem.signals) if config.replay else _measured(_folder(config))
     problem = replace(problem, signals={**problem.signals, **measured})

@@ -34,9 +34,9 @@ from allocators.core.types import Outcome
 from search import records
 from search.config import RunConfig
 from search.export.model_card import PROJECT, Card, markdown, portable, portable_command
-from search.front import Candidate, human
+from search.front import Candidate
 from search.report import SHORT, Report
-from search.report.live import accuracy_text
+from search.text import accuracy_text, human
 from trainers import models, storage
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors, in torch

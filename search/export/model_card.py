@@ -17,7 +17,7 @@ from typing import Any
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Outcome
 from search.front import Candidate
 from search.records import redacted
-from search.report.live import accuracy_text, number, point
+from search.text import accuracy_text, number, point
 
 PROJECT = "lora-expert-search"
 KIND = {

@@ -35,8 +35,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED, Outcome, Rung
-from search.front import human, point_of
+from search.front import point_of
 from search.records import Records, flattened, redacted
+from search.text import human
 
 log = logging.getLogger(__name__)
 

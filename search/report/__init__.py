@@ -34,10 +34,10 @@ from rich.text import Text
 
 from allocators.core.errors import ToolkitError
 from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, best_under
-from search.front import Candidate, candidates, front, human, knee
+from search.front import Candidate, candidates, front, knee
 from search.records import Records, flattened, read, write_atomically
 from search.report import attribution
-from search.report.live import accuracy_text, front_table, label, number, point, probability, recipe_words, varying
+from search.report.live import front_table
 from search.report.tables import Section, is_table, sections
 from search.report.uncertainty import (
     TOO_CLOSE,
@@ -49,6 +49,7 @@ from search.report.uncertainty import (
     rank_correlation,
     selection_bias,
 )
+from search.text import accuracy_text, human, label, number, point, probability, recipe_words, varying
 from trainers import models
 
 BASELINES = ("random", "uniform")  # what an allocation has to beat at equal parameters

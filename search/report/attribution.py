@@ -23,12 +23,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from allocators.core.types import Recipe, Trial
-from search.front import Candidate, human, point_of
+from search.front import Candidate, point_of
 from search.propose.halving import tokens_saved
 from search.records import Records
-from search.report.live import accuracy_text
 from search.report.tables import Section, is_table
 from search.report.uncertainty import Noise, compare
+from search.text import accuracy_text, human
 
 FEWEST = 20  # points below which a forest tells chance
 RESAMPLES, TREES, SHUFFLES = 20, 30, 2

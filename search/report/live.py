@@ -12,9 +12,8 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -22,9 +21,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from allocators.core.types import Outcome, Recipe, Rung
-from search.front import Candidate, candidates, front, human, knee
+from allocators.core.types import Outcome, Rung
+from search.front import Candidate, candidates, front, knee
 from search.propose.halving import tokens_saved
+from search.text import accuracy_text, clock, human, number, point, probability, varying
 
 ROWS = 12  # of the live front; the report has all of it
 
@@ -257,57 +257,6 @@ def front_table(
             "knee" if candidate is bend else "",
         )
     return table
-
-
-def accuracy_text(candidate: Candidate) -> str:
-    """`0.512 ± 0.035` (one standard error), `0.512` where the error is not known, `` without accuracy."""
-    if candidate.accuracy is None:
-        return ""
-    return f"{candidate.accuracy:.3f}" + (f" ± {candidate.stderr:.3f}" if candidate.stderr is not None else "")
-
-
-def probability(chance: float | None) -> str:
-    """`.93`; never certainty where there is noise: `> .99`, `< .01`."""
-    if chance is None:
-        return ""
-    return "> .99" if chance > 0.99 else "< .01" if chance < 0.01 else f"{chance:.2f}".removeprefix("0")
-
-
-def point(outcome: Outcome) -> str:
-    """`sieve fraction=0.25`: who proposed the allocation, with which knobs."""
-    knobs = (f"{name}={number(value)}" for name, value in outcome.trial.knobs.items())
-    return " ".join([outcome.trial.allocator or "unnamed", *knobs])
-
-
-def varying(outcomes: Iterable[Outcome]) -> list[str]:
-    """Recipe settings that are not the same in all outcomes, in the recipe's order."""
-    recipes = [outcome.trial.recipe for outcome in outcomes]
-    return [f.name for f in fields(Recipe) if len({getattr(recipe, f.name) for recipe in recipes}) > 1]
-
-
-def label(outcome: Outcome, settings: Iterable[str]) -> str:
-    """`sieve fraction=0.25, rank 8`: allocator, knobs, and these settings of the recipe."""
-    return ", ".join([point(outcome), *recipe_words(outcome, settings)])
-
-
-def recipe_words(outcome: Outcome, settings: Iterable[str]) -> list[str]:
-    """`rank 8` for each of these settings of the recipe."""
-    return [f"{name} {number(getattr(outcome.trial.recipe, name))}" for name in settings]
-
-
-def number(value: Any) -> str:
-    """Floats in three significant digits, everything else as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def clock(seconds: float) -> str:
-    """`12 s`, `3:05`, `1:02:03`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _left(seconds: float) -> str:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.front import Candidate, front, human
+from search.front import Candidate, front
 from search.records import Records
-from search.report.live import accuracy_text, label, number, varying
 from search.report.uncertainty import Paired, equivalence, paired
+from search.text import accuracy_text, human, label, number, varying
 
 LEVEL = 0.05
 

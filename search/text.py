@@ -87,3 +87,8 @@ def recipe_words(outcome: Outcome, settings: Iterable[str]) -> list[str]:
 def label(outcome: Outcome, settings: Iterable[str]) -> str:
     """`sieve fraction=0.25, rank 8`: allocator, knobs, and these settings of the recipe."""
     return ", ".join([point(outcome), *recipe_words(outcome, settings)])
+
+
+def run_id(run: Outcome) -> str:
+    """As much of a run's digest as tables show; `search.export point=` takes it."""
+    return run.digest[:8]

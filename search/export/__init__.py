@@ -35,8 +35,8 @@ from search import records
 from search.config import RunConfig
 from search.export.model_card import PROJECT, Card, markdown, portable, portable_command
 from search.front import Candidate
-from search.report import SHORT, Report
-from search.text import accuracy_text, human
+from search.report import Report
+from search.text import accuracy_text, human, run_id
 from trainers import models, storage
 
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetensors, in torch
@@ -158,13 +158,13 @@ def locate(report: Report, run: Outcome) -> str:
     where = report.adapter_folder(run)
     if where is not None and storage.exists(where):
         return where
-    name = f"run {run.digest[:SHORT]} of {report.records.folder}"
+    name = f"run {run_id(run)} of {report.records.folder}"
     if not run.adapter:
         raise StudyError(f"{name} has no adapter: it is {run.status.replace('_', ' ')}{_because(run)}")
     kept = next((found[0] for c in report.points if run in c.runs and (found := report.loadable(c))), None)
     raise StudyError(
         f"the adapter of {name} is gone: keep=front keeps one for each point of the front, keep=all keeps everything; "
-        + (f"another seed of this point is kept: point={kept.digest[:SHORT]}; or " if kept else "")
+        + (f"another seed of this point is kept: point={run_id(kept)}; or " if kept else "")
         + f"train this point again: {retrain(report, run)}"
     )
 
@@ -177,9 +177,7 @@ def retrain(report: Report, run: Outcome) -> str:
     """The command that trains this point alone in a study of its own, and keeps its adapter."""
     header = report.records.header
     settings = {f.name: header["config"][f.name] for f in fields(RunConfig) if f.name in header["config"]}
-    config = replace(
-        RunConfig(**settings), name=f"{report.records.name}-{run.digest[:SHORT]}", keep="all", dry_run=False
-    )
+    config = replace(RunConfig(**settings), name=f"{report.records.name}-{run_id(run)}", keep="all", dry_run=False)
     pins = {k: v for k, v in report.records.params_of(run.digest).items() if k not in config.recipe}
     seeds = 1 + run.trial.seed - config.seed  # repeats of a point have the seeds after the study's own
     config = replace(config, trials=1, seeds=seeds, max_trainable_params=0, time_budget="", pins=config.pins | pins)
@@ -200,7 +198,7 @@ def export(folder: str, request: Request) -> Iterator[str]:
     where = locate(report, run)
     _refuse_to_replace(request)
     size, accuracy = human(run.trainable_params), accuracy_text(candidate)
-    yield f"run {run.digest[:SHORT]}: {report.label(run)} ({size} trainable parameters, accuracy {accuracy})"
+    yield f"run {run_id(run)}: {report.label(run)} ({size} trainable parameters, accuracy {accuracy})"
     with storage.reading_folder(where) as source, storage.replacing_folder(request.to) as target:
         target.mkdir()
         job = Job(request, report, run, source, target)

@@ -17,7 +17,7 @@ from typing import Any
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Outcome
 from search.front import Candidate
 from search.records import redacted
-from search.text import accuracy_text, number, point
+from search.text import accuracy_text, number, point, run_id
 
 PROJECT = "lora-expert-search"
 KIND = {
@@ -132,7 +132,7 @@ def _head(card: Card) -> str:
         library_name=LIBRARY[card.format],
         pipeline_tag="text-generation",
         tags=["lora", PROJECT, kind, run.trial.allocator or "unnamed"],
-        model_name=f"{card.base}-{run.digest[:8]}",
+        model_name=f"{card.base}-{run_id(run)}",
         eval_results=None if accuracy is None else [result],
         metrics=["accuracy"],
         base_model_relation=relation,

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable
 from typing import Self
 
 from rich.console import Console, Group, RenderableType
@@ -22,9 +21,10 @@ from rich.table import Table
 from rich.text import Text
 
 from allocators.core.types import Outcome, Rung
-from search.front import Candidate, candidates, front, knee
+from search.front import candidates, front
 from search.propose.halving import tokens_saved
-from search.text import accuracy_text, clock, human, number, point, probability, varying
+from search.report.tables import front_table
+from search.text import clock, human, point
 
 ROWS = 12  # of the live front; the report has all of it
 
@@ -209,54 +209,6 @@ class Progress:
         bar = ProgressBar(total=self._total, completed=len(self._trained), width=30)
         grid.add_row(bar, f"{len(self._trained)}/{self._total}", _left(left) if left is not None else "")
         return Group(*parts, grid, self._counts())
-
-
-def front_table(
-    shown: Sequence[Candidate],
-    everything: Iterable[Outcome],
-    *,
-    title: str,
-    rows: int | None = None,
-    chances: Mapping[str, float] = MappingProxyType({}),
-    ids: Mapping[str, str] = MappingProxyType({}),
-) -> Table:
-    """Points of a front as a terminal table, the `rows` largest of them; recipe settings only where they vary.
-
-    chances   by digest of a point's best run: the probability that it is more accurate than the point above it
-    ids       by the same: what `search.export point=` calls it
-    """
-    settings, bend = varying(everything), knee(shown)
-    repeated = any(candidate.spread is not None for candidate in shown)
-    cut = max(len(shown) - rows, 0) if rows else 0
-    more = f", {cut} smaller {'one' if cut == 1 else 'ones'} not shown" if cut else ""
-    table = Table(title=Text(title + more), title_justify="left")
-    if ids:
-        table.add_column("id")
-    table.add_column("trainable parameters", justify="right")
-    table.add_column("accuracy", justify="right")
-    table.add_column("allocator and knobs")
-    for name in settings:
-        table.add_column(name, justify="right")
-    table.add_column("seeds", justify="right")
-    if repeated:
-        table.add_column("s.d. of seeds", justify="right")
-    if chances:
-        table.add_column("P(beats the row above)", justify="right")
-    table.add_column("")
-    for candidate in shown[cut:]:
-        best = candidate.best
-        table.add_row(
-            *([ids.get(best.digest, "")] if ids else []),
-            human(candidate.trainable_params),
-            accuracy_text(candidate),
-            Text(point(best)),  # not markup: plug-ins name themselves
-            *(number(getattr(best.trial.recipe, name)) for name in settings),
-            str(len(candidate.complete)),
-            *([f"{candidate.spread:.3f}" if candidate.spread is not None else ""] if repeated else []),
-            *([probability(chances.get(best.digest))] if chances else []),
-            "knee" if candidate is bend else "",
-        )
-    return table
 
 
 def _left(seconds: float) -> str:

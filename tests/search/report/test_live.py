@@ -9,7 +9,8 @@ from rich.console import Console
 
 from search.front import candidates
 from search.report import live as module
-from search.report.live import Progress, front_table
+from search.report.live import Progress
+from search.report.tables import front_table
 from tests.search.studies import outcome, rung, selection, started
 
 

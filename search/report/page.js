@@ -1,0 +1,253 @@
+"use strict";
+const S = JSON.parse(document.getElementById("study").textContent);
+const NS = "http://www.w3.org/2000/svg";
+const fill = (node, attributes, children) => {
+  for (const [key, value] of Object.entries(attributes || {}))
+    key.startsWith("on") ? node.addEventListener(key.slice(2), value) : node.setAttribute(key, value);
+  node.append(...children.flat().filter(c => c !== null && c !== undefined && c !== ""));
+  return node;
+};
+const el = (name, attributes, ...children) => fill(document.createElement(name), attributes, children);
+const svg = (name, attributes, ...children) => fill(document.createElementNS(NS, name), attributes, children);
+const card = (title, ...children) => el("section", { class: "card" }, el("h2", {}, title), ...children);
+const human = n => n >= 1e9 ? +(n / 1e9).toPrecision(3) + "B" : n >= 1e6 ? +(n / 1e6).toPrecision(3) + "M" : n >= 1e3 ? +(n / 1e3).toPrecision(3) + "k" : "" + n;
+const three = x => x === null ? "" : x.toFixed(3);
+const accuracy = p => p.accuracy === null ? p.status : three(p.accuracy) + (p.stderr === null ? "" : " ± " + three(p.stderr));
+const time = s => s < 60 ? Math.round(s) + " s" : Math.floor(s / 60) + ":" + String(Math.round(s % 60) % 60).padStart(2, "0");
+const colour = p => S.colours[p.allocator] || "#888";
+const last = list => list[list.length - 1];
+
+// A point that was stopped early is drawn hollow at its last accuracy: trained less than its rivals, so not on the front.
+const height = p => p.accuracy !== null ? p.accuracy : p.status === "stopped" ? p.runs[0].accuracy : null;
+const drawn = S.points.filter(p => height(p) !== null);
+const front = drawn.filter(p => p.front).sort((a, b) => a.params - b.params);
+let chosen = S.points.find(p => p.knee) || last(front) || drawn[0] || S.points[0] || null;
+
+const tip = document.getElementById("tip");
+const showTip = (event, lines) => {
+  tip.replaceChildren(...lines.map((line, i) => el(i ? "div" : "b", {}, line)));
+  tip.style.display = "block";
+  const box = tip.getBoundingClientRect(), x = event.clientX || 0, y = event.clientY || 0;
+  tip.style.left = Math.max(4, x + 14 + box.width > innerWidth ? x - box.width - 14 : x + 14) + "px";
+  tip.style.top = Math.max(4, y + 14 + box.height > innerHeight ? y - box.height - 14 : y + 14) + "px";
+};
+const hideTip = () => { tip.style.display = "none"; };
+const describe = p => [
+  p.label + (p.knee ? " (knee)" : ""),
+  p.size + " trainable parameters, " + p.experts + " experts",
+  "accuracy " + (p.accuracy === null && height(p) !== null ? three(height(p)) + " when it was stopped" : accuracy(p)),
+  p.seeds + (p.seeds === 1 ? " seed" : " seeds") + (p.spread === null ? "" : ", standard deviation " + three(p.spread)),
+  p.chance ? "better than the next smaller point of the front with probability " + p.chance : "",
+].filter(line => line);
+
+const ticks = (low, high, wanted) => {
+  const raw = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(raw));
+  const step = [1, 2, 5, 10].map(m => m * power).find(s => s >= raw), found = [];
+  for (let t = Math.ceil(low / step - 1e-9) * step; t <= high + step * 1e-9; t += step) found.push(t);
+  return [found, Math.max(0, -Math.floor(Math.log10(step) + 1e-9))];
+};
+const logTicks = (low, high) => {
+  const found = [];
+  for (let d = Math.floor(Math.log10(low)); d <= Math.log10(high); d++)
+    for (const m of [1, 2, 5]) if (m * 10 ** d >= low && m * 10 ** d <= high) found.push(m * 10 ** d);
+  if (found.length < 2) return ticks(low, high, 4)[0];
+  return found.length > 12 ? found.filter(t => Math.abs(Math.log10(t) - Math.round(Math.log10(t))) < 1e-9) : found;
+};
+const frame = (W, H, box, ys, decimals, y, label) => [
+  ...ys.map(t => svg("line", { x1: box.l, x2: W - box.r, y1: y(t), y2: y(t), class: "axis" })),
+  ...ys.map(t => svg("text", { x: box.l - 6, y: y(t) + 4, "text-anchor": "end" }, t.toFixed(decimals))),
+  svg("text", { x: 12, y: box.t + (H - box.t - box.b) / 2, transform: `rotate(-90 12 ${box.t + (H - box.t - box.b) / 2})`, "text-anchor": "middle" }, label),
+];
+
+function scatter() {
+  const W = 700, H = 430, box = { l: 52, r: 14, t: 10, b: 42 };
+  const sizes = drawn.map(p => Math.max(p.params, 1)), low = Math.min(...sizes) / 1.2, high = Math.max(...sizes) * 1.2;
+  const base = S.untrained ? [S.untrained.accuracy] : [];
+  const tops = drawn.map(p => height(p) + (p.front ? p.stderr || 0 : 0)).concat(base), floors = drawn.map(p => height(p) - (p.front ? p.stderr || 0 : 0)).concat(base);
+  const gap = (Math.max(...tops) - Math.min(...floors)) * 0.06 || 0.05, y0 = Math.min(...floors) - gap, y1 = Math.max(...tops) + gap;
+  const x = v => box.l + (Math.log(Math.max(v, 1)) - Math.log(low)) / (Math.log(high) - Math.log(low)) * (W - box.l - box.r);
+  const y = v => H - box.b - (v - y0) / (y1 - y0) * (H - box.t - box.b);
+  const [ys, decimals] = ticks(y0, y1, 6);
+  const step = front.map((p, i) => (i ? `H${x(p.params)}V${y(p.accuracy)}` : `M${x(p.params)} ${y(p.accuracy)}`)).join("") + `H${W - box.r}`;
+  const edge = (side, backwards) => (backwards ? [...front].reverse() : front).map((p, i) => {
+    const at = y(p.accuracy + side * (p.stderr || 0)), next = x(backwards ? p.params : front[i + 1] ? front[i + 1].params : 0);
+    return backwards ? `V${at}H${next}` : (i ? "" : `M${x(p.params)} `) + (i ? "V" : "") + at + `H${front[i + 1] ? next : W - box.r}`;
+  }).join("");
+  const band = front.some(p => p.stderr) ? edge(1, false) + edge(-1, true) + "Z" : null;
+  const dot = p => svg("circle", {
+    class: "dot", cx: x(p.params), cy: y(height(p)), r: p.front ? 6.5 : 4.5, tabindex: 0, role: "button", "aria-label": describe(p).join(", "),
+    fill: p.accuracy === null ? "none" : colour(p), stroke: p.front ? "var(--ink)" : p.accuracy === null ? colour(p) : "none",
+    "stroke-width": 1.3, "fill-opacity": p.front || p === chosen ? 1 : 0.65,
+    onmousemove: e => showTip(e, describe(p)), onmouseleave: hideTip, onclick: () => choose(p), onkeydown: e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(p); } },
+  });
+  return svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": "accuracy against trainable parameters" },
+    ...frame(W, H, box, ys, decimals, y, "accuracy"),
+    ...logTicks(low, high).map(t => svg("text", { x: x(t), y: H - box.b + 18, "text-anchor": "middle" }, human(t))),
+    svg("text", { x: (W + box.l) / 2, y: H - 6, "text-anchor": "middle" }, "trainable parameters (log scale)"),
+    band ? svg("path", { d: band, fill: "var(--soft)", "fill-opacity": 0.13 }) : null,
+    ...base.flatMap(v => [svg("line", { x1: box.l, x2: W - box.r, y1: y(v), y2: y(v), stroke: "var(--soft)", "stroke-dasharray": "4 3" }), svg("text", { x: W - box.r, y: y(v) - 4, "text-anchor": "end" }, "untrained")]),
+    front.length ? svg("path", { d: step, fill: "none", stroke: "var(--soft)", "stroke-width": 1.3 }) : null,
+    ...front.filter(p => p.stderr).map(p => svg("line", { x1: x(p.params), x2: x(p.params), y1: y(p.accuracy - p.stderr), y2: y(p.accuracy + p.stderr), stroke: "var(--soft)" })),
+    drawn.includes(chosen) ? svg("circle", { cx: x(chosen.params), cy: y(height(chosen)), r: 12, fill: "none", stroke: "var(--mark)", "stroke-width": 2.5 }) : null,
+    ...drawn.map(dot));
+}
+
+function legend() {
+  const names = [...new Set(drawn.map(p => p.allocator))];
+  return el("div", { class: "legend small soft" },
+    names.map(n => el("span", {}, el("i", { style: `background:${S.colours[n] || "#888"}` }), n)),
+    front.some(p => p.stderr) ? el("span", {}, "band: ± one standard error") : null,
+    drawn.some(p => p.accuracy === null) ? el("span", {}, "hollow: stopped early") : null);
+}
+
+function curves(key, label) {
+  const runs = p => p.runs.map(r => r.rungs.filter(g => g[key] !== null && g[key] !== undefined)).filter(g => g.length);
+  const all = S.points.flatMap(runs);
+  if (!all.length) return null;
+  const W = 340, H = 190, box = { l: 46, r: 8, t: 8, b: 34 };
+  const xs = all.flat().map(g => g.tokens), vs = all.flat().map(g => g[key]);
+  const gap = (Math.max(...vs) - Math.min(...vs)) * 0.06 || 0.05, y0 = Math.min(...vs) - gap, y1 = Math.max(...vs) + gap, x1 = Math.max(...xs, 1);
+  const x = v => box.l + v / x1 * (W - box.l - box.r), y = v => H - box.b - (v - y0) / (y1 - y0) * (H - box.t - box.b);
+  const [ys, decimals] = ticks(y0, y1, 4);
+  const line = (g, mine) => [
+    svg("polyline", { points: g.map(r => `${x(r.tokens)},${y(r[key])}`).join(" "), fill: "none", stroke: mine ? "var(--mark)" : "var(--line)", "stroke-width": mine ? 2.4 : 1 }),
+    ...(mine ? g.map(r => svg("circle", { cx: x(r.tokens), cy: y(r[key]), r: 3, fill: "var(--mark)", onmousemove: e => showTip(e, [`${label} ${three(r[key])}`, `step ${r.step}, ${human(r.tokens)} tokens`]), onmouseleave: hideTip })) : []),
+  ];
+  return svg("svg", { viewBox: `0 0 ${W} ${H}`, "aria-label": `${label} at rungs` },
+    ...frame(W, H, box, ys, decimals, y, label),
+    ...ticks(0, x1, 6)[0].map(t => svg("text", { x: x(t), y: H - box.b + 16, "text-anchor": "middle" }, human(t))),
+    svg("text", { x: (W + box.l) / 2, y: H - 4, "text-anchor": "middle" }, "trained tokens"),
+    ...S.points.filter(p => p !== chosen).flatMap(runs).flatMap(g => line(g, false)), ...(chosen ? runs(chosen).flatMap(g => line(g, true)) : []));
+}
+
+function allocation(p) {
+  const M = S.map, columns = Math.max(0, ...M.exists.flat().map(c => c + 1));
+  const cell = Math.max(3, Math.min(18, Math.floor(1000 / Math.max(columns, 1)))), rowHeight = M.rows.length > 40 ? 9 : Math.max(cell, 13);
+  const l = 78, W = l + columns * cell + 60, H = M.rows.length * rowHeight + 24;
+  const value = p.cells.map(row => [...row].map(c => c.charCodeAt(0) - 48)), most = Math.max(1, ...value.map(row => Math.max(0, ...row)));
+  const nodes = [];
+  M.rows.forEach((row, r) => {
+    const total = value[r].reduce((sum, v) => sum + v, 0);
+    if (rowHeight >= 13 || r % 2 === 0) nodes.push(  // every second name where the rows are lower than the letters
+      svg("text", { x: l - 6, y: r * rowHeight + rowHeight / 2 + 4, "text-anchor": "end" }, row),
+      svg("text", { x: l + columns * cell + 6, y: r * rowHeight + rowHeight / 2 + 4 }, M.across === "expert" ? `${total}/${M.exists[r].length}` : "" + total));
+    for (const c of M.exists[r]) {
+      const v = value[r][c];
+      nodes.push(svg("rect", { x: l + c * cell, y: r * rowHeight, width: cell - (cell > 5 ? 1 : 0), height: rowHeight - 1, fill: v ? "var(--mark)" : "var(--empty)", "fill-opacity": v ? 0.25 + 0.75 * v / most : 1,
+        onmousemove: e => showTip(e, [`${row}, ${M.across} ${c}`, M.across === "expert" ? (v ? "adapted" : "not adapted") : `${v} experts`]), onmouseleave: hideTip }));
+    }
+  });
+  const every = Math.ceil(24 / cell);
+  for (let c = 0; c < columns; c += every) nodes.push(svg("text", { x: l + (c + 0.5) * cell, y: H - 8, "text-anchor": "middle" }, "" + c));
+  nodes.push(svg("text", { x: l - 6, y: H - 8, "text-anchor": "end" }, M.across));
+  return el("div", { class: "scroll" }, svg("svg", { viewBox: `0 0 ${W} ${H}`, style: `width:${W}px;max-width:none`, "aria-label": "allocation" }, ...nodes));
+}
+
+// Shares as horizontal bars with a whisker of one standard deviation.
+function bars(rows) {
+  const W = 700, high = 26, box = { l: 190, r: 90, t: 4, b: 24 }, H = box.t + rows.length * high + box.b;
+  const top = Math.max(0.1, ...rows.map(([, v, e]) => v + e)), x = v => box.l + v / top * (W - box.l - box.r);
+  const [marks] = ticks(0, top, 5), percent = v => Math.round(100 * v) + " %";
+  return svg("svg", { viewBox: `0 0 ${W} ${H}`, style: "max-width:760px;margin-bottom:12px", role: "img", "aria-label": rows.map(([name, v, e]) => `${name} ${percent(v)} ± ${percent(e)}`).join(", ") },
+    ...marks.map(t => svg("line", { x1: x(t), x2: x(t), y1: box.t, y2: H - box.b, class: "axis" })),
+    ...marks.map(t => svg("text", { x: x(t), y: H - 8, "text-anchor": "middle" }, percent(t))),
+    ...rows.flatMap(([name, v, e], i) => {
+      const y = box.t + (i + 0.5) * high;
+      return [
+        svg("text", { x: box.l - 8, y: y + 4, "text-anchor": "end" }, name),
+        svg("rect", { x: box.l, y: y - 8, width: Math.max(x(v) - box.l, 1), height: 16, rx: 2, fill: "var(--mark)" }),
+        svg("line", { x1: x(Math.max(v - e, 0)), x2: x(v + e), y1: y, y2: y, stroke: "var(--ink)", "stroke-width": 1.2 }),
+        svg("text", { x: x(v + e) + 8, y: y + 4 }, `${percent(v)} ± ${percent(e)}`),
+      ];
+    }));
+}
+const section = s => card(s.title, s.bars.length ? bars(s.bars) : null, el("div", { class: "scroll" }, el("table", {},
+  el("thead", {}, el("tr", {}, s.head.map(h => el("th", {}, h)))),
+  el("tbody", {}, s.rows.map(row => el("tr", {}, row.map(cell => el("td", { class: cell.length > 40 ? "wrap" : "" }, cell))))))),
+  ...s.notes.map(n => el("div", { class: "small soft", style: "margin-top:6px" }, n)));
+const pairs = (entries) => el("table", {}, el("tbody", {}, entries.map(([k, v]) => el("tr", {}, el("td", { class: "soft" }, k), el("td", { class: "wrap" }, v)))));
+const copy = text => el("pre", {}, text);
+
+function details(p) {
+  return [
+    el("div", {}, el("b", {}, p.label), p.knee ? " · knee" : p.front ? " · on the front" : ""),
+    el("div", { class: "soft" }, `${p.size} (${p.params.toLocaleString("en")}) trainable parameters · accuracy ${p.accuracy === null && height(p) !== null ? three(height(p)) + " when stopped" : accuracy(p)}`),
+    el("div", { class: "scroll" }, el("table", { style: "margin-top:8px" },
+      el("thead", {}, el("tr", {}, ["seed", "status", "accuracy", "time", "tokens", "memory"].map(t => el("th", {}, t)))),
+      el("tbody", {}, p.runs.map(r => el("tr", {}, el("td", {}, "" + r.seed), el("td", {}, r.status), el("td", {}, three(r.accuracy)), el("td", {}, time(r.seconds)), el("td", {}, human(r.tokens)), el("td", {}, r.memory ? +(r.memory / 2 ** 30).toPrecision(3) + " GiB" : "")))))),
+    ...p.runs.filter(r => r.message).map(r => el("div", { class: "small soft" }, `seed ${r.seed}: ${r.message}`)),
+    curves("accuracy", "accuracy"), curves("loss", "loss"),
+    el("details", {}, el("summary", {}, "recipe"), pairs(Object.entries(p.recipe))),
+    el("div", { style: "margin-top:10px" }, el("b", {}, "Load it")),
+    p.load ? copy(p.load + "\n\n# as a folder with a model card; format=adapter, merged or peft\n" + p.export) : el("div", { class: "small soft" }, p.accuracy === null ? "It has no adapter: no run of it ran to its end." : "Its adapter was not kept: keep=all keeps those of points that leave the front."),
+  ];
+}
+
+let order = { key: "params", up: true };
+function table() {
+  const columns = [
+    ["", p => p.knee ? "knee" : p.front ? "front" : ""], ["allocator", p => p.allocator],
+    ...S.knobs.map(k => [k, p => k in p.knobs ? (isNaN(p.knobs[k]) ? p.knobs[k] : +p.knobs[k]) : ""]),
+    ...S.settings.map(s => [s, p => isNaN(p.recipe[s]) ? p.recipe[s] : +p.recipe[s]]),
+    ["experts", p => p.experts], ["params", p => p.params, p => p.size], ["accuracy", p => height(p) === null ? "" : height(p), p => p.accuracy === null && height(p) !== null ? three(height(p)) : p.accuracy === null ? "" : accuracy(p)],
+    ["seeds", p => p.seeds], ...(S.points.some(p => p.spread !== null) ? [["s.d.", p => p.spread === null ? "" : p.spread, p => three(p.spread)]] : []),
+    ["status", p => p.status], ["time", p => p.runs.reduce((s, r) => s + r.seconds, 0), p => time(p.runs.reduce((s, r) => s + r.seconds, 0))], ["message", p => p.runs.map(r => r.message).filter(m => m).join("; ")],
+  ];
+  const value = (columns.find(c => c[0] === order.key) || columns[0])[1];
+  const compare = (a, b) => {
+    const [u, v] = [value(a), value(b)];
+    if (u === "" || v === "") return (u === "") - (v === "");  // empty last, whichever way
+    return (typeof u === "number" && typeof v === "number" ? u - v : String(u).localeCompare(String(v))) * (order.up ? 1 : -1);
+  };
+  const numeric = c => S.points.every(p => c[1](p) === "" || typeof c[1](p) === "number");
+  return el("table", { id: "table" },
+    el("thead", {}, el("tr", {}, columns.map(c => el("th", { class: numeric(c) && c[0] ? "num" : "", tabindex: 0, "aria-sort": order.key === c[0] ? (order.up ? "ascending" : "descending") : "none",
+      onclick: () => { order = { key: c[0], up: order.key === c[0] ? !order.up : true }; draw(); }, onkeydown: e => { if (e.key === "Enter") e.target.click(); } },
+      ({ params: "trainable parameters" }[c[0]] || c[0] || "front") + (order.key === c[0] ? (order.up ? " ▲" : " ▼") : ""))))),
+    el("tbody", {}, [...S.points].sort(compare).map(p => el("tr", { class: p === chosen ? "chosen" : "", onclick: () => choose(p) },
+      columns.map(c => el("td", { class: c[0] === "message" ? "wrap" : numeric(c) && c[0] ? "num" : "" }, "" + (c[2] || c[1])(p)))))));
+}
+
+function under() {
+  const answer = el("span", {});
+  const parse = text => { const m = /^\s*([\d.,]+)\s*([kKmMbB]?)\s*$/.exec(text); return m ? parseFloat(m[1].replace(/,/g, "")) * { "": 1, k: 1e3, m: 1e6, b: 1e9 }[m[2].toLowerCase()] : NaN; };
+  const field = el("input", { placeholder: "e.g. " + human(front.length ? front[Math.floor(front.length / 2)].params : 1e6), "aria-label": "parameter budget", oninput: () => {
+    const limit = parse(field.value), best = last(front.filter(p => p.params <= limit));
+    answer.replaceChildren(isNaN(limit) ? "" : best ? `${best.label}: accuracy ${accuracy(best)}, ${best.size}` : "no point is that small");
+    if (best) choose(best);
+  } });
+  return el("div", { style: "margin-top:10px" }, "Best under ", field, " trainable parameters: ", answer);
+}
+
+const slots = { chart: el("div"), details: el("div"), map: el("div"), table: el("div", { class: "scroll" }) };
+function draw() {
+  const focus = document.activeElement && document.activeElement.getAttribute("aria-label");
+  if (drawn.length) slots.chart.replaceChildren(scatter());
+  if (chosen) {
+    slots.details.replaceChildren(...details(chosen).filter(n => n));
+    slots.map.replaceChildren(el("div", { class: "soft small", style: "margin-bottom:8px" }, `${chosen.label}: ${chosen.experts} experts; ${S.map.across === "expert" ? "coloured: LoRA on this expert" : "darker: more LoRA experts"}`), allocation(chosen));
+  }
+  slots.table.replaceChildren(table());
+  if (focus) for (const node of slots.chart.querySelectorAll(".dot")) if (node.getAttribute("aria-label") === focus) node.focus({ preventScroll: true });
+}
+function choose(p) { chosen = p; location.hash = p.digest; draw(); }
+
+const named = S.points.find(p => "#" + p.digest === location.hash);
+if (named) chosen = named;
+fill(document.getElementById("page"), {}, [
+  el("h1", {}, S.name),
+  el("div", { class: "soft small" }, `started ${S.started}` + (S.resumed.length ? `, resumed ${S.resumed.length === 1 ? "once" : S.resumed.length + " times, last"} ${last(S.resumed)}` : "")),
+  card("In words", el("ul", {}, S.words.map(w => el("li", {}, w))), front.length ? under() : null),
+  chosen ? el("div", { class: "two" },
+    el("div", { style: "min-width:0" },
+      drawn.length ? card("Accuracy against trainable parameters", slots.chart, legend(), el("div", { class: "soft small" }, "Hover for a point's settings, click to choose it.")) : null,
+      card("Where the chosen point's experts are", slots.map)),
+    card("The chosen point", slots.details)) : null,
+  ...S.sections.map(section),
+  S.points.length ? card("All points", slots.table) : null,
+  S.answered.length ? card("Answered without training", el("table", {}, el("tbody", {}, S.answered.map(a => el("tr", {}, el("td", {}, a.reason), el("td", { class: "num" }, "" + a.count), el("td", { class: "wrap" }, a.messages.join("; "))))))) : null,
+  card("Run it again", el("div", { class: "small soft" }, "The same command resumes this study; in another folder (storage=) it repeats it."), S.command ? copy(S.command) : null,
+    el("details", {}, el("summary", {}, "all settings"), pairs(Object.entries(S.config).map(([k, v]) => [k, typeof v === "string" ? v : JSON.stringify(v)]))),
+    el("details", {}, el("summary", {}, "versions"), pairs(Object.entries(S.versions)))),
+]);
+draw();

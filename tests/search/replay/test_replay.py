@@ -228,9 +228,13 @@ def test_a_dry_run_shows_rows_with_exact_counts(table, capsys):
 # --- the clock
 
 
+def rung(tokens: int) -> dict[str, float]:
+    return {"step": tokens, "tokens": tokens, "accuracy": 0.5}
+
+
 def answers(tokens: dict[str, list[int]]) -> dict[str, dict]:
     return {
-        name: {"rungs": [{"tokens": t} for t in times], "tokens": times[-1], "accuracy": 0.5}
+        name: {"rungs": [rung(t) for t in times], "tokens": times[-1], "accuracy": 0.5}
         for name, times in tokens.items()
     }
 
@@ -252,7 +256,7 @@ def order(tokens: dict[str, list[int]], workers: int, *, pauses: tuple[str, ...]
                 first = True
                 while True:
                     message = await board.next_report(job)
-                    came.append((job, "end" if message["done"] else f"{json.loads(message['rung'])['tokens']}"))
+                    came.append((job, "end" if message["done"] else f"{message['rung'].tokens}"))
                     if message["done"]:
                         break
                     if job in pauses and first and job not in [j for j, what in came[:-1]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -77,15 +78,29 @@ def plan(kind: str, source: Source) -> Plan:
     return importlib.import_module(f"allocators.signals.{kind}").plan(source)
 
 
-def measured(kind: str, source: Source, *, folder: Path, warn: Callable[[str], None] | None = None) -> Signal:
+def measured(
+    kind: str,
+    source: Source,
+    *,
+    folder: Path,
+    warn: Callable[[str], None] | None = None,
+    during: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Signal:
     """A signal from the cache in `folder`, measured first where it is not there.
+
+    warn     receives one line about a damaged file in the cache; by default a ToolkitWarning
+    during   surrounds the measurement, and is not entered where the cache has the signal: a progress bar, a clock
 
     Raises StudyError for an unknown kind, a model or task that does not have this signal, or an unwritable folder.
     """
     provenance, measure = plan(kind, source)
     from allocators.signals.cache import cached
 
-    return cached(kind, provenance, folder=folder, measure=measure, warn=warn)
+    def watched() -> Signal:
+        with during():
+            return measure()
+
+    return cached(kind, provenance, folder=folder, measure=watched, warn=warn)
 
 
 def told(

@@ -151,5 +151,4 @@ def test_the_core_is_standard_library_only():
 
 def test_allocators_know_nothing_of_search_and_training():
     for file in sorted((ROOT / "allocators").rglob("*.py")):
-        if file.name not in ("show.py", "sensitivity.py"):  # commands: their main() loads models and tasks
-            assert not imports(file) & {"search", "spaces", "trainers"}, file.name
+        assert not imports(file) & {"search", "spaces", "trainers"}, file.name

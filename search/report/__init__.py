@@ -4,7 +4,7 @@
 
 Writes front.csv (the front), points.csv (every run), front.png and report.html (one file, works offline), and prints
 the front. Numbers: `results.py`; what is said of them: `words.py`; tables: `sections.py` and `tables.py`; the picture:
-`plot.py`; the page: `page.py`.
+`plot.py`; the page: `page/`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from search.records import read, write_atomically
-from search.report import attribution, page, plot, tables, words
+from search.report import attribution, gains, page, plot, tables, words
 from search.report.results import Results
 from search.report.sections import Section, sections_of
 
@@ -38,8 +38,8 @@ class Report(Results):
         return [
             *sections_of(self.records, self.points),
             *attribution.attributed(self.importance),
-            *attribution.recipes(self.records, self.points, self.front, noise=self.noise),
-            *attribution.saved(self.records),
+            *gains.recipes(self.records, self.points, self.front, noise=self.noise),
+            *gains.saved(self.records),
         ]
 
     @property

@@ -2,7 +2,7 @@
 
     Results(read("studies/demo")).front
 
-`words.py`, `tables.py`, `plot.py` and `page.py` say and draw it.
+`words.py`, `tables.py`, `plot.py` and `page/` say and draw it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from allocators.core.types import Outcome
 from search.front import Candidate, candidates, front, knee
 from search.records import Records
-from search.report import attribution
+from search.report import attribution, gains
 from search.report.sections import is_table
 from search.report.uncertainty import Bias, Difference, Noise, compare, pooled, rank_correlation, selection_bias
 from search.text import label, run_id, varying
@@ -117,8 +117,8 @@ class Results:
 
     @cached_property
     def tokens_saved(self) -> tuple[int, int]:
-        """Left untrained by stopping early, and what all trainings would have taken (`attribution.tokens_cut`)."""
-        return attribution.tokens_cut(self.records)
+        """Left untrained by stopping early, and what all trainings would have taken (`gains.tokens_cut`)."""
+        return gains.tokens_cut(self.records)
 
     # --- adapters
 

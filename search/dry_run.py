@@ -13,10 +13,10 @@ from rich.table import Table
 
 from allocators.core import plugins
 from search.config import RunConfig
-from search.front import human
 from search.problem import Problem, Proposal
 from search.propose.sampler import Proposer, table_rows
 from search.records import measured_signals
+from search.text import human
 
 
 def dry_run(config: RunConfig, problem: Problem, folder: Path) -> None:

@@ -85,18 +85,6 @@ def knee(points: Iterable[P]) -> P | None:
     return ends[best] if rises[best] > 1e-9 else None
 
 
-def human(count: float) -> str:
-    """A number of parameters (or tokens, or bytes) as people say it.
-
-    >>> human(84_967_424), human(1_540), human(12)
-    ('84.97M', '1.54k', '12')
-    """
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= size:
-            return f"{count / size:.2f}{letter}"
-    return f"{count:g}"
-
-
 @dataclass(frozen=True)
 class Candidate:
     """All runs of one point: same allocation, recipe, model and task, different seeds.

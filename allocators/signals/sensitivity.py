@@ -32,15 +32,11 @@ P = T·k rows sorted by expert and sample, N segments: the rows of one sample in
 from __future__ import annotations
 
 import random
-import statistics
-import sys
-import time
+import runpy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -49,7 +45,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from allocators.core.errors import StudyError, ToolkitError, unknown
+from allocators.core.errors import StudyError, unknown
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import ModelShape, ModuleShape, Signal
 from allocators.signals import Measurement, Source, with_progress
@@ -101,7 +97,7 @@ def measurement_of(source: Source, *, score: Score = "sum_sq_grad") -> Measureme
     def run() -> Signal:
         signals = []
         for dataset, provenance in zip(datasets, provenances, strict=True):
-            rows = _drawn(dataset.training_rows(source.tokenizer, MAX_LENGTH), samples, source.seed)
+            rows = drawn(dataset.training_rows(source.tokenizer, MAX_LENGTH), samples, source.seed)
             what = "samples" if len(datasets) == 1 else f"samples of {dataset.label}"
             padded = pad(rows, pad_token_id=source.tokenizer.pad_token_id)
             batches = with_progress(padded, total=len(rows), progress=source.progress, what=what)
@@ -615,158 +611,10 @@ def _recomputed(model: Any) -> Iterator[None]:
             vars(layer).pop("forward")
 
 
-def _drawn(rows: Sequence[Sample], samples: int, seed: int) -> list[Sample]:
+def drawn(rows: Sequence[Sample], samples: int, seed: int) -> list[Sample]:
+    """So many of the rows, or all where there are fewer, in an order that `seed` draws."""
     return [rows[i] for i in random.Random(seed).sample(range(len(rows)), min(samples, len(rows)))]
 
 
-# --- is the ranking stable? -------------------------------------------------------------------------------------------
-
-DEFAULTS = {
-    "model": ("tiny-moe", "embedded name, local folder or Hugging Face id"),
-    "task": ("tiny_cipher", "whose training documents are measured"),
-    "samples": ("36,108,288", "sizes to compare, the last one is what the others are compared with"),
-    "score": ("sum_sq_grad", ", ".join(SCORES)),
-    "share": ("0.6", "share of blocks that count as kept (LoRA-SMoE's retention)"),
-    "seed": ("0", "of the drawn documents"),
-    "device": ("", "torch device (empty: cuda where there is one)"),
-    "plot": ("studies/sensitivity.png", "where the plot goes"),
-}
-
-
-@dataclass(frozen=True)
-class Stability:
-    """How well `samples` documents rank the blocks.
-
-    nested     (Spearman, overlap) of the first `samples` with all documents, which contain them
-    disjoint   the same between every two of the draws of `samples` that share no document; empty where only one fits
-    """
-
-    samples: int
-    nested: tuple[float, float]
-    disjoint: tuple[tuple[float, float], ...]
-
-
-def stability(values: Mapping[str, Tensor], *, sizes: Sequence[int], share: float) -> list[Stability]:
-    """Rank agreement at several sample sizes from one measurement of all samples, in the order they were drawn.
-
-    Spearman's correlation over blocks, and the share of the best blocks (`share` of all) that both have among theirs;
-    two rankings by chance overlap by `share`.
-    """
-    table = torch.stack(list(values.values()), dim=1)  # [n, blocks]
-    everything = table.sum(0)
-
-    def agree(a: Tensor, b: Tensor) -> tuple[float, float]:
-        best = max(1, round(share * len(a)))
-        both = torch.isin(a.topk(best).indices, b.topk(best).indices)
-        return torch.corrcoef(torch.stack([_ranks(a), _ranks(b)]))[0, 1].item(), both.double().mean().item()
-
-    found = []
-    for size in sizes:
-        draws = [table[i : i + size].sum(0) for i in range(0, len(table) - size + 1, size)]
-        disjoint = [agree(a, b) for i, a in enumerate(draws) for b in draws[:i]]
-        found.append(Stability(size, agree(draws[0], everything), tuple(disjoint)))
-    return found
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks, ties sharing their mean."""
-    _, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def main(argv: Sequence[str]) -> int:
-    """Exit code 0, or 2 with one line on stderr where the request cannot be answered."""
-    try:
-        if any(word in ("help", "-h", "--help") for word in argv):
-            print(__doc__)
-            for key, (default, meaning) in DEFAULTS.items():
-                print(f"  {key + '=' + default:<32} {meaning}")
-            return 0
-        options = {key: default for key, (default, _) in DEFAULTS.items()}
-        for word in argv:
-            key, separator, value = word.partition("=")
-            if not separator or key not in options:
-                raise unknown("key", key, options)
-            options[key] = value
-        _report(options)
-    except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _report(options: Mapping[str, str]) -> None:
-    from trainers import models, tasks
-
-    score, device = options["score"], options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        sizes = sorted({int(n) for n in options["samples"].split(",")})
-        share, seed = float(options["share"]), int(options["seed"])
-    except ValueError as error:
-        raise StudyError(f"samples, share and seed are numbers, for example samples=36,108: {error}") from None
-    if score not in SCORES:
-        raise unknown("sensitivity score", score, SCORES)
-    if sizes[0] < 1 or not 0 < share < 1:
-        raise StudyError(f"samples must be at least 1 and share between 0 and 1, got {sizes[0]} and {share}")
-    task = tasks.load_task(options["task"])
-    if task.num_training < sizes[-1]:
-        raise StudyError(
-            f"task '{options['task']}' has {task.num_training} training documents, {sizes[-1]} samples were asked for"
-        )
-    loaded = models.load(options["model"], device=device)
-    rows = _drawn(task.training_rows(loaded.tokenizer, MAX_LENGTH), sizes[-1], seed)
-    begun = time.monotonic()
-    batches = pad(rows, pad_token_id=loaded.tokenizer.pad_token_id)
-    values = per_sample(loaded.model, batches, score=score, seed=seed)
-    seconds = time.monotonic() - begun
-
-    found = stability(values, sizes=sizes, share=share)
-    print(f"{score} of {len(values)} blocks of {options['model']} on {options['task']}, {seconds:.1f} s\n")
-    print(f"{'':8}  {f'against all {sizes[-1]}':^20}  {'between draws without common documents':^40}")
-    print(f"{'samples':>8}  {'Spearman':>9} {'overlap':>9}   {'Spearman (range)':>22} {'overlap':>9} {'pairs':>6}")
-    for row in found:
-        spearman, overlap = row.nested
-        line = f"{row.samples:8}  {spearman:9.3f} {overlap:9.1%}"
-        if row.disjoint:
-            ranks, shares = zip(*row.disjoint, strict=True)
-            spread = f"{statistics.fmean(ranks):.3f} ({min(ranks):.3f}…{max(ranks):.3f})"
-            line += f"   {spread:>22} {statistics.fmean(shares):9.1%} {len(ranks):6}"
-        print(line)
-    print(f"\noverlap: of the best {share:.0%} of the blocks; chance alone gives {share:.0%}")
-    file = Path(options["plot"])
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _draw(found, values, file, title=f"{score}, {options['model']} on {options['task']}", share=share)
-    except OSError as error:
-        raise StudyError(f"the plot cannot be written to '{file}': {error.strerror or error}") from error
-    print(f"plot: {file}")
-
-
-def _draw(found: Sequence[Stability], values: Mapping[str, Tensor], file: Path, *, title: str, share: float) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for place, name in enumerate(("Spearman", f"overlap of the best {share:.0%}")):
-        points = [(s.samples, pair[place]) for s in found for pair in s.disjoint]
-        colour = f"C{place}"
-        left.plot(
-            [s.samples for s in found], [s.nested[place] for s in found], "o--", color=colour, label=f"{name}, nested"
-        )
-        if points:
-            left.plot(*zip(*points, strict=True), "x", color=colour, alpha=0.5, label=f"{name}, disjoint draws")
-    left.axhline(share, color="grey", linewidth=0.8, linestyle=":")
-    left.set(xlabel="samples", ylabel="agreement", title=title)
-    left.legend(fontsize=8)
-    few = found[0].samples
-    table = torch.stack(list(values.values()), dim=1)
-    right.loglog(table[:few].mean(0), table.mean(0), ".", markersize=4)
-    right.set(xlabel=f"mean score, first {few}", ylabel=f"mean score, all {len(table)}", title="every block")
-    figure.savefig(file, dpi=130)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":  # the command loads models and tasks, which this folder must not: it lies above
+    runpy.run_module("search.show.stability", run_name="__main__")

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from allocators.core.maps import AllocationMap
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Outcome
 from search.front import Candidate
 from search.records.redact import portable
-from search.report.live import accuracy_text, number, point
+from search.text import accuracy_text, number, point, run_id
 
 PROJECT = "lora-expert-search"
 KIND = {
@@ -70,7 +70,7 @@ def markdown(card: Card) -> str:
         "## How to load it\n" + _code(card.load, "python"),
         "## What is known\n" + _table(_facts(card)),
         *(f"- {note}" for note in card.notes),
-        "## Where the LoRA experts are\n" + _code("\n".join(allocation_map(run.trial.allocation, card.shape)), "text"),
+        "## Where the LoRA experts are\n" + _code("\n".join(map_lines(run.trial.allocation, card.shape)), "text"),
         "## Recipe\n" + _table(run.trial.recipe.to_json().items()),
         "## Data\n" + _table(_data(card)),
         "## How it was made\n" + _code(card.command, "bash"),
@@ -102,7 +102,7 @@ def _head(card: Card) -> str:
         library_name=LIBRARY[card.format],
         pipeline_tag="text-generation",
         tags=["lora", PROJECT, kind, run.trial.allocator or "unnamed"],
-        model_name=f"{card.base}-{run.digest[:8]}",
+        model_name=f"{card.base}-{run_id(run)}",
         eval_results=None if accuracy is None else [result],
         metrics=["accuracy"],
         base_model_relation=relation,
@@ -151,36 +151,32 @@ def _data(card: Card) -> list[tuple[str, str]]:
     ]
 
 
-def allocation_map(allocation: Allocation, shape: ModelShape) -> list[str]:
+def map_lines(allocation: Allocation, shape: ModelShape) -> list[str]:
     """A line a layer with one mark an expert (MoE), or a line a kind of module with one number a layer (dense)."""
+    rows = AllocationMap.of(allocation, shape)
     match allocation:
-        case ExpertSelection() as chosen:
-            lines = [f"{chosen.total_experts} of {shape.total_experts} experts have LoRA (#), by layer"]
-            for layer in shape.moe_layers:
-                ids, total = set(chosen.in_layer(layer)), shape.experts_in(layer)
-                marks = "".join("#" if expert in ids else "." for expert in range(total))
-                lines.append(f"layer {layer:>3}  {len(ids):>3} of {total}  {marks}")
+        case ExpertSelection():
+            lines = [f"{allocation.total_experts} of {shape.total_experts} experts have LoRA (#), by layer"]
+            for layer, row in zip(shape.moe_layers, rows.cells, strict=True):
+                marks = "".join("#" if adapted else "." for adapted in row)
+                lines.append(f"layer {layer:>3}  {marks.count('#'):>3} of {len(row)}  {marks}")
             return [*lines, "and attention, routers and shared experts, in every layer"]
-        case ExpertCounts() as counted:
-            what = "with a router each" if counted.gating == "routed" else "HydraLoRA: one A, several B, a router"
-            modules = shape.of_role("attention", "mlp")
-            names = list(dict.fromkeys(module.name for module in modules))
-            numbers = {(m.name, m.layer): str(counted.counts.get(m.path, 0)) for m in modules}
-            wide = max([len(n) for n in numbers.values()] + [len(str(shape.num_layers - 1))])
-            left = max(len(name) for name in [*names, "layer"])
-
-            def row(name: str, cells: Iterable[str]) -> str:
-                return f"{name:<{left}}  " + " ".join(f"{cell:>{wide}}" for cell in cells)
-
-            layers = range(shape.num_layers)
+        case ExpertCounts():
+            what = "with a router each" if allocation.gating == "routed" else "HydraLoRA: one A, several B, a router"
+            numbers = [["" if experts is None else str(experts) for experts in row] for row in rows.cells]
+            layers = [str(layer) for layer in range(shape.num_layers)]
+            wide = max(len(cell) for row in (*numbers, layers) for cell in row)
+            left = max(len(name) for name in (*rows.rows, "layer"))
             return [
-                f"{counted.total_experts} LoRA experts ({what}): how many each module has",
-                row("layer", (str(layer) for layer in layers)),
-                *(row(name, (numbers.get((name, layer), "") for layer in layers)) for name in names),
+                f"{allocation.total_experts} LoRA experts ({what}): how many each module has",
+                *(
+                    f"{name:<{left}}  " + " ".join(f"{cell:>{wide}}" for cell in row)
+                    for name, row in zip(("layer", *rows.rows), (layers, *numbers), strict=True)
+                ),
             ]
 
 
-def _table(rows: Iterable[tuple[str, Any]]) -> str:
+def _table(rows: Iterable[tuple[str, object]]) -> str:
     lines = [f"| {name} | {_cell(number(value))} |" for name, value in rows]
     return "\n".join(["| | |", "|---|---|", *lines])
 

@@ -35,9 +35,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED, Outcome, Rung
-from search.front import human, point_of
+from search.front import point_of
 from search.records import Records, flattened
 from search.records.redact import redacted
+from search.text import human
 from trainers import storage
 
 log = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
-"""What made the difference: settings that accuracy goes with, the front against one-line recipes, trainings saved.
+"""Which settings accuracy goes with: shares of its variance over the points of a study.
 
-    python -m search.report studies/demo        # shows all three; `report.html` draws the first
+    importance(points)        # `report.html` draws the shares
 
 Trainable parameters are counted before training, so only accuracy has to be explained. Settings are taken in groups:
 the allocator with its knobs (knobs exist for one allocator only, so they move together), T, top-k, rank (with
@@ -17,35 +17,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from allocators.core.types import Recipe, Trial
-from search.front import Candidate, human, point_of
-from search.propose.halving import tokens_saved
-from search.records import Records
-from search.report.live import accuracy_text
-from search.report.tables import Section, is_table
-from search.report.uncertainty import Noise, compare
+from search.front import Candidate, point_of
+from search.report.sections import Section
 
 FEWEST = 20  # points below which a forest tells chance
 RESAMPLES, TREES, SHUFFLES = 20, 30, 2
-
-# What anybody would type without a search; each is compared with the front where the study has trained it.
-ONE_LINE: Mapping[str, Callable[[Trial], bool]] = {
-    "uniform": lambda trial: trial.allocator == "uniform",
-    "MoLA-2468": lambda trial: trial.allocator == "mola" and str(trial.knobs.get("pattern")) == "2468",
-    "top 25 % routed": lambda trial: (
-        trial.allocator == "sieve" and trial.knobs.get("fraction") == 0.25 and trial.knobs.get("score") == "count"
-    ),
-    "random 25 %": lambda trial: trial.allocator == "random" and trial.knobs.get("fraction") == 0.25,
-    "all experts": lambda trial: trial.allocator == "all",
-}
-
-
-# --- which settings
 
 
 @dataclass(frozen=True)
@@ -70,7 +50,7 @@ class Importance:
     foreseen: float
 
 
-def groups_of(trial: Trial) -> dict[str, dict[str, Any]]:
+def groups_of(trial: Trial) -> dict[str, dict[str, object]]:
     """A trial's settings by group."""
     recipe = {f.name: getattr(trial.recipe, f.name) for f in fields(Recipe)}
     knobs = dict(trial.knobs)
@@ -93,37 +73,45 @@ def importance(points: Sequence[Candidate]) -> Importance | None:
     accuracies = [c.accuracy or 0.0 for c in measured]
     if len(measured) < FEWEST or len(set(accuracies)) == 1:
         return None
-    told = [groups_of(c.runs[0].trial) for c in measured]
-    groups = {group: _varying([of[group] for of in told]) for group in told[0]}
+    by_group = [groups_of(c.runs[0].trial) for c in measured]
+    groups = {group: _varying([of[group] for of in by_group]) for group in by_group[0]}
     groups = {group: settings for group, settings in groups.items() if settings}
     if not groups:
         return None
-    columns = {g: _columns([of[g] for of in told], settings) for g, settings in groups.items()}
-    shares, foreseen = _shares(list(columns.values()), accuracies)
-    found = [
+    columns = {g: _columns([of[g] for of in by_group], settings) for g, settings in groups.items()}
+    by_resample, foreseen = _shares(list(columns.values()), accuracies)
+    shares = [
         Share(group, tuple(settings), statistics.fmean(values), statistics.stdev(values))
-        for (group, settings), values in zip(groups.items(), shares, strict=True)
+        for (group, settings), values in zip(groups.items(), by_resample, strict=True)
     ]
-    return Importance(tuple(sorted(found, key=lambda share: -share.value)), len(measured), foreseen)
+    return Importance(tuple(sorted(shares, key=lambda share: -share.value)), len(measured), foreseen)
 
 
-def _varying(told: Sequence[Mapping[str, Any]]) -> list[str]:
+def _varying(points: Sequence[Mapping[str, object]]) -> list[str]:
     """Settings that are not the same at all points, those that some points lack included."""
-    names = list(dict.fromkeys(name for of in told for name in of))
-    return [name for name in names if len({(name in of, of.get(name)) for of in told}) > 1]
+    names = list(dict.fromkeys(name for of in points for name in of))
+    return [name for name in names if len({(name in of, of.get(name)) for of in points}) > 1]
 
 
-def _columns(told: Sequence[Mapping[str, Any]], settings: Sequence[str]) -> list[list[float]]:
+def _columns(points: Sequence[Mapping[str, object]], settings: Sequence[str]) -> list[list[float]]:
     """Rows of numbers for a forest: a number as it is, NaN where a point has none; of choices one column each."""
-    found: list[list[float]] = []
+    columns: list[list[float]] = []
     for name in settings:
-        values = [of.get(name) for of in told]
-        if all(value is None or (isinstance(value, int | float) and not isinstance(value, bool)) for value in values):
-            found.append([math.nan if value is None else float(value) for value in values])
+        values = [of.get(name) for of in points]
+        numbers = [number for value in values if (number := _number(value)) is not None]
+        if len(numbers) == len(values):
+            columns.append(numbers)
         else:
             choices = sorted({str(value) for value in values})
-            found += [[float(str(value) == choice) for value in values] for choice in choices]
-    return [list(row) for row in zip(*found, strict=True)]
+            columns += [[float(str(value) == choice) for value in values] for choice in choices]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _number(value: object) -> float | None:
+    """NaN for a setting that a point lacks, None for one that is no number."""
+    if value is None:
+        return math.nan
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _shares(columns: Sequence[list[list[float]]], accuracies: Sequence[float]) -> tuple[list[list[float]], float]:
@@ -161,18 +149,18 @@ def _shares(columns: Sequence[list[list[float]]], accuracies: Sequence[float]) -
     return np.transpose(shares).tolist(), float(1 - (error**2).mean() / y[seen].var())
 
 
-def in_words(found: Importance | None, points: Sequence[Candidate]) -> list[str]:
+def in_words(explained: Importance | None, points: Sequence[Candidate]) -> list[str]:
     """What the shares say, or why there are none."""
     n = sum(1 for c in points if c.accuracy is not None)
     if n < FEWEST:
         return [f"Which settings accuracy goes with is not said: {n} points have one, {FEWEST} are needed."]
-    if found is None:
+    if explained is None:
         return [f"Accuracy, or every setting, is the same at all {n} points: there is nothing to attribute."]
-    if found.foreseen <= 0:
+    if explained.foreseen <= 0:
         return [
             f"From the settings of the {n} points tried accuracy cannot be foreseen: nothing is attributed to them."
         ]
-    parts = [f"{_percent(s)} with {'the ' if len(s.settings) > 1 else ''}{_name(s)}" for s in found.shares[:3]]
+    parts = [f"{_percent(s)} with {'the ' if len(s.settings) > 1 else ''}{_name(s)}" for s in explained.shares[:3]]
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
     return [f"Of the variance of accuracy over the {n} points tried, {listed.replace(' with', ' goes with', 1)}."]
 
@@ -186,127 +174,19 @@ def _name(share: Share) -> str:
     return share.settings[0] if len(share.settings) == 1 else share.group
 
 
-def attributed(found: Importance | None) -> list[Section]:
+def attributed(explained: Importance | None) -> list[Section]:
     """The shares as a table, and as bars on the page."""
-    if found is None or found.foreseen <= 0:
+    if explained is None or explained.foreseen <= 0:
         return []
-    rows = tuple((_name(s), _percent(s), ", ".join(s.settings)) for s in found.shares)
+    rows = tuple((_name(s), _percent(s), ", ".join(s.settings)) for s in explained.shares)
     notes = (
-        f"Share of the variance of accuracy over {found.points} points; ± one standard deviation over {RESAMPLES} "
-        "bootstrap resamples of the points. What settings do only together counts for each of them, so shares may add "
-        "up to more than 100 %; what is below zero is noise and shown as 0 %.",
-        f"Forests foresee {100 * found.foreseen:.0f} % of the variance of points they were not fitted on. The rest is "
-        "seeds, questions, and what so few points do not show.",
+        f"Share of the variance of accuracy over {explained.points} points; ± one standard deviation over "
+        f"{RESAMPLES} bootstrap resamples of the points. What settings do only together counts for each of them, so "
+        "shares may add up to more than 100 %; what is below zero is noise and shown as 0 %.",
+        f"Forests foresee {100 * explained.foreseen:.0f} % of the variance of points they were not fitted on. The rest "
+        "is seeds, questions, and what so few points do not show.",
         "It is about the points tried, not about the space: a sampler crowds where accuracy is high, and a setting "
         "that it hardly varied has a small share here. Trainable parameters are counted: nothing to explain.",
     )
-    bars = tuple((_name(s), max(s.value, 0.0), s.error) for s in found.shares)
+    bars = tuple((_name(s), max(s.value, 0.0), s.error) for s in explained.shares)
     return [Section("What accuracy goes with", ("settings", "share", "what varies"), rows, notes, bars)]
-
-
-# --- one-line recipes
-
-
-def recipes(
-    records: Records, points: Sequence[Candidate], on_front: Sequence[Candidate], *, noise: Noise | None
-) -> list[Section]:
-    """What a search has over what anybody would type: each recipe that was trained, at its best, against the front."""
-    if is_table(records):  # nothing was searched: `search/report/tables.py` compares its rows
-        return []
-    rows = []
-    for name, is_it in ONE_LINE.items():
-        tried = [c for c in points if c.accuracy is not None and any(is_it(run.trial) for run in c.runs)]
-        if tried:
-            best = max(tried, key=lambda c: (c.accuracy or 0.0, -c.trainable_params))
-            rows.append((name, *_against(best, on_front, noise), str(len(tried))))
-    if not rows:
-        return []
-    head = (
-        "recipe",
-        "trainable parameters",
-        "accuracy",
-        "front − recipe",
-        "reading",
-        "parameters of the front",
-        "tried",
-    )
-    notes = (
-        "front − recipe: the front's best accuracy at no more parameters less the recipe's, ± the standard error of "
-        "the difference (questions, and seeds where there are several). Of a recipe that was tried with several "
-        "settings the most accurate one stands here.",
-        "parameters of the front: what its smallest point of at least the recipe's accuracy has, × the recipe's own; "
-        "in brackets for an accuracy of one standard error less and more (– where no point has as much). The front was "
-        "picked as the best of all points, which flatters it.",
-    )
-    return [Section("One-line recipes against the front", head, tuple(rows), notes)]
-
-
-def _against(recipe: Candidate, on_front: Sequence[Candidate], noise: Noise | None) -> tuple[str, ...]:
-    size = recipe.trainable_params
-    rival = max((c for c in on_front if c.trainable_params <= size), key=lambda c: c.accuracy or 0.0)
-    needed = _needed(on_front, recipe.accuracy or 0.0)
-    cells = (human(size), accuracy_text(recipe))
-    if any(c is recipe for c in on_front):
-        return (*cells, "", "on the front", _times(needed, size))
-    found = compare(recipe, rival, noise=noise)
-    if found.stderr is None:
-        return (*cells, f"{found.rise:+.3f}", found.reading, _times(needed, size))
-    error = recipe.stderr or 0.0
-    ends = (_times(_needed(on_front, (recipe.accuracy or 0.0) + by), size) for by in (-error, error))
-    span = f"{_times(needed, size)} ({' … '.join(ends)})"
-    return (*cells, f"{found.rise:+.3f} ± {found.stderr:.3f}", found.reading, span)
-
-
-def _needed(on_front: Sequence[Candidate], accuracy: float) -> int | None:
-    return min((c.trainable_params for c in on_front if (c.accuracy or 0.0) >= accuracy), default=None)
-
-
-def _times(needed: int | None, own: int) -> str:
-    return "–" if needed is None else f"{needed / max(own, 1):.2f}"
-
-
-# --- what was saved
-
-
-def tokens_cut(records: Records) -> tuple[int, int]:
-    """Tokens that stopped trainings were not trained for, and what all trainings would have taken to their ends."""
-    return tokens_saved(records.trained.values(), evaluations=records.header["config"].get("evaluations", 1))
-
-
-def saved(records: Records) -> list[Section]:
-    """Trainings and tokens that were not needed, by what saved them; nothing where nothing was."""
-    finished = records.finished
-    trained = list(records.trained.values())
-    reasons = Counter(answer.reason for answer in records.answered)
-    repeated = [finished.get(answer.digest or "") for answer in records.answered if answer.reason == "duplicate"]
-    stopped = [outcome for outcome in trained if outcome.status == "stopped"]
-    by: list[tuple[str, int, int | None]] = [
-        ("answered as a repeat", reasons["duplicate"], sum(outcome.tokens for outcome in repeated if outcome)),
-        ("reused from other studies", len(records.reused), sum(finished[digest].tokens for digest in records.reused)),
-        ("stopped early", len(stopped), tokens_cut(records)[0]),
-        ("over max_trainable_params", reasons["over_budget"], None),
-        ("trained, but in a pack", sum(outcome.pack > 1 for outcome in trained), None),
-    ]
-    by = [(what, count, tokens) for what, count, tokens in by if count]
-    if not by:
-        return []
-    own = sum(outcome.tokens for outcome in trained)
-    whole = own + sum(tokens or 0 for _, _, tokens in by)
-
-    def share(tokens: int | None) -> str:
-        return f"{100 * tokens / whole:.0f} %" if tokens is not None and whole else ""
-
-    rows = [("trained", str(len(trained)), human(own), share(own))]
-    rows += [(what, str(n), "" if tokens is None else human(tokens), share(tokens)) for what, n, tokens in by]
-    notes = [
-        "tokens: that were trained, or were not because of this; a repeat and a reused training count with those of "
-        "the training that they equal. A sampler that is not told of repeats would have trained them."
-    ]
-    if any(outcome.pack > 1 for outcome in trained):
-        most = max(outcome.pack for outcome in trained)
-        notes.append(
-            f"In a pack up to {most} trainings share each pass over the frozen base; all their tokens are trained."
-        )
-    if reasons["infeasible"]:
-        notes.append(f"{reasons['infeasible']} more points could not exist, and none was given to a worker.")
-    return [Section("Trainings saved", ("what", "trainings", "tokens", "share of tokens"), tuple(rows), tuple(notes))]

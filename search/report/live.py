@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
-from types import MappingProxyType
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -22,9 +20,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from allocators.core.types import Outcome, Recipe, Rung
-from search.front import Candidate, Points, human, knee
+from allocators.core.types import Outcome, Rung
+from search.front import Points
 from search.propose.halving import tokens_saved
+from search.report.tables import front_table
+from search.text import clock, human, point, varying
 
 ROWS = 12  # of the live front; the report has all of it
 
@@ -231,105 +231,6 @@ class _Tally:
             self.tokens_saved, self.tokens = self.tokens_saved + saved, self.tokens + whole
         if len(varying([*self.examples, outcome])) > len(varying(self.examples)) or not self.examples:
             self.examples.append(outcome)
-
-
-def front_table(
-    shown: Sequence[Candidate],
-    everything: Iterable[Outcome],
-    *,
-    title: str,
-    rows: int | None = None,
-    chances: Mapping[str, float] = MappingProxyType({}),
-    ids: Mapping[str, str] = MappingProxyType({}),
-) -> Table:
-    """Points of a front as a terminal table, the `rows` largest of them; recipe settings only where they vary.
-
-    chances   by digest of a point's best run: the probability that it is more accurate than the point above it
-    ids       by the same: what `search.export point=` calls it
-    """
-    settings, bend = varying(everything), knee(shown)
-    repeated = any(candidate.spread is not None for candidate in shown)
-    cut = max(len(shown) - rows, 0) if rows else 0
-    more = f", {cut} smaller {'one' if cut == 1 else 'ones'} not shown" if cut else ""
-    table = Table(title=Text(title + more), title_justify="left")
-    if ids:
-        table.add_column("id")
-    table.add_column("trainable parameters", justify="right")
-    table.add_column("accuracy", justify="right")
-    table.add_column("allocator and knobs")
-    for name in settings:
-        table.add_column(name, justify="right")
-    table.add_column("seeds", justify="right")
-    if repeated:
-        table.add_column("s.d. of seeds", justify="right")
-    if chances:
-        table.add_column("P(beats the row above)", justify="right")
-    table.add_column("")
-    for candidate in shown[cut:]:
-        best = candidate.best
-        table.add_row(
-            *([ids.get(best.digest, "")] if ids else []),
-            human(candidate.trainable_params),
-            accuracy_text(candidate),
-            Text(point(best)),  # not markup: plug-ins name themselves
-            *(number(getattr(best.trial.recipe, name)) for name in settings),
-            str(len(candidate.complete)),
-            *([f"{candidate.spread:.3f}" if candidate.spread is not None else ""] if repeated else []),
-            *([probability(chances.get(best.digest))] if chances else []),
-            "knee" if candidate is bend else "",
-        )
-    return table
-
-
-def accuracy_text(candidate: Candidate) -> str:
-    """`0.512 ± 0.035` (one standard error), `0.512` where the error is not known, `` without accuracy."""
-    if candidate.accuracy is None:
-        return ""
-    return f"{candidate.accuracy:.3f}" + (f" ± {candidate.stderr:.3f}" if candidate.stderr is not None else "")
-
-
-def probability(chance: float | None) -> str:
-    """`.93`; never certainty where there is noise: `> .99`, `< .01`."""
-    if chance is None:
-        return ""
-    return "> .99" if chance > 0.99 else "< .01" if chance < 0.01 else f"{chance:.2f}".removeprefix("0")
-
-
-def point(outcome: Outcome) -> str:
-    """`sieve fraction=0.25`: who proposed the allocation, with which knobs."""
-    knobs = (f"{name}={number(value)}" for name, value in outcome.trial.knobs.items())
-    return " ".join([outcome.trial.allocator or "unnamed", *knobs])
-
-
-def varying(outcomes: Iterable[Outcome]) -> list[str]:
-    """Recipe settings that are not the same in all outcomes, in the recipe's order."""
-    recipes = [outcome.trial.recipe for outcome in outcomes]
-    return [f.name for f in fields(Recipe) if len({getattr(recipe, f.name) for recipe in recipes}) > 1]
-
-
-def label(outcome: Outcome, settings: Iterable[str]) -> str:
-    """`sieve fraction=0.25, rank 8`: allocator, knobs, and these settings of the recipe."""
-    return ", ".join([point(outcome), *recipe_words(outcome, settings)])
-
-
-def recipe_words(outcome: Outcome, settings: Iterable[str]) -> list[str]:
-    """`rank 8` for each of these settings of the recipe."""
-    return [f"{name} {number(getattr(outcome.trial.recipe, name))}" for name in settings]
-
-
-def number(value: Any) -> str:
-    """Floats in three significant digits, everything else as it is."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def clock(seconds: float) -> str:
-    """`12 s`, `3:05`, `1:02:03`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _left(seconds: float) -> str:

@@ -1,7 +1,119 @@
-"""`python -m allocators.show`"""
+"""What would each allocator do to my model, and at what cost? A table and a heat map; nothing is trained.
 
+    python -m allocators.show model=tiny-moe                              every allocator that fits, embedded task
+    python -m allocators.show model=tiny-moe fraction=0.5 rank=16         a knob goes to every allocator that has it
+    python -m allocators.show model=tiny-moe allocator=sieve,esft esft.p=0.3 html=show.html
+    python -m allocators.show model=smollm2-135m total_experts=90         a dense model: all at the same T
+    python -m allocators.show model=huggyllama/llama-7b allocator=alphalora,mola png=llama.png       needs no task
+    python -m allocators.show signal=studies/signals/routing-0123456789abcdef.json                   no weights, no task
+
+Signals are measured once and kept under `cache`; with `signal=FILE` (comma-separated) only those files are read and
+allocators that need another signal are left out. Several files of sensitivity are several data sets that vote together.
+`python -m allocators.show help` lists keys, allocators and knobs.
+"""
+
+from __future__ import annotations
+
+import json
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
-from search.show.look import main
+from allocators.core import plugins
+from allocators.core.errors import StudyError, ToolkitError
+from search.records.redact import redacted
+from search.show.config import ShowConfig
+from search.show.files import draw_png, to_html
+from search.show.look import look
+from search.show.terminal import show_in_terminal
 
-sys.exit(main())
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one line on stderr where the request cannot be answered."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if any(word in ("help", "-h", "--help") for word in words):
+            print(help_text())
+            return 0
+        config, knobs = parse(words)
+        shown = look(config, knobs)
+        if config.png:
+            _saving(config.png, lambda file: draw_png(shown, file))
+        if config.html:
+            _saving(config.html, lambda file: file.write_text(to_html(shown), encoding="utf-8"))
+        show_in_terminal(shown, single=len(shown.answers) == 1)
+    except ToolkitError as error:
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(words: Sequence[str]) -> tuple[ShowConfig, dict[str, Any]]:
+    """Words `key=value` to the keys of `ShowConfig` and all others, which must prove to be knobs.
+
+    Raises StudyError for a word without `=` or a value of the wrong type.
+    """
+    kinds = {f.name: type(f.default) for f in fields(ShowConfig)}
+    given: dict[str, Any] = {}
+    knobs: dict[str, Any] = {}
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator:
+            raise StudyError(f"'{word}' is not key=value, for example model=tiny-moe (help lists the keys)")
+        if key not in kinds:
+            knobs[key] = _scalar(value)
+        elif kinds[key] is int:
+            if not value.isdecimal() or (key != "seed" and int(value) < 1):
+                raise StudyError(f"{key} must be a whole number of at least {int(key != 'seed')}, got '{value}'")
+            given[key] = int(value)
+        elif kinds[key] is bool:
+            if value not in ("true", "false"):
+                raise StudyError(f"{key} must be true or false, got '{value}'")
+            given[key] = value == "true"
+        else:
+            given[key] = value
+    return ShowConfig(**given), knobs
+
+
+def help_text() -> str:
+    """Keys with their defaults, then every allocator with its knobs."""
+    lines = [(__doc__ or "").strip(), "", "keys:"]
+    for f in fields(ShowConfig):
+        default = f" ({f.default})" if f.default != "" else ""
+        lines.append(f"  {f.name + default:<26} {f.metadata['help']}")
+    lines += ["", "allocators and knobs:"]
+    for name in plugins.names("allocators"):
+        module = plugins.load("allocators", name)
+        base = {"moe": "MoE", "dense": "dense", "any": "any base"}[module.BASE]
+        first = (module.__doc__ or "").strip().splitlines()[0]
+        lines.append(
+            f"  {name:<12} [{base}{', ' + module.NEEDS if module.NEEDS else ''}] {first.partition(': ')[2] or first}"
+        )
+        knobs = plugins.knobs_of(module)
+        if knobs:
+            lines.append(f"  {'':<12} {' '.join(f'{knob}={default}' for knob, default in knobs.items())}")
+    return "\n".join(lines)
+
+
+def _scalar(text: str) -> Any:
+    """A number, true, false or null as JSON writes it, else the text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _saving(name: str, save: Callable[[Path], object]) -> None:
+    """Raises StudyError where the file cannot be written."""
+    file = Path(name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save(file)
+    except OSError as error:
+        raise StudyError(f"'{name}' cannot be written: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

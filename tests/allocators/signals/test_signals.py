@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 
@@ -57,6 +58,20 @@ def test_measures_once_and_needs_no_model_after(tmp_path):
     assert source.heard == [(2, 2, "samples")]  # told once a batch, and nothing for what the cache knows
     direct = measure(tiny.model("olmoe"), pad(PROMPTS[:2], pad_token_id=0), provenance=first.provenance)
     assert first == direct
+
+
+def test_what_surrounds_a_measurement_is_entered_only_where_one_is_made(tmp_path):
+    entered = []
+
+    @contextmanager
+    def during():
+        entered.append("in")
+        yield
+        entered.append("out")
+
+    for _ in range(2):
+        signals.measured("routing", Source(), folder=tmp_path, during=during)
+    assert entered == ["in", "out"]
 
 
 @pytest.mark.parametrize(

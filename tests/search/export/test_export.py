@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from allocators.core.errors import StudyError
 from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, Rung, Trial
 from search.config import RunConfig, parse
-from search.export import export, find, main
-from search.export import parse as parse_words
-from search.export.model_card import allocation_map
+from search.export import find, formats, write
+from search.export.__main__ import main
+from search.export.__main__ import parse as parse_words
+from search.export.model_card import map_lines
 from search.records import read
 from search.records.folder import StudyFolder
 from search.records.redact import portable, portable_command
@@ -122,7 +123,7 @@ def exports(tmp_path_factory):
 
 
 def exported(folder, **words) -> tuple[Path, list[str]]:
-    lines = list(export(*parse_words([str(folder), *(f"{key}={value}" for key, value in words.items())])))
+    lines = list(write(*parse_words([str(folder), *(f"{key}={value}" for key, value in words.items())])))
     return Path(words["to"]), lines
 
 
@@ -378,7 +379,7 @@ def test_a_study_is_no_uri(capsys):
 
 def test_help_and_errors_load_neither_torch_nor_transformers(tmp_path):
     script = (
-        "import sys; from search.export import main; code = main(sys.argv[1:]); "
+        "import sys; from search.export.__main__ import main; code = main(sys.argv[1:]); "
         "heavy = {'ray', 'torch', 'transformers', 'mlflow', 'peft', 'omegaconf'} & set(sys.modules); "
         "print('heavy:', sorted(heavy), code)"
     )
@@ -430,12 +431,21 @@ def header_of(folder: Path, *, dims: int) -> list[dict]:
     return [{"shape": [*size, *[1] * (dims - len(size))]} for size in sizes]
 
 
+def test_the_values_of_a_base_are_counted_by_type_without_loading_them(tmp_path):
+    from safetensors.torch import save_file
+
+    tensors = {"a": torch.zeros(3, 5, dtype=torch.bfloat16), "b": torch.zeros(2), "c": torch.tensor(1.0)}
+    save_file(tensors, tmp_path / "model-1.safetensors", metadata={"format": "pt"})
+    save_file({"d": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, tmp_path / "model-2.safetensors")
+    assert formats._stored(tmp_path) == {"BF16": 15, "F32": 3, "F8_E4M3": 16}
+
+
 def test_maps_of_allocations_by_hand():
-    lines = allocation_map(ExpertSelection({1: (0, 3)}), MOE)
+    lines = map_lines(ExpertSelection({1: (0, 3)}), MOE)
     assert lines[0] == "2 of 64 experts have LoRA (#), by layer"
     assert lines[2] == "layer   1    2 of 16  #..#............"
     paths = {f"model.layers.{layer}.self_attn.q_proj": layer + 9 for layer in (0, 2)}
-    dense = allocation_map(ExpertCounts(paths), DENSE)
+    dense = map_lines(ExpertCounts(paths), DENSE)
     assert dense[0].startswith("20 LoRA experts (with a router each)")
     assert dense[1].split() == ["layer", *(str(i) for i in range(DENSE.num_layers))]
     assert dense[2].split() == ["q_proj", "9", "0", "11", *["0"] * (DENSE.num_layers - 3)]

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from search.front import candidates
 from search.report import live as module
-from search.report.live import Progress, clock, front_table, point, varying
+from search.report.live import Progress
+from search.report.tables import front_table
 from tests.search.studies import outcome, rung, selection, started
 
 
@@ -125,13 +126,6 @@ def test_markup_in_names_is_text():
     table.print(front_table(candidates([odd]), [odd], title="[b]front[/b]"))
     assert "[red]x[/red]" in text(table)
     assert "[b]front[/b]" in text(table)
-
-
-def test_words():
-    assert [clock(s) for s in (0.4, 59.4, 61, 3_723)] == ["0 s", "59 s", "1:01", "1:02:03"]
-    assert point(outcome(selection(4))) == "sieve fraction=0.25"
-    assert varying([outcome(rank=4), outcome(rank=8)]) == ["rank"]
-    assert varying([outcome()]) == []
 
 
 def test_a_long_measurement_shows_how_far_it_is_in_the_live_view_and_is_gone_after():

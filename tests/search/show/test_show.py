@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 import subprocess
 import sys
 from dataclasses import fields
@@ -19,8 +20,10 @@ from allocators.core.layers import layer_values
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ExpertSelection, ModelShape, ModuleShape, Signal
 from allocators.signals.cache import cached
-from search.show import look as show
-from search.show import views
+from search.show import __main__ as show
+from search.show import panels, ranks, terminal, views
+from search.show.config import ShowConfig
+from search.show.source import Source
 from tests import ROOT
 from tests.allocators.models import dense_shape, moe_shape, routing
 from trainers import models
@@ -137,7 +140,7 @@ def test_views_hold_every_panel(capsys, signal, tmp_path):
 
 def test_help_names_every_key_allocator_and_knob(capsys):
     text = output(capsys, "help")
-    assert all(f"  {f.name}" in text for f in fields(show.ShowConfig))
+    assert all(f"  {f.name}" in text for f in fields(ShowConfig))
     for name in plugins.names("allocators"):
         assert f"  {name} " in text
         for knob in plugins.knobs_of(plugins.load("allocators", name)):
@@ -331,7 +334,7 @@ def test_a_signal_of_another_model_is_refused(capsys, signal, tmp_path):
 def test_errors_and_help_load_nothing_heavy():
     heavy = ("torch", "numpy", "transformers", "rich", "matplotlib", "datasets", "lm_eval", "ray")
     code = (
-        "import sys\nfrom search.show.look import main\n"
+        "import sys\nfrom search.show.__main__ import main\n"
         "codes = [main(['help']), main(['allocator=seive']), main(['modle=x'])]\n"
         f"print(codes, [name for name in {heavy!r} if name in sys.modules], file=sys.stderr)\n"
     )
@@ -368,17 +371,17 @@ def test_by_layer_is_the_papers_count_on_a_dense_base():
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=6), st.integers(60, 200), st.booleans(), st.booleans())
 def test_heat_maps_fit_the_terminal(sizes, width, remark, counts):
-    panels = [
-        views.Panel(
+    drawn = [
+        panels.Panel(
             "group", f"p{i}", ("layer 10",), tuple(map(str, range(size))), (tuple(float(n + 1) for n in range(size)),),
             ("top quarter 44%",) if remark else (), counts=counts,
         )
         for i, size in enumerate(sizes)
     ]  # fmt: skip
-    rows = views._side_by_side(panels, width)
-    assert [panel for row in rows for panel in row] == panels
+    rows = terminal.side_by_side(drawn, width)
+    assert [panel for row in rows for panel in row] == drawn
     for row in rows:
-        heads, line = views._terminal_lines(row, width)
+        heads, line = terminal.terminal_lines(row, width)
         assert heads.plain.split() == [panel.name for panel in row]
         assert len(heads.plain) <= width
         assert len(line.plain) <= width
@@ -387,23 +390,23 @@ def test_heat_maps_fit_the_terminal(sizes, width, remark, counts):
 
 
 def test_colours_are_logarithmic_where_values_span_orders_of_magnitude():
-    steps = views.Panel("g", "p", ("layer 0",), ("a", "b", "c"), ((1.0, 30.0, 900.0),), lowest=1.0)
+    steps = panels.Panel("g", "p", ("layer 0",), ("a", "b", "c"), ((1.0, 30.0, 900.0),), lowest=1.0)
     assert [steps.level(v) for v in steps.values[0]] == pytest.approx([0, 0.5, 1])
-    even = views.Panel("g", "p", ("layer 0",), ("a", "b", "c"), ((1.0, 5.0, 9.0),), lowest=1.0)
+    even = panels.Panel("g", "p", ("layer 0",), ("a", "b", "c"), ((1.0, 5.0, 9.0),), lowest=1.0)
     assert [even.level(v) for v in even.values[0]] == pytest.approx([0, 0.5, 1])
-    flat = views.Panel("g", "p", ("layer 0",), ("a", "b"), ((7.0, 7.0),), lowest=7.0)
+    flat = panels.Panel("g", "p", ("layer 0",), ("a", "b"), ((7.0, 7.0),), lowest=7.0)
     assert [flat.level(7.0), flat.logarithmic] == [0, False]
 
 
 def test_panels_of_signals_by_layer_and_by_module():
     shape = moe_shape(layers=2, experts=4)
-    count, mass = views.signal_panels(routing(shape, {0: [1, 3, 0, 0], 1: [1, 1, 1, 1]}), shape)
+    count, mass = panels.signal_panels(routing(shape, {0: [1, 3, 0, 0], 1: [1, 1, 1, 1]}), shape)
     assert count.values == ((0.25, 0.75, 0, 0), (0.25, 0.25, 0.25, 0.25))
     assert count.beside == ("top quarter 75%", "top quarter 25%")
     assert mass.title == "mass: routing, share of the layer by expert"
     dense = dense_shape(layers=2)
     rows = {m.path: {"hill": (float(m.layer + len(m.name)),)} for m in dense.modules}
-    (hill,) = views.signal_panels(Signal("spectrum", rows, "module", "1", {}), dense)
+    (hill,) = panels.signal_panels(Signal("spectrum", rows, "module", "1", {}), dense)
     assert hill.columns == ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert hill.values[1][0] == 1 + len("q_proj")
     assert (hill.level(hill.lowest), hill.level(max(map(max, hill.values)))) == (0, 1)
@@ -411,7 +414,7 @@ def test_panels_of_signals_by_layer_and_by_module():
 
 def test_an_empty_choice_is_drawn_empty():
     shape = moe_shape(layers=2, experts=4)
-    panel = views.allocation_panel(views.Row("none", {}, ExpertSelection({})), shape)
+    panel = panels.allocation_panel(views.Answer("none", {}, ExpertSelection({})), shape)
     assert {panel.level(v) for row in panel.values for v in row} == {0.0}
 
 
@@ -419,11 +422,27 @@ def test_rank_correlation_by_hand():
     """x = 1 2 3 4, y = 1 3 2 4: one neighbouring swap of four, 1 − 6·2/(4·15) = 0.8; z runs against x."""
     rows = {"0": {"x": (1, 2, 3, 4), "y": (10, 30, 20, 40), "z": (9, 7, 5, 1), "flat": (2, 2, 2, 2)}}
     signal = Signal("routing", rows, "expert", "1", {})
-    found = views.correlations(views.signal_columns({"routing": signal}, moe_shape(layers=1, experts=4)))
+    found = ranks.correlations(ranks.signal_columns({"routing": signal}, moe_shape(layers=1, experts=4)))
     assert found["routing.x", "routing.y"] == pytest.approx(0.8)
     assert found["routing.x", "routing.z"] == pytest.approx(-1)
     assert not any("flat" in key for pair in found for key in pair)
-    assert views._ranks([5, 1, 5, 7]) == [2.5, 1, 2.5, 4]
+
+
+def ranks_of(values):
+    """Ranks from 1, ties sharing their mean rank."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
+
+
+@given(st.integers(2, 12).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 5), min_size=n, max_size=n)] * 2)))
+def test_rank_correlation_is_pearson_of_ranks_that_ties_share(columns):
+    assert ranks_of([5, 1, 5, 7]) == [2.5, 1, 2.5, 4]
+    left, right = columns
+    found = ranks.correlations({"a": dict(enumerate(left)), "b": dict(enumerate(right))})
+    if len({*left}) == 1 or len({*right}) == 1:
+        assert found == {}
+    else:
+        expected = statistics.correlation(ranks_of(left), ranks_of(right))
+        assert found["a", "b"] == pytest.approx(expected, abs=1e-12)
 
 
 @given(st.lists(st.lists(st.floats(0.1, 10), min_size=28, max_size=28), min_size=1, max_size=3))
@@ -431,7 +450,7 @@ def test_a_layer_is_compared_by_what_allocators_read(datasets):
     shape = dense_shape(layers=4)
     rows = {m.path: {"s": tuple(d[i] for d in datasets)} for i, m in enumerate(shape.modules)}
     signal = Signal("sensitivity", rows, "dataset", "1", {})
-    (column,) = views.signal_columns({"sensitivity": signal}, shape).values()
+    (column,) = ranks.signal_columns({"sensitivity": signal}, shape).values()
     assert [column[layer] for layer in range(4)] == layer_values(signal, shape, metric="s")
 
 
@@ -442,35 +461,35 @@ def test_what_is_about_other_things_is_not_correlated():
     del by_module[shape.modules[0].path]["odd"]  # a matrix without the metric: the layer has no mean
     same = Signal("sensitivity", {m.path: {"s": (4 - m.layer,)} for m in shape.modules}, "dataset", "1", {})
     signals = {s.kind: s for s in (by_expert, Signal("spectrum", by_module, "module", "1", {}), same)}
-    found = views.correlations(views.signal_columns(signals, shape))
+    found = ranks.correlations(ranks.signal_columns(signals, shape))
     assert found == {("sensitivity.s", "spectrum.hill"): pytest.approx(-1)}
 
 
 def test_a_matrix_is_a_lower_triangle():
     found = {("a", "b"): 0.5, ("a", "c"): -1.0, ("b", "c"): 0.25}
-    assert views.matrix(found) == [["", "1", "2"], ["1 a"], ["2 b", "0.50"], ["3 c", "-1.00", "0.25"]]
-    assert views.matrix({("a", "b"): 1.0, ("c", "d"): 0.0})[-1] == ["4 d", "", "", "0.00"]
+    assert ranks.triangle(found) == [["", "1", "2"], ["1 a"], ["2 b", "0.50"], ["3 c", "-1.00", "0.25"]]
+    assert ranks.triangle({("a", "b"): 1.0, ("c", "d"): 0.0})[-1] == ["4 d", "", "", "0.00"]
 
 
 def test_experts_of_a_stack_are_drawn_by_their_projection():
     shape = moe_shape(layers=2, experts=4)
     rows = {f"{m.path}.{e}": {"s": (float(e + m.layer),)} for m in shape.of_role("expert") for e in range(4)}
-    (panel,) = views.signal_panels(Signal("sensitivity", rows, "dataset", "1", {}), shape)
+    (panel,) = panels.signal_panels(Signal("sensitivity", rows, "dataset", "1", {}), shape)
     assert panel.columns == ("gate_proj", "up_proj", "down_proj")
     assert panel.values == ((1.5, 1.5, 1.5), (2.5, 2.5, 2.5))
 
 
 def test_layers_without_experts_are_left_out():
     shape = moe_shape(layers=3, experts=4, dense_first=1)
-    panel = views.allocation_panel(views.Row("x", {}, ExpertSelection({2: (1,)})), shape)
+    panel = panels.allocation_panel(views.Answer("x", {}, ExpertSelection({2: (1,)})), shape)
     assert panel.lines == ("layer 1", "layer 2")
     assert panel.values == ((0, 0, 0, 0), (0, 1, 0, 0))
 
 
 def test_a_model_with_partial_layers_keeps_columns_aligned():
     modules = tuple(ModuleShape(f"model.layers.{n}.mlp.{m}", n, 4, 4) for n, m in itertools.product((0, 1), "ab"))
-    panel = views.allocation_panel(
-        views.Row("x", {}, ExpertCounts({"model.layers.1.mlp.b": 3})), ModelShape("m", modules, 2)
+    panel = panels.allocation_panel(
+        views.Answer("x", {}, ExpertCounts({"model.layers.1.mlp.b": 3})), ModelShape("m", modules, 2)
     )
     assert panel.columns == ("a", "b")
     assert panel.values == ((0, 0), (0, 3))
@@ -506,8 +525,8 @@ def test_end_to_end_on_the_embedded_model(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["routing", "sensitivity"])
 def test_progress_counts_documents(tmp_path, kind):
-    config = show.ShowConfig(samples=20, cache=str(tmp_path))
-    source = show._Source(config, shape_from_config(models.config_of("tiny-moe"), name="tiny-moe"))
+    config = ShowConfig(samples=20, cache=str(tmp_path))
+    source = Source(config, shape_from_config(models.config_of("tiny-moe"), name="tiny-moe"))
     told = []
     source.progress = lambda *what: told.append(what)
     signals.plan(kind, source)[1]()

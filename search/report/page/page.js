@@ -1,41 +1,3 @@
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{title}}</title>
-<!-- Template of report.html: one file, nothing is loaded. search/report/ puts the study's JSON at the end. -->
-<style>
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5b6570; --line: #d8dde3; --card: #fff; --page: #f4f6f8; --mark: #0072b2; --empty: #e9edf1; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #9aa4af; --line: #353c45; --card: #1d2229; --page: #14181d; --mark: #58b0e8; --empty: #2a313a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 24px 20px 60px; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 22px; margin: 0; } h2 { font-size: 16px; margin: 0 0 10px; }
-.soft { color: var(--soft); } .small { font-size: 13px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 16px 18px; margin-top: 16px; min-width: 0; }
-.two { display: grid; grid-template-columns: minmax(0, 3fr) minmax(0, 2fr); gap: 16px; }
-@media (max-width: 900px) { .two { grid-template-columns: minmax(0, 1fr); } }
-ul { margin: 0; padding-left: 20px; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font: 11px system-ui, sans-serif; }
-.axis { stroke: var(--line); } .dot { cursor: pointer; } .dot:focus { outline: none; } .dot:focus-visible { outline: 2px solid var(--mark); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { padding: 4px 8px; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-td.wrap { white-space: normal; min-width: 160px; } td.num, th.num { text-align: right; }
-#table th { cursor: pointer; user-select: none; } #table tbody tr { cursor: pointer; }
-#table tbody tr:hover { background: var(--empty); } tr.chosen td { background: color-mix(in srgb, var(--mark) 18%, transparent); }
-pre { background: var(--empty); padding: 10px 12px; border-radius: 6px; margin: 6px 0 0; overflow-x: auto; font-size: 13px; white-space: pre-wrap; overflow-wrap: anywhere; }
-#tip { position: fixed; display: none; pointer-events: none; background: var(--card); border: 1px solid var(--line); border-radius: 6px; padding: 6px 10px; font-size: 12px; max-width: 340px; box-shadow: 0 3px 12px #0003; z-index: 9; }
-.legend span { display: inline-flex; align-items: center; gap: 5px; margin-right: 14px; } .legend i { width: 10px; height: 10px; border-radius: 50%; display: inline-block; }
-input { font: inherit; width: 120px; padding: 2px 6px; background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: 4px; }
-details summary { cursor: pointer; } details { margin-top: 8px; }
-</style>
-</head>
-<body>
-<noscript>This page draws its data with JavaScript; the same data is in front.csv and points.csv.</noscript>
-<div id="page"></div>
-<div id="tip" role="status"></div>
-<script id="study" type="application/json">{{data}}</script>
-<script>
 "use strict";
 const S = JSON.parse(document.getElementById("study").textContent);
 const NS = "http://www.w3.org/2000/svg";
@@ -289,6 +251,3 @@ fill(document.getElementById("page"), {}, [
     el("details", {}, el("summary", {}, "versions"), pairs(Object.entries(S.versions)))),
 ]);
 draw();
-</script>
-</body>
-</html>

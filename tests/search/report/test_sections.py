@@ -14,7 +14,7 @@ from scipy import stats
 
 import spaces.sieve_ablation as space
 from search.report import Report, show, write
-from search.report.tables import Section
+from search.report.sections import Section
 from spaces._tables import facts
 from tests.search.studies import CONFIG, EXPERTS, open_study, outcome, selection
 

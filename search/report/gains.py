@@ -1,0 +1,138 @@
+"""What a search was worth: the front against one-line recipes, and the trainings that were saved.
+
+    recipes(records, points, front, noise=noise), saved(records)
+
+Each gives sections of the report, none where there is nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+from allocators.core.types import Trial
+from search.front import Candidate
+from search.propose.halving import tokens_saved
+from search.records import Records
+from search.report.sections import Section, is_table
+from search.report.uncertainty import Noise, compare
+from search.text import accuracy_text, human
+
+# What anybody would type without a search; each is compared with the front where the study has trained it.
+ONE_LINE: Mapping[str, Callable[[Trial], bool]] = {
+    "uniform": lambda trial: trial.allocator == "uniform",
+    "MoLA-2468": lambda trial: trial.allocator == "mola" and str(trial.knobs.get("pattern")) == "2468",
+    "top 25 % routed": lambda trial: (
+        trial.allocator == "sieve" and trial.knobs.get("fraction") == 0.25 and trial.knobs.get("score") == "count"
+    ),
+    "random 25 %": lambda trial: trial.allocator == "random" and trial.knobs.get("fraction") == 0.25,
+    "all experts": lambda trial: trial.allocator == "all",
+}
+
+
+# --- one-line recipes
+
+
+def recipes(
+    records: Records, points: Sequence[Candidate], on_front: Sequence[Candidate], *, noise: Noise | None
+) -> list[Section]:
+    """What a search has over what anybody would type: each recipe that was trained, at its best, against the front."""
+    if is_table(records):  # nothing was searched: `search/report/sections.py` compares its rows
+        return []
+    rows = []
+    for name, is_it in ONE_LINE.items():
+        tried = [c for c in points if c.accuracy is not None and any(is_it(run.trial) for run in c.runs)]
+        if tried:
+            best = max(tried, key=lambda c: (c.accuracy or 0.0, -c.trainable_params))
+            rows.append((name, *_against(best, on_front, noise), str(len(tried))))
+    if not rows:
+        return []
+    head = (
+        "recipe",
+        "trainable parameters",
+        "accuracy",
+        "front − recipe",
+        "reading",
+        "parameters of the front",
+        "tried",
+    )
+    notes = (
+        "front − recipe: the front's best accuracy at no more parameters less the recipe's, ± the standard error of "
+        "the difference (questions, and seeds where there are several). Of a recipe that was tried with several "
+        "settings the most accurate one stands here.",
+        "parameters of the front: what its smallest point of at least the recipe's accuracy has, × the recipe's own; "
+        "in brackets for an accuracy of one standard error less and more (– where no point has as much). The front was "
+        "picked as the best of all points, which flatters it.",
+    )
+    return [Section("One-line recipes against the front", head, tuple(rows), notes)]
+
+
+def _against(recipe: Candidate, on_front: Sequence[Candidate], noise: Noise | None) -> tuple[str, ...]:
+    size = recipe.trainable_params
+    rival = max((c for c in on_front if c.trainable_params <= size), key=lambda c: c.accuracy or 0.0)
+    needed = _needed(on_front, recipe.accuracy or 0.0)
+    cells = (human(size), accuracy_text(recipe))
+    if any(c is recipe for c in on_front):
+        return (*cells, "", "on the front", _times(needed, size))
+    difference = compare(recipe, rival, noise=noise)
+    if difference.stderr is None:
+        return (*cells, f"{difference.rise:+.3f}", difference.reading, _times(needed, size))
+    error = recipe.stderr or 0.0
+    ends = (_times(_needed(on_front, (recipe.accuracy or 0.0) + by), size) for by in (-error, error))
+    span = f"{_times(needed, size)} ({' … '.join(ends)})"
+    return (*cells, f"{difference.rise:+.3f} ± {difference.stderr:.3f}", difference.reading, span)
+
+
+def _needed(on_front: Sequence[Candidate], accuracy: float) -> int | None:
+    return min((c.trainable_params for c in on_front if (c.accuracy or 0.0) >= accuracy), default=None)
+
+
+def _times(needed: int | None, own: int) -> str:
+    return "–" if needed is None else f"{needed / max(own, 1):.2f}"
+
+
+# --- what was saved
+
+
+def tokens_cut(records: Records) -> tuple[int, int]:
+    """Tokens that stopped trainings were not trained for, and what all trainings would have taken to their ends."""
+    return tokens_saved(records.trained.values(), evaluations=records.header["config"].get("evaluations", 1))
+
+
+def saved(records: Records) -> list[Section]:
+    """Trainings and tokens that were not needed, by what saved them; nothing where nothing was."""
+    finished = records.finished
+    trained = list(records.trained.values())
+    reasons = Counter(answer.reason for answer in records.answered)
+    repeated = [finished.get(answer.digest or "") for answer in records.answered if answer.reason == "duplicate"]
+    stopped = [outcome for outcome in trained if outcome.status == "stopped"]
+    by: list[tuple[str, int, int | None]] = [
+        ("answered as a repeat", reasons["duplicate"], sum(outcome.tokens for outcome in repeated if outcome)),
+        ("reused from other studies", len(records.reused), sum(finished[digest].tokens for digest in records.reused)),
+        ("stopped early", len(stopped), tokens_cut(records)[0]),
+        ("over max_trainable_params", reasons["over_budget"], None),
+        ("trained, but in a pack", sum(outcome.pack > 1 for outcome in trained), None),
+    ]
+    by = [(what, count, tokens) for what, count, tokens in by if count]
+    if not by:
+        return []
+    own = sum(outcome.tokens for outcome in trained)
+    whole = own + sum(tokens or 0 for _, _, tokens in by)
+
+    def share(tokens: int | None) -> str:
+        return f"{100 * tokens / whole:.0f} %" if tokens is not None and whole else ""
+
+    rows = [("trained", str(len(trained)), human(own), share(own))]
+    rows += [(what, str(n), "" if tokens is None else human(tokens), share(tokens)) for what, n, tokens in by]
+    notes = [
+        "tokens: that were trained, or were not because of this; a repeat and a reused training count with those of "
+        "the training that they equal. A sampler that is not told of repeats would have trained them."
+    ]
+    if any(outcome.pack > 1 for outcome in trained):
+        most = max(outcome.pack for outcome in trained)
+        notes.append(
+            f"In a pack up to {most} trainings share each pass over the frozen base; all their tokens are trained."
+        )
+    if reasons["infeasible"]:
+        notes.append(f"{reasons['infeasible']} more points could not exist, and none was given to a worker.")
+    return [Section("Trainings saved", ("what", "trainings", "tokens", "share of tokens"), tuple(rows), tuple(notes))]

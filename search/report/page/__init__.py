@@ -1,0 +1,138 @@
+"""results.html: one file that works offline, from `page.html`, `page.css`, `page.js` and the study's data as JSON.
+
+Path("results.html").write_text(html(results, words=[...], sections=[...]))
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from html import escape
+from pathlib import Path
+
+from allocators.core.maps import AllocationMap
+from allocators.core.types import Outcome, Recipe
+from search.front import Candidate
+from search.records import flattened
+from search.report.plot import colours
+from search.report.results import Results
+from search.report.sections import Section
+from search.report.words import export_command, load_code
+from search.text import human, number, probability
+
+FOLDER = Path(__file__).parent
+
+
+def html(results: Results, *, words: Sequence[str], sections: Sequence[Section]) -> str:
+    """The page with the study's data inside. The data is text for the browser, never markup."""
+    data = json.dumps(_data(results, words, sections), separators=(",", ":"), allow_nan=False)
+    parts = {
+        "title": escape(results.records.name),
+        "style": (FOLDER / "page.css").read_text(encoding="utf-8"),
+        "data": data.replace("<", "\\u003c"),
+        "script": (FOLDER / "page.js").read_text(encoding="utf-8"),
+    }
+    template = (FOLDER / "page.html").read_text(encoding="utf-8")
+    # in one pass: a study may be called {{data}}
+    return re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], template)
+
+
+def _data(results: Results, words: Sequence[str], sections: Sequence[Section]) -> dict[str, object]:
+    header, places = results.records.header, AllocationMap.empty(results.records.shape)
+    return {
+        "name": results.title,
+        "started": header["started"],
+        "resumed": header["resumed"],
+        "command": header["command"],
+        "config": flattened(header["config"]),
+        "versions": header["versions"] | _worker_versions(results),
+        "words": words,
+        "sections": [asdict(section) for section in sections],
+        "colours": colours(c.best.trial.allocator for c in results.points),
+        "settings": results.settings,
+        "knobs": list(dict.fromkeys(knob for c in results.points for knob in c.best.trial.knobs)),
+        "untrained": results.records.untrained,
+        "points": [_point(results, candidate) for candidate in results.points],
+        "answered": _answered(results),
+        "map": {"rows": places.rows, "exists": places.places, "across": places.across},
+    }
+
+
+def _answered(results: Results) -> list[dict[str, object]]:
+    """By reason how many points needed no training, with the most frequent messages."""
+    reasons: dict[str, list[str]] = {}
+    for answer in results.records.answered:
+        reasons.setdefault(answer.reason, []).append(answer.message)
+    return [
+        {"reason": reason.replace("_", " "), "count": len(texts), "messages": _counted(texts)}
+        for reason, texts in sorted(reasons.items())
+    ]
+
+
+def _worker_versions(results: Results) -> dict[str, str]:
+    """What the runs say about themselves (device, model revision, data hash); several values are all named."""
+    versions: dict[str, dict[str, None]] = {}
+    for run in results.records.finished.values():
+        for name, version in run.versions.items():
+            versions.setdefault(name, {})[version] = None
+    return {name: ", ".join(values) for name, values in versions.items()}
+
+
+def _counted(texts: Sequence[str]) -> list[str]:
+    """The five most frequent messages with their counts."""
+    return [f"{n}x {text}" for text, n in Counter(text for text in texts if text).most_common(5)]
+
+
+def _point(results: Results, candidate: Candidate) -> dict[str, object]:
+    best, loadable = candidate.best, results.loadable(candidate)
+    settings = results.records.header["config"]
+    return {
+        "digest": best.digest,
+        "allocator": best.trial.allocator or "unnamed",
+        "label": results.label(best),
+        "knobs": {name: number(value) for name, value in best.trial.knobs.items()},
+        "recipe": {f.name: number(getattr(best.trial.recipe, f.name)) for f in fields(Recipe)},
+        "params": candidate.trainable_params,
+        "size": human(candidate.trainable_params),
+        "accuracy": candidate.accuracy,
+        "stderr": candidate.stderr,
+        "spread": candidate.spread,
+        "seeds": len(candidate.complete),
+        "chance": probability(results.chances.get(best.digest)),
+        "status": best.status.replace("_", " "),
+        "front": best.digest in results.winners,
+        "knee": candidate is results.knee,
+        "experts": best.trial.allocation.total_experts,
+        "cells": _cells(AllocationMap.of(best.trial.allocation, results.records.shape)),
+        "load": load_code(best.trial.model, loadable[1], settings=settings) if loadable else "",
+        "export": export_command(results.records.folder, loadable[0]) if loadable else "",
+        "runs": [_run(results, run) for run in candidate.runs],
+    }
+
+
+def _cells(drawn: AllocationMap) -> list[str]:
+    """A text a row, one character a column, "0" plus the number of experts there.
+
+    Texts, because a study of a large model has millions of cells.
+    """
+    return ["".join(chr(ord("0") + (experts or 0)) for experts in row) for row in drawn.cells]
+
+
+def _run(results: Results, run: Outcome) -> dict[str, object]:
+    study = results.records.reused.get(run.digest)
+    return {
+        "seed": run.trial.seed,
+        "status": run.status.replace("_", " "),
+        "accuracy": run.accuracy,
+        "seconds": run.seconds,
+        "tokens": run.tokens,
+        "memory": run.peak_memory_bytes,
+        "message": "; ".join(text for text in (f"reused from {study}" if study else "", run.message) if text),
+        "rungs": [
+            {"tokens": rung.tokens, "step": rung.step, "accuracy": rung.accuracy, "loss": rung.loss}
+            for rung in run.rungs
+        ],
+    }

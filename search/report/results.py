@@ -1,0 +1,164 @@
+"""What the records of a study come to, in numbers: points, the front, the noise between seeds, what was saved.
+
+    Results(read("studies/demo")).front
+
+`words.py`, `tables.py`, `plot.py` and `page/` say and draw it.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+
+from allocators.core.types import Outcome
+from search.front import Candidate, candidates, front, knee
+from search.records import Records
+from search.report import attribution, gains
+from search.report.sections import is_table
+from search.report.uncertainty import Bias, Difference, Noise, compare, pooled, rank_correlation, selection_bias
+from search.text import label, run_id, varying
+
+
+@dataclass(frozen=True)
+class Results:
+    """`points` has one entry a point (all its seeds), `front` those that no other point beats."""
+
+    records: Records
+
+    @cached_property
+    def title(self) -> str:
+        """`demo, task arc_easy, model tiny-moe`."""
+        config = self.records.header["config"]
+        # tasks and model may be files or folders: their names are enough here, the settings have all of it
+        facts = [
+            f"{what} {', '.join(Path(word).name.removesuffix('.yaml') for word in config[what].split(','))}"
+            for what in ("task", "model")
+            if config.get(what)
+        ]
+        return ", ".join([self.records.name, *facts])
+
+    @property
+    def seed(self) -> int:
+        """The study's own seed; a run with another one repeats a point."""
+        return self.records.header["config"].get("seed", 0)
+
+    # --- points
+
+    @cached_property
+    def points(self) -> list[Candidate]:
+        return candidates(self.records.finished.values())
+
+    @cached_property
+    def front(self) -> list[Candidate]:
+        return front(self.points)
+
+    @cached_property
+    def winners(self) -> set[str]:
+        """Digests of all runs behind the front."""
+        return {run.digest for candidate in self.front for run in candidate.runs}
+
+    @cached_property
+    def knee(self) -> Candidate | None:
+        return knee(self.points)
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """Labels of the tasks, where there are several."""
+        return list(dict.fromkeys(label for run in self.records.finished.values() for label in run.by_task))
+
+    @cached_property
+    def settings(self) -> list[str]:
+        """Recipe settings that vary within the study."""
+        return varying(self.records.finished.values())
+
+    def label(self, run: Outcome) -> str:
+        """`sieve fraction=0.25, rank 8`: allocator, knobs, and the settings that vary."""
+        return label(run, self.settings)
+
+    # --- how sure they are
+
+    @cached_property
+    def noise(self) -> Noise | None:
+        """How much accuracy moves between the seeds of one point, over all points that have several."""
+        return pooled(self.points)
+
+    def difference(self, lower: Candidate, higher: Candidate) -> Difference:
+        return compare(lower, higher, noise=self.noise)
+
+    @cached_property
+    def chances(self) -> dict[str, float]:
+        """By digest of a front point's best run: the probability that it is better than the next smaller point."""
+        steps = {high.best.digest: self.difference(low, high).chance for low, high in pairwise(self.front)}
+        return {digest: chance for digest, chance in steps.items() if chance is not None}
+
+    @cached_property
+    def bias(self) -> Bias | None:
+        """What was picked at one seed against fresh seeds of the same points; None in a table, where nothing is."""
+        return None if is_table(self.records) else selection_bias(self.points, seed=self.seed)
+
+    @cached_property
+    def early_ranks(self) -> tuple[float | None, int]:
+        """Spearman's rank correlation of accuracy at the first rung and at the end, and over how many points."""
+        runs = [run for c in self.points for run in c.complete[:1] if len(run.rungs) > 1]
+        pairs = [(float(run.rungs[0].accuracy or 0.0), run.accuracy or 0.0) for run in runs]
+        return rank_correlation(pairs), len(pairs)
+
+    # --- what made the difference, what was saved
+
+    @cached_property
+    def importance(self) -> attribution.Importance | None:
+        """Which settings accuracy goes with."""
+        return attribution.importance(self.points)
+
+    @cached_property
+    def tokens_saved(self) -> tuple[int, int]:
+        """Left untrained by stopping early, and what all trainings would have taken (`gains.tokens_cut`)."""
+        return gains.tokens_cut(self.records)
+
+    # --- adapters
+
+    def adapter_folder(self, run: Outcome) -> str | None:
+        """Where the trained adapter lies, None where it is not kept."""
+        return self.records.adapter_of(run)
+
+    def loadable(self, candidate: Candidate) -> tuple[Outcome, str] | None:
+        """The most accurate run of a point whose adapter is still there, and where."""
+        places = ((run, self.adapter_folder(run)) for run in candidate.by_accuracy)
+        return next(((run, where) for run, where in places if where), None)
+
+    @cached_property
+    def ids(self) -> dict[str, str]:
+        """By digest of a front point's best run: the id of the run to export."""
+        return {c.best.digest: run_id((self.loadable(c) or (c.best,))[0]) for c in self.front}
+
+    # --- for MLflow
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the whole study, for the parent run in MLflow."""
+        numbers: dict[str, float] = {"runs_finished": len(self.records.finished), "points_on_front": len(self.front)}
+        numbers |= {f"answered_{reason}": n for reason, n in Counter(a.reason for a in self.records.answered).items()}
+        if seconds := self.records.sampler_seconds:
+            numbers["sampler_seconds_per_suggestion"] = statistics.fmean(seconds)
+        for name, candidate in (("best", self.front[-1] if self.front else None), ("knee", self.knee)):
+            if candidate is not None and candidate.accuracy is not None:
+                numbers[f"{name}_accuracy"] = candidate.accuracy
+                numbers[f"{name}_trainable_params"] = candidate.trainable_params
+        if self.records.untrained is not None:
+            numbers["untrained_accuracy"] = self.records.untrained["accuracy"]
+        if (correlation := self.early_ranks[0]) is not None:
+            numbers["rank_correlation_first_rung"] = correlation
+        if self.records.reused:
+            numbers["runs_reused"] = len(self.records.reused)
+        if self.tokens_saved[0]:
+            numbers["tokens_saved"], numbers["tokens_without_stopping"] = self.tokens_saved
+        if self.noise is not None:
+            numbers["seed_standard_deviation"] = math.sqrt(self.noise.variance)
+        if self.bias is not None:
+            numbers["selection_bias"] = self.bias.picked - self.bias.mean
+        return numbers

@@ -1,0 +1,214 @@
+"""Tables of the report beyond the front: a heading, rows of text, and what has to be said about them.
+
+    for section in sections_of(records, points): ...        # search/report/ prints them and puts them on the page
+
+A builder takes the records and the points and returns sections, none where it has nothing to say; `BUILDERS` lists
+them in order. Here are those of a table space: every row with its seeds beside what its paper published, and the
+comparisons that the paper makes, tested pairwise over the seeds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from search.front import Candidate, front
+from search.records import Records
+from search.report.uncertainty import Paired, equivalence, paired
+from search.text import accuracy_text, human, label, number, varying
+
+LEVEL = 0.05
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table: `head` has one text a column, every row as many; the first column stands left, numbers right.
+
+    bars   (label, share, error), which the page draws above the table
+    """
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    bars: tuple[tuple[str, float, float], ...] = ()
+
+
+def is_table(records: Records) -> bool:
+    """Whether the study's space is a fixed grid: nothing in it was selected."""
+    return "comparisons" in records.header.get("table", {})
+
+
+def sections_of(records: Records, points: Sequence[Candidate]) -> list[Section]:
+    """All tables of a study's report, in order."""
+    return [section for build in BUILDERS for section in build(records, points)]
+
+
+# --- table spaces
+
+
+def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
+    """Every row of a table with mean and spread over its seeds, beside what was published for it."""
+    if not is_table(records):
+        return []
+    published = [entry for entry in records.header["table"]["published"] if _agrees(entry, records.header["config"])]
+    rows_of = ((entry, _row(records, points, entry["row"])) for entry in published)
+    beside = {id(candidate): entry for entry, candidate in rows_of if candidate is not None}
+    head: tuple[str, ...] = ("row", "trainable parameters", "accuracy", "s.d.", "seeds")
+    settings = varying(records.finished.values())
+    rows = []
+    for candidate in points:
+        cells: tuple[str, ...] = (
+            label(candidate.runs[0], settings),
+            human(candidate.trainable_params),
+            "" if candidate.accuracy is None else f"{candidate.accuracy:.3f}",
+            "" if candidate.spread is None else f"{candidate.spread:.3f}",
+            f"{len(candidate.complete)}",
+        )
+        if published:
+            entry, accuracy = beside.get(id(candidate)), candidate.accuracy
+            cells += (f"{entry['accuracy']:.3f}" if entry else "",)
+            cells += (f"{accuracy - entry['accuracy']:+.3f}" if entry and accuracy is not None else "",)
+        rows.append(cells)
+    if published:
+        head += ("published", "difference")
+    title = "Every row: mean and standard deviation over its seeds"
+    return [Section(title, head, tuple(rows), (*_not_trained(records), *_about_published(records, published)))]
+
+
+def _not_trained(records: Records) -> list[str]:
+    """Rows that are not among the trained ones, and why."""
+    said, settings = [], varying(records.finished.values())
+    for answer in records.answered:
+        row = " ".join(f"{name}={number(value)}" for name, value in answer.params.items())
+        same = records.finished.get(answer.digest or "")
+        said.append(f"Not trained: {row} ({f'the allocation of {label(same, settings)}' if same else answer.message}).")
+    return said
+
+
+def _about_published(records: Records, agreeing: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where the published numbers stand; where none belongs to this model and task, why."""
+    entries = records.header["table"]["published"]
+    if agreeing:
+        return [f"Published: {', '.join(dict.fromkeys(entry['source'] for entry in agreeing))}."]
+    if not entries:
+        return ["No published numbers are on file for this table."]
+    models, tasks, sources = (", ".join(dict.fromkeys(e[key] for e in entries)) for key in ("model", "task", "source"))
+    config = records.header["config"]
+    return [
+        f"Published numbers ({sources}) are for {models} on {tasks}; this study has {_name(config['model'])} on "
+        f"{_task(config)}, so none stands beside what was measured here."
+    ]
+
+
+def _agrees(entry: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    return entry["model"].lower() == _name(config["model"]).lower() and entry["task"] == _task(config)
+
+
+def _name(model: str) -> str:
+    """The last part of a hub id or of a local folder."""
+    return Path(model).name
+
+
+def _task(config: Mapping[str, Any]) -> str:
+    return ", ".join(Path(word).name.removesuffix(".yaml") for word in config["task"].split(","))
+
+
+def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]:
+    """The comparisons that the table names, paired seed by seed."""
+    wanted = records.header["table"]["comparisons"] if is_table(records) else []
+    rows = [_comparison(records, points, comparison) for comparison in wanted]
+    if not rows:
+        return []
+    head = ("comparison", "parameters", "n", "difference", "95 % interval", "p", "reading", "the claim")
+    tested = sum(1 for row in rows if row[5])
+    sources = dict.fromkeys(comparison["source"] for comparison in wanted if "arXiv" in comparison["source"])
+    notes = [f"Claims are those of {', '.join(sources)}."] if sources else []
+    notes += [
+        "n: seeds that both rows were trained with. Differences are paired seed by seed and tested by the two-sided "
+        "t-test, or, where a margin is named, for equivalence by two one-sided t-tests (TOST).",
+    ]
+    if tested > 1:
+        notes.append(
+            f"{tested} tests, not corrected for their number: of twenty true nulls one falls below .05 by chance."
+        )
+    errors = [candidate.question_error for candidate in points if candidate.question_error is not None]
+    if errors:
+        notes.append(
+            "The tests are about training again, on these same questions; other questions would move a row's accuracy "
+            f"by a standard error of about {statistics.median(errors):.3f}."
+        )
+    return [Section("Comparisons, paired seed by seed", head, tuple(rows), tuple(notes))]
+
+
+def _comparison(records: Records, points: Sequence[Candidate], wanted: Mapping[str, Any]) -> tuple[str, ...]:
+    first, second = (_row(records, points, wanted[side]) for side in ("first", "second"))
+    claim = wanted["claim"]
+    if first is None or second is None:
+        return (wanted["name"], "", "", "", "", "", "not both rows were trained", claim)
+    sizes = f"{human(first.trainable_params)} / {human(second.trainable_params)}"
+    if first is second:
+        return (wanted["name"], sizes, "", "", "", "", "both rows are one allocation", claim)
+    pair = paired(_by_seed(first), _by_seed(second))
+    if pair is None:
+        return (wanted["name"], sizes, "0", "", "", "", "no seed in common yet", claim)
+    interval = "" if pair.low is None else f"{pair.low:+.3f} … {pair.high:+.3f}"
+    p, reading = _reading(pair, wanted["margin"])
+    return (wanted["name"], sizes, str(pair.n), f"{pair.difference:+.3f}", interval, p, reading, claim)
+
+
+def _reading(pair: Paired, margin: float) -> tuple[str, str]:
+    """p as text, and what the test says in words; it never says more than the test."""
+    if pair.n == 1:
+        return "", "one seed: no test"
+    if pair.p is None or pair.low is None or pair.high is None:
+        return "", "the same at every seed: no test" if not pair.difference else "no spread: no test"
+    if margin:
+        p, size = equivalence(pair, margin=margin) or 0.0, f"{100 * margin:g} points"
+        if pair.low > margin or pair.high < -margin:
+            return f"TOST {_p(p)}", f"further apart than {size}"
+        return f"TOST {_p(p)}", f"{'equal' if p < LEVEL else 'not shown to be equal'} to within {size}"
+    if pair.p >= LEVEL:
+        return _p(pair.p), "cannot be told apart"
+    return _p(pair.p), "the first is better" if pair.difference > 0 else "the second is better"
+
+
+def _p(p: float) -> str:
+    return "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def _by_seed(candidate: Candidate) -> dict[int, float]:
+    return {run.trial.seed: run.accuracy or 0.0 for run in candidate.complete}
+
+
+def _row(records: Records, points: Iterable[Candidate], row: Mapping[str, Any]) -> Candidate | None:
+    """The point that stands for a row, which may have been trained as another row with the same allocation."""
+    digests = {d for d in records.finished if row.items() <= records.params_of(d).items()}
+    digests |= {a.digest for a in records.answered if a.digest is not None and row.items() <= a.params.items()}
+    return next((c for c in points if any(run.digest in digests for run in c.runs)), None)
+
+
+# --- several tasks
+
+
+def _by_task(records: Records, points: Sequence[Candidate]) -> list[Section]:
+    """Each task's accuracy at the points of the front, or in every row of a table."""
+    shown = [c for c in (points if is_table(records) else front(points)) if c.by_task]
+    if not shown:
+        return []
+    tasks = list(dict.fromkeys(label for c in shown for label in c.by_task))
+    settings = varying(records.finished.values())
+    rows = []
+    for c in shown:
+        cells = (f"{c.by_task[t][0]:.3f} ± {c.by_task[t][1]:.3f}" if t in c.by_task else "" for t in tasks)
+        rows.append((label(c.best, settings), human(c.trainable_params), *cells, accuracy_text(c)))
+    head = ("point", "trainable parameters", *tasks, "mean")
+    note = "± one standard error. The mean, in which each task counts the same, is the accuracy of this study."
+    return [Section("Accuracy by task", head, tuple(rows), (note,))]
+
+
+Builder = Callable[[Records, Sequence[Candidate]], list[Section]]
+BUILDERS: tuple[Builder, ...] = (_by_task, _rows, _comparisons)

@@ -1,0 +1,290 @@
+"""A study in sentences, and the lines to type that take its points elsewhere.
+
+    for sentence in sentences(results): ...        # the most important first
+
+What is said is said carefully: a difference counts only above two standard errors, and how many seeds stand behind a
+point is always named.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from allocators.core.types import Outcome, best_under
+from search.front import Candidate
+from search.report import attribution
+from search.report.results import Results
+from search.report.sections import is_table
+from search.report.uncertainty import TOO_CLOSE, Bias, Difference
+from search.text import accuracy_text, human, point, recipe_words, run_id
+from trainers import models
+
+BASELINES = ("random", "uniform")  # what an allocation has to beat at equal parameters
+MANY = 5  # comparisons inside the noise that are told one by one
+EQUAL = 0.02  # share by which "equal parameters" may differ
+FAITHFUL = 0.8  # rank correlation between first rung and end below which early results mislead
+
+
+def sentences(results: Results) -> list[str]:
+    """The study in sentences, the most important first."""
+    if not results.front:
+        return ["No finished trial yet: there is no front to show.", *_state(results)]
+    return [
+        *_best(results),
+        *_gained(results),
+        *_honesty(results),
+        *_against_baselines(results),
+        *attribution.in_words(results.importance, results.points),
+        *_early(results),
+        *_state(results),
+    ]
+
+
+def _best(results: Results) -> list[str]:
+    """The most accurate point, the best under some budgets, and the knee."""
+
+    def name(candidate: Candidate) -> str:
+        size = human(candidate.trainable_params)
+        return f"{results.label(candidate.best)} ({size} trainable parameters, accuracy {accuracy_text(candidate)})"
+
+    said = [f"Most accurate: {name(results.front[-1])}."]
+    by_digest = {c.best.digest: c for c in results.points}
+    means = [c.best.updated(accuracy=c.accuracy) for c in results.points]
+    fitting = {best.digest: budget for budget in _budgets(results) if (best := best_under(means, budget))}
+    for digest, budget in fitting.items():  # the widest budget that a point wins
+        said.append(f"Best under {human(budget).replace('.00', '')} parameters: {name(by_digest[digest])}.")
+    if results.knee is not None:
+        said.append(f"The knee, after which parameters buy less: {name(results.knee)}.")
+    elif len(results.front) > 2:
+        said.append("The front has no knee: nowhere does it rise above the straight line between its ends.")
+    return said
+
+
+def _gained(results: Results) -> list[str]:
+    """What the most accurate point has over the base."""
+    base, best = results.records.untrained, results.front[-1]
+    if base is None or best.accuracy is None:
+        return []
+    error = math.hypot(best.stderr or 0.0, base["stderr"])
+    gain = Difference(best.accuracy - base["accuracy"], error, None)
+    return [
+        f"Untrained, the base has {base['accuracy']:.3f} ± {base['stderr']:.3f}: training is worth {gain.rise:+.3f} at "
+        f"the most accurate point (standard error {error:.3f}: {gain.reading})."
+    ]
+
+
+def _budgets(results: Results) -> list[int]:
+    """The study's own limit, or up to three round numbers inside the front."""
+    if limit := results.records.header["config"].get("max_trainable_params"):
+        return [int(limit)]
+    low, high = results.front[0].trainable_params, results.front[-1].trainable_params
+    decades = range(len(str(low)) - 1, len(str(high)))
+    inside = [step * 10**decade for decade in decades for step in (1, 2, 5) if low < step * 10**decade < high]
+    return inside[:: max(math.ceil(len(inside) / 3), 1)]
+
+
+def _honesty(results: Results) -> list[str]:
+    """Seeds, noise and selection: how far the front can be believed."""
+    said = [_seeds(results), *_selection(results.bias)]
+    steps = [results.difference(lower, higher) for lower, higher in pairwise(results.front)]
+    if steps and all(step.stderr is None for step in steps):
+        return [*said, "The standard error of the evaluation was not recorded: small differences may be chance."]
+    if steps:
+        said.append(_rise(results, steps))
+    rivals = sum(1 for candidate in results.points if candidate.accuracy is not None)
+    if rivals > 1 and not is_table(results.records):
+        said.append(
+            f"The front was picked from {rivals} points on the questions it is measured on: expect its accuracies to "
+            f"be a little too high."
+        )
+    return said
+
+
+def _seeds(results: Results) -> str:
+    """How many seeds stand behind the front, and how much accuracy moves between them."""
+    counts = sorted({len(candidate.complete) for candidate in results.front})
+    if counts == [1]:
+        said = "One seed stands behind each point: how much accuracy moves with the seed was not measured."
+    else:
+        span = " to ".join(str(n) for n in dict.fromkeys((counts[0], counts[-1])))
+        said = f"{span} seeds stand behind each point of the front."
+    if results.noise is None:
+        return said
+    return (
+        f"{said[:-1]}; between seeds of one point accuracy has a standard deviation of "
+        f"{math.sqrt(results.noise.variance):.3f}, estimated with {results.noise.freedom} degrees of freedom."
+    )
+
+
+def _rise(results: Results, steps: Sequence[Difference]) -> str:
+    """How much the front rises, as a whole and from point to point, beside the noise."""
+    whole = results.difference(results.front[0], results.front[-1])
+    if whole.inside_noise:
+        return (
+            f"The whole front rises by {whole.rise:.3f}, within two standard errors of a difference "
+            f"({TOO_CLOSE * (whole.stderr or 0.0):.3f}): these accuracies cannot be told apart, do not read an "
+            "order into them."
+        )
+    small = sum(step.inside_noise for step in steps)
+    largest = max(step.stderr for step in steps if step.stderr is not None)
+    return (
+        f"From one point of the front to the next, {small} of {len(steps)} differences are within two standard "
+        f"errors (about {TOO_CLOSE * largest:.3f}) and may be chance; the whole front rises by {whole.rise:.3f}."
+    )
+
+
+def _selection(bias: Bias | None) -> list[str]:
+    """The winner's curse, where fresh seeds measured it."""
+    if bias is None:
+        return []
+    drop, error = bias.picked - bias.mean, "" if bias.stderr is None else f", standard error {bias.stderr:.3f}"
+    runs = f"{bias.fresh} fresh training{'' if bias.fresh == 1 else 's'} of {bias.points} picked point"
+    sizes = f"{bias.picked:.3f} at the seed they were picked at, {bias.mean:.3f} on average over {runs}"
+    many = "" if bias.points == 1 else "s"
+    verdict = (
+        f"picking flattered them by {drop:.3f}{error}, so the front goes by the means"
+        if drop > 0
+        else f"picking did not flatter them (difference {drop:+.3f}{error})"
+    )
+    return [f"Winner's curse: accuracy {sizes}{many}; {verdict}."]
+
+
+def _early(results: Results) -> list[str]:
+    """A warning where early accuracy does not rank as the end does: what stops trials early would stop good ones."""
+    correlation, n = results.early_ranks
+    if correlation is None or correlation >= FAITHFUL:
+        return []
+    return [
+        f"Warning: accuracy at the first evaluation ranks the points unlike the end does (rank correlation "
+        f"{correlation:.2f}, n = {n}, below {FAITHFUL}): stopping trials by it would stop good ones."
+    ]
+
+
+def _against_baselines(results: Results) -> list[str]:
+    """Every baseline point against the best other allocator at equal parameters and with the same recipe.
+
+    Of many that are inside the noise only their number is told.
+    """
+    said: list[str] = []
+    inside: list[str] = []
+    measured = [candidate for candidate in results.points if candidate.accuracy is not None]
+    for baseline in sorted(measured, key=lambda candidate: candidate.trainable_params):
+        rivals = [c for c in measured if _is_rival(c, baseline)] if baseline.best.trial.allocator in BASELINES else []
+        if rivals:
+            best = max(rivals, key=lambda c: c.accuracy or 0.0)
+            difference = results.difference(baseline, best)
+            sentence = _comparison(baseline, best, difference, settings=results.settings)
+            (inside if difference.inside_noise else said).append(sentence)
+    if len(inside) <= MANY:
+        return said + inside
+    return [
+        *said,
+        f"In {len(inside)}{' more' if said else ''} comparisons of {' or '.join(BASELINES)} with the best other "
+        f"rule at equal parameters and recipe the difference is inside the noise.",
+    ]
+
+
+def _is_rival(candidate: Candidate, baseline: Candidate) -> bool:
+    """Whether a point has the baseline's parameters and recipe, and is no baseline itself."""
+    return (
+        candidate.best.trial.allocator not in BASELINES
+        and candidate.best.trial.recipe == baseline.best.trial.recipe
+        and abs(candidate.trainable_params - baseline.trainable_params) <= EQUAL * baseline.trainable_params
+    )
+
+
+def _comparison(baseline: Candidate, best: Candidate, difference: Difference, *, settings: Sequence[str]) -> str:
+    verdict = difference.reading
+    if difference.stderr is not None:
+        verdict = f"standard error {difference.stderr:.3f}: {verdict}"
+    same = ", ".join(recipe_words(best.best, settings))
+    return (
+        f"At {human(baseline.trainable_params)} parameters{f' ({same})' if same else ''} {point(best.best)} has "
+        f"{best.accuracy:.3f} and {baseline.best.trial.allocator} {baseline.accuracy:.3f} (difference "
+        f"{difference.rise:+.3f}, {verdict})."
+    )
+
+
+def _state(results: Results) -> list[str]:
+    """How much is done, what was not trained and why, what is damaged."""
+    records = results.records
+    said = [*_done(results), *_stopped(results)]
+    for study, count in Counter(records.reused.values()).items():
+        what = "training, which was" if count == 1 else "trainings, which were"
+        said.append(f"Reused from {study}: {count} {what} not run again.")
+    if flying := len(records.in_flight):
+        what, them = ("run is", "it") if flying == 1 else ("runs are", "them")
+        said.append(f"{flying} {what} in flight, or cut off with the driver: the same command takes {them} up again.")
+    if records.answered:
+        reasons = Counter(answer.reason.replace("_", " ") for answer in records.answered)
+        kinds = ", ".join(f"{n} {reason}" for reason, n in sorted(reasons.items()))
+        said.append(f"{len(records.answered)} more points were answered without training: {kinds}.")
+    return [*said, *records.problems]
+
+
+def _done(results: Results) -> list[str]:
+    """Runs that are finished, of how many, and how they ended."""
+    records, config = results.records, results.records.header["config"]
+    finished = list(records.trained.values())
+    if not finished:
+        return []
+    asked = config.get("trials")
+    if asked and is_table(records):  # there a row that is known is done; in a search `trials` are trained
+        asked -= sum(records.finished[digest].trial.seed == results.seed for digest in records.reused)
+    statuses = Counter(outcome.status.replace("_", " ") for outcome in finished)
+    kinds = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
+    # a study of an earlier version has no repeats, whatever its runs' seeds
+    repeats = sum(outcome.trial.seed != results.seed for outcome in finished) if "seeds" in config else 0
+    own = f"{len(finished) - repeats}{f' of {asked}' if asked else ''} runs are finished"
+    return [f"{own}{f', and {repeats} repeats with other seeds' if repeats else ''}: {kinds}."]
+
+
+def _stopped(results: Results) -> list[str]:
+    """What stopping early saved."""
+    saved, whole = results.tokens_saved
+    if not saved:
+        return []
+    stopped = sum(outcome.status == "stopped" for outcome in results.records.trained.values())
+    return [
+        f"Stopped early at an evaluation: {stopped} {'training' if stopped == 1 else 'trainings'}, which left "
+        f"{human(saved)} of {human(whole)} tokens ({saved / whole:.0%}) untrained; none of them is on the front."
+    ]
+
+
+# --- lines to type
+
+
+def how_to_load(results: Results) -> list[str]:
+    """How to load and to export the most accurate point; nothing where its adapter is not kept."""
+    loadable = results.loadable(results.front[-1]) if results.front else None
+    if loadable is None:
+        return []
+    run, where = loadable
+    code = load_code(run.trial.model, where, settings=results.records.header["config"])
+    what = "point=knee or an id of the table; format=adapter, merged (a plain transformers model) or peft"
+    return [
+        f"\nTo load the most accurate one:\n{code}",
+        f"\nTo take it elsewhere, with a model card:\n{export_command(results.records.folder)}\n{what}",
+    ]
+
+
+def load_code(model: str, adapter: str, *, settings: Mapping[str, object]) -> str:
+    """The lines of Python that put a trained adapter on its model, loaded with the study's `settings`."""
+    arguments = "".join(f", {key}={value!r}" for key, value in models.load_arguments(settings).items())
+    return (
+        f"from trainers import adapter, models\n"
+        f"model = models.load({json.dumps(model)}{arguments}).model\n"
+        f"adapter.load(model, {json.dumps(adapter)})"
+    )
+
+
+def export_command(folder: Path, run: Outcome | None = None) -> str:
+    """What takes a run, or the most accurate one, out of a study."""
+    point = f" point={run_id(run)}" if run else ""
+    return f"python -m search.export {shlex.quote(str(folder))}{point} to=winner"

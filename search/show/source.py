@@ -1,0 +1,147 @@
+"""A model and a task by name, as `allocators.signals` measures on them; each is loaded when it is first read.
+
+signal, line = Source(config, shape).measured("routing")        # from the cache or measured now; which of the two
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allocators.core.errors import ToolkitWarning
+from allocators.core.types import ModelShape, Signal
+from search.show.config import ShowConfig
+from search.show.views import by_layer
+
+if TYPE_CHECKING:  # what is asked for may need neither a model nor a task
+    from trainers.models import Loaded
+    from trainers.tasks import Mixture, Task
+
+
+class Source:
+    """A model and a task by name for `allocators.signals`, each loaded when a measurement first reads it."""
+
+    progress: Callable[[int, int, str], None]
+
+    def __init__(self, config: ShowConfig, shape: ModelShape) -> None:
+        self.name, self.shape = shape.name, shape
+        self.task_name = config.task
+        self.samples, self.seed = config.samples, config.seed
+        self.scratch = Path(config.cache)
+        self.loading_seconds = 0.0
+        self.seen = 0
+        self._device = config.device
+        self._options = {key: getattr(config, key) for key in ("dtype", "attn", "quantization", "trust_remote_code")}
+
+    def measured(self, kind: str) -> tuple[Signal, str]:
+        """A signal from the cache or measured now, and a line that says which, with the seconds that it took."""
+        from allocators.signals import measured
+
+        seconds: dict[str, float] = {}
+
+        @contextmanager
+        def watched() -> Iterator[None]:
+            begun, loading, self.seen = time.monotonic(), self.loading_seconds, 0
+            with _bar(kind) as self.progress, warnings.catch_warnings(record=True) as raised:
+                warnings.simplefilter("always", ToolkitWarning)
+                yield
+            for warning in raised:
+                _say(f"{kind}: {warning.message}")
+            seconds["loading"] = self.loading_seconds - loading
+            seconds["measuring"] = time.monotonic() - begun - seconds["loading"]
+
+        signal = measured(kind, self, folder=self.scratch, warn=_say, during=watched)
+        line = f"{kind}: {described(signal)}, "
+        line += f"measured in {seconds['measuring']:.1f} s" if seconds else f"kept in {self.scratch}"
+        return signal, line + (f" after {seconds['loading']:.1f} s to load the model" if seconds.get("loading") else "")
+
+    def folder(self) -> Path:
+        from trainers import models
+
+        return models.folder_of(self.name)
+
+    @cached_property
+    def identity(self) -> str:
+        from trainers import models
+
+        return models.identity_of(self.name)
+
+    @cached_property
+    def device(self) -> str:
+        import torch
+
+        from trainers import models
+
+        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        models.dtype_on(device)  # refuses one that does not exist, also for what is computed without the model
+        return device
+
+    @cached_property
+    def dtype(self) -> str:
+        from trainers import models
+
+        numbers = {key: self._options[key] for key in ("dtype", "attn", "quantization")}
+        return models.numbers_of(self.device, **numbers)
+
+    @cached_property
+    def _loaded(self) -> Loaded:
+        from trainers import models
+
+        told = {key: self._options[key] for key in ("quantization", "trust_remote_code")}
+        for line in models.remarks(self.name, self.shape, **told):
+            _say(f"note: {line}")
+        _say(f"loading {self.name} …")
+        begun = time.monotonic()
+        loaded = models.load(self.name, device=self.device, **self._options)
+        self.loading_seconds = time.monotonic() - begun
+        loaded.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+        return loaded
+
+    def _count(self, module: Any, args: Any, kwargs: Any) -> None:
+        """Every document passes the base model once, whatever is measured: progress that no signal has to report."""
+        self.seen += len(kwargs["input_ids"])
+        self.progress(self.seen, min(self.samples, self.task.num_training), "documents")
+
+    @property
+    def model(self) -> Any:
+        return self._loaded.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._loaded.tokenizer
+
+    @cached_property
+    def task(self) -> Task | Mixture:
+        from trainers import tasks
+
+        return tasks.load_task(self.task_name)
+
+
+@contextmanager
+def _bar(kind: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar while a signal is measured, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(kind, total=None)
+        yield lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{kind} {what}")
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def described(signal: Signal) -> str:
+    """What was measured: `256 samples of arc_easy`, `210 matrices`."""
+    if "samples" in signal.provenance:
+        return f"{signal.provenance['samples']} samples of {signal.provenance.get('task', 'a task')}"
+    return f"{len(signal.rows)} {'layers' if by_layer(signal) else 'matrices'}"

@@ -1,0 +1,94 @@
+"""How numbers, names and clocks are written, in the terminal, on the page, in model cards and in MLflow's names.
+
+    label(outcome, varying(outcomes))        # sieve fraction=0.25, rank 8
+
+Words in, words out: nothing here counts, compares or reads a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+
+from allocators.core.types import Outcome, Recipe
+from search.front import Candidate
+
+
+def human(count: float) -> str:
+    """A number of parameters (or tokens, or bytes) as people say it.
+
+    >>> human(84_967_424), human(1_540), human(12)
+    ('84.97M', '1.54k', '12')
+    """
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= size:
+            return f"{count / size:.2f}{letter}"
+    return f"{count:g}"
+
+
+def number(value: object) -> str:
+    """Floats in three significant digits, everything else as it is.
+
+    >>> number(0.00123456), number(8), number("cosine")
+    ('0.00123', '8', 'cosine')
+    """
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def probability(chance: float | None) -> str:
+    """Two digits; never certainty where there is noise.
+
+    >>> probability(0.93), probability(0.999), probability(0.001), probability(None)
+    ('.93', '> .99', '< .01', '')
+    """
+    if chance is None:
+        return ""
+    return "> .99" if chance > 0.99 else "< .01" if chance < 0.01 else f"{chance:.2f}".removeprefix("0")
+
+
+def accuracy_text(candidate: Candidate) -> str:
+    """`0.512 ± 0.035` (one standard error), `0.512` where the error is not known, `` without accuracy."""
+    if candidate.accuracy is None:
+        return ""
+    return f"{candidate.accuracy:.3f}" + (f" ± {candidate.stderr:.3f}" if candidate.stderr is not None else "")
+
+
+def clock(seconds: float) -> str:
+    """Seconds, minutes, hours.
+
+    >>> clock(12.3), clock(185), clock(3_723)
+    ('12 s', '3:05', '1:02:03')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def point(outcome: Outcome) -> str:
+    """`sieve fraction=0.25`: the allocator that proposed the allocation, with its knobs."""
+    knobs = (f"{name}={number(value)}" for name, value in outcome.trial.knobs.items())
+    return " ".join([outcome.trial.allocator or "unnamed", *knobs])
+
+
+def varying(outcomes: Iterable[Outcome]) -> list[str]:
+    """Recipe settings that are not the same in all outcomes, in the recipe's order."""
+    recipes = [outcome.trial.recipe for outcome in outcomes]
+    return [f.name for f in fields(Recipe) if len({getattr(recipe, f.name) for recipe in recipes}) > 1]
+
+
+def recipe_words(outcome: Outcome, settings: Iterable[str]) -> list[str]:
+    """`rank 8` for each of these settings of the recipe."""
+    return [f"{name} {number(getattr(outcome.trial.recipe, name))}" for name in settings]
+
+
+def label(outcome: Outcome, settings: Iterable[str]) -> str:
+    """`sieve fraction=0.25, rank 8`: allocator, knobs, and these settings of the recipe."""
+    return ", ".join([point(outcome), *recipe_words(outcome, settings)])
+
+
+def run_id(run: Outcome) -> str:
+    """As much of a run's digest as tables show; `search.export point=` takes it."""
+    return run.digest[:8]

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from allocators.core import plugins
+from allocators.core import plugins, words
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import Signal, canonical_json
 from search.config import RunConfig, help_text, parse
@@ -27,12 +27,13 @@ from trainers import storage
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 no trial reached an accuracy, 2 the request cannot work."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words and words[0] in ("help", "-h", "--help"):
-            print(describe(words[1].removeprefix("space=")) if len(words) > 1 else overview())
+        if words.asks_for_help(given):
+            names = [word.removeprefix("space=") for word in given if word not in words.HELP]
+            print(describe(names[0]) if len(names) == 1 and "=" not in names[0] else overview())
             return 0
-        return run(parse(words))
+        return run(parse(given))
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -80,7 +81,7 @@ def prepare(config: RunConfig) -> Problem:
         # a recipe setting that the space would propose is fixed for the sampler as well
         pins={**{k: v for k, v in config.recipe.items() if k in _knobs_of(space, shape)}, **config.pins},
     )
-    check_pins(problem)
+    problem = replace(problem, pins=check_pins(problem))
     check_budget(problem)
     return problem
 
@@ -103,8 +104,7 @@ def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:
             asked = f"{key}={getattr(config, key)}" if key != "recipe" else f"recipe.{min(config.recipe)}"
             raise StudyError(f"{asked} is not what {config.replay} was recorded with ({recorded}): leave it out")
     problem = table.problem(seed=config.seed, max_trainable_params=config.max_trainable_params, pins=config.pins)
-    check_pins(problem)
-    return replace(config, **settings), problem
+    return replace(config, **settings), replace(problem, pins=check_pins(problem))
 
 
 def _needs(space: Any, pins: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
@@ -136,13 +136,14 @@ def run(config: RunConfig) -> int:
 
 
 def amounts(config: RunConfig, problem: Problem) -> RunConfig:
-    """The same with `trials` and `seeds` as numbers where they were left to their defaults."""
+    """The same with `trials` and `seeds` as numbers where they were left to their defaults, and pins of their knobs."""
     trials, seeds = config.trials, config.seeds
     if trials == -1:
         trials = len(list(corners(problem))) if problem.is_table else 16
     if seeds == -1:
         seeds = getattr(problem.space, "SEEDS", 1) if problem.is_table else 1
-    return replace(config, trials=trials, seeds=seeds)
+    pins = {name: problem.pins[name] for name in config.pins}
+    return replace(config, trials=trials, seeds=seeds, pins=pins)
 
 
 def dry_run(config: RunConfig, problem: Problem) -> None:
@@ -386,10 +387,10 @@ def _workers(
         setup={
             "namespace": pools.NAMESPACE,
             "model": _located(config.model, {**models.EMBEDDED, **models.PACKAGED}),
-            "options": {key: getattr(config, key) for key in models.OPTIONS},
+            "options": config.options("model"),
             "task": tasks.absolute(config.task),
             "task_options": {
-                **{key: getattr(config, key) for key in tasks.OPTIONS},
+                **config.options("task"),
                 "num_fewshot": config.num_fewshot if config.num_fewshot >= 0 else None,
             },
             "seed": config.seed,

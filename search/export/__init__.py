@@ -22,17 +22,17 @@ import json
 import math
 import shutil
 import sys
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from allocators.core.errors import StudyError, ToolkitError, did_you_mean, unknown
+from allocators.core import words
+from allocators.core.errors import StudyError, ToolkitError, did_you_mean
 from allocators.core.types import Outcome
 from search import records
-from search.config import RunConfig
+from search.config import RunConfig, keys, load_arguments
 from search.export.model_card import PROJECT, Card, markdown, portable, portable_command
 from search.front import Candidate, human
 from search.report import SHORT, Report
@@ -43,30 +43,26 @@ DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in safetens
 DIFFERENT = 1e-3  # of the largest logit: more than this is no rounding in float32
 
 
-def _key(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
-
-
 @dataclass(frozen=True)
 class Request:
     """What the command line asks for besides the study's folder."""
 
-    to: str = _key("", "folder, or URI such as s3://bucket/dir, to write")
-    point: str = _key("best", "best (the most accurate), knee, or the id of a run: as many digits of it as are unique")
-    format: str = _key("adapter", "adapter (ours), merged (a plain transformers model) or peft")
-    dtype: str = _key("float32", "of a merged model: float32, or stored: as the base lies on disk")
-    model: str = _key("", "the base model, where it has moved since the study")
-    overwrite: bool = _key(False, "replace an earlier export")
+    to: str = words.key("", "folder, or URI such as s3://bucket/dir, to write")
+    point: str = words.key("best", "best (the most accurate), knee, or the id of a run: as many digits as are unique")
+    format: str = words.key("adapter", "ours, a transformers model, or PEFT's", choices=("adapter", "merged", "peft"))
+    dtype: str = words.key("float32", "of a merged model (stored: as the base's)", choices=("float32", "stored"))
+    model: str = words.key("", "the base model, where it has moved since the study")
+    overwrite: bool = words.key(False, "replace an earlier export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the request cannot work."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not words or words[0] in ("help", "-h", "--help"):
+        if not given or words.asks_for_help(given):
             print(help_text())
-            return 0 if words else 2
-        folder, request = parse(words)
+            return 0 if given else 2
+        folder, request = parse(given)
         for line in export(folder, request):
             print(line, flush=True)
     except ToolkitError as error:
@@ -77,30 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def help_text() -> str:
     lines = ["usage: python -m search.export STUDY to=FOLDER [key=value ...]", "", "keys (default):"]
-    for f in fields(Request):
-        head = f"  {f.name}" + (f" ({f.default})" if f.default not in ("", False) else "")
-        lines += textwrap.wrap(f"{head:<22}{f.metadata['help']}", width=110, subsequent_indent=" " * 22)
+    lines += words.help_of(Request)
     return "\n\n".join(["\n".join(lines), *(__doc__ or "").strip().split("\n\n")[2:]])
 
 
-def parse(words: Sequence[str]) -> tuple[str, Request]:
+def parse(given: Sequence[str]) -> tuple[str, Request]:
     """The study's folder, and the rest. Raises StudyError with one line for what cannot work."""
-    known = {f.name: f.default for f in fields(Request)}
-    folders: list[str] = []
-    given: dict[str, Any] = {}
-    for word in words:
-        name, separator, value = word.partition("=")
-        if not separator:
-            folders.append(word)
-        elif name not in known:
-            raise StudyError(f"unknown key '{name}'{did_you_mean(name, known)} (help lists the keys)")
-        elif isinstance(known[name], bool):
-            if value.lower() not in ("true", "false"):
-                raise StudyError(f"{name} must be true or false, got '{value}'")
-            given[name] = value.lower() == "true"
-        else:
-            given[name] = value
-    request = Request(**given)
+    folders, pairs = words.split(given)
+    request = words.build(Request, pairs)
     if len(folders) != 1:
         raise StudyError(f"give the folder of one study, got {len(folders)}: python -m search.export STUDY to=FOLDER")
     if storage.is_uri(folders[0]):
@@ -112,10 +92,6 @@ def parse(words: Sequence[str]) -> tuple[str, Request]:
         raise StudyError("to=FOLDER is missing: where shall the export go?")
     if not storage.is_uri(request.to):
         request = replace(request, to=str(Path(request.to).expanduser()))
-    if request.format not in FORMATS:
-        raise unknown("format", request.format, FORMATS)
-    if request.dtype not in ("float32", "stored"):
-        raise unknown("dtype", request.dtype, ("float32", "stored"))
     if request.dtype != "float32" and request.format != "merged":
         raise StudyError("dtype is for format=merged: adapters are float32, whatever the base is")
     return folders[0], request
@@ -176,13 +152,12 @@ def _because(run: Outcome) -> str:
 def retrain(report: Report, run: Outcome) -> str:
     """The command that trains this point alone in a study of its own, and keeps its adapter."""
     header = report.records.header
-    settings = {f.name: header["config"][f.name] for f in fields(RunConfig) if f.name in header["config"]}
-    config = replace(
-        RunConfig(**settings), name=f"{report.records.name}-{run.digest[:SHORT]}", keep="all", dry_run=False
-    )
+    settings = {name: header["config"][name] for name in keys() if name in header["config"]}
+    config = RunConfig(**settings).without("amount")
     pins = {k: v for k, v in report.records.params_of(run.digest).items() if k not in config.recipe}
     seeds = 1 + run.trial.seed - config.seed  # repeats of a point have the seeds after the study's own
-    config = replace(config, trials=1, seeds=seeds, max_trainable_params=0, time_budget="", pins=config.pins | pins)
+    name = f"{report.records.name}-{run.digest[:SHORT]}"
+    config = replace(config, trials=1, seeds=seeds, name=name, keep="all", pins=config.pins | pins)
     return portable_command(config.command())
 
 
@@ -295,7 +270,7 @@ class Job:
 
     def load_base(self, **changes: Any) -> models.Loaded:
         """The base as the study loaded it, but for `changes`, on the CPU."""
-        arguments = models.load_arguments(self.settings) | changes
+        arguments = load_arguments(self.settings) | changes
         try:
             loaded = models.load(self.base, **arguments)
             self.base_folder = models.folder_of(self.base)
@@ -305,7 +280,7 @@ class Job:
 
     def loading(self, changes: Mapping[str, Any]) -> str:
         """Python that loads the base with this project."""
-        arguments = "".join(f", {k}={v!r}" for k, v in (models.load_arguments(self.settings) | dict(changes)).items())
+        arguments = "".join(f", {k}={v!r}" for k, v in (load_arguments(self.settings) | dict(changes)).items())
         return f"models.load({json.dumps(portable(self.base))}{arguments}).model"
 
 

@@ -9,12 +9,14 @@ of the records when they were written and are taken out again here.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Outcome
+from search.config import portable_words
 from search.front import Candidate
 from search.records import redacted
 from search.report.live import accuracy_text, number, point
@@ -29,8 +31,6 @@ LIBRARY = {"adapter": PROJECT, "merged": "transformers", "peft": "peft"}
 
 # A path that begins at the root or at home, after anything that can precede one in a command or a message.
 _PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?~?/(?:[^\s'\",\]/]+/)*([^\s'\",\]/]+)/?")
-# They say where a study ran, not what it is.
-_PLACES = re.compile(r" (?:storage|tracking_uri|ray_address|num_cpus|max_concurrent)=(?:'[^']*'|\S+)")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def portable(value: Any) -> Any:
 
 def portable_command(command: str) -> str:
     """A command line for another machine: without what says where a study runs, and without this one's folders."""
-    return portable(_PLACES.sub("", command))
+    return shlex.join(portable(word) for word in portable_words(command))
 
 
 def markdown(card: Card) -> str:

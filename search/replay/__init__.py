@@ -31,6 +31,7 @@ import asyncio
 import itertools
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -39,6 +40,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
+from allocators.core import words
 from allocators.core.errors import InfeasibleError, StudyError, ToolkitError, unknown
 from allocators.core.types import (
     Allocation,
@@ -51,6 +53,7 @@ from allocators.core.types import (
     canonical_json,
     digest_of,
 )
+from search.config import keys
 from search.export.model_card import portable, portable_command
 from search.problem import PinnedTrial, Problem, load_space
 from search.propose.sampler import Proposal
@@ -100,7 +103,7 @@ class Table:
     @property
     def settings(self) -> dict[str, Any]:
         """Keys of a study that the table fixes: space, model, task, evaluations, ..."""
-        own = ("seed", "plugins", "recipe", "pins", "scheduler", "eta")  # the user's to choose, or in the rows already
+        own = {*keys(decides="proposals")} - {*keys(where="space")}  # the user's to choose, or in the rows already
         return {key: value for key, value in self.about["identity"].items() if key not in own}
 
     def problem(
@@ -435,23 +438,34 @@ def _line(outcome: Outcome, params: Mapping[str, Any], study_seed: int) -> dict[
     }
 
 
+@dataclass(frozen=True)
+class Target:
+    """The key of the command line."""
+
+    to: str = words.key("", "the table to write, a .parquet file")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the request cannot work."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    targets = [word.removeprefix("to=") for word in words if word.startswith("to=")]
-    folders = [word for word in words[1:] if not word.startswith("to=")]
-    if not words or words[0] != "export" or len(targets) != 1 or not folders:
-        print("usage: python -m search.replay export STUDY [STUDY ...] to=FILE.parquet", file=sys.stderr)
-        return 2
+    given = list(sys.argv[1:] if argv is None else argv)
+    usage = "usage: python -m search.replay export STUDY [STUDY ...] to=FILE.parquet"
+    if words.asks_for_help(given):
+        print("\n".join([usage, "", *words.help_of(Target)]))
+        return 0
     try:
-        table = export(folders, targets[0])
+        bare, pairs = words.split(given)
+        target = words.build(Target, pairs)
+        if bare[:1] != ["export"] or not bare[1:] or not target.to:
+            print(usage, file=sys.stderr)
+            return 2
+        table = export(bare[1:], target.to)
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     points = len({canonical_json(dict(row.params)) for row in table.rows.values()})
-    size = Path(targets[0]).stat().st_size
+    size = Path(target.to).stat().st_size
     print(
         f"{len(table.rows)} trainings of {points} points with seeds {', '.join(map(str, table.seeds))}, "
-        f"{size / 1024:.0f} KiB\npython -m search.run replay={targets[0]}"
+        f"{size / 1024:.0f} KiB\npython -m search.run {shlex.quote(f'replay={target.to}')}"
     )
     return 0

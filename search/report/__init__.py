@@ -9,7 +9,6 @@ standard errors, and how many seeds stand behind a point is always named. Furthe
 
 from __future__ import annotations
 
-import argparse
 import csv
 import html
 import io
@@ -32,8 +31,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from allocators.core import words
 from allocators.core.errors import ToolkitError
 from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, best_under
+from search.config import load_arguments
 from search.front import Candidate, candidates, front, human, knee
 from search.records import Records, flattened, read, write_atomically
 from search.report import attribution
@@ -49,7 +50,6 @@ from search.report.uncertainty import (
     rank_correlation,
     selection_bias,
 )
-from trainers import models
 
 BASELINES = ("random", "uniform")  # what an allocation has to beat at equal parameters
 GREYS = {"none": "#b8b8b8", "all": "#555555", "random": "#888888", "uniform": "#9a8f80"}
@@ -279,7 +279,7 @@ def _terminal_table(section: Section) -> Table:
 
 def load_code(model: str, adapter: str, *, settings: Mapping[str, Any]) -> str:
     """The lines of Python that put a trained adapter on its model, loaded with the study's `settings`."""
-    arguments = "".join(f", {key}={value!r}" for key, value in models.load_arguments(settings).items())
+    arguments = "".join(f", {key}={value!r}" for key, value in load_arguments(settings).items())
     return (
         f"from trainers import adapter, models\n"
         f"model = models.load({json.dumps(model)}{arguments}).model\n"
@@ -803,9 +803,13 @@ def _cells(report: Report, run: Outcome) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 there is no study in the folder or it cannot be written."""
-    parser = argparse.ArgumentParser(prog="python -m search.report", description="Writes and prints a study's report.")
-    parser.add_argument("folder", help="folder of the study, as search.run named it")
-    folder = parser.parse_args(argv).folder
+    given = list(sys.argv[1:] if argv is None else argv)
+    usage = "usage: python -m search.report STUDY     the folder of a study: writes and prints its report"
+    if words.asks_for_help(given) or len(given) != 1:
+        asked = words.asks_for_help(given)
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    folder = given[0]
     try:
         show(write(folder))
     except ToolkitError as error:

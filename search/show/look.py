@@ -15,7 +15,6 @@ allocators that need another signal are left out. Several files of sensitivity a
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 import time
 import types
@@ -23,55 +22,52 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from allocators.core import plugins
+from allocators.core import plugins, words
 from allocators.core.errors import InfeasibleError, StudyError, ToolkitError, ToolkitWarning, did_you_mean, unknown
 from allocators.core.layers import total_or_default
 from allocators.core.types import ModelShape, Signal
+from search.config import load_arguments
 from search.show import views
 from search.show.views import Row, Shown
-
-
-def _key(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass(frozen=True)
 class ShowConfig:
     """The keys of the command line; every other key is a knob of the allocators."""
 
-    model: str = _key(
+    model: str = words.key(
         "", "embedded or packaged name, folder or Hugging Face id (empty: the signal's model, or tiny-moe)"
     )
-    dtype: str = _key("auto", "of the model that signals are measured on, and the next three: as in a study")
-    attn: str = _key("auto", "implementation of attention")
-    quantization: str = _key("", "nf4 or int8 for linear layers (empty: none)")
-    trust_remote_code: bool = _key(False, "run Python code from the model's repository: it gets all your rights")
-    task: str = _key("default", "whose training documents signals are measured on")
-    allocator: str = _key("", "which ones, comma-separated (empty: all that fit the model)")
-    rank: int = _key(8, "LoRA rank that parameters are counted at")
-    samples: int = _key(256, "training documents to measure on")
-    seed: int = _key(0, "seed of the sample, and of allocators that draw")
-    signal: str = _key("", "signal files to read instead of measuring, comma-separated")
-    cache: str = _key("studies/signals", "folder where measured signals are kept")
-    device: str = _key("", "torch device to measure on (empty: cuda where there is one)")
-    png: str = _key("", "also draw everything into this PNG file")
-    html: str = _key("", "also write everything into this HTML file")
-    plugins: str = _key("", "files, folders or modules with own allocators, comma-separated")
+    dtype: str = words.key("auto", "of the model that signals are measured on, and the next three: as in a study")
+    attn: str = words.key("auto", "implementation of attention")
+    quantization: str = words.key("", "nf4 or int8 for linear layers (empty: none)")
+    trust_remote_code: bool = words.key(False, "run Python code from the model's repository: it gets all your rights")
+    task: str = words.key("default", "whose training documents signals are measured on")
+    allocator: tuple[str, ...] = words.key((), "which ones (empty: all that fit the model)")
+    rank: int = words.key(8, "LoRA rank that parameters are counted at", least=1)
+    samples: int = words.key(256, "training documents to measure on", least=1)
+    seed: int = words.key(0, "seed of the sample, and of allocators that draw", least=0)
+    signal: tuple[str, ...] = words.key((), "signal files to read instead of measuring")
+    cache: str = words.key("studies/signals", "folder where measured signals are kept")
+    device: str = words.key("", "torch device to measure on (empty: cuda where there is one)")
+    png: str = words.key("", "also draw everything into this PNG file")
+    html: str = words.key("", "also write everything into this HTML file")
+    plugins: tuple[str, ...] = words.key((), "files, folders or modules with own allocators")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr where the request cannot be answered."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        if any(word in ("help", "-h", "--help") for word in words):
+        if words.asks_for_help(given):
             print(help_text())
             return 0
-        config, knobs = parse(words)
+        config, knobs = parse(given)
         shown = look(config, knobs)
         if config.png:
             _saving(config.png, lambda file: views.draw_png(shown, file))
@@ -84,45 +80,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(words: Sequence[str]) -> tuple[ShowConfig, dict[str, Any]]:
+def parse(given: Sequence[str]) -> tuple[ShowConfig, dict[str, Any]]:
     """Words `key=value` to the keys of `ShowConfig` and all others, which must prove to be knobs.
 
-    Raises StudyError for a word without `=` or a value of the wrong type.
+    Raises StudyError for a word without `=`, a key that is given twice, or a value of the wrong type.
     """
-    kinds = {f.name: type(f.default) for f in fields(ShowConfig)}
-    given: dict[str, Any] = {}
-    knobs: dict[str, Any] = {}
-    for word in words:
-        key, separator, value = word.partition("=")
-        if not separator:
-            raise StudyError(f"'{word}' is not key=value, for example model=tiny-moe (help lists the keys)")
-        if key not in kinds:
-            knobs[key] = _scalar(value)
-        elif kinds[key] is int:
-            if not value.isdecimal() or (key != "seed" and int(value) < 1):
-                raise StudyError(f"{key} must be a whole number of at least {int(key != 'seed')}, got '{value}'")
-            given[key] = int(value)
-        elif kinds[key] is bool:
-            if value not in ("true", "false"):
-                raise StudyError(f"{key} must be true or false, got '{value}'")
-            given[key] = value == "true"
-        else:
-            given[key] = value
-    return ShowConfig(**given), knobs
+    known = {f.name for f in fields(ShowConfig)}
+    pairs = words.split(given, example="model=tiny-moe")[1]
+    config = words.build(ShowConfig, [pair for pair in pairs if pair[0] in known])
+    return config, {name: words.read_value(text) for name, text in pairs if name not in known}
 
 
 def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
     """Measures or reads what is needed and asks every allocator. Everything that can be refused is refused first."""
     from trainers import models
 
-    for plugin in _list(config.plugins):
+    for plugin in config.plugins:
         plugins.add(plugin)
-    signals, origins = _read(_list(config.signal))
+    signals, origins = _read(config.signal)
     model = config.model or _model_of(signals) or "tiny-moe"
     models.check_options(dtype=config.dtype, attn=config.attn, quantization=config.quantization)
     shape = models.shape_of(model, trust_remote_code=config.trust_remote_code)
 
-    names = _list(config.allocator) or [
+    names = config.allocator or [
         name
         for name in plugins.fitting(shape)
         if not signals or plugins.load("allocators", name).NEEDS in (None, *signals)
@@ -223,8 +203,7 @@ class _Source:
         self.scratch = Path(config.cache)
         self.loading_seconds = 0.0
         self.seen = 0
-        self._device = config.device
-        self._options = {key: getattr(config, key) for key in ("dtype", "attn", "quantization", "trust_remote_code")}
+        self._config = config
 
     def folder(self) -> Path:
         from trainers import models
@@ -243,7 +222,7 @@ class _Source:
 
         from trainers import models
 
-        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self._config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         models.dtype_on(device)  # refuses one that does not exist, also for what is computed without the model
         return device
 
@@ -251,19 +230,21 @@ class _Source:
     def dtype(self) -> str:
         from trainers import models
 
-        numbers = {key: self._options[key] for key in ("dtype", "attn", "quantization")}
-        return models.numbers_of(self.device, **numbers)
+        asked = self._config
+        return models.numbers_of(self.device, dtype=asked.dtype, attn=asked.attn, quantization=asked.quantization)
 
     @cached_property
     def _loaded(self) -> Any:
         from trainers import models
 
-        told = {key: self._options[key] for key in ("quantization", "trust_remote_code")}
-        for line in models.remarks(self.name, self.shape, **told):
+        asked = self._config
+        for line in models.remarks(
+            self.name, self.shape, quantization=asked.quantization, trust_remote_code=asked.trust_remote_code
+        ):
             _say(f"note: {line}")
         _say(f"loading {self.name} …")
         begun = time.monotonic()
-        loaded = models.load(self.name, device=self.device, **self._options)
+        loaded = models.load(self.name, device=self.device, **load_arguments(vars(asked)))
         self.loading_seconds = time.monotonic() - begun
         loaded.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
         return loaded
@@ -350,9 +331,7 @@ def _check_types(name: str, module: Any, knobs: Mapping[str, Any]) -> None:
 def help_text() -> str:
     """Keys with their defaults, then every allocator with its knobs."""
     lines = [(__doc__ or "").strip(), "", "keys:"]
-    for f in fields(ShowConfig):
-        default = f" ({f.default})" if f.default != "" else ""
-        lines.append(f"  {f.name + default:<26} {f.metadata['help']}")
+    lines += words.help_of(ShowConfig)
     lines += ["", "allocators and knobs:"]
     for name in plugins.names("allocators"):
         module = plugins.load("allocators", name)
@@ -368,18 +347,6 @@ def help_text() -> str:
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
-
-
-def _list(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
-
-
-def _scalar(text: str) -> Any:
-    """A number, true, false or null as JSON writes it, else the text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _say(message: str) -> None:

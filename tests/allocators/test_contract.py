@@ -134,7 +134,6 @@ SOURCES = [
 EDGES = {
     "ray": {"search/engine/workers.py", "search/engine/tune.py", "trainers/worker.py"},
     "mlflow": {"search/records/tracking.py"},
-    "omegaconf": {"search/config.py"},
 }
 
 

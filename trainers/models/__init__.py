@@ -21,12 +21,11 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.util
-import inspect
 import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +48,6 @@ EMBEDDED: dict[str, Path] = {
 # Models that a Python package ships: a function that gives their folder, converting them when it is first called.
 PACKAGED: dict[str, Callable[[], Path]] = {smollm2.NAME: smollm2.folder}
 
-# What `load` takes besides name and device; RunConfig has keys of these names.
-OPTIONS = ("dtype", "attn", "gradient_checkpointing", "quantization", "trust_remote_code", "shard")
-_SAME_LOSSES = ("gradient_checkpointing", "shard")  # options that change what a training costs, not what comes out
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 QUANTIZATION = ("nf4", "int8")
@@ -207,13 +203,6 @@ def remarks(name: str, shape: ModelShape, *, quantization: str, trust_remote_cod
             f"{stacked / (stacked + linear):.0%} of the weights of its layers ({stacked:,} of {stacked + linear:,})"
         )
     return lines
-
-
-def load_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `load` must be told besides the name to make of it what a study with these settings trained on."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(load).parameters.items()}
-    keys = [key for key in OPTIONS if key in settings and key not in _SAME_LOSSES]
-    return {key: settings[key] for key in keys if settings[key] != defaults[key]}
 
 
 def load(

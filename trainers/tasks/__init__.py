@@ -106,9 +106,6 @@ _HASHED = (
     "repeats",
 )
 
-# What `load_task` takes that RunConfig has keys for.
-OPTIONS = ("limit", "training_limit", "metric", "num_fewshot", "fewshot_seed", "chat_template")
-
 Messages = Callable[..., str]  # a conversation to the text of a prompt
 
 

@@ -383,15 +383,7 @@ def load_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
 def portable_words(command: str) -> list[str]:
     """The words of a printed command without those that say on which machine it ran."""
     machine = keys(where="machine")
-    return [word for word in shell_words(command) if word.partition("=")[0] not in machine]
-
-
-def shell_words(command: str) -> list[str]:
-    """The words of a printed command; earlier versions did not quote them."""
-    try:
-        return shlex.split(command)
-    except ValueError:
-        return command.split()
+    return [word for word in words.shell_words(command) if word.partition("=")[0] not in machine]
 
 
 def _seconds(text: str) -> float:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import shlex
 import textwrap
 import typing
 from collections.abc import Collection, Iterable, Sequence
@@ -193,6 +194,14 @@ def write_list(items: Sequence[str]) -> str:
     if read_list(plain) == list(items):
         return plain
     return "[" + ",".join('"' + item.replace('"', '""') + '"' for item in items) + "]"
+
+
+def shell_words(command: str) -> list[str]:
+    """The words of a printed command; of one that an earlier version did not quote, what spaces separate."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return command.split()
 
 
 def check(settings: Any) -> None:

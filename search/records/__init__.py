@@ -30,6 +30,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 import uuid
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self, get_args
 
+from allocators.core import words
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import FINISHED, ModelShape, Outcome
 from trainers.versions import versions
@@ -241,7 +243,7 @@ class Study(Records):
                 f"name=NEW"
             ) from None
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        asked = {"config": redacted(config), "identity": redacted(identity), "command": redacted(command)}
+        asked = {"config": redacted(config), "identity": redacted(identity), "command": _redacted_command(command)}
         asked |= {"shape": shape.to_json(), "versions": versions(), "table": dict(table)}
         if (folder / HEADER).exists():
             old = _read_header(folder)
@@ -434,6 +436,11 @@ def redacted(value: Any, key: str = "") -> Any:
     if isinstance(value, str) and value:
         return "***" if _SECRET_KEY.search(key) else _URL_SECRET.sub(r"\1***", _URL_LOGIN.sub("***@", value))
     return value
+
+
+def _redacted_command(command: str) -> str:
+    """Word by word: a secret in a quoted word ends before the quote."""
+    return shlex.join(redacted(word) for word in words.shell_words(command))
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:

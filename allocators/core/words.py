@@ -101,7 +101,7 @@ def split(
 
 
 def parse(words: Sequence[str], settings: type[S], *, example: str = "") -> S:
-    """Words `key=value` to a dataclass whose fields are made by `key`.
+    """Words `key=value` to a dataclass, whose fields may be made by `key`.
 
     Raises StudyError for a word without `=`, an unknown key or one given twice, and a value that the key does not take.
     """
@@ -207,7 +207,7 @@ def shell_words(command: str) -> list[str]:
 def check(settings: Any) -> None:
     """Raises StudyError for a field whose value is out of its limits or not finite."""
     for f in fields(settings):
-        value, limits = getattr(settings, f.name), f.metadata["limits"]
+        value, limits = getattr(settings, f.name), _limits(f)
         if limits.choices and value not in limits.choices:
             raise unknown(f.name, str(value), [choice for choice in limits.choices if choice])
         if limits.least is None or value == limits.unset:
@@ -224,24 +224,29 @@ def help_of(settings: Any, *, only: Collection[str] | None = None, width: int = 
     left = min(34, max(map(len, heads), default=0) + 2)
     lines: list[str] = []
     for f, head in zip(known, heads, strict=True):
-        choices = [choice for choice in f.metadata["limits"].choices if choice]
-        meaning = f.metadata["help"] + (f" [{' | '.join(choices)}]" if choices else "")
+        choices = [choice for choice in _limits(f).choices if choice]
+        meaning = f.metadata.get("help", "") + (f" [{' | '.join(choices)}]" if choices else "")
         line = f"{head + '  ':<{left}}{meaning}"
         lines += textwrap.wrap(line, width=width, subsequent_indent=" " * left, break_on_hyphens=False)
     return lines
+
+
+def _limits(f: Field[Any]) -> Limits:
+    """Of a field that is not made by `key`: none."""
+    return f.metadata.get("limits", Limits())
 
 
 def _head(f: Field[Any]) -> str:
     default = "" if f.default is MISSING else f.default
     if isinstance(default, tuple):
         default = ",".join(map(str, default))
-    told = default not in ("", None) and default != f.metadata["limits"].unset
+    told = default not in ("", None) and default != _limits(f).unset
     return f"  {f.name}" + (f" ({str(default).lower() if isinstance(default, bool) else default})" if told else "")
 
 
 def _example(settings: Any) -> str:
-    first = next((f for f in fields(settings) if f.default not in (MISSING, "")), fields(settings)[0])
-    return f"{first.name}={first.default}"
+    first = next((f for f in fields(settings) if isinstance(f.default, str | int | float) and f.default), None)
+    return f"{first.name}={first.default}" if first else f"{fields(settings)[0].name}=VALUE"
 
 
 def matching(pin: Value, choices: Sequence[Any]) -> list[Any]:

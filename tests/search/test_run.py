@@ -8,8 +8,10 @@ import sys
 
 import pytest
 
+from search import export, replay, report
 from search.config import HEADINGS
 from search.run import main
+from search.show import look
 
 
 def said(capsys, *words: str) -> str:
@@ -91,6 +93,15 @@ def test_help_is_asked_for_in_any_place_and_is_grouped(capsys):
         assert max(map(len, text.partition("spaces:")[0].splitlines())) <= 120
     assert main(["help", "space=mola"]) == 0
     assert "pattern" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [main, export.main, replay.main, report.main, look.main])
+def test_every_command_has_a_help_and_one_reading(command, capsys):
+    for word in ("help", "-h", "--help"):
+        assert command([word]) == 0
+        out, err = capsys.readouterr()
+        assert "python -m " in out
+        assert not err
 
 
 def test_a_dense_model_in_the_sieve_space_is_refused(capsys, dense_model):

@@ -9,8 +9,10 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -484,3 +486,13 @@ def test_what_is_no_path_of_this_machine_stays(text):
 def test_a_command_keeps_what_the_result_depends_on():
     command = "python -m search.run space=sieve storage=/x/y tracking_uri='http://h /' seed=3 task=/d/q.yaml num_cpus=2"
     assert portable_command(command) == "python -m search.run space=sieve seed=3 task=path/to/q.yaml"
+
+
+def test_a_printed_command_runs_in_a_shell_and_on_another_machine():
+    config = RunConfig(model="/home/me/my models/olmoe", metric="a & b", storage="/home/me/it's", max_concurrent=2)
+    config = replace(config, pins={"pattern": "2468", "name": 'say "hi" #1'}, plugins=["/home/me/own.py", "b,c.py"])
+    words = shlex.split(portable_command(config.command()))
+    assert "max_concurrent" not in " ".join(words)
+    again = parse(words[3:])
+    assert (again.metric, again.plugins, again.storage) == ("a & b", ["path/to/own.py", "b,c.py"], "studies")
+    assert again.pins == {"pattern": 2468, "name": 'say "hi" #1'}

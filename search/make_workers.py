@@ -94,10 +94,10 @@ def worker_setup(config: RunConfig, locations: Locations) -> WorkerSetup:
     """What each worker loads, and where it writes."""
     return WorkerSetup(
         model=_located(config.model),
-        options={key: getattr(config, key) for key in models.OPTIONS},
+        options=config.options("model"),
         task=tasks.absolute(config.task),
         task_options={
-            **{key: getattr(config, key) for key in tasks.OPTIONS},
+            **config.options("task"),
             "num_fewshot": config.num_fewshot if config.num_fewshot >= 0 else None,
         },
         seed=config.seed,

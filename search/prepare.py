@@ -50,7 +50,7 @@ def prepare_training(config: RunConfig) -> Problem:
         # a recipe setting that the space would propose is fixed for the sampler as well
         pins={**{k: v for k, v in config.recipe.items() if k in _knobs_of(space, shape)}, **config.pins},
     )
-    check_pins(problem)
+    problem = replace(problem, pins=check_pins(problem))
     check_budget(problem)
     return problem
 
@@ -72,18 +72,18 @@ def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:
             asked = f"{key}={getattr(config, key)}" if key != "recipe" else f"recipe.{min(config.recipe)}"
             raise StudyError(f"{asked} is not what {config.replay} was recorded with ({recorded}): leave it out")
     problem = table_problem(table, seed=config.seed, max_trainable_params=config.max_trainable_params, pins=config.pins)
-    check_pins(problem)
-    return replace(config, **settings), problem
+    return replace(config, **settings), replace(problem, pins=check_pins(problem))
 
 
 def amounts(config: RunConfig, problem: Problem) -> RunConfig:
-    """The same with `trials` and `seeds` as numbers where they were left to their defaults."""
+    """The same with `trials` and `seeds` as numbers where they were left to their defaults, and pins of their knobs."""
     trials, seeds = config.trials, config.seeds
     if trials == -1:
         trials = len(list(corners(problem))) if problem.is_table else 16
     if seeds == -1:
         seeds = getattr(problem.space, "SEEDS", 1) if problem.is_table else 1
-    return replace(config, trials=trials, seeds=seeds)
+    pins = {name: problem.pins[name] for name in config.pins}
+    return replace(config, trials=trials, seeds=seeds, pins=pins)
 
 
 def _knobs_of(space: ModuleType, shape: ModelShape) -> set[str]:

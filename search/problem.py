@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
-from allocators.core import plugins
+from allocators.core import plugins, words
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError, unknown
 from allocators.core.types import Allocation, ModelShape, Point, Signal, SignalKind, Trial
+from allocators.core.words import Value
 from search.config import make_recipe
 
 
@@ -36,7 +38,7 @@ class Problem:
     signals: Mapping[str, Signal] = field(default_factory=dict)
     task_recipe: Mapping[str, Any] = field(default_factory=dict)
     fixed_recipe: Mapping[str, Any] = field(default_factory=dict)
-    pins: Mapping[str, Any] = field(default_factory=dict)
+    pins: Mapping[str, Value] = field(default_factory=dict)
 
     @property
     def suggest(self) -> Callable[[Any, ModelShape], Point]:
@@ -55,7 +57,7 @@ class Problem:
     @property
     def needs(self) -> list[SignalKind]:
         """Kinds of signal that have to be measured: what the space's allocators read, or the pinned one of them."""
-        return kinds_read([self.pins["allocator"]] if "allocator" in self.pins else self.space.ALLOCATORS)
+        return kinds_read([str(self.pins["allocator"])] if "allocator" in self.pins else self.space.ALLOCATORS)
 
     def measured(self, signals: Mapping[str, Signal]) -> Problem:
         """The same with these signals in the place of all that stood for them."""
@@ -112,7 +114,7 @@ class Proposal:
 class PinnedTrial:
     """An Optuna trial whose pinned knobs are not suggested but given; everything else goes to the real trial."""
 
-    def __init__(self, trial: Any, pins: Mapping[str, Any]) -> None:
+    def __init__(self, trial: Any, pins: Mapping[str, Value]) -> None:
         self._trial = trial
         self._pins = pins
         self.params: dict[str, Any] = {}
@@ -120,26 +122,32 @@ class PinnedTrial:
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
         if name not in self._pins:
             return self._keep(name, self._trial.suggest_categorical(name, choices))
-        if self._pins[name] not in choices:
+        meant = words.matching(self._pins[name], choices)
+        if not meant:
             raise unknown(f"value of space.{name}", str(self._pins[name]), [str(c) for c in choices])
-        return self._keep(name, self._pins[name])
+        if len(meant) > 1:
+            several = ", ".join(map(repr, meant))
+            raise StudyError(f"space.{name}={self._pins[name]} is one of {several}: quote it, in a file (config=FILE)")
+        return self._keep(name, meant[0])
 
     def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
         if name not in self._pins:
             return self._keep(name, self._trial.suggest_float(name, low, high, **options))
-        value = self._pins[name]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        value = _number(self._pins[name])
+        if value is None or not math.isfinite(value):
             raise StudyError(
-                f"space.{name}={value} is not possible: it must be a number, the space uses {low} .. {high}"
+                f"space.{name}={self._pins[name]} is not possible: it must be a number, the space uses {low} .. {high}"
             )
         return self._keep(name, float(value))
 
     def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
         if name not in self._pins:
             return self._keep(name, self._trial.suggest_int(name, low, high, **options))
-        value = self._pins[name]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise StudyError(f"space.{name}={value} is not possible: it must be whole, the space uses {low} .. {high}")
+        value = _number(self._pins[name])
+        if not isinstance(value, int):
+            raise StudyError(
+                f"space.{name}={self._pins[name]} is not possible: it must be whole, the space uses {low} .. {high}"
+            )
         return self._keep(name, value)
 
     def _keep(self, name: str, value: Any) -> Any:
@@ -150,6 +158,12 @@ class PinnedTrial:
 def kinds_read(allocators: Iterable[str]) -> list[SignalKind]:
     """Kinds of signal that these allocators read."""
     return sorted({kind for name in allocators if (kind := plugins.load("allocators", name).NEEDS)})
+
+
+def _number(pin: Value) -> int | float | None:
+    """A pin as the number that it is, or that a file has between quotes; None where it is none."""
+    value = words.read_value(pin) if isinstance(pin, str) else pin
+    return None if isinstance(value, bool | str) else value
 
 
 def load_space(name: str, shape: ModelShape) -> ModuleType:
@@ -215,13 +229,17 @@ def corners(problem: Problem, *, high: bool = False) -> Iterator[tuple[Point, di
         script = [choice for choice, _ in taken[:-1]] + [taken[-1][0] + 1]
 
 
-def check_pins(problem: Problem) -> None:
-    """Raises StudyError for a pinned knob that the space does not have, or a value it cannot take."""
-    seen = {name for _, params in corners(problem) for name in params}
+def check_pins(problem: Problem) -> dict[str, Value]:
+    """The pins as values of their knobs: `2468` is text where the choices are texts.
+
+    Raises StudyError for a pinned knob that the space does not have, or a value it cannot take.
+    """
+    seen = {name: value for _, params in corners(problem) for name, value in params.items()}
     for name in problem.pins:
         if name not in seen:
             space = problem.space.__name__.rsplit(".", 1)[-1]
             raise unknown(f"knob of space={space}", name, seen)
+    return {name: seen[name] for name in problem.pins}
 
 
 def cheapest(problem: Problem) -> int | None:

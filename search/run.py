@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from allocators.core import plugins
+from allocators.core import plugins, words
 from allocators.core.errors import ToolkitError
 from search.config import RunConfig, help_text, parse
 from search.prepare import prepare
@@ -18,12 +18,13 @@ from search.records.redact import redacted
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 1 no trial reached an accuracy, 2 the request cannot work."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words and words[0] in ("help", "-h", "--help"):
-            print(describe(words[1].removeprefix("space=")) if len(words) > 1 else overview())
+        if words.asks_for_help(given):
+            names = [word.removeprefix("space=") for word in given if word not in words.HELP]
+            print(describe(names[0]) if len(names) == 1 and "=" not in names[0] else overview())
             return 0
-        return run(parse(words))
+        return run(parse(given))
     except ToolkitError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2

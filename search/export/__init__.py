@@ -8,14 +8,14 @@ The command is `__main__.py`, what a format computes `formats.py`, the card `mod
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from allocators.core import words
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import Outcome
 from search import records
-from search.config import RunConfig
+from search.config import RunConfig, keys
 from search.export.formats import FORMATS, Conversion
 from search.export.model_card import PROJECT, Card, markdown
 from search.front import Candidate
@@ -25,20 +25,16 @@ from search.text import accuracy_text, human, run_id
 from trainers import storage
 
 
-def _key(default: Any, meaning: str) -> Any:
-    return field(default=default, metadata={"help": meaning})
-
-
 @dataclass(frozen=True)
 class Request:
     """What the command line asks for besides the study's folder."""
 
-    to: str = _key("", "folder, or URI such as s3://bucket/dir, to write")
-    point: str = _key("best", "best (the most accurate), knee, or the id of a run: as many digits of it as are unique")
-    format: str = _key("adapter", "adapter (ours), merged (a plain transformers model) or peft")
-    dtype: str = _key("float32", "of a merged model: float32, or stored: as the base lies on disk")
-    model: str = _key("", "the base model, where it has moved since the study")
-    overwrite: bool = _key(False, "replace an earlier export")
+    to: str = words.key("", "folder, or URI such as s3://bucket/dir, to write")
+    point: str = words.key("best", "best (the most accurate), knee, or the id of a run: as many digits as are unique")
+    format: str = words.key("adapter", "ours, a transformers model, or PEFT's", choices=tuple(FORMATS))
+    dtype: str = words.key("float32", "of a merged model (stored: as the base's)", choices=("float32", "stored"))
+    model: str = words.key("", "the base model, where it has moved since the study")
+    overwrite: bool = words.key(False, "replace an earlier export")
 
 
 # --- the point
@@ -97,11 +93,12 @@ def _because(run: Outcome) -> str:
 def retrain(report: Report, run: Outcome) -> str:
     """The command that trains this point alone in a study of its own, and keeps its adapter."""
     header = report.records.header
-    settings = {f.name: header["config"][f.name] for f in fields(RunConfig) if f.name in header["config"]}
-    config = replace(RunConfig(**settings), name=f"{report.records.name}-{run_id(run)}", keep="all", dry_run=False)
+    settings = {name: header["config"][name] for name in keys() if name in header["config"]}
+    config = RunConfig(**settings).without("amount")
     pins = {k: v for k, v in report.records.params_of(run.digest).items() if k not in config.recipe}
     seeds = 1 + run.trial.seed - config.seed  # repeats of a point have the seeds after the study's own
-    config = replace(config, trials=1, seeds=seeds, max_trainable_params=0, time_budget="", pins=config.pins | pins)
+    name = f"{report.records.name}-{run_id(run)}"
+    config = replace(config, trials=1, seeds=seeds, name=name, keep="all", pins=config.pins | pins)
     return portable_command(config.command())
 
 

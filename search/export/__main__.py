@@ -19,27 +19,25 @@ at all.
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from allocators.core.errors import StudyError, ToolkitError, did_you_mean, unknown
+from allocators.core import words
+from allocators.core.errors import StudyError, ToolkitError
 from search.export import Request, write
-from search.export.formats import FORMATS
 from search.records.redact import redacted
 from trainers import storage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the request cannot work."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        if not words or words[0] in ("help", "-h", "--help"):
+        if not given or words.asks_for_help(given):
             print(help_text())
-            return 0 if words else 2
-        folder, request = parse(words)
+            return 0 if given else 2
+        folder, request = parse(given)
         for line in write(folder, request):
             print(line, flush=True)
     except ToolkitError as error:
@@ -50,30 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def help_text() -> str:
     lines = ["usage: python -m search.export STUDY to=FOLDER [key=value ...]", "", "keys (default):"]
-    for f in fields(Request):
-        head = f"  {f.name}" + (f" ({f.default})" if f.default not in ("", False) else "")
-        lines += textwrap.wrap(f"{head:<22}{f.metadata['help']}", width=110, subsequent_indent=" " * 22)
+    lines += words.help_of(Request)
     return "\n\n".join(["\n".join(lines), *(__doc__ or "").strip().split("\n\n")[2:]])
 
 
-def parse(words: Sequence[str]) -> tuple[str, Request]:
+def parse(given: Sequence[str]) -> tuple[str, Request]:
     """The study's folder, and the rest. Raises StudyError with one line for what cannot work."""
-    known = {f.name: f.default for f in fields(Request)}
-    folders: list[str] = []
-    given: dict[str, Any] = {}
-    for word in words:
-        name, separator, value = word.partition("=")
-        if not separator:
-            folders.append(word)
-        elif name not in known:
-            raise StudyError(f"unknown key '{name}'{did_you_mean(name, known)} (help lists the keys)")
-        elif isinstance(known[name], bool):
-            if value.lower() not in ("true", "false"):
-                raise StudyError(f"{name} must be true or false, got '{value}'")
-            given[name] = value.lower() == "true"
-        else:
-            given[name] = value
-    request = Request(**given)
+    folders, pairs = words.split(given)
+    request = words.build(Request, pairs)
     if len(folders) != 1:
         raise StudyError(f"give the folder of one study, got {len(folders)}: python -m search.export STUDY to=FOLDER")
     if storage.is_uri(folders[0]):
@@ -85,10 +67,6 @@ def parse(words: Sequence[str]) -> tuple[str, Request]:
         raise StudyError("to=FOLDER is missing: where shall the export go?")
     if not storage.is_uri(request.to):
         request = replace(request, to=str(Path(request.to).expanduser()))
-    if request.format not in FORMATS:
-        raise unknown("format", request.format, FORMATS)
-    if request.dtype not in ("float32", "stored"):
-        raise unknown("dtype", request.dtype, ("float32", "stored"))
     if request.dtype != "float32" and request.format != "merged":
         raise StudyError("dtype is for format=merged: adapters are float32, whatever the base is")
     return folders[0], request

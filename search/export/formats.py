@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Outcome
+from search.config import load_arguments
 from search.records.redact import portable
 from trainers import models
 
@@ -71,7 +72,7 @@ class Conversion:
 
     def load_base(self, **changes: Any) -> models.Loaded:
         """The base as the study loaded it, but for `changes`, on the CPU."""
-        arguments = models.load_arguments(self.settings) | changes
+        arguments = load_arguments(self.settings) | changes
         try:
             loaded = models.load(self.base, **arguments)
             self.base_folder = models.folder_of(self.base)
@@ -82,7 +83,7 @@ class Conversion:
     @property
     def loading(self) -> str:
         """Python that loads the base with this project."""
-        arguments = "".join(f", {key}={value!r}" for key, value in models.load_arguments(self.settings).items())
+        arguments = "".join(f", {key}={value!r}" for key, value in load_arguments(self.settings).items())
         return f"models.load({json.dumps(portable(self.base))}{arguments}).model"
 
     @property

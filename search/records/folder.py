@@ -43,7 +43,7 @@ from search.records.files import (
     write_atomically,
 )
 from search.records.header import read_header
-from search.records.redact import redacted
+from search.records.redact import redacted, redacted_command
 from trainers import storage
 from trainers.versions import versions
 
@@ -84,7 +84,7 @@ class StudyFolder(Records):
         that leads out of it.
         """
         folder = Path(folder)
-        asked = {"config": redacted(config), "identity": redacted(identity), "command": redacted(command)}
+        asked = {"config": redacted(config), "identity": redacted(identity), "command": redacted_command(command)}
         asked |= {"shape": shape.to_json(), "versions": versions(), "table": dict(table)}
         try:
             folder.mkdir(parents=True, exist_ok=True)

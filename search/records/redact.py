@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from allocators.core import words
+from search.config import portable_words
 
 _SECRET_KEY = re.compile(
     r"(^|[._-])(password|passwd|pwd|secret|token|api_?key|access_?key|secret_?key|credentials?|signature|sig)$",
@@ -29,8 +33,6 @@ _SECRETS = (
 
 # A path that begins at the root or at home, after anything that can precede one in a command or a message.
 _PATH = re.compile(r"(?<![\w.:/~-])(?:file://)?~?/(?:[^\s'\",\]/]+/)*([^\s'\",\]/]+)/?")
-# They say where a study ran, not what it is.
-_PLACES = re.compile(r" (?:storage|tracking_uri|ray_address|num_cpus|max_concurrent)=(?:'[^']*'|\S+)")
 
 
 def redacted(value: Any, key: str = "") -> Any:
@@ -84,4 +86,9 @@ def portable(value: Any) -> Any:
 
 def portable_command(command: str) -> str:
     """A command line for another machine: without what says where a study runs, and without this one's folders."""
-    return portable(_PLACES.sub("", command))
+    return shlex.join(portable(word) for word in portable_words(command))
+
+
+def redacted_command(command: str) -> str:
+    """A command line without passwords, word by word: a secret in a quoted word ends before the quote."""
+    return shlex.join(redacted(word) for word in words.shell_words(command))

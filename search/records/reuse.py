@@ -23,6 +23,7 @@ from typing import Any
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Outcome, Status, Trial
+from search.config import keys
 from search.records import Records
 from search.records.files import ADAPTERS, HEADER, LINES, plain_file
 from search.records.header import read_header
@@ -31,17 +32,16 @@ from trainers import storage
 
 log = logging.getLogger(__name__)
 
-# Keys of a study's identity that decide which points it proposes, how they are allocated and who is stopped, but not
-# what a training comes to: allocation, recipe and seed are in its digest. A key that is not listed has to agree.
-INDIFFERENT = frozenset({"space", "seed", "plugins", "recipe", "pins", "calibration_samples", "scheduler", "eta"})
+# Keys of a study's identity that need not agree: allocation, recipe and seed are in a training's digest.
+INDIFFERENT = frozenset(keys(decides="proposals"))
 FACTS = ("model", "numbers", "data")  # of an outcome's versions
 TAKEN: tuple[Status, ...] = ("complete", "diverged")
 
 
 def same_settings(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether two identities agree in all that decides what a training comes to."""
-    keys = (mine.keys() | theirs.keys()) - INDIFFERENT
-    return all(key in mine and key in theirs and mine[key] == theirs[key] for key in keys)
+    deciding = (mine.keys() | theirs.keys()) - INDIFFERENT
+    return all(key in mine and key in theirs and mine[key] == theirs[key] for key in deciding)
 
 
 class NoOtherStudies:

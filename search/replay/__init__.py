@@ -30,6 +30,7 @@ from typing import Any
 
 from allocators.core.errors import StudyError, unknown
 from allocators.core.types import Outcome, Rung, Trial, canonical_json, digest_of
+from search.config import keys
 from search.records import read
 from search.records.redact import portable, portable_command
 
@@ -76,7 +77,7 @@ class Table:
     @property
     def settings(self) -> dict[str, Any]:
         """Keys of a study that the table fixes: space, model, task, evaluations, ..."""
-        own = ("seed", "plugins", "recipe", "pins", "scheduler", "eta")  # the user's to choose, or in the rows already
+        own = {*keys(decides="proposals")} - {*keys(where="space")}  # the user's to choose, or in the rows already
         return {key: value for key, value in self.about["identity"].items() if key not in own}
 
     @cached_property

@@ -5,10 +5,10 @@ python -m search.report studies/demo
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from allocators.core import words
 from allocators.core.errors import ToolkitError
 from search.records.redact import redacted
 from search.report import show, write
@@ -16,9 +16,13 @@ from search.report import show, write
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 there is no study in the folder or it cannot be written."""
-    parser = argparse.ArgumentParser(prog="python -m search.report", description="Writes and prints a study's report.")
-    parser.add_argument("folder", help="folder of the study, as search.run named it")
-    folder = parser.parse_args(argv).folder
+    given = list(sys.argv[1:] if argv is None else argv)
+    usage = "usage: python -m search.report STUDY     the folder of a study: writes and prints its report"
+    if words.asks_for_help(given) or len(given) != 1:
+        asked = words.asks_for_help(given)
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    folder = given[0]
     try:
         show(write(folder))
     except ToolkitError as error:

@@ -17,13 +17,13 @@ from itertools import pairwise
 from pathlib import Path
 
 from allocators.core.types import Outcome, best_under
+from search.config import load_arguments
 from search.front import Candidate
 from search.report import attribution
 from search.report.results import Results
 from search.report.sections import is_table
 from search.report.uncertainty import TOO_CLOSE, Bias, Difference
 from search.text import accuracy_text, human, point, recipe_words, run_id
-from trainers import models
 
 BASELINES = ("random", "uniform")  # what an allocation has to beat at equal parameters
 MANY = 5  # comparisons inside the noise that are told one by one
@@ -276,7 +276,7 @@ def how_to_load(results: Results) -> list[str]:
 
 def load_code(model: str, adapter: str, *, settings: Mapping[str, object]) -> str:
     """The lines of Python that put a trained adapter on its model, loaded with the study's `settings`."""
-    arguments = "".join(f", {key}={value!r}" for key, value in models.load_arguments(settings).items())
+    arguments = "".join(f", {key}={value!r}" for key, value in load_arguments(settings).items())
     return (
         f"from trainers import adapter, models\n"
         f"model = models.load({json.dumps(model)}{arguments}).model\n"

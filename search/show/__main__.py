@@ -14,14 +14,13 @@ allocators that need another signal are left out. Several files of sensitivity a
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from allocators.core import plugins
+from allocators.core import plugins, words
 from allocators.core.errors import StudyError, ToolkitError
 from search.records.redact import redacted
 from search.show.config import ShowConfig
@@ -32,12 +31,12 @@ from search.show.terminal import show_in_terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr where the request cannot be answered."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        if any(word in ("help", "-h", "--help") for word in words):
+        if words.asks_for_help(given):
             print(help_text())
             return 0
-        config, knobs = parse(words)
+        config, knobs = parse(given)
         shown = look(config, knobs)
         if config.png:
             _saving(config.png, lambda file: draw_png(shown, file))
@@ -50,39 +49,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(words: Sequence[str]) -> tuple[ShowConfig, dict[str, Any]]:
+def parse(given: Sequence[str]) -> tuple[ShowConfig, dict[str, Any]]:
     """Words `key=value` to the keys of `ShowConfig` and all others, which must prove to be knobs.
 
-    Raises StudyError for a word without `=` or a value of the wrong type.
+    Raises StudyError for a word without `=`, a key that is given twice, or a value of the wrong type.
     """
-    kinds = {f.name: type(f.default) for f in fields(ShowConfig)}
-    given: dict[str, Any] = {}
-    knobs: dict[str, Any] = {}
-    for word in words:
-        key, separator, value = word.partition("=")
-        if not separator:
-            raise StudyError(f"'{word}' is not key=value, for example model=tiny-moe (help lists the keys)")
-        if key not in kinds:
-            knobs[key] = _scalar(value)
-        elif kinds[key] is int:
-            if not value.isdecimal() or (key != "seed" and int(value) < 1):
-                raise StudyError(f"{key} must be a whole number of at least {int(key != 'seed')}, got '{value}'")
-            given[key] = int(value)
-        elif kinds[key] is bool:
-            if value not in ("true", "false"):
-                raise StudyError(f"{key} must be true or false, got '{value}'")
-            given[key] = value == "true"
-        else:
-            given[key] = value
-    return ShowConfig(**given), knobs
+    known = {f.name for f in fields(ShowConfig)}
+    pairs = words.split(given, example="model=tiny-moe")[1]
+    config = words.build(ShowConfig, [pair for pair in pairs if pair[0] in known])
+    return config, {name: words.read_value(text) for name, text in pairs if name not in known}
 
 
 def help_text() -> str:
     """Keys with their defaults, then every allocator with its knobs."""
     lines = [(__doc__ or "").strip(), "", "keys:"]
-    for f in fields(ShowConfig):
-        default = f" ({f.default})" if f.default != "" else ""
-        lines.append(f"  {f.name + default:<26} {f.metadata['help']}")
+    lines += words.help_of(ShowConfig)
     lines += ["", "allocators and knobs:"]
     for name in plugins.names("allocators"):
         module = plugins.load("allocators", name)
@@ -95,14 +76,6 @@ def help_text() -> str:
         if knobs:
             lines.append(f"  {'':<12} {' '.join(f'{knob}={default}' for knob, default in knobs.items())}")
     return "\n".join(lines)
-
-
-def _scalar(text: str) -> Any:
-    """A number, true, false or null as JSON writes it, else the text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def _saving(name: str, save: Callable[[Path], object]) -> None:

@@ -30,14 +30,14 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
     """Measures or reads what is needed and asks every allocator. Everything that can be refused is refused first."""
     from trainers import models
 
-    for plugin in _list(config.plugins):
+    for plugin in config.plugins:
         plugins.add(plugin)
-    signals, origins = _read(_list(config.signal))
+    signals, origins = _read(config.signal)
     model = config.model or _model_of(signals) or "tiny-moe"
     models.check_options(dtype=config.dtype, attn=config.attn, quantization=config.quantization)
     shape = models.shape_of(model, trust_remote_code=config.trust_remote_code)
 
-    names = _list(config.allocator) or [
+    names = config.allocator or [
         name
         for name in plugins.fitting(shape)
         if not signals or plugins.load("allocators", name).NEEDS in (None, *signals)
@@ -147,7 +147,3 @@ def _check_types(name: str, module: ModuleType, knobs: Mapping[str, Any]) -> Non
         if float not in numbers or type(value) is not int:
             whole = "" if float in numbers else "whole "
             raise StudyError(f"{knob} of {name} must be a {whole}number, got '{value}'")
-
-
-def _list(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]

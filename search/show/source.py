@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocators.core.errors import ToolkitWarning
 from allocators.core.types import ModelShape, Signal
+from search.config import load_arguments
 from search.show.config import ShowConfig
 from search.show.views import by_layer
 
@@ -36,8 +37,7 @@ class Source:
         self.scratch = Path(config.cache)
         self.loading_seconds = 0.0
         self.seen = 0
-        self._device = config.device
-        self._options = {key: getattr(config, key) for key in ("dtype", "attn", "quantization", "trust_remote_code")}
+        self._config = config
 
     def measured(self, kind: str) -> tuple[Signal, str]:
         """A signal from the cache or measured now, and a line that says which, with the seconds that it took."""
@@ -78,7 +78,7 @@ class Source:
 
         from trainers import models
 
-        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self._config.device or ("cuda" if torch.cuda.is_available() else "cpu")
         models.dtype_on(device)  # refuses one that does not exist, also for what is computed without the model
         return device
 
@@ -86,19 +86,21 @@ class Source:
     def dtype(self) -> str:
         from trainers import models
 
-        numbers = {key: self._options[key] for key in ("dtype", "attn", "quantization")}
-        return models.numbers_of(self.device, **numbers)
+        asked = self._config
+        return models.numbers_of(self.device, dtype=asked.dtype, attn=asked.attn, quantization=asked.quantization)
 
     @cached_property
     def _loaded(self) -> Loaded:
         from trainers import models
 
-        told = {key: self._options[key] for key in ("quantization", "trust_remote_code")}
-        for line in models.remarks(self.name, self.shape, **told):
+        asked = self._config
+        for line in models.remarks(
+            self.name, self.shape, quantization=asked.quantization, trust_remote_code=asked.trust_remote_code
+        ):
             _say(f"note: {line}")
         _say(f"loading {self.name} …")
         begun = time.monotonic()
-        loaded = models.load(self.name, device=self.device, **self._options)
+        loaded = models.load(self.name, device=self.device, **load_arguments(vars(asked)))
         self.loading_seconds = time.monotonic() - begun
         loaded.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
         return loaded

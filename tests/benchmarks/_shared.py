@@ -5,25 +5,25 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
+
+from allocators.core import words
+from allocators.core.errors import StudyError
 
 S = TypeVar("S")
 
 
-def parse(argv: Sequence[str], settings: S) -> S:
-    """`key=value` words over a dataclass of defaults; lists are `key=1,2`. Ends the program at an unknown key."""
-    known: Any = settings
-    for argument in argv:
-        key, _, value = argument.partition("=")
-        if key not in {f.name for f in fields(known)} or not value:
-            sys.exit(f"unknown argument {argument!r}: possible are {', '.join(f.name + '=' for f in fields(known))}")
-        old = getattr(known, key)
-        new = tuple(map(int, value.split(","))) if isinstance(old, tuple) else type(old)(value)
-        known = replace(known, **{key: new})
-    return known
+def parse(argv: Sequence[str], settings: type[S]) -> S:
+    """`key=value` words over a dataclass of defaults. Ends the program where help is asked for, or a word is wrong."""
+    if words.asks_for_help(argv):
+        print("\n".join(["keys (default):", *words.help_of(settings)]))
+        sys.exit(0)
+    try:
+        return words.parse(argv, settings)
+    except StudyError as error:
+        sys.exit(f"error: {error}")
 
 
 def clock(device: torch.device | str) -> float:

@@ -58,7 +58,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,8 @@ from typing import Any
 os.environ |= {"RAY_AUTH_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
-from allocators.core.errors import StudyError, ToolkitError, unknown
+from allocators.core import words
+from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import ExpertSelection, ModelShape, Outcome, Trial
 from tests.benchmarks import search_tables
 from tests.benchmarks.trial_overhead import CpuWatch, make_trials, warm
@@ -711,21 +712,11 @@ def both_for_real(settings: Settings) -> tuple[Target, Target]:
 
 
 def parse(arguments: Sequence[str]) -> Settings:
-    settings = Settings()
-    known = {f.name: f for f in fields(Settings)}
-    for word in arguments:
-        name, _, text = word.partition("=")
-        if name not in known:
-            raise unknown("argument", name, known)
-        old = getattr(settings, name)
-        if isinstance(old, bool) and text not in ("true", "false"):
-            raise StudyError(f"{name} must be true or false, got '{text}'")
-        try:
-            value = text == "true" if isinstance(old, bool) else type(old)(text)
-        except ValueError:
-            raise StudyError(f"{name} must be a whole number, got '{text}'") from None
-        settings = replace(settings, **{name: value})
-    return settings
+    """Raises StudyError for a word that is wrong."""
+    if words.asks_for_help(arguments):
+        print("\n".join(["keys (default):", *words.help_of(Settings)]))
+        sys.exit(0)
+    return words.parse(arguments, Settings)
 
 
 def show(value: Spread, digits: int = 2) -> str:

@@ -20,16 +20,26 @@ import platform
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
-from tests.benchmarks._shared import clock
+from tests.benchmarks._shared import clock, parse
 from trainers import models, tasks
 from trainers.tasks import harness, scoring
 
-OPTIONS = {"model": "tiny-moe,tiny-dense", "task": "default", "limit": "0", "batch_size": "32", "repeats": "5"}
-OPTIONS |= {"device": "cpu", "dtype": "auto", "threads": "1"}
+
+@dataclass(frozen=True)
+class Settings:
+    model: tuple[str, ...] = ("tiny-moe", "tiny-dense")
+    task: str = "default"
+    limit: int = 0
+    batch_size: int = 32
+    repeats: int = 5
+    device: str = "cpu"
+    dtype: str = "auto"
+    threads: int = 1
 
 
 def counted(model: Any, score: Callable[[], Any]) -> tuple[Any, int, int]:
@@ -53,16 +63,16 @@ def counted(model: Any, score: Callable[[], Any]) -> tuple[Any, int, int]:
             hook.remove()
 
 
-def compare(name: str, options: dict[str, str]) -> dict[str, Any]:
+def compare(name: str, settings: Settings) -> dict[str, Any]:
     """One model: prints its row, returns its ratios."""
-    loaded = models.load(name, device=options["device"], dtype=options["dtype"])
-    model, batch_size = loaded.model, int(options["batch_size"])
-    task = tasks.load_task(options["task"], limit=int(options["limit"]) or None, batch_size=batch_size)
+    loaded = models.load(name, device=settings.device, dtype=settings.dtype)
+    model, batch_size = loaded.model, settings.batch_size
+    task = tasks.load_task(settings.task, limit=settings.limit or None, batch_size=batch_size)
     assert isinstance(task, tasks.Task), "one task at a time"
     task.prepare(loaded.tokenizer)
     prepared = task._prepared
     assert prepared is not None
-    assert prepared.tokens is not None, f"task={options['task']} generates text: nothing here is scored"
+    assert prepared.tokens is not None, f"task={settings.task} generates text: nothing here is scored"
     requests, lm = prepared.tokens, task._lm_around(model, loaded.tokenizer)
     sides: dict[str, Callable[[], Any]] = {
         "theirs": lambda: lm._loglikelihood_tokens(requests, disable_tqdm=True),
@@ -73,7 +83,7 @@ def compare(name: str, options: dict[str, str]) -> dict[str, Any]:
     with harness.quiet(), torch.no_grad():
         for side, score in sides.items():  # warms up too
             found[side], tokens[side], logits[side] = counted(model, score)
-        for _ in range(int(options["repeats"])):
+        for _ in range(settings.repeats):
             for side, score in sides.items():
                 start = clock(model.device)
                 score()
@@ -102,17 +112,17 @@ def compare(name: str, options: dict[str, str]) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> None:
-    options = OPTIONS | dict(arg.split("=", 1) for arg in argv)
-    torch.set_num_threads(int(options["threads"]))
-    ratios = {name: compare(name, options) for name in options["model"].split(",")}
-    cuda = options["device"].startswith("cuda")
+    settings = parse(argv, Settings)
+    torch.set_num_threads(settings.threads)
+    ratios = {name: compare(name, settings) for name in settings.model}
+    cuda = settings.device.startswith("cuda")
     print(
         json.dumps(
             {
                 "benchmark": "evaluation",
-                "device": torch.cuda.get_device_name(options["device"]) if cuda else platform.machine(),
+                "device": torch.cuda.get_device_name(settings.device) if cuda else platform.machine(),
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
-                "options": options,
+                "options": asdict(settings),
                 "ratios": ratios,
             }
         )

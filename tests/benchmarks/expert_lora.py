@@ -182,7 +182,7 @@ def agreement(model: Any, shape: ModelShape, embeddings: Tensor, rank: int) -> t
 
 
 def main(argv: list[str]) -> None:
-    settings = parse(argv, Settings())
+    settings = parse(argv, Settings)
     torch.set_num_threads(settings.threads)
     import peft as peft_package
     import transformers

@@ -53,6 +53,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allocators.core import words
 from allocators.core.errors import OutOfMemoryError, StudyError, ToolkitError, unknown
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe
@@ -494,42 +495,47 @@ def write(title: str, remark: str, command: str, tables: str, line: str) -> None
     RESULTS.write_text("\n## ".join([head, *(section.rstrip() + "\n" for section in kept), new]), encoding="utf-8")
 
 
-def parse(argv: Sequence[str]) -> dict[str, str]:
-    options = {"device": "cuda", "size": "large", "dtype": "", "parts": ",".join(PARTS), "budget": "400"}
-    options["write"] = "false"
-    for word in argv:
-        key, _, value = word.partition("=")
-        if key not in options or not value:
-            raise unknown("argument", word, [f"{name}=" for name in options])
-        options[key] = value
-    for part in options["parts"].split(","):
+@dataclass(frozen=True)
+class Settings:
+    device: str = "cuda"
+    size: str = words.key("large", "of the models", choices=tuple(SIZES))
+    dtype: str = words.key("", "of the models (empty: bfloat16, on a CPU float32)")
+    parts: tuple[str, ...] = words.key(tuple(PARTS), "what is measured, in this order")
+    budget: float = words.key(400.0, "seconds after which no further part starts", least=0)
+    write: bool = words.key(False, "put the tables into RESULTS.md")
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    settings = words.parse(argv, Settings)
+    for part in settings.parts:
         if part not in PARTS:
             raise unknown("part", part, PARTS)
-    if options["size"] not in SIZES:
-        raise unknown("size", options["size"], SIZES)
-    if options["device"].startswith("cuda") and not torch.cuda.is_available():
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
         raise StudyError("there is no GPU here: device=cpu size=small shows that the benchmark works")
-    return options
+    return settings
 
 
 def main(argv: Sequence[str]) -> int:
+    if words.asks_for_help(argv):
+        print("\n".join(["keys (default):", *words.help_of(Settings)]))
+        return 0
     try:
-        options = parse(argv)
+        settings = parse(argv)
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    device, size = options["device"], options["size"]
+    device, size = settings.device, settings.size
     if device == "cpu":
         torch.set_num_threads(1)
-    dtype = options["dtype"] or ("float32" if device == "cpu" else "bfloat16")
+    dtype = settings.dtype or ("float32" if device == "cpu" else "bfloat16")
     bench, known, tee = Bench(device, dtype, SIZES[size]), facts(device), Tee(sys.stdout)
     with contextlib.redirect_stdout(tee):
         print(", ".join(f"{key} {value}" for key, value in known.items() if key != "versions"))
         print(", ".join(f"{key} {value}" for key, value in known["versions"].items() if value))
-        found, left_out = measure(bench, options["parts"].split(","), float(options["budget"]))
+        found, left_out = measure(bench, settings.parts, settings.budget)
     line = json.dumps({"benchmark": "gpu", "size": size, "dtype": dtype, **known, "parts": found, "not_run": left_out})
     print(line)
-    if options["write"] == "true":
+    if settings.write:
         remark = ""
         if device == "cpu":
             remark = "**A CPU at small sizes: shows that the benchmark runs, and nothing about a GPU.**\n\n"

@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.benchmarks._shared import clock
+from tests.benchmarks._shared import clock, parse
 from trainers.adapter.lora_moe import lora_moe_linear
 
 TOKENS, RANK, TOP_K, SCALE = 2048, 8, 2, 2.0
@@ -231,17 +231,25 @@ def floor(d: int, num_experts: int, *, shared_a: bool) -> float:
     return 1 + 1.5 * (down + RANK * num_experts) / d
 
 
+@dataclass(frozen=True)
+class Settings:
+    sizes: tuple[int, ...] = (576, 1024, 2048)
+    experts: tuple[int, ...] = (2, 4, 8, 16)
+    repeats: int = 9
+    device: str = "cpu"
+    threads: int = 1
+    dtype: str = "float32"
+
+
 def main(argv: list[str]) -> None:
-    options = {"sizes": "576,1024,2048", "experts": "2,4,8,16", "repeats": "9", "device": "cpu", "threads": "1"}
-    options |= {"dtype": "float32"}
-    options |= dict(arg.split("=", 1) for arg in argv)
-    device, repeats, dtype = options["device"], int(options["repeats"]), getattr(torch, options["dtype"])
-    torch.set_num_threads(int(options["threads"]))
-    sizes, experts = ([int(n) for n in options[key].split(",")] for key in ("sizes", "experts"))
+    settings = parse(argv, Settings)
+    device, repeats, dtype = settings.device, settings.repeats, getattr(torch, settings.dtype)
+    torch.set_num_threads(settings.threads)
+    sizes, experts = settings.sizes, settings.experts
     ratios: dict[str, Any] = {}
 
     print(
-        f"forward + backward × frozen linear, {TOKENS} tokens, rank {RANK}, {options['dtype']}, {device}, "
+        f"forward + backward × frozen linear, {TOKENS} tokens, rank {RANK}, {settings.dtype}, {device}, "
         f"median of {repeats}"
     )
     columns = f"{'ours':>6} {'faster':>7} {'at best':>8}"

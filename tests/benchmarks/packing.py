@@ -320,7 +320,7 @@ def fit(seconds: dict[int, float]) -> tuple[float, float]:
 
 
 def main(argv: list[str]) -> None:
-    settings = parse(argv, Settings())
+    settings = parse(argv, Settings)
     if len(settings.tokens) < 2:
         sys.exit("tokens= takes two sizes at least: c0 and c1 are fitted to them")
     torch.set_num_threads(settings.threads)

@@ -569,27 +569,38 @@ def middle(values: list[float | None]) -> tuple[float, float, float] | None:
     return None if median == float("inf") else (median, low, high)
 
 
+@dataclass(frozen=True)
+class Settings:
+    tables: tuple[str, ...] = tuple(TABLES)
+    samplers: tuple[str, ...] = tuple(VARIANTS)
+    seeds: int = 20
+    evaluations: int = 200
+    wheels: str = str(BUILD / "wheels")
+    workers: int = WORKERS
+    show: bool = False
+
+
 def main(arguments: list[str]) -> int:
-    given = {"tables": ",".join(TABLES), "samplers": ",".join(VARIANTS), "seeds": "20", "evaluations": "200"}
-    given |= {"wheels": str(BUILD / "wheels"), "workers": str(WORKERS), "show": "false"}
-    given |= dict(word.split("=", 1) for word in arguments)
-    tables, variants = given["tables"].split(","), given["samplers"].split(",")
+    from tests.benchmarks._shared import parse  # which imports torch
+
+    given = parse(arguments, Settings)
+    tables, variants = given.tables, given.samplers
     files = {name: lambda wheels, seed, name=name: own(name, seed) for name in tables if name.endswith(".parquet")}
     for kind, asked, known in (("table", tables, TABLES | files), ("sampler", variants, ALL)):
         for name in asked:
             if name not in known:
                 raise unknown(kind, name, known)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    wheels, evaluations, workers = Path(given["wheels"]), int(given["evaluations"]), int(given["workers"])
+    wheels, evaluations, workers = Path(given.wheels), given.evaluations, given.workers
     wheels.mkdir(parents=True, exist_ok=True)
     ratios: dict[str, float | None] = {}
     columns = ("to95", *(f"regret@{at}" for at in AT if at <= evaluations), "seconds")
     print(f"{'table':<10} {'sampler':<14} {'seeds':>5}  " + "".join(f"{name:>26}" for name in columns))
     for name in tables:
         results: dict[str, list[dict[str, float | None]]] = {variant: [] for variant in variants}
-        for seed, variant in itertools.product(range(int(given["seeds"])), variants):
+        for seed, variant in itertools.product(range(given.seeds), variants):
             table = (TABLES | files)[name](wheels, seed)
-            found = cell(table, variant, seed, evaluations=evaluations, workers=workers, show=given["show"] == "true")
+            found = cell(table, variant, seed, evaluations=evaluations, workers=workers, show=given.show)
             if found is not None:
                 results[variant].append(measured(table, found, evaluations))
         for variant, rows in results.items():
@@ -605,7 +616,7 @@ def main(arguments: list[str]) -> int:
         "benchmark": "search_tables",
         "device": platform.processor() or platform.machine(),
         "versions": {"optuna": optuna.__version__, "scikit-learn": sklearn.__version__, "moocore": moocore.__version__},
-        "settings": {"workers": workers, "seeds": int(given["seeds"]), "evaluations": evaluations},
+        "settings": {"workers": workers, "seeds": given.seeds, "evaluations": evaluations},
         "ratios": ratios,
     }
     print(json.dumps(report))

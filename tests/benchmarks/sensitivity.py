@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.shapes import shape_from_config
 from allocators.signals import sensitivity
-from tests.benchmarks._shared import clock
+from tests.benchmarks._shared import clock, parse
 
 
 @dataclass(frozen=True)
@@ -163,21 +163,23 @@ class Memory(TorchDispatchMode):
         self.peak = [max(pair) for pair in zip(self.peak, self.live, strict=True)]
 
 
+@dataclass(frozen=True)
+class Settings:
+    layers: int = 12
+    hidden: int = 512
+    length: int = 128
+    samples: int = 8
+    repeats: int = 5
+    device: str = "cpu"
+    threads: int = 1
+
+
 def main(argv: list[str]) -> None:
-    options = {
-        "layers": "12",
-        "hidden": "512",
-        "length": "128",
-        "samples": "8",
-        "repeats": "5",
-        "device": "cpu",
-        "threads": "1",
-    }
-    options |= dict(arg.split("=", 1) for arg in argv)
-    device, repeats = options["device"], int(options["repeats"])
-    torch.set_num_threads(int(options["threads"]))
-    model = build(layers=int(options["layers"]), hidden=int(options["hidden"]), device=device)
-    rows = draw(int(options["samples"]), int(options["length"]))
+    settings = parse(argv, Settings)
+    device, repeats = settings.device, settings.repeats
+    torch.set_num_threads(settings.threads)
+    model = build(layers=settings.layers, hidden=settings.hidden, device=device)
+    rows = draw(settings.samples, settings.length)
 
     quick: dict[str, Callable] = {"forward": forward, "training": training, "ours": ours}
     slow: dict[str, Callable] = {"one sample": one_sample, "one layer": one_layer}

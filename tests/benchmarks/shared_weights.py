@@ -19,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +98,18 @@ def measure(folder: Path, dtype: str) -> list[dict[str, int]]:
     return found
 
 
+@dataclass(frozen=True)
+class Settings:
+    mebibytes: int = 128
+
+
 def main(argv: list[str]) -> int:
     if argv[:1] == ["worker"]:
         worker(*argv[1:])
         return 0
-    mebibytes = int(dict(word.split("=") for word in argv).get("mebibytes", 128))
+    from tests.benchmarks._shared import parse
+
+    mebibytes = parse(argv, Settings).mebibytes
     print(f"{WORKERS} processes with one model each; stored in bfloat16\n")
     print(f"{'model':8} {'loaded as':10} {'weights':>9}   {'private':>8} {'PSS':>6}   (× weights, of one process)")
     rows = []

@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from torch import Tensor  # noqa: E402
 
 from allocators.signals._eigenvalues import eigenvalues  # noqa: E402
 from allocators.signals._tails import fit_tail  # noqa: E402
+from tests.benchmarks._shared import parse  # noqa: E402
 
 SIZES = {
     "cpu": [(576, 576), (576, 1536), (1024, 1024), (2048, 2048)],
@@ -103,13 +105,21 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - began
 
 
+@dataclass(frozen=True)
+class Settings:
+    device: str = "cpu"
+    repeats: int = 7
+    sizes: tuple[str, ...] = ()
+    model: str = ""
+
+
 def main(arguments: list[str]) -> None:
-    given = {"device": "cpu", "repeats": "7", "sizes": "", "model": ""} | dict(a.split("=", 1) for a in arguments)
-    device, repeats = given["device"], int(given["repeats"])
-    if given["model"]:
-        matrices = middle_layer(Path(given["model"]), device)
+    settings = parse(arguments, Settings)
+    device, repeats = settings.device, settings.repeats
+    if settings.model:
+        matrices = middle_layer(Path(settings.model), device)
     else:
-        sizes = [tuple(map(int, size.split("x"))) for size in given["sizes"].split(",") if size] or SIZES[device]
+        sizes = [tuple(map(int, size.split("x"))) for size in settings.sizes] or SIZES[device]
         matrices = {f"{m}x{n}": heavy(m, n, device) for m, n in sizes}
     print(f"{'matrix':>12} {'svdvals+loop':>13} {'ours':>9} {'ratio':>6}   |Δα| ours  svdvals  plain fp32")
     spent: dict[str, list[float]] = {"baseline": [], "ours": []}

@@ -37,18 +37,20 @@ import platform
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from allocators import all as all_
 from allocators import none, random_, sieve
-from allocators.core.errors import StudyError, unknown
+from allocators.core import words
+from allocators.core.errors import StudyError
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import Allocation, Recipe, Trial, canonical_json, digest_of
 from allocators.signals import routing
 from search.report.uncertainty import paired
+from tests.benchmarks._shared import parse
 from trainers import loop, models, tasks
 from trainers.adapter import attach
 from trainers.embedded import pretrain
@@ -59,16 +61,12 @@ VARIANTS = ("none", "random", "hot", "all")
 Table = list[list[float]]  # [layer][expert] share of picks; a layer's shares sum to one
 
 
-def settings(arguments: Sequence[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {"model": "tiny-moe", "task": "default", "seeds": 5, "samples": 256}
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in values:
-            raise unknown("key", key, values)
-        values[key] = int(value) if isinstance(values[key], int) else value
-    if values["seeds"] < 2:
-        raise StudyError(f"seeds must be at least 2 for a spread, got {values['seeds']}")
-    return values
+@dataclass(frozen=True)
+class Settings:
+    model: str = "tiny-moe"
+    task: str = "default"
+    seeds: int = words.key(5, "trainings of every variant: a spread needs two", least=2)
+    samples: int = 256
 
 
 def top_quarter(shares: Table) -> list[float]:
@@ -134,27 +132,27 @@ def accuracies(
 
 
 def main(arguments: Sequence[str]) -> None:
-    given = settings(arguments)
+    given = parse(arguments, Settings)
     torch.set_num_threads(1)
-    loaded = models.load(given["model"])
-    task = tasks.load_task(given["task"])
+    loaded = models.load(given.model)
+    task = tasks.load_task(given.task)
     shape = shape_from_config(loaded.model.config, name=loaded.name)
     recipe = Recipe(**task.file.recipe)
 
     signal = routing.measure(
         loaded.model,
-        routing.pad(task.prompts(loaded.tokenizer, given["samples"], 0), pad_token_id=loaded.tokenizer.pad_token_id),
-        provenance={"model": loaded.identity, "data": task.data_hash, "samples": given["samples"], "seed": 0},
+        routing.pad(task.prompts(loaded.tokenizer, given.samples, 0), pad_token_id=loaded.tokenizer.pad_token_id),
+        provenance={"model": loaded.identity, "data": task.data_hash, "samples": given.samples, "seed": 0},
     )
     counts = [signal.metric(layer, "count") for layer in shape.moe_layers]
     on_task = [[c / sum(layer) for c in layer] for layer in counts]
-    examined = pretrain.examine(loaded.model, pretrain.MODELS[given["model"]])["routing"]
+    examined = pretrain.examine(loaded.model, pretrain.MODELS[given.model])["routing"]
     mixture = examined.pop("mixture")
     skew = top_quarter(on_task)
     dead = [sum(share == 0 for share in layer) for layer in mixture]
     least = [min(layer) * len(layer) for layer in mixture]
 
-    print(f"{given['model']} on {task.name} ({task.num_training} training, {task.num_evaluation} test documents)")
+    print(f"{given.model} on {task.name} ({task.num_training} training, {task.num_evaluation} test documents)")
     print("a. share of picks of the busiest quarter of the experts, layer by layer")
     print(row("task", skew))
     print(row("mixture", top_quarter(mixture)))
@@ -168,7 +166,7 @@ def main(arguments: Sequence[str]) -> None:
 
     task.prepare(loaded.tokenizer)
     untrained = task.evaluate(loaded.model)
-    seeds = range(given["seeds"])
+    seeds = range(given.seeds)
     selections = {
         "none": [none.allocate(None, shape) for _ in seeds],
         "random": [random_.allocate(None, shape, fraction=0.25, seed=seed) for seed in seeds],

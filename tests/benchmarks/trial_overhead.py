@@ -219,8 +219,15 @@ def cold(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
     return clock
 
 
+@dataclass(frozen=True)
+class Settings:
+    trials: int = 10
+
+
 def main(argv: list[str]) -> None:
-    count = int(dict(word.split("=", 1) for word in argv).get("trials", 10))
+    from tests.benchmarks._shared import parse
+
+    count = parse(argv, Settings).trials
     import ray
 
     from search.engine.workers import connect

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import subprocess
+from dataclasses import fields
+from inspect import signature
+from typing import get_args
+
 import pytest
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Recipe
-from search.config import RunConfig, help_text, make_recipe, parse
+from search.config import Decides, RunConfig, Where, _key, help_text, keys, load_arguments, make_recipe, parse
+from search.records.reuse import INDIFFERENT
+from search.replay import Table
+from trainers import models, tasks
 
 
 def test_no_words_give_the_defaults():
@@ -27,7 +37,7 @@ def test_words_become_typed_values_in_their_group():
     [
         (["trails=3"], "unknown key 'trails'; did you mean 'trials'?"),
         (["trials"], "'trials' is not key=value"),
-        (["trials=many"], "trials: "),
+        (["trials=many"], "trials must be a whole number, got 'many'"),
         (["trials=0"], "trials must be at least 1, got 0"),
         (["seeds=0"], "seeds must be at least 1, got 0"),
         (["recipe.rnk=3"], "did you mean 'rank'?"),
@@ -37,7 +47,7 @@ def test_words_become_typed_values_in_their_group():
         (["sampler=tp"], "choose from ehvi, nsga2, random, tpe; did you mean 'tpe'?"),
         (["time_budget=soon"], "time_budget must look like 90s, 10m or 2h, got 'soon'"),
         (["config=nowhere.yaml"], "config=nowhere.yaml: there is no such file"),
-        (["keep=none"], "keep must be front or all, got 'none'"),
+        (["keep=none"], "unknown keep 'none': choose from all, front"),
         (
             ["dtype=bf16"],
             "unknown dtype 'bf16': choose from auto, bfloat16, float16, float32; did you mean 'bfloat16'?",
@@ -50,7 +60,7 @@ def test_words_become_typed_values_in_their_group():
         (["pack=4", "workers_per_trial=2"], "pack=4 and workers_per_trial=2"),
         (["pack=2", "gradient_checkpointing=true"], "pack=2 and gradient_checkpointing=true do not go together"),
         (["quantization=nf5"], "unknown quantization 'nf5': choose from int8, nf4; did you mean 'nf4'?"),
-        (["gradient_checkpointing=perhaps"], "gradient_checkpointing: "),
+        (["gradient_checkpointing=perhaps"], "gradient_checkpointing must be true or false, got 'perhaps'"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_is_possible(words, said):
@@ -79,7 +89,7 @@ def test_a_typo_in_a_file_names_the_file(tmp_path):
 def test_the_command_of_a_study_parses_back_to_the_same_study():
     words = ["space=sieve", "trials=3", "recipe.rank=4", "space.score=mass", "time_budget=5m", "plugins=[a.py,b.py]"]
     config = parse(words)
-    again = parse([word.strip("'") for word in config.command().split()[3:]])
+    again = parse(shlex.split(config.command())[3:])
     assert again == config
 
 
@@ -106,10 +116,166 @@ def test_what_changes_results_makes_another_study_and_what_does_not_goes_on():
         assert {k for k, v in parse([word]).identity().items() if v != default[k]} == {key}
 
 
+def test_every_key_says_what_it_decides_and_which_part_of_the_program_takes_it():
+    for f in fields(RunConfig):
+        assert f.metadata["decides"] in get_args(Decides), f.name
+        assert f.metadata["where"] in get_args(Where), f.name
+    with pytest.raises(TypeError, match="decides"):
+        _key(0, "a key that does not say what it decides", where="search")
+
+
+def test_what_follows_from_the_table_is_what_was_kept_by_hand():
+    """A key that moves from one list to another resumes, reuses or replays other studies than before."""
+    proposals = {"space", "seed", "plugins", "recipe", "pins", "calibration_samples", "scheduler", "eta"}
+    results = {"model", "task", "evaluations", "limit", "replay", "training_limit", "metric", "num_fewshot"}
+    results |= {"fewshot_seed", "chat_template", "dtype", "attn", "quantization", "trust_remote_code"}
+    assert set(RunConfig().identity()) == proposals | results
+    assert proposals == INDIFFERENT == set(keys(decides="proposals"))
+    table = Table("t", {"identity": RunConfig().identity()}, {})
+    assert set(table.settings) == results | {"space", "calibration_samples"}
+    of_the_model = {"dtype", "attn", "gradient_checkpointing", "quantization", "trust_remote_code", "shard"}
+    of_the_task = {"limit", "training_limit", "metric", "num_fewshot", "fewshot_seed", "chat_template"}
+    assert set(RunConfig().options("model")) == of_the_model
+    assert set(RunConfig().options("task")) == of_the_task
+    assert of_the_model == signature(models.load).parameters.keys() - {"name", "device"}
+    assert of_the_task < signature(tasks.load_task).parameters.keys()
+    assert set(keys(where="model", decides="running")) == {"gradient_checkpointing", "shard"}
+    assert set(keys(where="machine")) == {
+        "storage",
+        "tracking_uri",
+        "ray_address",
+        "num_cpus",
+        "max_concurrent",
+        "workers",
+    }
+    amount = {"trials", "seeds", "time_budget", "max_trainable_params", "dry_run"}
+    assert set(keys(where="amount")) == amount
+    changed = parse(["trials=3", "seeds=2", "time_budget=1h", "max_trainable_params=9", "dry_run=true", "limit=4"])
+    assert changed.without("amount") == parse(["limit=4"])
+
+
+def test_a_study_says_how_to_load_what_it_trained_on():
+    settings = {"dtype": "bfloat16", "attn": "auto", "gradient_checkpointing": True, "trials": 3}
+    assert load_arguments(settings) == {"dtype": "bfloat16"}
+    assert load_arguments({"quantization": "int8"}) == {"quantization": "int8"}
+    defaults = {name: p.default for name, p in signature(models.load).parameters.items()}
+    assert RunConfig().options("model").items() <= defaults.items()
+
+
+@pytest.mark.parametrize("text", ["007", "1e3", "1.10", "on", "1_000", "null", "{a", "*x", "%41", "a\tb", '"q"', "a=b"])
+def test_text_stays_as_it_was_typed(text, tmp_path):
+    for key in ("name", "model", "storage", "metric", "tracking_uri", "replay", "space"):
+        config = parse([f"{key}={text}"])
+        assert getattr(config, key) == text
+        assert parse(shlex.split(config.command())[3:]) == config
+    assert parse([f"plugins={text}"]).plugins == [text.strip('"')]
+    file = tmp_path / "study.yaml"
+    file.write_text(f"name: {json.dumps(text)}\n")
+    assert parse([f"config={file}"]).name == text
+
+
+def test_a_command_is_quoted_for_a_shell():
+    for folder in ("DIR/it's 100% #1 & co", "a b", "$(x)", 'say "hi"', "ends in \\", "two\nlines", "[1]", "~/x", "*"):
+        config = parse([f"storage={folder}", f"name={folder}", 'plugins=["a,b.py","c d.py"]', "recipe.rank=4"])
+        assert config.storage == folder
+        assert config.plugins == ["a,b.py", "c d.py"]
+        out = subprocess.run(["sh", "-c", f"printf '%s\\0' {config.command()}"], capture_output=True, check=True).stdout
+        assert parse(out.decode().split("\0")[3:-1]) == config
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [
+        ("trials=1_000", 1000),
+        ("trials=+3", 3),
+        ("gpus_per_worker=.25", 0.25),
+        ("gpus_per_worker=2e-1", 0.2),
+        ("reuse=True", True),
+        ("reuse=FALSE", False),
+        ("num_fewshot=-1", -1),
+        ("recipe.learning_rate=3e-4", 3e-4),
+        ("recipe.steps=1_000", 1000),
+        ("space.fraction=.25", 0.25),
+        ("space.flag=True", True),
+        ("space.name=007", "007"),
+        ("space.name=on", "on"),
+    ],
+)
+def test_one_reading_of_numbers_and_switches(word, value):
+    key, _, name = word.partition("=")[0].partition(".")
+    config = parse([word])
+    read = {"recipe": config.recipe, "space": config.pins}[key][name] if name else getattr(config, key)
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("trials=1e400", "trials=1.5", "trials=0x10", "trials=", "trials=" + "9" * 5000, "trials=1:30", "seed=-1"),
+        *("gpus_per_worker=inf", "gpus_per_worker=nan", "gpus_per_worker=1e400", "gpus_per_worker=-2"),
+        *("reuse=yes", "reuse=on", "reuse=1", "num_fewshot=-2", "pack=1e9", "pack=" + "9" * 5000, "time_budget=٣s"),
+        *("recipe.steps=inf", "recipe.rank=nan", "recipe.learning_rate=1e400", "recipe.weight_decay=-1"),
+        *("recipe.lora_alpha=0", "recipe.max_grad_norm=-1", "recipe.balance_coef=-.1", "recipe.epochs=-1"),
+        *("recipe.lora_dropout=nan", "recipe.steps=" + "9" * 400, "recipe.rank=null", "recipe.rank=true"),
+        *("pins={a: 1}", "recipe=rank", "time_budget=" + "9" * 400),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line_with_its_key(word):
+    with pytest.raises(StudyError) as error:
+        parse([word])
+    assert word.partition("=")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 200
+
+
+def test_a_key_is_given_once():
+    for words in (["trials=3", "trials=3"], ["space.x=1", "space.x=2"], ["recipe.rank=1", "task=a", "recipe.rank=1"]):
+        with pytest.raises(StudyError, match=f"{words[-1].partition('=')[0]} is given twice"):
+            parse(words)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"name: caf\xe9\n", "cannot be read"),
+        (b"\xff\xfen\x00a\x00", "must hold key: value lines"),
+        (b"recipe: {steps: [1]}\n", "recipe.steps must be a whole number, got '[1]'"),
+        (b"trials: {a: 1}\n", "unknown key 'trials.a'"),
+        (b"trials: 3\ntrials: 4\n", "trials is given twice"),
+        (b"trials: !!python/object:os.system {}\n", "cannot be read"),
+        (b"pins: 3\n", "pins in"),
+        (b"recipe: {learning_rate: .inf}\n", "recipe.learning_rate must be a finite number"),
+        (b"a: &a [*a]\n", "unknown key 'a'"),
+        (b"- trials\n", "must hold key: value lines"),
+        (b"? [a]\n: b\n", "cannot be read"),
+        (b"a: b: c\n", "cannot be read"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path, content, said):
+    file = tmp_path / "study.yaml"
+    file.write_bytes(content)
+    with pytest.raises(StudyError) as error:
+        parse([f"config={file}"])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_is_read_as_the_command_line_is(tmp_path):
+    file = tmp_path / "study.yaml"
+    file.write_text("name: ???\nstorage: ${b}\nplugins: own.py\nrecipe: {learning_rate: 3e-4}\npins: {a: '8', b: 8}\n")
+    config = parse([f"config={file}"])
+    assert (config.name, config.storage, config.plugins) == ("???", "${b}", ["own.py"])
+    assert config.recipe == {"learning_rate": 3e-4}
+    assert config.pins == {"a": "8", "b": 8}
+    file.write_text("trials: 7\n", encoding="utf-16")
+    assert parse([f"config={file}"]).trials == 7
+    file.write_text("recipe: &b {rank: 4}\npins: {<<: *b, fraction: 0.5}\n")
+    assert parse([f"config={file}"]).pins == {"rank": 4, "fraction": 0.5}
+
+
 def test_help_names_every_key_with_its_meaning():
     text = help_text()
-    from dataclasses import fields
-
     for f in fields(RunConfig):
         assert f.name in text
         assert f.metadata["help"].split()[0] in text

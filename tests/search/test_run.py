@@ -8,7 +8,12 @@ import sys
 
 import pytest
 
+from search.config import HEADINGS
+from search.export import __main__ as export
+from search.replay import __main__ as replay
+from search.report import __main__ as report
 from search.run import main
+from search.show import __main__ as show
 
 
 def said(capsys, *words: str) -> str:
@@ -63,10 +68,42 @@ def test_help_lists_keys_and_spaces_and_describes_a_space(capsys):
         (["space.allocator=sieve", "space.fraction=0.01"], "fraction"),
         (["max_trainable_params=100"], "is below the smallest allocation of tiny-moe in this space"),
         (["plugins=nowhere.py"], "no such file"),
+        (
+            ["space=mola", "model=tiny-dense", "space.pattern=2469"],
+            "unknown value of space.pattern '2469'",
+        ),
+        (["trials=3", "trials=4"], "trials is given twice"),
     ],
 )
 def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(capsys, words, expected):
     assert expected in said(capsys, *words)
+
+
+def test_a_point_of_mola_is_pinned_as_it_is_printed(capsys):
+    words = ["space=mola", "model=tiny-dense", "space.allocator=mola", "space.pattern=8228", "space.rank=8"]
+    assert main([*words, "dry_run=true", "trials=1"]) == 0
+    assert "pattern=8228" in capsys.readouterr().out
+
+
+def test_help_is_asked_for_in_any_place_and_is_grouped(capsys):
+    for words in (["-h"], ["--help"], ["trials=3", "help"]):
+        assert main(words) == 0
+        text = capsys.readouterr().out
+        places = [text.index(f"\n{heading} (default):\n") for heading in HEADINGS.values()]
+        assert places == sorted(places)
+        assert "[ehvi | tpe | nsga2 | random]" in text
+        assert max(map(len, text.partition("spaces:")[0].splitlines())) <= 120
+    assert main(["help", "space=mola"]) == 0
+    assert "pattern" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [main, export.main, replay.main, report.main, show.main])
+def test_every_command_has_a_help_and_one_reading(command, capsys):
+    for word in ("help", "-h", "--help"):
+        assert command([word]) == 0
+        out, err = capsys.readouterr()
+        assert "python -m " in out
+        assert not err
 
 
 def test_a_dense_model_in_the_sieve_space_is_refused(capsys, dense_model):

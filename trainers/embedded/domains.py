@@ -25,6 +25,7 @@ from itertools import islice
 from pathlib import Path
 from random import Random
 
+from allocators.core import words
 from allocators.core.errors import StudyError
 
 Domain = Callable[[Random], str]
@@ -258,21 +259,33 @@ def write_tasks(folder: Path) -> None:
             (folder / f"tiny_{name}_{split}.jsonl").write_text("".join(lines))
 
 
+@dataclass(frozen=True)
+class Request:
+    """The key of the command line."""
+
+    tasks: str = words.key("", "write the held-out tasks into this folder (empty: print two examples of every domain)")
+
+
 def main(arguments: list[str]) -> None:
-    match [argument.partition("=")[::2] for argument in arguments]:
-        case []:
-            for name, domain in MIXTURE.items():
-                rng = Random(name)
-                print(f"{name:10} {domain(rng)!r}\n{'':10} {domain(rng)!r}")
-            for name, task in HELD_OUT.items():
-                question = task(Random(name))
-                print(f"{name:10} {question.question!r} {question.choices} -> {question.choices[question.label]!r}")
-        case [("tasks", folder)] if Path(folder).is_dir():
-            write_tasks(Path(folder))
-        case _:
-            raise StudyError(
-                f"cannot read {' '.join(arguments)!r}: give nothing, or tasks=FOLDER of a folder that exists"
-            )
+    if words.asks_for_help(arguments):
+        print("\n".join(["usage: python -m trainers.embedded.domains [tasks=FOLDER]", *words.help_of(Request)]))
+        return
+    folder = words.parse(arguments, Request, example="tasks=FOLDER").tasks
+    if not folder:
+        _print_examples()
+    elif Path(folder).is_dir():
+        write_tasks(Path(folder))
+    else:
+        raise StudyError(f"tasks={folder} is no folder: give nothing, or tasks=FOLDER of a folder that exists")
+
+
+def _print_examples() -> None:
+    for name, domain in MIXTURE.items():
+        rng = Random(name)
+        print(f"{name:10} {domain(rng)!r}\n{'':10} {domain(rng)!r}")
+    for name, task in HELD_OUT.items():
+        question = task(Random(name))
+        print(f"{name:10} {question.question!r} {question.choices} -> {question.choices[question.label]!r}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core.errors import StudyError, unknown
+from allocators.core import words
+from allocators.core.errors import StudyError
 from trainers.embedded import domains
 
 if TYPE_CHECKING:
@@ -360,26 +361,33 @@ def record(name: str, recipe: Pretraining, folder: Path, curve: list[dict[str, f
     return data
 
 
+@dataclass(frozen=True)
+class Request:
+    """The keys of the command line."""
+
+    model: str = words.key("tiny-moe", "which embedded model", choices=tuple(MODELS))
+    steps: int = words.key(-1, "optimiser steps (-1: as its recipe says)", least=1, unset=-1)
+    seed: int = words.key(-1, "of weights and data (-1: as its recipe says)", least=0, unset=-1)
+    folder: str = words.key("", "where the model goes (empty: beside this file)")
+    threads: int = words.key(1, "threads of torch", least=1)
+
+
 def main(arguments: list[str]) -> None:
-    given = dict(argument.partition("=")[::2] for argument in arguments)
-    possible = ("model", "steps", "seed", "folder", "threads")
-    for key in given:
-        if key not in possible:
-            raise unknown("key", key, possible)
-    name = given.get("model", "tiny-moe")
-    if name not in MODELS:
-        raise unknown("embedded model", name, MODELS)
-    recipe = MODELS[name]
-    try:
-        recipe = replace(recipe, steps=int(given.get("steps", recipe.steps)), seed=int(given.get("seed", recipe.seed)))
-        threads = int(given.get("threads", 1))
-    except ValueError as error:
-        raise StudyError(f"steps, seed and threads are whole numbers: {error}") from None
-    folder = Path(given.get("folder", EMBEDDED / name.replace("-", "_")))
+    if words.asks_for_help(arguments):
+        print("\n".join(["usage: python -m trainers.pretrain [key=value ...]", *words.help_of(Request)]))
+        return
+    request = words.parse(arguments, Request)
+    name, recipe = request.model, MODELS[request.model]
+    recipe = replace(
+        recipe,
+        steps=recipe.steps if request.steps == -1 else request.steps,
+        seed=recipe.seed if request.seed == -1 else request.seed,
+    )
+    folder = Path(request.folder) if request.folder else EMBEDDED / name.replace("-", "_")
 
     import torch
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(request.threads)
     data = record(name, recipe, folder, pretrain(recipe, folder))
     (folder / "checkpoint.pt").unlink()
     print(f"{name}: {data['parameters']:,} parameters in {folder}, loss {data['loss']['mixture']} on fresh rows")

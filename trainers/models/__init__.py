@@ -30,7 +30,6 @@ from trainers.models.base import (
 from trainers.models.options import (
     ATTENTION,
     DTYPES,
-    OPTIONS,
     QUANTIZATION,
     check_options,
     check_packages,
@@ -38,13 +37,12 @@ from trainers.models.options import (
     numbers_of,
     remarks,
 )
-from trainers.models.resident import Loaded, load, load_arguments, no_progress_bars
+from trainers.models.resident import Loaded, load, no_progress_bars
 
 __all__ = [
     "ATTENTION",
     "DTYPES",
     "EMBEDDED",
-    "OPTIONS",
     "PACKAGED",
     "QUANTIZATION",
     "Loaded",
@@ -55,7 +53,6 @@ __all__ = [
     "folder_of",
     "identity_of",
     "load",
-    "load_arguments",
     "no_progress_bars",
     "numbers_of",
     "remarks",

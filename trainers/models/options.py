@@ -13,9 +13,6 @@ import importlib.util
 from allocators.core.errors import StudyError, unknown
 from allocators.core.types import ModelShape
 
-# What `load` takes besides name and device; RunConfig has keys of these names.
-OPTIONS = ("dtype", "attn", "gradient_checkpointing", "quantization", "trust_remote_code", "shard")
-SAME_LOSSES = ("gradient_checkpointing", "shard")  # options that change what a training costs, not what comes out
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 QUANTIZATION = ("nf4", "int8")

@@ -12,7 +12,6 @@ tests.benchmarks.shared_weights` measures both.
 from __future__ import annotations
 
 import ctypes
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocators.core.errors import StudyError
 from trainers.models.base import folder_of, identity_of
-from trainers.models.options import OPTIONS, SAME_LOSSES, check_options, check_packages, numbers_of
+from trainers.models.options import check_options, check_packages, numbers_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -48,13 +47,6 @@ class Loaded:
         from trainers.models.quantized import scale_bytes
 
         return self.model.get_memory_footprint() + sum(scale_bytes(module) for module in self.model.modules())
-
-
-def load_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What `load` must be told besides the name to make of it what a study with these settings trained on."""
-    defaults = {name: parameter.default for name, parameter in inspect.signature(load).parameters.items()}
-    keys = [key for key in OPTIONS if key in settings and key not in SAME_LOSSES]
-    return {key: settings[key] for key in keys if settings[key] != defaults[key]}
 
 
 def load(

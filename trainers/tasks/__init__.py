@@ -78,7 +78,6 @@ from trainers.tasks.task_file import TaskFile, one_line, training_config, traini
 __all__ = [
     "BENCHMARKS",
     "EMBEDDED",
-    "OPTIONS",
     "AnyTask",
     "Evaluation",
     "Mixture",
@@ -89,9 +88,6 @@ __all__ = [
     "load_task",
     "sizes",
 ]
-
-# What `load_task` takes that RunConfig has keys for.
-OPTIONS = ("limit", "training_limit", "metric", "num_fewshot", "fewshot_seed", "chat_template")
 
 
 def load_task(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -275,3 +277,12 @@ def test_records_and_fronts_load_neither_numpy_nor_torch():
     code = f"import sys, search.records, search.front; sys.exit(str({heavy} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert loaded.stderr.strip() == "set()"
+
+
+def test_a_secret_in_a_quoted_word_of_the_command_ends_before_the_quote(tmp_path):
+    command = "run 'tracking_uri=http://host/?a=b&token=hunter2' 'name=my study' storage=s3://me:pw@bucket/x"
+    open_study(tmp_path, command=command).close()
+    words = shlex.split(json.loads((tmp_path / "study.json").read_text())["command"])
+    assert words == [
+        *("run", "tracking_uri=http://host/?a=b&token=***", "name=my study", "storage=s3://***@bucket/x"),
+    ]

@@ -162,7 +162,7 @@ def test_no_ray_no_torch_no_model(tmp_path):
     study_of(tmp_path, outcome())
     code = (
         "import sys; from search.report.__main__ import main; main(sys.argv[1:]);"
-        "heavy = {'ray', 'torch', 'mlflow', 'transformers', 'omegaconf', 'optuna', 'matplotlib.pyplot'};"
+        "heavy = {'ray', 'torch', 'mlflow', 'transformers', 'optuna', 'matplotlib.pyplot'};"
         "sys.exit(str(heavy & set(sys.modules)))"
     )
     done = subprocess.run(

@@ -156,7 +156,9 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
     [
         ("model=tiny-mow", "did you mean 'tiny-moe'"),
         ("step=3", "did you mean 'steps'"),
-        ("steps=many", "whole numbers"),
+        ("steps=many", "steps must be a whole number, got 'many'"),
+        ("steps=0", "steps must be at least 1, got 0"),
+        ("model", "not key=value"),
     ],
 )
 def test_a_wrong_word_gets_one_line(word, message):

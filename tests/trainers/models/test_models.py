@@ -216,12 +216,6 @@ def test_what_decides_the_numbers_is_told(model_folder):
     assert models.numbers_of("cpu", quantization="nf4") == "float32, nf4"
 
 
-def test_a_study_says_how_to_load_what_it_trained_on():
-    settings = {"dtype": "bfloat16", "attn": "auto", "gradient_checkpointing": True, "trials": 3}
-    assert models.load_arguments(settings) == {"dtype": "bfloat16"}
-    assert models.load_arguments({"quantization": "int8"}) == {"quantization": "int8"}
-
-
 def test_code_beside_a_model_runs_where_it_is_asked_for(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -1,0 +1,93 @@
+"""Words of a command line: what is read, what is refused, and what the help shows."""
+
+from __future__ import annotations
+
+import doctest
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from allocators.core import words
+from allocators.core.errors import StudyError
+
+
+@dataclass(frozen=True)
+class Settings:
+    name: str = words.key("", "of the study")
+    rank: int = words.key(8, "LoRA rank", least=1)
+    share: float = words.key(-1.0, "of the experts (-1: all)", least=0, unset=-1)
+    score: str = words.key("count", "what is counted", choices=("count", "mass"))
+    loud: bool = words.key(False, "says more")
+    sizes: tuple[int, ...] = words.key((1, 2), "of the matrices")
+    plain: int = 3
+
+
+def test_its_examples_run():
+    assert doctest.testmod(words).failed == 0
+
+
+def test_values_are_read_by_the_type_of_their_key():
+    read = words.parse(
+        ["name= 1e3", "rank=1_6", "share=.5", "score=mass", "loud=True", "sizes=[3, 4]", "plain=5"], Settings
+    )
+    assert read == Settings(" 1e3", 16, 0.5, "mass", True, (3, 4), 5)
+    assert words.parse(["share=-1", "sizes=", "name="], Settings) == Settings(sizes=())
+
+
+@pytest.mark.parametrize(
+    ("given_words", "said"),
+    [
+        (["rank=0"], "rank must be at least 1, got 0"),
+        (["rank=8.0"], "rank must be a whole number, got '8.0'"),
+        (["rank=٣"], "rank must be a whole number"),
+        (["share=inf"], "share must be a finite number, got 'inf'"),
+        (["share=-2"], "share must be at least 0, got -2.0 (or -1, the default)"),
+        (["score=mas"], "unknown score 'mas': choose from count, mass; did you mean 'mass'?"),
+        (["loud=yes"], "loud must be true or false, got 'yes'"),
+        (["sizes=1,x"], "sizes must be a whole number, got 'x'"),
+        (["rnk=3"], "unknown key 'rnk'; did you mean 'rank'? (help lists the keys)"),
+        (["rank"], "'rank' is not key=value, for example rank=8 (help lists the keys)"),
+        (["rank=3", "rank=3"], "rank is given twice: leave one of them out"),
+    ],
+)
+def test_a_mistake_is_one_line(given_words, said):
+    with pytest.raises(StudyError) as error:
+        words.parse(given_words, Settings)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_words_without_a_key_are_kept_where_a_command_takes_them():
+    assert words.split(["export", "studies/a=b", "to=x=y"]) == (["export", "studies/a=b"], [("to", "x=y")])
+
+
+def test_help_shows_defaults_choices_and_meanings():
+    lines = words.help_of(Settings)
+    assert len(lines) == 7
+    text = "\n".join(lines)
+    for part in (
+        "rank (8)",
+        "score (count)",
+        "[count | mass]",
+        "loud (false)",
+        "sizes (1,2)",
+        "plain (3)",
+        "of the study",
+    ):
+        assert part in text
+    assert "share (" not in text  # as the program decides
+    assert all(words.asks_for_help(["rank=3", word]) for word in ("help", "-h", "--help"))
+
+
+@given(st.lists(st.text(max_size=8).map(str.strip).filter(bool), max_size=4))
+def test_a_list_is_read_as_it_was_written(items):
+    assert words.read_list(words.write_list(items)) == items
+
+
+@given(st.text())
+def test_any_text_is_a_value(text):
+    value = words.read_value(text)
+    assert value is None or isinstance(value, str | int | float)
+    words.read_list(text)

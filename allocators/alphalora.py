@@ -32,7 +32,7 @@ def allocate(
     total_experts   T over all layers; five a layer unless given (the paper's 160 on 32 layers; it also ran 80 and 224)
     beta            β, 2.5; the paper swept 2, 2.5, 3. Larger: more unequal
     metric          hill (the paper's choice), alpha_hat or stable_rank; hill_window, hill_peak, hill_median for other
-                    rules of where the tail begins (signals/_tails.py); or any metric of the signal
+                    rules of where the tail begins (signals/spectrum/tails.py); or any metric of the signal
     rounding        `paper`: equation 7 as published, which can load one layer with every correction (it warns)
                     `largest_remainder`: each layer within one of its share
     min_experts     least number a layer gets, 1; 0 with `paper` gives the published numbers

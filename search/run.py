@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from allocators.core import plugins, words
 from allocators.core.errors import ToolkitError
 from search.config import RunConfig, help_text, parse
-from search.prepare import prepare
 from search.records.redact import redacted
+from search.session.prepare import prepare
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,12 +50,12 @@ def run(config: RunConfig) -> int:
     """Exit code: 0 done, 1 no trial reached an accuracy. Raises StudyError for what cannot work."""
     config, problem = prepare(config)
     if config.dry_run:
-        from search.dry_run import dry_run
-        from search.make_workers import Locations
+        from search.session.dry_run import dry_run
+        from search.session.make_workers import Locations
 
         dry_run(config, problem, Locations.of(config).folder)
         return 0
-    from search.session import run_study
+    from search.session.session import run_study
 
     return run_study(config, problem)
 

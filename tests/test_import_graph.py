@@ -34,18 +34,8 @@ MOST_FILES, MEDIAN_FILES, MOST_LINES = 12, 6, 60
 EDGES = {
     "ray": {"search/engine/workers.py", "search/engine/queue.py", "search/engine/tune.py", "trainers/worker.py"},
     "mlflow": {"search/records/tracking.py"},
-    "omegaconf": {"search/config.py"},
     "lm_eval": {"trainers/tasks/harness.py"},
     "runpy": {"allocators/show.py", "allocators/signals/sensitivity.py"},
-}
-
-# What breaks a rule today, and why. An entry that breaks none any more must go.
-PENDING: dict[str, str] = {
-    "circle: trainers.adapter trainers.adapter.expert_lora trainers.adapter.lora_moe": "adapter/base.py will break it",
-    "upward: allocators.signals.sensitivity to trainers.models": "the command moves to search/show/",
-    "upward: allocators.signals.sensitivity to trainers.tasks": "the command moves to search/show/",
-    "function: search/run.py _train": "becomes class Conductor",
-    "function: trainers/worker.py serve": "the loop of a worker is to be split",
 }
 
 
@@ -183,14 +173,7 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_the_house_keeps_its_rules(rule):
-    known = {offence for offence in PENDING if offence.startswith(f"{rule}: ")}
-    offences = RULES[rule]()
-    assert sorted(offences - known) == []
-    assert sorted(known - offences) == [], "these are mended: delete them from PENDING"
-
-
-def test_every_pending_offence_names_its_rule():
-    assert {offence.partition(":")[0] for offence in PENDING} <= set(RULES)
+    assert sorted(RULES[rule]()) == []
 
 
 def test_the_graph_sees_lazy_imports_modules_and_names():

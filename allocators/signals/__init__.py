@@ -9,6 +9,7 @@ What a source does not need to answer it does not load: a cached signal costs no
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -76,8 +77,8 @@ class Source(Protocol):
 
 
 def kinds() -> list[str]:
-    """The kinds of signal that can be measured: the files of this folder, without those that help others (`_name`)."""
-    return sorted(f.stem for f in Path(__file__).parent.glob("*.py") if f.stem[0] != "_" and f.stem != "cache")
+    """The kinds of signal that can be measured: the modules of this folder, but for the cache."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "cache")
 
 
 def measurement_of(kind: str, source: Source) -> Measurement:

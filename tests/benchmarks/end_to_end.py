@@ -549,11 +549,11 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
     from search.config import RunConfig
     from search.engine.groups import Resources
     from search.engine.workers import RayWorkers
-    from search.make_workers import Locations
-    from search.make_workers import worker_setup as setup_of
     from search.records.folder import StudyFolder
     from search.records.tracking import Tracker
     from search.report.live import Progress
+    from search.session.make_workers import Locations
+    from search.session.make_workers import worker_setup as setup_of
     from search.study import Conductor
 
     recorded = problem_of(settings.table, settings.seed)

@@ -35,8 +35,8 @@ import scipy  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from allocators.signals._eigenvalues import eigenvalues  # noqa: E402
-from allocators.signals._tails import fit_tail  # noqa: E402
+from allocators.signals.spectrum.eigen import eigenvalues  # noqa: E402
+from allocators.signals.spectrum.tails import fit_tail  # noqa: E402
 from tests.benchmarks._shared import parse  # noqa: E402
 
 SIZES = {
@@ -87,7 +87,7 @@ def heavy(rows: int, columns: int, device: str) -> Tensor:
 
 def middle_layer(folder: Path, device: str) -> dict[str, Tensor]:
     from allocators.core.shapes import shape_from_config
-    from allocators.signals._stored import open_weights
+    from allocators.signals.spectrum.stored import open_weights
 
     shape = shape_from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")), name=folder.name)
     read = open_weights(folder)

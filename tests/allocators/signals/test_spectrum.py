@@ -21,11 +21,11 @@ from allocators import alphalora
 from allocators.core.errors import StudyError, ToolkitWarning
 from allocators.core.layers import layer_values
 from allocators.core.shapes import shape_from_config
-from allocators.signals import _eigenvalues, spectrum
-from allocators.signals._eigenvalues import eigenvalues
-from allocators.signals._tails import XMIN_RULES, alpha_hat, fit_tail, stable_rank
+from allocators.signals import spectrum
 from allocators.signals.cache import cached
-from allocators.signals.spectrum import measure
+from allocators.signals.spectrum import eigen, measure
+from allocators.signals.spectrum.eigen import eigenvalues
+from allocators.signals.spectrum.tails import XMIN_RULES, alpha_hat, fit_tail, stable_rank
 from tests import GOLDEN, ROOT
 from tests.allocators.models import dense_shape, moe_shape
 
@@ -248,11 +248,11 @@ def plain_fp32(W: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("seed", range(6))
 def test_fp32_errs_by_less_than_the_bound_where_it_matters(seed):
     W = square(seed, size=400)
-    form = _eigenvalues._tridiagonal(_eigenvalues._gram(W.numpy(), blas.ssyrk))
+    form = eigen._tridiagonal(eigen._gram(W.numpy(), blas.ssyrk))
     lam, expected = lapack.ssterf(form.diagonal, form.beside)[0], exact(W)
-    low = expected < _eigenvalues.TRUSTED * _eigenvalues.NOISE * expected[-1]
+    low = expected < eigen.TRUSTED * eigen.NOISE * expected[-1]
     assert low.any()
-    assert abs(lam - expected)[low].max() < _eigenvalues.NOISE * expected[-1]
+    assert abs(lam - expected)[low].max() < eigen.NOISE * expected[-1]
 
 
 def test_square_matrices_need_more_than_fp32_and_get_it():
@@ -273,17 +273,17 @@ def test_eigenvalues_are_right_where_the_result_needs_them(seed):
     W = square(seed, size=300)
     lam, expected = eigenvalues(W), exact(W)
     error = abs(lam / expected - 1)
-    trusted = expected >= _eigenvalues.TRUSTED * _eigenvalues.NOISE * expected[-1]
+    trusted = expected >= eigen.TRUSTED * eigen.NOISE * expected[-1]
     assert not trusted[0]
     assert error[0] < 1e-3
-    assert error[trusted].max() < 1 / _eigenvalues.TRUSTED
-    assert error.max() < 1 / _eigenvalues.RESOLVED
+    assert error[trusted].max() < 1 / eigen.TRUSTED
+    assert error.max() < 1 / eigen.RESOLVED
 
 
 def routes(monkeypatch) -> list[str]:
     """Which computations were done, in order."""
     seen: list[str] = []
-    gram, refined = _eigenvalues._gram, _eigenvalues._refined
+    gram, refined = eigen._gram, eigen._refined
 
     def spy_gram(A, syrk):
         seen.append(str(A.dtype))
@@ -293,8 +293,8 @@ def routes(monkeypatch) -> list[str]:
         seen.append("refined")
         return refined(*arguments)
 
-    monkeypatch.setattr(_eigenvalues, "_gram", spy_gram)
-    monkeypatch.setattr(_eigenvalues, "_refined", spy_refined)
+    monkeypatch.setattr(eigen, "_gram", spy_gram)
+    monkeypatch.setattr(eigen, "_refined", spy_refined)
     return seen
 
 
@@ -338,7 +338,7 @@ def test_a_refinement_that_lapack_gives_up_on_is_done_in_fp64(monkeypatch):
     def give_up(*arguments):
         raise np.linalg.LinAlgError
 
-    monkeypatch.setattr(_eigenvalues, "_refined", give_up)
+    monkeypatch.setattr(eigen, "_refined", give_up)
     assert eigenvalues(square(0)) == pytest.approx(exact(square(0)), rel=1e-6)
 
 
@@ -386,9 +386,9 @@ def test_the_cuda_route_keeps_the_same_criterion(monkeypatch):
     monkeypatch.setattr(torch.linalg, "eigvalsh", lambda G: (asked.append(G.dtype), eigvalsh(G))[1])
     before = torch.backends.cuda.matmul.fp32_precision
     well, ill = with_singular_values(np.linspace(0.2, 1, 50), 50, 90), square(0)
-    assert _eigenvalues._on_cuda(well) == pytest.approx(exact(well), rel=1e-4)
+    assert eigen._on_cuda(well) == pytest.approx(exact(well), rel=1e-4)
     assert asked == [torch.float32]
-    assert _eigenvalues._on_cuda(ill) == pytest.approx(exact(ill), rel=1e-6)
+    assert eigen._on_cuda(ill) == pytest.approx(exact(ill), rel=1e-6)
     assert asked == [torch.float32, torch.float32, torch.float64]
     assert torch.backends.cuda.matmul.fp32_precision == before
 

@@ -278,8 +278,8 @@ def test_a_base_that_has_moved_and_one_that_is_another(tmp_path, monkeypatch):
 
 def test_an_adapter_that_was_deleted_can_be_trained_again_by_the_command_in_the_message(tmp_path, capsys):
     """The command's own first proposal is the run whose adapter is gone, to the last digit of its learning rate."""
-    from search.prepare import prepare_training
     from search.propose.sampler import Proposer
+    from search.session.prepare import prepare_training
 
     config = RunConfig(recipe={"steps": 7}, trials=5, storage=str(tmp_path), seed=3)
     proposer = Proposer(prepare_training(config), sampler="random")

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from allocators.core.types import Outcome
 from search.config import parse
 from search.front import candidates, front
-from search.prepare import prepare_replay
 from search.propose.halving import BEYOND, NO_HALVING, Halving, ordered, rungs, tokens_saved
 from search.propose.sampler import Proposer
 from search.records import read
 from search.records.folder import StudyFolder
 from search.replay import export
 from search.run import main
+from search.session.prepare import prepare_replay
 from tests.search.propose.test_sampler import problem
 from tests.search.replay.test_replay import record
 from tests.search.test_study import lines

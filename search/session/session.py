@@ -12,10 +12,8 @@ from allocators.core.messages import PackJob
 from allocators.core.types import Signal, canonical_json
 from search import report
 from search.config import RunConfig
-from search.dry_run import drawn
 from search.engine import Workers
 from search.engine.memory import PeakMemory
-from search.make_workers import Locations, make_workers
 from search.problem import Problem
 from search.propose.halving import NO_HALVING, Halving
 from search.records.files import UNTRAINED, write_atomically
@@ -23,6 +21,8 @@ from search.records.folder import StudyFolder
 from search.records.reuse import NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
 from search.records.tracking import Tracker
 from search.report.live import Progress
+from search.session.dry_run import drawn
+from search.session.make_workers import Locations, make_workers
 from search.study import Conductor, trainings_left
 from spaces import _tables
 from trainers import storage

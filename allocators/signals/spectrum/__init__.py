@@ -10,7 +10,7 @@ Per module: `hill`, `alpha_hat`, `stable_rank` by the published rule of where th
 `hill_peak`, `hill_median` by the others, which cost nothing beside the eigenvalues. Allocators take the plain mean over
 a layer's modules (`core/layers.py`).
 
-How the eigenvalues of WᵀW are computed is said in `_eigenvalues.py`, how a tail is fitted in `_tails.py`.
+How the eigenvalues of WᵀW are computed is said in `eigen.py`, how a tail is fitted in `tails.py`.
 
 A study's measurement streams the weights from disk as they are stored, one matrix at a time, and keeps the rows
 measured so far beside the signal's file: one that is cut off goes on.
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from allocators.core.errors import StudyError, ToolkitWarning, did_you_mean
 from allocators.core.types import ModelShape, ModuleShape, Signal, digest_of
 from allocators.signals import Measurement, Source
-from allocators.signals._eigenvalues import eigenvalues
-from allocators.signals._stored import Weights, open_weights
-from allocators.signals._tails import XMIN_RULES, alpha_hat, fit_tail, stable_rank
+from allocators.signals.spectrum.eigen import eigenvalues
+from allocators.signals.spectrum.stored import Weights, open_weights
+from allocators.signals.spectrum.tails import XMIN_RULES, alpha_hat, fit_tail, stable_rank
 
 VERSION = 1  # part of the provenance: raise it when the same weights would give other numbers
 

@@ -3,7 +3,7 @@
     lam = eigenvalues(weight)              # ascending, zeros left out
 
 They come from the Gram matrix of the smaller side in fp32, which is several times faster than singular values. The
-price is an absolute error of about δ = `NOISE`·λ_max, and the histogram of the published rule (`_tails.py`) feels it,
+price is an absolute error of about δ = `NOISE`·λ_max, and the histogram of the published rule (`tails.py`) feels it,
 because it begins at the smallest eigenvalue: on square matrices plain fp32 moves `hill` by tenths and more
 (tests/benchmarks/spectrum.py prints by how much). So fp32 is kept where the result does not depend on what it cannot
 tell:
@@ -33,7 +33,7 @@ from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from allocators.core.errors import StudyError
-from allocators.signals._tails import Vector, fullest_bin
+from allocators.signals.spectrum.tails import Vector, fullest_bin
 
 NOISE = float(np.finfo(np.float32).eps)  # δ/λ_max; small fp32 eigenvalues of weights err by δ/3 at most
 TRUSTED = 1000  # times δ: from here up fp32 is right to 1/1000

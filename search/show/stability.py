@@ -14,28 +14,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from allocators.core.errors import StudyError, ToolkitError, unknown
+from allocators.core import words
+from allocators.core.errors import StudyError, ToolkitError
 from allocators.signals import sensitivity
-from allocators.signals.sensitivity import MAX_LENGTH, SCORES, Score, drawn, pad, per_sample
+from allocators.signals.sensitivity import MAX_LENGTH, SCORES, drawn, pad, per_sample
+from search.records.redact import redacted
 
 if TYPE_CHECKING:  # only the plot needs it
     from matplotlib.axes import Axes
-
-DEFAULTS = {
-    "model": ("tiny-moe", "embedded name, local folder or Hugging Face id"),
-    "task": ("tiny_cipher", "whose training documents are measured"),
-    "samples": ("36,108,288", "sizes to compare, the last one is what the others are compared with"),
-    "score": ("sum_sq_grad", ", ".join(SCORES)),
-    "share": ("0.6", "share of blocks that count as kept (LoRA-SMoE's retention)"),
-    "seed": ("0", "of the drawn documents"),
-    "device": ("", "torch device (empty: cuda where there is one)"),
-    "plot": ("studies/sensitivity.png", "where the plot goes"),
-}
 
 
 @dataclass(frozen=True)
@@ -83,58 +74,49 @@ def _agreement(a: Tensor, b: Tensor, share: float) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Request:
-    """What is compared: `sizes` ascending, the largest is what the others are compared with."""
+    """The keys of the command line."""
 
-    model: str
-    task: str
-    sizes: tuple[int, ...]
-    score: Score
-    share: float
-    seed: int
-    device: str
-    plot: Path
+    model: str = words.key("tiny-moe", "embedded name, local folder or Hugging Face id")
+    task: str = words.key("tiny_cipher", "whose training documents are measured")
+    samples: tuple[int, ...] = words.key((36, 108, 288), "sizes to compare: the others with the largest")
+    score: str = words.key("sum_sq_grad", "how a block is scored", choices=SCORES)
+    share: float = words.key(0.6, "share of blocks that count as kept (LoRA-SMoE's retention)")
+    seed: int = words.key(0, "of the drawn documents", least=0)
+    device: str = words.key("", "torch device (empty: cuda where there is one)")
+    plot: str = words.key("studies/sensitivity.png", "where the plot goes")
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the samples, ascending."""
+        return sorted(set(self.samples))
 
     @property
     def title(self) -> str:
+        """What the plot shows."""
         return f"{self.score}, {self.model} on {self.task}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on stderr where the request cannot be answered."""
-    words = sys.argv[1:] if argv is None else argv
+    given = list(sys.argv[1:] if argv is None else argv)
     try:
-        if any(word in ("help", "-h", "--help") for word in words):
-            print(sensitivity.__doc__)
-            for key, (default, meaning) in DEFAULTS.items():
-                print(f"  {key + '=' + default:<32} {meaning}")
+        if words.asks_for_help(given):
+            print("\n".join([sensitivity.__doc__ or "", *words.help_of(Request)]))
             return 0
-        options = {key: default for key, (default, _) in DEFAULTS.items()}
-        for word in words:
-            key, separator, value = word.partition("=")
-            if not separator or key not in options:
-                raise unknown("key", key, options)
-            options[key] = value
-        _answer(_request(options))
+        _answer(parse(given))
     except ToolkitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     return 0
 
 
-def _request(options: Mapping[str, str]) -> Request:
-    """Raises StudyError where a value is none that can be."""
-    try:
-        sizes = tuple(sorted({int(n) for n in options["samples"].split(",")}))
-        share, seed = float(options["share"]), int(options["seed"])
-    except ValueError as error:
-        raise StudyError(f"samples, share and seed are numbers, for example samples=36,108: {error}") from None
-    score = next((score for score in SCORES if score == options["score"]), None)
-    if score is None:
-        raise unknown("sensitivity score", options["score"], SCORES)
-    if sizes[0] < 1 or not 0 < share < 1:
-        raise StudyError(f"samples must be at least 1 and share between 0 and 1, got {sizes[0]} and {share}")
-    device = options["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Request(options["model"], options["task"], sizes, score, share, seed, device, Path(options["plot"]))
+def parse(given: Sequence[str]) -> Request:
+    """Raises StudyError with one line for what cannot work."""
+    request = words.parse(given, Request)
+    if not request.samples or request.sizes[0] < 1 or not 0 < request.share < 1:
+        sizes = ",".join(map(str, request.samples))
+        raise StudyError(f"samples must be at least 1 and share between 0 and 1, got {sizes} and {request.share}")
+    return request
 
 
 def _answer(request: Request) -> None:
@@ -145,7 +127,7 @@ def _answer(request: Request) -> None:
     for line in _lines(rows, request):
         print(line)
     try:
-        request.plot.parent.mkdir(parents=True, exist_ok=True)
+        Path(request.plot).parent.mkdir(parents=True, exist_ok=True)
         _draw(rows, values, request)
     except OSError as error:
         raise StudyError(f"the plot cannot be written to '{request.plot}': {error.strerror or error}") from error
@@ -162,11 +144,12 @@ def _measured(request: Request) -> tuple[dict[str, Tensor], float]:
             f"task '{request.task}' has {task.num_training} training documents, {request.sizes[-1]} samples were "
             "asked for"
         )
-    loaded = models.load(request.model, device=request.device)
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = models.load(request.model, device=device)
     rows = drawn(task.training_rows(loaded.tokenizer, MAX_LENGTH), request.sizes[-1], request.seed)
     begun = time.monotonic()
     batches = pad(rows, pad_token_id=loaded.tokenizer.pad_token_id)
-    values = per_sample(loaded.model, batches, score=request.score, seed=request.seed)
+    values = per_sample(loaded.model, batches, score=cast(Score, request.score), seed=request.seed)
     return values, time.monotonic() - begun
 
 

@@ -39,7 +39,7 @@ def test_spearman_by_hand():
 def test_a_wrong_request_is_one_line(capsys):
     for words, told in (
         (["sample=3"], "did you mean 'samples'"),
-        (["samples=few"], "samples, share and seed are numbers"),
+        (["samples=few"], "samples must be a whole number, got 'few'"),
         (["score=fischer"], "did you mean 'fisher'"),
         (["share=2"], "share between 0 and 1"),
     ):
@@ -48,7 +48,7 @@ def test_a_wrong_request_is_one_line(capsys):
         assert told in err
         assert (out, err.count("\n")) == ("", 1)
     assert main(["help"]) == 0
-    assert "share=0.6" in capsys.readouterr().out
+    assert "share (0.6)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

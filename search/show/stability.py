@@ -22,7 +22,7 @@ from torch import Tensor
 from allocators.core import words
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.signals import sensitivity
-from allocators.signals.sensitivity import MAX_LENGTH, SCORES, drawn, pad, per_sample
+from allocators.signals.sensitivity import MAX_LENGTH, SCORES, Score, drawn, pad, per_sample
 from search.records.redact import redacted
 
 if TYPE_CHECKING:  # only the plot needs it

@@ -1,0 +1,154 @@
+"""Every command that a document or a data sheet prints is one that its program takes."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from allocators.core import plugins, words
+from allocators.core.errors import StudyError
+from search import config
+from search.export import __main__ as export
+from search.problem import load_space
+from search.replay.__main__ import Target
+from search.session.prepare import prepare
+from search.show import __main__ as show
+from search.show import stability
+from tests import ROOT
+from trainers import models
+from trainers.embedded import domains, pretrain
+
+TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+SOURCES = [f for p in ("allocators", "search", "spaces", "trainers", "tests") for f in sorted((ROOT / p).rglob("*.py"))]
+COMMAND = re.compile(r"python -m ([\w.]+)((?: +(?:'[^'\n]*'|\"[^\"\n]*\"|[^\s'\"`#|()]+))*)")
+PLACEHOLDER = re.compile(r"^[A-Z_]{3,}$|…|\.\.\.|^NAME|\bkey=value\b|[{}\[<]|=$")
+
+
+def commands(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """Module and words of every command that a file prints, up to two spaces (where a comment stands beside it)."""
+    for match in COMMAND.finditer(file.read_text(encoding="utf-8").replace("\\\n", " ")):
+        line = "" if match[2].startswith("  ") else re.split(r" {2,}|[.,:;)]+(?= |$)", match[2].strip())[0]
+        try:
+            yield match[1], shlex.split(line)
+        except ValueError:  # a quotation mark of the sentence around it
+            continue
+
+
+def run(given: Sequence[str]) -> None:
+    """Parses, and prepares where model and task are embedded: pins, spaces and budgets are then checked too."""
+    if words.asks_for_help(given):
+        return
+    asked = config.parse([word for word in given if not word.startswith("config=")])  # a file that the reader has
+    if asked.replay in ("", "tiny-moe", "tiny-dense") and asked.model in models.EMBEDDED and asked.task == "default":
+        prepare(asked)
+    elif asked.model in models.EMBEDDED and not asked.replay:
+        space = load_space(asked.space, models.shape_of(asked.model))
+        assert space.suggest
+
+
+def one_folder(given: Sequence[str]) -> None:
+    assert words.asks_for_help(given) or len(given) == 1
+
+
+def table(given: Sequence[str]) -> None:
+    bare, pairs = words.split(given)
+    words.build(Target, pairs)
+    assert bare[0] == "export"
+
+
+def exported(given: Sequence[str]) -> None:
+    if given and not words.asks_for_help(given):
+        export.parse(given)
+
+
+def shown(given: Sequence[str]) -> None:
+    if not words.asks_for_help(given):
+        show.parse(given)
+
+
+def fields_of(settings: type) -> Callable[[Sequence[str]], None]:
+    def parse(given: Sequence[str]) -> None:
+        if not words.asks_for_help(given):
+            words.parse(given, settings)
+
+    return parse
+
+
+def pytest_words(given: Sequence[str]) -> None:
+    for word in given:
+        if word.startswith("tests/"):
+            assert (ROOT / word.partition("::")[0]).exists(), word
+
+
+PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
+    "search.run": run,
+    "search.report": one_folder,
+    "search.export": exported,
+    "search.replay": table,
+    "allocators.show": shown,
+    "allocators.signals.sensitivity": fields_of(stability.Request),
+    "search.show.stability": fields_of(stability.Request),
+    "trainers.pretrain": fields_of(pretrain.Request),
+    "trainers.embedded.domains": fields_of(domains.Request),
+    "pytest": pytest_words,
+}
+FOREIGN = ("pip", "venv", "mypy", "ruff")
+
+
+def parser_of(module: str) -> Callable[[Sequence[str]], None]:
+    if module.startswith("tests.benchmarks."):
+        return fields_of(importlib.import_module(module).Settings)
+    return PARSERS[module]
+
+
+def cases() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    seen = set()
+    for file in (*TEXTS, *SOURCES):
+        if file == Path(__file__):
+            continue
+        for module, given in commands(file):
+            if "." not in module and module not in PARSERS and module not in FOREIGN:
+                continue  # `search.NAME` and other words of a sentence
+            case = (module, tuple(given))
+            if module not in FOREIGN and case not in seen:
+                seen.add(case)
+                yield file.relative_to(ROOT).as_posix(), *case
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize(("file", "module", "given"), CASES, ids=lambda value: str(value)[:80])
+def test_a_printed_command_is_one_that_its_program_takes(file: str, module: str, given: tuple[str, ...]) -> None:
+    if any(PLACEHOLDER.search(word) for word in given):
+        known = PARSERS.get(module) or importlib.util.find_spec(module)
+        assert known, f"{file}: there is no {module}"
+        return
+    try:
+        parser_of(module)(given)
+    except StudyError as error:
+        pytest.fail(f"{file}: python -m {module} {shlex.join(given)}\n{error}")
+
+
+def test_the_commands_were_read() -> None:
+    """The two of the README's head, and one of every program: the pattern reads what it is meant to read."""
+    assert ("search.run", ("space=sieve",)) in {case[1:] for case in CASES}
+    assert {"search.run", "search.report", "search.export", "search.replay", "allocators.show"} <= {c[1] for c in CASES}
+    assert len(CASES) > 80
+
+
+@pytest.mark.parametrize("name", plugins.names("spaces"))
+def test_a_data_sheet_names_its_own_command(name: str) -> None:
+    assert re.search(rf"space={name}\b", plugins.load("spaces", name, "space").__doc__ or "")
+
+
+def test_targets_of_make_are_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = {name for file in TEXTS for name in re.findall(r"(?:`|^)make ([a-z-]+)", file.read_text(), re.MULTILINE)}
+    assert {"demo", "test", "check"} <= named <= targets

@@ -17,6 +17,8 @@ from allocators.core.types import ExpertSelection
 from search.records import LINES, read
 
 TRIALS, SEEDS = 6, 2
+Story = tuple[Path, Records, str]  # the folder, what was in it when the driver was killed, the log of the second run
+
 WORDS = [
     "space=sieve",
     "task=trainers/embedded/tasks/default.yaml",  # a relative path: workers run in another folder
@@ -45,7 +47,7 @@ def run(storage: Path, log: Path, *more: str) -> subprocess.Popen:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Starts a study, kills its driver with trials under way, runs the same command again."""
     storage = tmp_path_factory.mktemp("studies")
     folder = storage / "sieve-tiny-moe-default"
@@ -74,7 +76,7 @@ def story(tmp_path_factory):
     return folder, killed, (storage / "second.log").read_text()
 
 
-def test_nothing_is_trained_twice_and_nothing_is_lost(story):
+def test_nothing_is_trained_twice_and_nothing_is_lost(story: Story) -> None:
     folder, killed, _ = story
     finished = Counter(line["outcome"]["trial"]["digest"] for line in lines(folder) if line["event"] == "finished")
     assert set(finished.values()) == {1}
@@ -84,7 +86,7 @@ def test_nothing_is_trained_twice_and_nothing_is_lost(story):
     assert all(started[digest] == 1 for digest in killed.finished)
 
 
-def test_the_front_is_repeated_with_another_seed_and_trials_count_alone(story):
+def test_the_front_is_repeated_with_another_seed_and_trials_count_alone(story: Story) -> None:
     from search.front import candidates, front
 
     folder, _, log = story
@@ -100,7 +102,7 @@ def test_the_front_is_repeated_with_another_seed_and_trials_count_alone(story):
     assert f"{TRIALS} of {TRIALS} finished · {seeds[1]} of {seeds[1]} repeats with other seeds" in log
 
 
-def test_a_trial_that_was_cut_off_goes_on_from_its_checkpoint(story):
+def test_a_trial_that_was_cut_off_goes_on_from_its_checkpoint(story: Story) -> None:
     folder, killed, _ = story
     after = read(folder).finished
     cut_off = [outcome for outcome, _ in killed.in_flight if outcome.rungs]
@@ -111,7 +113,7 @@ def test_a_trial_that_was_cut_off_goes_on_from_its_checkpoint(story):
         assert after[outcome.digest].rungs[-1].step == 9
 
 
-def test_starting_points_come_first_and_every_count_is_exact(story):
+def test_starting_points_come_first_and_every_count_is_exact(story: Story) -> None:
     folder, _, _ = story
     records = read(folder)
     outcomes = list(records.finished.values())
@@ -123,7 +125,7 @@ def test_starting_points_come_first_and_every_count_is_exact(story):
         assert counted == outcome.trainable_params
 
 
-def test_mlflow_has_one_parent_and_one_finished_child_a_trial(story):
+def test_mlflow_has_one_parent_and_one_finished_child_a_trial(story: Story) -> None:
     from mlflow import MlflowClient
 
     folder, _, _ = story
@@ -140,7 +142,7 @@ def test_mlflow_has_one_parent_and_one_finished_child_a_trial(story):
     assert sorted(run.data.metrics["accuracy"] for run in children) == pytest.approx(accuracies)
 
 
-def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story):
+def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story: Story) -> None:
     from search.front import front
     from trainers import adapter, models, tasks
 
@@ -159,7 +161,7 @@ def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story):
     assert attached.num_trainable == best.trainable_params
 
 
-def test_the_report_and_its_files_are_there(story):
+def test_the_report_and_its_files_are_there(story: Story) -> None:
     folder, _, log = story
     for name in ("report.html", "front.csv", "front.png", "points.csv"):
         assert (folder / name).stat().st_size > 0
@@ -168,7 +170,7 @@ def test_the_report_and_its_files_are_there(story):
     assert not list((folder / "checkpoints").glob("*")), "checkpoints of finished trials are deleted"
 
 
-def test_the_same_command_once_more_trains_nothing(story):
+def test_the_same_command_once_more_trains_nothing(story: Story) -> None:
     folder, _, _ = story
     before = (folder / LINES).read_bytes()
     again = run(folder.parent, folder.parent / "third.log")
@@ -178,7 +180,7 @@ def test_the_same_command_once_more_trains_nothing(story):
 
 
 @pytest.mark.slow
-def test_two_workers_a_trial_and_two_trials_at_once_end_on_four_logical_cpus(tmp_path):
+def test_two_workers_a_trial_and_two_trials_at_once_end_on_four_logical_cpus(tmp_path: Path) -> None:
     """Where Tune's handles or Train's controllers took a CPU each, the second trial would wait for ever."""
     driver = run(tmp_path, tmp_path / "log", "workers_per_trial=2", "max_concurrent=2", "num_cpus=4", "seeds=1")
     try:

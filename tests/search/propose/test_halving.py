@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -35,15 +37,15 @@ UNKNOWN = st.sampled_from([None, math.nan, math.inf, -math.inf])
 POINTS = st.lists(st.tuples(st.sampled_from([1, 10, 10, 400]) | COSTS, ACCURACIES | UNKNOWN), max_size=12)
 
 
-def named(points) -> dict[str, tuple[int, float | None]]:
+def named(points: list[tuple[int, float | None]]) -> dict[str, tuple[int, float | None]]:
     return {f"t{i:02}": point for i, point in enumerate(points)}
 
 
-def beats(a, b) -> bool:
+def beats(a: tuple[int, float], b: tuple[int, float]) -> bool:
     return a[0] <= b[0] and a[1] >= b[1] and a != b
 
 
-def front_numbers(members) -> dict[str, int]:
+def front_numbers(members: dict[str, tuple[int, float]]) -> dict[str, int]:
     """By definition: take away what nothing beats, again and again."""
     left, numbers, number = dict(members), {}, 0
     while left:
@@ -54,7 +56,7 @@ def front_numbers(members) -> dict[str, int]:
     return numbers
 
 
-def area(points, corner) -> float:
+def area(points: list[tuple[float, float]], corner: tuple[float, float]) -> float:
     """Area dominated by (x, y) points above a corner: a sum over vertical strips."""
     total, edges = 0.0, sorted({corner[0], *(x for x, _ in points)})
     for left, right in pairwise(edges):
@@ -74,7 +76,7 @@ def contributions(front: list[tuple[int, float]]) -> list[float]:
 
 
 @given(POINTS)
-def test_everyone_is_ranked_once_and_unknown_accuracies_come_last(points):
+def test_everyone_is_ranked_once_and_unknown_accuracies_come_last(points: list[tuple[int, float | None]]) -> None:
     members = named(points)
     best = ordered(members)
     assert sorted(best) == sorted(members)
@@ -83,7 +85,7 @@ def test_everyone_is_ranked_once_and_unknown_accuracies_come_last(points):
 
 
 @given(POINTS)
-def test_fronts_are_those_of_brute_force_one_after_another(points):
+def test_fronts_are_those_of_brute_force_one_after_another(points: list[tuple[int, float | None]]) -> None:
     members = {k: p for k, p in named(points).items() if p[1] is not None and math.isfinite(p[1])}
     numbers = front_numbers(members)
     found = [numbers[key] for key in ordered(members)]
@@ -91,7 +93,7 @@ def test_fronts_are_those_of_brute_force_one_after_another(points):
 
 
 @given(POINTS)
-def test_in_a_front_who_adds_more_area_comes_first(points):
+def test_in_a_front_who_adds_more_area_comes_first(points: list[tuple[int, float | None]]) -> None:
     members = {k: p for k, p in named(points).items() if p[1] is not None and math.isfinite(p[1])}
     numbers, best = front_numbers(members), ordered(members)
     for number in set(numbers.values()):
@@ -104,14 +106,14 @@ def test_in_a_front_who_adds_more_area_comes_first(points):
 
 
 @given(POINTS, st.randoms())
-def test_the_order_of_arrival_does_not_matter(points, draw):
+def test_the_order_of_arrival_does_not_matter(points: list[tuple[int, float | None]], draw: random.Random) -> None:
     members = named(points)
     shuffled = list(members.items())
     draw.shuffle(shuffled)
     assert ordered(dict(shuffled)) == ordered(members)
 
 
-def test_an_order_is_not_read_as_ranks():
+def test_an_order_is_not_read_as_ranks() -> None:
     """Accuracies that fall in the order given, where argsort and rank agree least."""
     members = {"a": (400, 0.9), "b": (10, 0.2), "c": (400, 0.3), "d": (20, 0.6), "e": (10, 0.1), "f": (800, 0.6)}
     # fronts: {a, b, d}, {c, e, f}; in the first d spans most, in the second the ends do
@@ -120,7 +122,7 @@ def test_an_order_is_not_read_as_ranks():
     assert ordered({}) == []
 
 
-def test_equal_points_stand_together_but_one_of_them_first():
+def test_equal_points_stand_together_but_one_of_them_first() -> None:
     members = {"a": (10, 0.5), "b": (10, 0.5), "c": (10, 0.5), "d": (100, 0.9)}
     assert ordered(members)[2:] == ["b", "c"]
 
@@ -129,7 +131,7 @@ def test_equal_points_stand_together_but_one_of_them_first():
 
 
 @given(st.integers(1, 500), st.integers(2, 10))
-def test_rungs_are_evaluations_before_the_last_each_a_part_of_the_next(evaluations, eta):
+def test_rungs_are_evaluations_before_the_last_each_a_part_of_the_next(evaluations: int, eta: int) -> None:
     found = rungs(evaluations, eta)
     assert list(found) == sorted(set(found))
     assert all(1 <= rung < evaluations for rung in found)
@@ -174,7 +176,7 @@ class Toy:
         return {key for key, reached in self.at.items() if reached == self.evaluations}
 
 
-def test_by_hand_four_trainings_two_rungs():
+def test_by_hand_four_trainings_two_rungs() -> None:
     points = {"a": (10, 0.5), "b": (20, 0.4), "c": (10, 0.6), "d": (40, 0.9)}
     toy = Toy(points, evaluations=4, eta=2)
     for key in "ab":
@@ -197,13 +199,15 @@ def test_by_hand_four_trainings_two_rungs():
     assert toy.halving.paused == {"b": 1, "a": 2}
 
 
-def test_one_training_alone_is_trained_to_its_end():
+def test_one_training_alone_is_trained_to_its_end() -> None:
     toy = Toy({"only": (10, 0.5)}, evaluations=4, eta=4).run()
     assert toy.complete == {"only"}
 
 
 @given(POINTS, st.integers(2, 4), st.integers(2, 9))
-def test_some_are_complete_and_nobody_without_an_accuracy_goes_on(points, eta, evaluations):
+def test_some_are_complete_and_nobody_without_an_accuracy_goes_on(
+    points: list[tuple[int, float | None]], eta: int, evaluations: int
+) -> None:
     toy = Toy(named(points), evaluations=evaluations, eta=eta).run()
     known = {k for k, (_, acc) in toy.points.items() if acc is not None and math.isfinite(acc)}
     assert toy.complete <= known
@@ -214,7 +218,7 @@ def test_some_are_complete_and_nobody_without_an_accuracy_goes_on(points, eta, e
 
 
 @given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=1, max_size=20, unique=True), st.integers(2, 4))
-def test_in_the_end_the_best_part_of_every_rung_has_gone_on(points, eta):
+def test_in_the_end_the_best_part_of_every_rung_has_gone_on(points: list[tuple[int, float]], eta: int) -> None:
     """Whatever was promoted too early on the way, those that should go on have gone."""
     toy = Toy(named(points), evaluations=eta**2, eta=eta).run()
     for rung in rungs(eta**2, eta):
@@ -224,7 +228,9 @@ def test_in_the_end_the_best_part_of_every_rung_has_gone_on(points, eta):
 
 
 @given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=2, max_size=12), st.integers(0, 30), st.randoms())
-def test_a_restart_decides_as_if_there_had_been_none(points, when, draw):
+def test_a_restart_decides_as_if_there_had_been_none(
+    points: list[tuple[int, float]], when: int, draw: random.Random
+) -> None:
     """Everything can be told from the evaluations on record, in whatever order they are read."""
     toy = Toy(named(points), evaluations=4, eta=2)
     for key in list(toy.points)[:when]:
@@ -245,7 +251,7 @@ def test_a_restart_decides_as_if_there_had_been_none(points, when, draw):
     assert ends[0] == ends[1]
 
 
-def test_what_goes_on_from_its_checkpoint_reports_old_rungs_and_is_not_paused_there():
+def test_what_goes_on_from_its_checkpoint_reports_old_rungs_and_is_not_paused_there() -> None:
     toy = Toy({"a": (10, 0.9), "b": (10, 0.1)}, evaluations=4, eta=2)
     toy.train("a")
     toy.train("b")
@@ -254,14 +260,14 @@ def test_what_goes_on_from_its_checkpoint_reports_old_rungs_and_is_not_paused_th
     assert not toy.halving.reached("a", 2, accuracy=0.9, cost=10)
 
 
-def test_without_halving_nothing_is_ever_paused():
+def test_without_halving_nothing_is_ever_paused() -> None:
     halving = NO_HALVING
     assert halving.reached("a", 1, accuracy=None, cost=1)
     assert halving.next() is None
     assert not halving.restore("a", [0.1], cost=1, finished=False)
 
 
-def test_tokens_that_were_not_trained_are_counted():
+def test_tokens_that_were_not_trained_are_counted() -> None:
     from tests.search.studies import outcome, selection
 
     whole = outcome(selection(4), tokens=900)
@@ -283,20 +289,22 @@ def test_tokens_that_were_not_trained_are_counted():
         (["space=sieve_ablation", "scheduler=pareto_halving"], "every row of a table"),
     ],
 )
-def test_halving_that_cannot_work_gets_one_line(capsys, words, expected):
+def test_halving_that_cannot_work_gets_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
     assert main(words) == 2
     err = capsys.readouterr().err
     assert expected in err
     assert err.count("\n") == 1
 
 
-def test_results_depend_on_who_is_trained_to_the_end():
+def test_results_depend_on_who_is_trained_to_the_end() -> None:
     plain = parse([]).identity()
     assert parse(["scheduler=pareto_halving"]).identity() != plain
     assert parse(["eta=4"]).identity() != plain
 
 
-def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_front():
+def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_front() -> None:
     asked = problem(seed=0)
     first, second = Proposer(asked, sampler="random"), []
     for status in ("complete", "stopped"):
@@ -314,7 +322,7 @@ def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_fro
 # --- whole studies
 
 
-def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):
+def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path: Path) -> None:
     """A table answers instead of workers; what a killed driver leaves is written by hand: paused, under way, over."""
     record(tmp_path / "recorded")
     table = export([tmp_path / "recorded"], tmp_path / "small.parquet")
@@ -364,7 +372,7 @@ def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_trainings_pause_go_on_from_their_checkpoints_and_survive_a_killed_driver(tmp_path):
+def test_real_trainings_pause_go_on_from_their_checkpoints_and_survive_a_killed_driver(tmp_path: Path) -> None:
     words = ["space=sieve", "trials=8", "sampler=random", "scheduler=pareto_halving", "eta=2", "evaluations=4"]
     words += ["limit=24", "calibration_samples=16", "recipe.steps=12", "recipe.batch_size=4", f"storage={tmp_path}"]
     command = [sys.executable, "-m", "search.run", *words]

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,12 +28,12 @@ DEEP = 100_000
 
 
 @pytest.fixture(scope="module")
-def mlflow_folder(tmp_path_factory):
+def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mlflow")
 
 
 @pytest.fixture
-def sentinel(tmp_path) -> Path:
+def sentinel(tmp_path: Path) -> Path:
     """A tree that belongs to no study."""
     tree = tmp_path / "precious"
     for name in ("adapter.json", "deep/er/file", outcome().digest + "/adapter.safetensors"):
@@ -75,11 +76,11 @@ def reuse(folder: Path) -> None:
 # --- lines
 
 
-def finished(done: Outcome, **changes) -> dict:
+def finished(done: Outcome, **changes: Any) -> dict:
     return {"event": "finished", "outcome": done.to_json() | changes, "params": {}}
 
 
-def of_trial(done: Outcome, **changes) -> dict:
+def of_trial(done: Outcome, **changes: Any) -> dict:
     line = finished(done)
     line["outcome"]["trial"] |= changes
     return line
@@ -142,7 +143,7 @@ def damaged_lines() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", damaged_lines())
-def test_a_damaged_line_is_named_and_costs_only_itself(name, tmp_path):
+def test_a_damaged_line_is_named_and_costs_only_itself(name: str, tmp_path: Path) -> None:
     with open_study(tmp_path / "s") as study:
         fill(study)
     good = read(tmp_path / "s")
@@ -157,7 +158,9 @@ def test_a_damaged_line_is_named_and_costs_only_itself(name, tmp_path):
     assert seen.answered == good.answered
 
 
-def test_all_damage_at_once_is_reported_exported_and_gone_on_with(tmp_path, mlflow_folder, sentinel):
+def test_all_damage_at_once_is_reported_exported_and_gone_on_with(
+    tmp_path: Path, mlflow_folder: Path, sentinel: Path
+) -> None:
     folder, before = tmp_path / "s", contents(sentinel)
     drive(problem(), folder, mlflow_folder, seeds=1, trials=3)
     known = set(read(folder).finished)
@@ -181,7 +184,9 @@ def test_all_damage_at_once_is_reported_exported_and_gone_on_with(tmp_path, mlfl
 # --- adapters
 
 
-def test_an_adapter_is_never_dropped_or_taken_by_a_recorded_path(tmp_path, mlflow_folder, sentinel):
+def test_an_adapter_is_never_dropped_or_taken_by_a_recorded_path(
+    tmp_path: Path, mlflow_folder: Path, sentinel: Path
+) -> None:
     folder = tmp_path / "s"
     drive(problem(), folder, mlflow_folder, seeds=1)
     lines = []
@@ -199,7 +204,7 @@ def test_an_adapter_is_never_dropped_or_taken_by_a_recorded_path(tmp_path, mlflo
     assert contents(sentinel) == before
 
 
-def test_a_copy_and_its_original_never_touch_each_other(tmp_path, mlflow_folder):
+def test_a_copy_and_its_original_never_touch_each_other(tmp_path: Path, mlflow_folder: Path) -> None:
     first, copy = tmp_path / "first", tmp_path / "copy"
     drive(problem(), first, mlflow_folder, seeds=1, trials=3)
     # as an earlier version wrote it: absolute paths, and no mark of which file it is
@@ -226,7 +231,7 @@ def test_a_copy_and_its_original_never_touch_each_other(tmp_path, mlflow_folder)
     assert (read(again / "renamed").header["id"], read(again / "renamed").name) == (moved, "renamed")
 
 
-def test_a_valid_adapter_at_a_recorded_path_is_not_handed_out(tmp_path):
+def test_a_valid_adapter_at_a_recorded_path_is_not_handed_out(tmp_path: Path) -> None:
     run, _ = trained(run_of("tiny-moe", some(MOE)), str(tmp_path / "elsewhere"))
     study = write_study(tmp_path / "s", [run])
     for _ in range(2):
@@ -246,7 +251,7 @@ def test_a_valid_adapter_at_a_recorded_path_is_not_handed_out(tmp_path):
 
 
 @pytest.mark.parametrize("storage", ["", "file://"])
-def test_workers_files_are_deleted_in_the_studys_own_place_alone(storage, tmp_path, sentinel):
+def test_workers_files_are_deleted_in_the_studys_own_place_alone(storage: str, tmp_path: Path, sentinel: Path) -> None:
     store = f"file://{tmp_path / 'store'}" if storage else str(tmp_path)
     base = tmp_path / "store" if storage else tmp_path
     place = f"{store}/s" if storage else ""
@@ -298,7 +303,9 @@ LINKS = {
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_a_link_that_leads_out_is_not_followed_and_a_study_is_not_opened_over_it(name, tmp_path, sentinel):
+def test_a_link_that_leads_out_is_not_followed_and_a_study_is_not_opened_over_it(
+    name: str, tmp_path: Path, sentinel: Path
+) -> None:
     folder = tmp_path / "s"
     with open_study(folder) as study:
         study.append_finished(outcome(), {})
@@ -320,7 +327,7 @@ def test_a_link_that_leads_out_is_not_followed_and_a_study_is_not_opened_over_it
         assert (records.untrained, records.signals, len(records.finished)) == (None, {}, 1)
 
 
-def test_links_of_report_files_are_replaced_and_links_to_the_study_are_fine(tmp_path, sentinel):
+def test_links_of_report_files_are_replaced_and_links_to_the_study_are_fine(tmp_path: Path, sentinel: Path) -> None:
     folder, before = tmp_path / "real" / "s", contents(sentinel)
     with open_study(folder) as study:
         fill(study)
@@ -336,7 +343,7 @@ def test_links_of_report_files_are_replaced_and_links_to_the_study_are_fine(tmp_
     open_study(tmp_path / "s").close()
 
 
-def test_a_pipe_is_no_file_to_wait_for(tmp_path):
+def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:
     open_study(tmp_path / "s").close()
     (tmp_path / "s" / LINES).unlink()
     os.mkfifo(tmp_path / "s" / LINES)
@@ -377,7 +384,9 @@ FURTHER: list[tuple[str, object]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), FURTHER)
-def test_a_field_of_the_header_that_is_none_is_one_line(field, value, tmp_path, sentinel):
+def test_a_field_of_the_header_that_is_none_is_one_line(
+    field: str, value: object, tmp_path: Path, sentinel: Path
+) -> None:
     folder, before = tmp_path / "s", contents(sentinel)
     with open_study(folder) as study:
         study.append_finished(outcome(), {})
@@ -391,7 +400,7 @@ def test_a_field_of_the_header_that_is_none_is_one_line(field, value, tmp_path, 
     assert contents(sentinel) == before
 
 
-def test_a_deep_header_is_one_line(tmp_path):
+def test_a_deep_header_is_one_line(tmp_path: Path) -> None:
     open_study(tmp_path / "s").close()
     (tmp_path / "s" / "study.json").write_text("[" * DEEP + "]" * DEEP)
     with pytest.raises(StudyError, match=r"study\.json is damaged"):
@@ -399,7 +408,7 @@ def test_a_deep_header_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["null", "[]", '{"accuracy": "x", "stderr": 0}', '{"accuracy": 0.5}', "[" * DEEP])
-def test_a_damaged_evaluation_of_the_base_and_damaged_signals_are_left_out(text, tmp_path):
+def test_a_damaged_evaluation_of_the_base_and_damaged_signals_are_left_out(text: str, tmp_path: Path) -> None:
     with open_study(tmp_path / "s") as study:
         fill(study)
     (tmp_path / "s" / "untrained.json").write_text(text)
@@ -415,7 +424,7 @@ def test_a_damaged_evaluation_of_the_base_and_damaged_signals_are_left_out(text,
     every_use(tmp_path / "s")
 
 
-def test_a_storage_that_climbs_is_not_followed(tmp_path):
+def test_a_storage_that_climbs_is_not_followed(tmp_path: Path) -> None:
     config = {"storage": "file:///srv/store/../../home", "model": "tiny-moe", "task": "t"}
     with StudyFolder.open(tmp_path / "s", config=config, identity={}, shape=moe_shape()) as study:
         study.append_finished(outcome(), {})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from allocators.core.types import Outcome, Recipe, Rung, Trial
 from search.front import candidates, front
 from search.report.gains import recipes, saved
@@ -14,7 +16,7 @@ def recipe_point(allocator: str, knobs: dict, params: int, accuracy: float, numb
     return Outcome(trial, "complete", params, accuracy=accuracy, rungs=rungs)
 
 
-def test_recipes_against_the_front_by_hand(tmp_path):
+def test_recipes_against_the_front_by_hand(tmp_path: Path) -> None:
     outcomes = [
         recipe_point("esft", {"p": 0.1}, 1_000, 0.50, 1),
         recipe_point("esft", {"p": 0.3}, 3_000, 0.70, 2),
@@ -41,7 +43,7 @@ def test_recipes_against_the_front_by_hand(tmp_path):
         )
 
 
-def test_trainings_and_tokens_that_were_not_needed(tmp_path):
+def test_trainings_and_tokens_that_were_not_needed(tmp_path: Path) -> None:
     done, stopped, taken = outcome(), outcome(selection(5), status="stopped"), outcome(selection(6))
     with open_study(tmp_path / "demo", config=CONFIG | {"evaluations": 3}) as study:
         assert saved(study) == []

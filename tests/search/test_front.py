@@ -19,7 +19,7 @@ from tests.search.studies import outcome, selection
 
 class Place(NamedTuple):
     trainable_params: int
-    accuracy: float | None
+    accuracy: float  # None where a training has no result: NOT_POINTS
 
 
 # Few different values, so that ties and duplicates are common
@@ -102,6 +102,7 @@ def test_knee_is_the_farthest_above_the_chord_in_any_unit(points: list[Place], f
     if bend is not None:
         assert rises[bend] == pytest.approx(max(rises.values()))
         moved = knee([Place(p.trainable_params * factor, 3 * p.accuracy) for p in points])
+        assert moved is not None
         back = next(p for p in rises if p.trainable_params * factor == moved.trainable_params)
         assert rises[back] == pytest.approx(rises[bend])  # equally far points may swap by rounding
 
@@ -213,28 +214,10 @@ RUNS = st.builds(
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(["add", "add", "add", "add", "discard"]), RUNS), max_size=40))
 def test_points_are_at_any_time_what_the_functions_say_of_all_outcomes(
-    events: list[
-        tuple[
-            str,
-            lambda number, size, seed, accuracy, status, each: Outcome(
-                Trial(
-                    ExpertSelection({0: (number,)}),
-                    Recipe(),
-                    "m",
-                    "t",
-                    seed,
-                    "random",
-                    {"draw": "each"} if each else {},
-                ),
-                status,
-                size * 1000 if each else number % 3 * 1000,
-                accuracy if status in ("complete", "stopped") else None,
-                (Rung(9, 900, accuracy, stderr=0.1),) if number % 2 else (),
-            ),
-        ]
-    ],
+    events: list[tuple[str, Outcome]],
 ) -> None:
-    points, known = Points(), {}
+    points = Points()
+    known: dict[str, Outcome] = {}
     for verb, run in events:
         known.pop(run.digest, None)
         if verb == "add":
@@ -262,9 +245,18 @@ def test_points_build_one_candidate_a_training_and_compare_it_with_the_front_alo
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     built, compared = [], []
-    monkeypatch.setattr(module, "_candidate", lambda runs, build=module._candidate: built.append(runs) or build(runs))
-    beats = module._Entry.beats
-    monkeypatch.setattr(module._Entry, "beats", lambda one, other: compared.append(1) or beats(one, other))
+    build, beats = module._candidate, module._Entry.beats
+
+    def counted_build(runs: tuple[Outcome, ...]) -> Candidate:
+        built.append(runs)
+        return build(runs)
+
+    def counted_beats(one: module._Entry, other: module._Entry) -> bool:
+        compared.append(1)
+        return beats(one, other)
+
+    monkeypatch.setattr(module, "_candidate", counted_build)
+    monkeypatch.setattr(module._Entry, "beats", counted_beats)
     draw, points = random.Random(0), Points()
     for seed in range(1_000):
         run = outcome(selection(draw.randint(1, 15), seed=seed), accuracy=draw.random())

@@ -87,7 +87,8 @@ def test_any_text_survives_the_printed_command(text: str, plugins_: list[str]) -
 
 def test_a_pin_means_the_choice_that_is_typed_like_it() -> None:
     def chosen(pin: Value, choices: list[Value]) -> Value:
-        return PinnedTrial(Anything(), {"x": pin}).suggest_categorical("x", choices)
+        choice: Value = PinnedTrial(Anything(), {"x": pin}).suggest_categorical("x", choices)
+        return choice
 
     assert chosen(2468, ["2468", "8642"]) == "2468"
     assert chosen(1000.0, ["1e3", "1000"]) == "1e3"

@@ -15,7 +15,7 @@ from rich.console import Console
 import spaces.sieve_ablation
 from allocators.core.types import FINISHED, Outcome, Status, Trial
 from search import front as pareto
-from search.problem import Problem
+from search.problem import Problem, Proposal
 from search.records import Records, read
 from search.records.folder import StudyFolder
 from search.records.reuse import NO_OTHER_STUDIES, OtherStudies
@@ -58,17 +58,20 @@ def drive(
     end: Status = "complete",
     reuse: bool = False,
     **more: Any,
-) -> tuple[list[Trial], StudyFolder, str, int]:
+) -> tuple[list[Trial], StudyFolder, str, tuple[int, int]]:
     """A study's driver without Ray: `at_once` workers that finish in order. Killed after `stop` results."""
-    settings = {"identity": IDENTITY, "defaults": {}, "facts": {}, "place": str(folder)}
-    out = Console(file=io.StringIO(), width=200)
-    names = {"study_name": folder.name, "experiment": "seeds", "tags": {}, "params": {}}
+    settings: dict[str, Any] = {"identity": IDENTITY, "defaults": {}, "facts": {}, "place": str(folder)}
+    printed = io.StringIO()
+    out = Console(file=printed, width=200)
+    names: dict[str, Any] = {"study_name": folder.name, "experiment": "seeds", "tags": {}, "params": {}}
     with StudyFolder.open(folder, config=CONFIG, identity=IDENTITY, shape=problem.shape) as records:
         tracker = Tracker.open(None, mlflow_folder, **names)
         tracker.sync(records)
         expected = trainings_left(problem, records, trials=trials, seeds=seeds)
-        proposed, running, results = [], [], 0
-        known = {"done": records.points, "reused": records.reused, "seed": problem.seed}
+        proposed: list[Trial] = []
+        running: list[Proposal] = []
+        results = 0
+        known: dict[str, Any] = {"done": records.points, "reused": records.reused, "seed": problem.seed}
         with Progress(trials, console=out, **known) as progress:
             run = Conductor(
                 problem,
@@ -82,7 +85,7 @@ def drive(
                 **{"sampler": "random", "keep": "front"} | more,
             )
             while results < stop:
-                while len(running) < at_once and (proposal := run.propose()) not in (None, "wait"):
+                while len(running) < at_once and isinstance(proposal := run.propose(), Proposal):
                     running.append(proposal)
                     proposed.append(proposal.trial)
                 if not running:
@@ -102,7 +105,7 @@ def drive(
                 )
                 results += 1
         tracker.close()
-        return proposed, records, out.file.getvalue(), expected
+        return proposed, records, printed.getvalue(), expected
 
 
 def made(folder: Path, started: Outcome) -> str:
@@ -239,7 +242,7 @@ def test_what_a_result_costs_does_not_grow_with_the_results(
     tmp_path: Path, mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a whole study: each result builds one candidate and parses its two lines; nothing is computed from all."""
-    counted = Counter()
+    counted: Counter[str] = Counter()
 
     def count(module: ModuleType, name: str) -> None:
         function = getattr(module, name)

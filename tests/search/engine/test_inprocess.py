@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,7 +26,7 @@ WORDS = ["space=sieve", "trials=3", "seed=1", "recipe.steps=10", "recipe.batch_s
 WORDS += ["calibration_samples=16"]
 
 
-def plain(outcome: Outcome) -> dict:
+def plain(outcome: Outcome) -> dict[str, Any]:
     """Everything but the clock, the memory and where things lie."""
     data = outcome.to_json()
     del data["seconds"], data["peak_memory_bytes"], data["adapter"]
@@ -79,7 +80,8 @@ class Script:
     def __init__(self, proposals: list[Proposal], *, fails: bool = False) -> None:
         self.waiting, self.fails = list(proposals), fails
         self.first, self.was_paused = proposals[0], False
-        self.came, self.outcomes = [], []
+        self.came: list[tuple[str, int]] = []
+        self.outcomes: list[Outcome] = []
 
     def propose(self) -> Proposal | None:
         return self.waiting.pop(0) if self.waiting else None
@@ -96,6 +98,9 @@ class Script:
 
     def finished(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
+
+    def lost(self, digest: str, reason: str) -> None:
+        raise AssertionError(f"{digest} is lost: {reason}")
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from allocators.core.errors import ToolkitError
-from allocators.core.types import Outcome
+from allocators.core.types import Outcome, Rung
 from search.records import Records, read
 from tests.trainers.conftest import worker_setup
 from trainers.worker_state import WorkerState
@@ -61,8 +62,7 @@ def test_each_is_what_it_is_alone(study: Records, tmp_path: Path) -> None:
     )
     state = WorkerState(setup, "cpu")
     for outcome in study.finished.values():
-        last = outcome.rungs[-1].step
-        alone = state.train(outcome.trial, outcome.trainable_params, report=lambda rung, last=last: rung.step < last)
+        alone = state.train(outcome.trial, outcome.trainable_params, report=goes_on_until(outcome.rungs[-1].step))
         assert (alone.status, alone.tokens) == (outcome.status, outcome.tokens)
         losses = [[rung.loss for rung in one.rungs] for one in (outcome, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # a token on the border of two experts may flip
@@ -73,7 +73,8 @@ def test_each_is_what_it_is_alone(study: Records, tmp_path: Path) -> None:
 def test_a_worker_killed_in_mid_pack_costs_nobody_a_training(tmp_path: Path) -> None:
     """`kill -9` of the process when two of its four trainings have passed a rung: all go on alone, and to their end."""
     command = [sys.executable, "-m", "search.run", *WORDS, "trials=4", "recipe.steps=30", f"storage={tmp_path}"]
-    folder, killed = tmp_path / "sieve-tiny-moe-default", []
+    folder = tmp_path / "sieve-tiny-moe-default"
+    killed: list[psutil.Process] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
         while driver.poll() is None and not killed:
             time.sleep(0.1)
@@ -91,6 +92,10 @@ def test_a_worker_killed_in_mid_pack_costs_nobody_a_training(tmp_path: Path) -> 
         assert outcome.tokens == outcome.rungs[-1].tokens  # nothing counted twice
 
 
+def goes_on_until(last: int) -> Callable[[Rung], bool]:
+    return lambda rung: rung.step < last
+
+
 def in_flight(folder: Path) -> list[Outcome]:
     try:
         return [outcome for outcome, _ in read(folder).in_flight]
@@ -100,6 +105,6 @@ def in_flight(folder: Path) -> list[Outcome]:
 
 def name_of(process: psutil.Process) -> str:
     try:
-        return process.name() + " ".join(process.cmdline())
+        return str(process.name()) + " ".join(process.cmdline())
     except psutil.Error:  # it ended
         return ""

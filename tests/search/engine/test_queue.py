@@ -25,6 +25,18 @@ ASKS = TrainJob(TRIAL, 10, asks=True)
 END = Finished(Outcome(TRIAL, "complete", 10, accuracy=0.5))
 
 
+async def assigned(queue: JobQueue, group: int, *, wait: bool = True) -> Assignment:
+    assignment = await queue.take(group, wait=wait)
+    assert isinstance(assignment, Assignment)
+    return assignment
+
+
+async def failed(queue: JobQueue, job: str) -> Failed:
+    report = await queue.next_report(job)
+    assert isinstance(report, Failed)
+    return report
+
+
 def rung(step: int) -> RungReached:
     return RungReached(Rung(step, 10 * step, 0.5))
 
@@ -113,7 +125,7 @@ def test_a_worker_with_slots_holds_several_jobs_and_takes_all_of_them_again_afte
         for job in "abc":
             await queue.submit(job, JOB)
         for job in "abc":
-            assert (await queue.take(0, wait=False)).job_id == job
+            assert (await assigned(queue, 0, wait=False)).job_id == job
         await queue.submit("e", JOB)
         assert await queue.take(0, wait=False) == "empty"  # it has three slots
         assert await queue.report(0, "b", END)  # b's slot is free, the others hold theirs
@@ -139,13 +151,13 @@ def test_no_worker_packs_what_another_one_could_train() -> None:
         await queue.start(1)
         for job in "abcd":
             await queue.submit(job, JOB)
-        assert (await queue.take(0)).job_id == "a"
+        assert (await assigned(queue, 0)).job_id == "a"
         assert await queue.take(0, wait=False) == "empty"
-        assert (await queue.take(1)).job_id == "b"
-        assert (await queue.take(0, wait=False)).job_id == "c"
+        assert (await assigned(queue, 1)).job_id == "b"
+        assert (await assigned(queue, 0, wait=False)).job_id == "c"
         assert await queue.take(0, wait=False) == "empty"
         await queue.lost(1, "no memory")
-        assert (await queue.take(0, wait=False)).job_id == "d"
+        assert (await assigned(queue, 0, wait=False)).job_id == "d"
 
     asyncio.run(story())
 
@@ -175,9 +187,9 @@ def test_when_the_last_group_is_lost_nothing_waits_for_ever() -> None:
         assert await queue.next_report("a") == Failed("no memory")
         await queue.lost(1, "no memory either")
         assert await queue.next_report("b") == Failed("no memory either")
-        assert "no worker is left" in (await queue.next_report("c")).reason
+        assert "no worker is left" in (await failed(queue, "c")).reason
         await queue.submit("late", JOB)
-        assert "no worker is left" in (await queue.next_report("late")).reason
+        assert "no worker is left" in (await failed(queue, "late")).reason
 
     asyncio.run(story())
 
@@ -209,7 +221,7 @@ def test_a_worker_that_asks_is_answered_by_what_is_wanted_next() -> None:
         await queue.cancel("b")
         assert [await answer for answer in first] == [True, False]
         await queue.submit("c", JOB)
-        assert (await queue.take(1)).job_id == "c", "the worker of b is free at once"
+        assert (await assigned(queue, 1)).job_id == "c", "the worker of b is free at once"
         assert not await queue.report(1, "b", END), "and its last words on b are for nobody"
         await queue.report(0, "a", END)
         assert await wanted == END
@@ -222,7 +234,7 @@ def test_a_job_that_left_goes_on_elsewhere_and_nothing_of_before_is_in_its_way()
         queue = JobQueue(groups=2)
         for number, group in enumerate((0, 1, 0, 1)):  # more often than a job may kill its worker
             await queue.submit("a", ASKS)
-            assert (await queue.take(group)).job_id == "a"
+            assert (await assigned(queue, group)).job_id == "a"
             answer = asyncio.ensure_future(queue.report(group, "a", rung(number)))
             assert await queue.next_report("a") == rung(number)
             await queue.cancel("a")
@@ -244,7 +256,7 @@ def test_a_worker_that_died_while_it_asked_asks_again() -> None:
         dead = asyncio.ensure_future(queue.report(0, "a", rung(1)))
         assert await queue.next_report("a") == rung(1)
         await queue.start(0)
-        assert (await queue.take(0)).job_id == "a", "the restarted group has it again"
+        assert (await assigned(queue, 0)).job_id == "a", "the restarted group has it again"
         answer = asyncio.ensure_future(queue.report(0, "a", rung(1)))
         await asyncio.sleep(0)
         assert await queue.next_report("a") == rung(1)

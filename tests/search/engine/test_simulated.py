@@ -30,8 +30,12 @@ class Script:
     def __init__(self, names: dict[str, str], pauses: tuple[str, ...] = ()) -> None:
         self.names = names  # by digest
         self.waiting = [Proposal(trial(number), 10, {}) for number in range(len(names))]
-        self.pauses, self.paused, self.running = pauses, [], {}
-        self.came, self.outcomes, self.lost_for = [], [], {}
+        self.pauses = pauses
+        self.paused: list[Proposal] = []
+        self.running: dict[str, Proposal] = {}
+        self.came: list[tuple[str, str]] = []
+        self.outcomes: list[Outcome] = []
+        self.lost_for: dict[str, str] = {}
 
     def propose(self) -> Proposal | Literal["wait"] | None:
         if self.waiting or self.paused:

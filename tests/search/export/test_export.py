@@ -12,6 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,13 @@ from search.records.folder import StudyFolder
 from search.records.redact import portable, portable_command
 from search.report import Report
 from tests import ROOT
+from tests.search.propose.proposals import next_proposal
 from tests.trainers.reference import fill
 from trainers import adapter, models, storage
 from trainers.versions import versions
 
 Exports = dict[str, tuple[Path, dict[str, tuple[str, torch.Tensor]]]]
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE = 1e-5
 TOKENS = torch.randint(100, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -61,7 +63,8 @@ def base(name: str, quantization: str = "") -> PreTrainedModel:
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
-        return model(TOKENS).logits
+        found: torch.Tensor = model(TOKENS).logits
+        return found
 
 
 def run_of(name: str, allocation: Allocation, *, accuracy: float = 0.5, seed: int = 0, **changes: Any) -> Outcome:
@@ -112,7 +115,7 @@ def single(shape: ModelShape, gating: Gating = "routed") -> ExpertCounts:
 MOE = models.shape_of("tiny-moe")
 DENSE = models.shape_of("tiny-dense")
 ALL = ExpertSelection({layer: tuple(range(MOE.experts_in(layer))) for layer in MOE.moe_layers})
-POINTS = {
+POINTS: dict[str, Mapping[str, Allocation]] = {
     "tiny-moe": {"some": some(MOE), "every": ALL, "none": ExpertSelection({})},
     "tiny-dense": {
         "single": single(DENSE),
@@ -149,9 +152,10 @@ def loaded_as_printed(lines: list[str], cwd: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(cwd)
     code = lines[-1].partition("To load it:\n")[2]
     assert code.count("\n") == 2
-    space: dict = {}
+    space: dict[str, Any] = {}
     exec(code, space)  # the card promises that these lines work
-    return space["model"].eval()
+    loaded: PreTrainedModel = space["model"].eval()
+    return loaded
 
 
 # --- what an export computes
@@ -173,7 +177,7 @@ def test_the_printed_lines_load_what_the_adapter_computes(
     folder, lines = exported(study, to=tmp_path / "out", point=digest[:12], format=format)
     assert any(line.startswith("note: ") and "logits" in line for line in lines) == (format != "adapter")
     found = loaded_as_printed(lines, tmp_path, monkeypatch)
-    torch.testing.assert_close(logits(found), expected, **CLOSE)
+    torch.testing.assert_close(logits(found), expected, rtol=CLOSE, atol=CLOSE)
     card = (folder / "README.md").read_text()
     assert lines[-1].partition("To load it:\n")[2] in card
     assert not any(str(tmp_path) in f.read_text(errors="replace") for f in folder.rglob("*") if f.is_file())
@@ -238,7 +242,7 @@ def test_adapters_and_exports_at_uris(tmp_path: Path, monkeypatch: pytest.Monkey
     place = (tmp_path / "bucket" / "out").as_uri()
     _, lines = exported(study, to=place)
     found = loaded_as_printed(lines, tmp_path / "bucket", monkeypatch)
-    torch.testing.assert_close(logits(found), expected, **CLOSE)
+    torch.testing.assert_close(logits(found), expected, rtol=CLOSE, atol=CLOSE)
     with pytest.raises(StudyError, match="is not empty: choose another folder, or overwrite=true"):
         exported(study, to=place)
     exported(study, to=place, overwrite="true")
@@ -289,7 +293,7 @@ def test_a_base_that_has_moved_and_one_that_is_another(tmp_path: Path, monkeypat
         assert not any(str(tmp_path) in text for text in texts)  # the folder's name stays, where it lay does not
         assert 'models.load("moved"' in lines[-1]
         found = loaded_as_printed(lines, tmp_path, monkeypatch)
-        torch.testing.assert_close(logits(found), expected, **CLOSE)
+        torch.testing.assert_close(logits(found), expected, rtol=CLOSE, atol=CLOSE)
 
 
 # --- what cannot be had
@@ -304,7 +308,7 @@ def test_an_adapter_that_was_deleted_can_be_trained_again_by_the_command_in_the_
 
     config = RunConfig(recipe={"steps": 7}, trials=5, storage=str(tmp_path), seed=3)
     proposer = Proposer(prepare_training(config), sampler="random")
-    proposals = [proposer.propose() for _ in range(9)]
+    proposals = [next_proposal(proposer) for _ in range(9)]
     proposal = next(p for p in proposals[4:] if p.trial.allocator in ("random", "all", "none"))
     gone = Outcome(proposal.trial, "complete", proposal.trainable_params, 0.4, adapter=str(tmp_path / "adapters" / "x"))
     study = write_study(tmp_path / "s", [gone], {gone.digest: dict(proposal.params)}, **vars(config))
@@ -316,7 +320,7 @@ def test_an_adapter_that_was_deleted_can_be_trained_again_by_the_command_in_the_
     command = err.partition("train this point again: python -m search.run ")[2].split()
     again = parse(command)
     assert (again.trials, again.keep, again.storage) == (1, "all", "studies")
-    assert Proposer(prepare_training(again), sampler="tpe").propose().trial.digest == gone.digest
+    assert next_proposal(Proposer(prepare_training(again), sampler="tpe")).trial.digest == gone.digest
 
 
 def test_a_run_that_never_had_an_adapter_says_why(tmp_path: Path) -> None:
@@ -346,7 +350,7 @@ def test_peft_takes_an_adapter_to_its_packed_base(tmp_path: Path, monkeypatch: p
     _, lines = exported(study, to=tmp_path / "out", format="peft")
     assert "loaded by PEFT on a nf4 base" in " ".join(lines)
     found = loaded_as_printed(lines, tmp_path, monkeypatch)
-    torch.testing.assert_close(logits(found), expected, **CLOSE)
+    torch.testing.assert_close(logits(found), expected, rtol=CLOSE, atol=CLOSE)
 
 
 @pytest.mark.parametrize("damage", ["not finite", "another run's", "torn"])
@@ -449,7 +453,7 @@ def test_the_card_says_what_is_known_and_the_hub_can_read_it(exports: Exports, t
     assert re.search(r"the file holds [\d,]+ values, \d+\.\d\d times the ", text)
 
 
-def header_of(folder: Path, *, dims: int) -> list[dict]:
+def header_of(folder: Path, *, dims: int) -> list[dict[str, Any]]:
     """Sizes of all tensors of a model folder, as lists of at least `dims` numbers."""
     raw = (folder / "model.safetensors").read_bytes()
     head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])

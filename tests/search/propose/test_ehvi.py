@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from search.propose.ehvi import (
     resolver,
 )
 from search.propose.sampler import Proposer
+from tests.search.propose.proposals import next_proposal
 from tests.search.propose.test_sampler import problem, result
 
 REFERENCE = (10.0, 0.0)
@@ -42,7 +43,10 @@ POINTS = st.lists(st.tuples(st.integers(0, 12), st.integers(-2, 10).map(lambda n
 
 
 def ehvi(
-    candidates: list[tuple[int, float]], points: list[tuple[int, float]], *, reference: tuple[float, float] = REFERENCE
+    candidates: list[tuple[int, float, float]],
+    points: list[tuple[int, float]],
+    *,
+    reference: tuple[float, float] = REFERENCE,
 ) -> np.ndarray:
     cost, mean, std = (np.array(column, dtype=float) for column in zip(*candidates, strict=True))
     return expected_hypervolume_improvement(
@@ -55,7 +59,7 @@ def ehvi(
     )
 
 
-def area(points: list[tuple[int, float]], *, reference: tuple[float, float] = REFERENCE) -> float:
+def area(points: Sequence[tuple[float, float]], *, reference: tuple[float, float] = REFERENCE) -> float:
     rows = np.array(points, dtype=float).reshape(-1, 2)
     return moocore.hypervolume(rows, ref=list(reference), maximise=[False, True]) if len(rows) else 0.0
 
@@ -174,7 +178,7 @@ class Space:
     def __init__(self, limit: int = 10**9) -> None:
         self.limit = limit
 
-    def suggest(self, trial: optuna.Trial) -> dict:
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         point = {"kind": trial.suggest_categorical("kind", ["flat", "deep"]), "width": trial.suggest_int("width", 1, 9)}
         if point["kind"] == "deep":
             point["rate"] = trial.suggest_float("rate", 1e-4, 1e-1, log=True)
@@ -191,10 +195,11 @@ class Space:
         return Known(f"{point['kind']} {point['width']} {rate}", cost)
 
 
-def accuracy(params: dict) -> float:
+def accuracy(params: dict[str, Any]) -> float:
+    width: int = params["width"]
     if "rate" not in params:
-        return 0.3 + 0.02 * params["width"]
-    return 0.3 + 0.05 * params["width"] - 0.1 * abs(math.log10(params["rate"]) + 2)
+        return 0.3 + 0.02 * width
+    return 0.3 + 0.05 * width - 0.1 * abs(math.log10(params["rate"]) + 2)
 
 
 def make(space: Callable[[optuna.Trial], Known], seed: int = 0) -> optuna.Study:
@@ -243,7 +248,7 @@ def test_workers_that_ask_at_the_same_time_are_sent_to_different_places() -> Non
 def test_it_leaves_less_unfound_than_random_on_a_conditional_space() -> None:
     def missing(sampler: optuna.samplers.BaseSampler) -> float:
         study, space = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler), Space()
-        found = []
+        found: list[tuple[float, float]] = []
         while len(found) < 24:
             trial = study.ask()
             try:
@@ -298,7 +303,7 @@ def test_it_proposes_through_the_proposer_and_keeps_to_the_budget() -> None:
     asked = problem(max_trainable_params=6000)
     proposer, costs, digests = Proposer(asked, sampler="ehvi"), [], set()
     for number in range(14):
-        proposal = proposer.propose()
+        proposal = next_proposal(proposer)
         costs.append(proposal.trainable_params)
         digests.add(proposal.trial.digest)
         proposer.tell(result(proposal, accuracy=None if number == 6 else 0.3 + 0.01 * number))
@@ -325,5 +330,5 @@ def test_features_of_allocations_by_hand() -> None:
 
 def test_without_a_routing_signal_the_depth_is_still_known() -> None:
     asked = replace(problem(), signals={})
-    outcome: Outcome = result(Proposer(problem()).propose())
+    outcome: Outcome = result(next_proposal(Proposer(problem())))
     assert set(features(outcome.trial, asked.shape, {})) == {"depth"}

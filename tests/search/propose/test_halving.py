@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from search.records.folder import StudyFolder
 from search.replay import export
 from search.run import main
 from search.session.prepare import prepare_replay
+from tests.search.propose.proposals import next_proposal
 from tests.search.propose.test_sampler import problem
 from tests.search.replay.test_replay import record
 from tests.search.test_study import lines
@@ -37,8 +39,13 @@ UNKNOWN = st.sampled_from([None, math.nan, math.inf, -math.inf])
 POINTS = st.lists(st.tuples(st.sampled_from([1, 10, 10, 400]) | COSTS, ACCURACIES | UNKNOWN), max_size=12)
 
 
-def named(points: list[tuple[int, float | None]]) -> dict[str, tuple[int, float | None]]:
+def named(points: Sequence[tuple[int, float | None]]) -> dict[str, tuple[int, float | None]]:
     return {f"t{i:02}": point for i, point in enumerate(points)}
+
+
+def known(points: Sequence[tuple[int, float | None]]) -> dict[str, tuple[int, float]]:
+    """Those with an accuracy that is a finite number."""
+    return {k: (cost, a) for k, (cost, a) in named(points).items() if a is not None and math.isfinite(a)}
 
 
 def beats(a: tuple[int, float], b: tuple[int, float]) -> bool:
@@ -47,7 +54,8 @@ def beats(a: tuple[int, float], b: tuple[int, float]) -> bool:
 
 def front_numbers(members: dict[str, tuple[int, float]]) -> dict[str, int]:
     """By definition: take away what nothing beats, again and again."""
-    left, numbers, number = dict(members), {}, 0
+    left, number = dict(members), 0
+    numbers: dict[str, int] = {}
     while left:
         top = [key for key in left if not any(beats(other, left[key]) for other in left.values())]
         numbers |= dict.fromkeys(top, number)
@@ -80,13 +88,14 @@ def test_everyone_is_ranked_once_and_unknown_accuracies_come_last(points: list[t
     members = named(points)
     best = ordered(members)
     assert sorted(best) == sorted(members)
-    known = [members[key][1] is not None and math.isfinite(members[key][1]) for key in best]
-    assert known == sorted(known, reverse=True)
+    finite = known(points)
+    is_known = [key in finite for key in best]
+    assert is_known == sorted(is_known, reverse=True)
 
 
 @given(POINTS)
 def test_fronts_are_those_of_brute_force_one_after_another(points: list[tuple[int, float | None]]) -> None:
-    members = {k: p for k, p in named(points).items() if p[1] is not None and math.isfinite(p[1])}
+    members = known(points)
     numbers = front_numbers(members)
     found = [numbers[key] for key in ordered(members)]
     assert found == sorted(found)
@@ -94,7 +103,7 @@ def test_fronts_are_those_of_brute_force_one_after_another(points: list[tuple[in
 
 @given(POINTS)
 def test_in_a_front_who_adds_more_area_comes_first(points: list[tuple[int, float | None]]) -> None:
-    members = {k: p for k, p in named(points).items() if p[1] is not None and math.isfinite(p[1])}
+    members = known(points)
     numbers, best = front_numbers(members), ordered(members)
     for number in set(numbers.values()):
         front = [key for key in best if numbers[key] == number]
@@ -145,7 +154,7 @@ def test_rungs_are_evaluations_before_the_last_each_a_part_of_the_next(evaluatio
 class Toy:
     """Asynchronous workers on trainings whose accuracy never changes: `final[key]`, reached at every evaluation."""
 
-    def __init__(self, points: dict[str, tuple[int, float | None]], *, evaluations: int, eta: int) -> None:
+    def __init__(self, points: Mapping[str, tuple[int, float | None]], *, evaluations: int, eta: int) -> None:
         self.points, self.evaluations = points, evaluations
         self.halving = Halving(evaluations=evaluations, eta=eta)
         self.at = dict.fromkeys(points, 0)
@@ -242,8 +251,8 @@ def test_a_restart_decides_as_if_there_had_been_none(
     draw.shuffle(known)
     for key in known:
         cost, accuracy = toy.points[key]
-        paused = again.restore(key, [accuracy] * toy.at[key], cost=cost, finished=toy.at[key] == 4)
-        assert paused == (key in toy.halving.paused)
+        is_paused = again.restore(key, [accuracy] * toy.at[key], cost=cost, finished=toy.at[key] == 4)
+        assert is_paused == (key in toy.halving.paused)
     assert again.paused == toy.halving.paused
     for halving in (toy.halving, again):
         halving.close()
@@ -308,7 +317,7 @@ def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_fro
     asked = problem(seed=0)
     first, second = Proposer(asked, sampler="random"), []
     for status in ("complete", "stopped"):
-        proposal = first.propose()
+        proposal = next_proposal(first)
         outcome = Outcome(proposal.trial, status, proposal.trainable_params, accuracy=0.9)
         second.append((outcome, proposal.params))
     again = Proposer(asked, sampler="tpe", known=second)
@@ -316,7 +325,7 @@ def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_fro
     assert states == ["COMPLETE", "PRUNED"]
     assert len(again._study.best_trials) == 1
     digests = {outcome.digest for outcome, _ in second}
-    assert again.propose().trial.digest not in digests
+    assert next_proposal(again).trial.digest not in digests
 
 
 # --- whole studies
@@ -332,7 +341,7 @@ def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path: P
     folder = tmp_path / config.study_name
     proposer = Proposer(asked, sampler="random")
     with StudyFolder.open(folder, config=config.to_json(), identity=config.identity(), shape=asked.shape) as study:
-        begun = [proposer.propose() for _ in range(5)]
+        begun = [next_proposal(proposer) for _ in range(5)]
         for number, proposal in enumerate(begun):
             row = table.rows[proposal.trial.digest].outcome
             started = Outcome(proposal.trial, "started", proposal.trainable_params)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 import spaces.moe_grid
 import spaces.sieve
 from allocators.core.errors import StudyError
-from allocators.core.types import ModelShape, ModuleShape, Outcome, Signal
+from allocators.core.types import ModelShape, ModuleShape, Outcome, Signal, Status
 from search.problem import Problem, Proposal, cheapest, check_budget, check_pins, corners, placeholder
-from search.propose.sampler import Proposer
+from search.propose.sampler import Answered, Proposer
+from tests.search.propose.proposals import next_proposal
 
 
 def moe_shape(layers: int = 3, experts: int = 16, hidden: int = 8) -> ModelShape:
@@ -45,13 +46,13 @@ def problem(**changes: Any) -> Problem:
 
 
 def result(proposal: Proposal, accuracy: float | None = 0.5) -> Outcome:
-    status = "complete" if accuracy is not None else "diverged"
+    status: Status = "complete" if accuracy is not None else "diverged"
     return Outcome(proposal.trial, status, proposal.trainable_params, accuracy=accuracy)
 
 
 def test_starting_points_come_first_with_the_studys_recipe() -> None:
     proposer = Proposer(problem(task_recipe={"rank": 12, "learning_rate": 2e-3}))
-    first = [proposer.propose() for _ in range(4)]
+    first = [next_proposal(proposer) for _ in range(4)]
     assert [p.trial.allocator for p in first] == ["none", "all", "random", "sieve"]
     assert {p.trial.recipe.rank for p in first} == {12}
     assert {p.trial.recipe.learning_rate for p in first} == {2e-3}
@@ -66,7 +67,8 @@ def test_a_grid_has_no_starting_points() -> None:
 @given(st.integers(0, 1000), st.sampled_from(["tpe", "nsga2", "random"]))
 def test_no_digest_is_proposed_twice_and_costs_are_exact(seed: int, sampler: str) -> None:
     asked = problem(seed=seed, pins={"rank": 8, "learning_rate": 1e-3})
-    proposer, seen, answered = Proposer(asked, sampler=sampler), set(), []
+    proposer, seen = Proposer(asked, sampler=sampler), set()
+    answered: list[Answered] = []
     proposer._answered = answered.append
     for number in range(40):
         proposal = proposer.propose()
@@ -80,35 +82,35 @@ def test_no_digest_is_proposed_twice_and_costs_are_exact(seed: int, sampler: str
 
 def test_a_space_with_one_point_is_used_up_after_it() -> None:
     pins = {"allocator": "all", "rank": 8, "learning_rate": 1e-3}
-    answered = []
+    answered: list[Answered] = []
     proposer = Proposer(problem(pins=pins), answered=answered.append)
-    assert proposer.propose().trial.allocator == "all"
+    assert next_proposal(proposer).trial.allocator == "all"
     assert proposer.propose() is None
     assert {point.reason for point in answered} == {"duplicate"}
 
 
 def test_points_over_the_budget_are_answered_and_the_rest_fit() -> None:
     limit = 4000
-    answered = []
+    answered: list[Answered] = []
     proposer = Proposer(problem(max_trainable_params=limit), answered=answered.append)
-    costs = [proposer.propose().trainable_params for _ in range(12)]
+    costs = [next_proposal(proposer).trainable_params for _ in range(12)]
     assert max(costs) <= limit
     assert "over_budget" in {point.reason for point in answered}
 
 
 def test_results_of_an_earlier_run_are_not_trained_again_and_its_unfinished_points_come_first() -> None:
     first = Proposer(problem())
-    proposals = [first.propose() for _ in range(6)]
+    proposals = [next_proposal(first) for _ in range(6)]
     known = [(result(p, 0.1 * i), p.params) for i, p in enumerate(proposals[:4])]
     second = Proposer(problem(), known=known, unfinished=proposals[4:])
-    assert [second.propose().trial.digest for _ in range(2)] == [p.trial.digest for p in proposals[4:]]
+    assert [next_proposal(second).trial.digest for _ in range(2)] == [p.trial.digest for p in proposals[4:]]
     old = {p.trial.digest for p in proposals}
-    assert all(second.propose().trial.digest not in old for _ in range(10))
+    assert all(next_proposal(second).trial.digest not in old for _ in range(10))
 
 
 def test_a_diverged_point_is_told_as_a_failure_not_as_a_number() -> None:
     proposer = Proposer(problem())
-    proposal = proposer.propose()
+    proposal = next_proposal(proposer)
     proposer.tell(result(proposal, accuracy=None))
     assert [t.state.name for t in proposer._study.get_trials()][:1] == ["FAIL"]
 
@@ -151,7 +153,8 @@ def test_a_fraction_that_chooses_nobody_says_what_to_raise() -> None:
 @given(st.lists(st.integers(0, 1000), min_size=16, max_size=16).filter(any), st.floats(0.05, 0.95))
 def test_flat_routing_bounds_the_cost_of_every_real_routing(counts: list[int], share: float) -> None:
     shape = moe_shape(layers=1)
-    real = Signal("routing", {"0": {"count": counts, "mass": counts}}, axis="expert", unit="tokens", provenance={})
+    picks = tuple(map(float, counts))
+    real = Signal("routing", {"0": {"count": picks, "mass": picks}}, axis="expert", unit="tokens", provenance={})
     from allocators import coverage
 
     flat = coverage.allocate(placeholder("routing", shape), shape, share=share)

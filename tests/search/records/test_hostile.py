@@ -16,6 +16,7 @@ from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import Outcome
 from search import export as adapter_export
 from search import replay, report
+from search.export.__main__ import parse as parse_words
 from search.records import LINES, read
 from search.records.folder import StudyFolder
 from search.records.reuse import OtherStudies
@@ -53,7 +54,7 @@ def every_use(folder: Path) -> None:
         lambda: report.write(folder),
         lambda: report.show(folder),
         lambda: replay.export([folder], folder.parent / "table.parquet"),
-        lambda: list(adapter_export.export(*adapter_export.parse([str(folder), f"to={folder.parent / 'winner'}"]))),
+        lambda: list(adapter_export.write(*parse_words([str(folder), f"to={folder.parent / 'winner'}"]))),
         lambda: reuse(folder),
     )
     refusals = []
@@ -76,11 +77,11 @@ def reuse(folder: Path) -> None:
 # --- lines
 
 
-def finished(done: Outcome, **changes: Any) -> dict:
+def finished(done: Outcome, **changes: Any) -> dict[str, Any]:
     return {"event": "finished", "outcome": done.to_json() | changes, "params": {}}
 
 
-def of_trial(done: Outcome, **changes: Any) -> dict:
+def of_trial(done: Outcome, **changes: Any) -> dict[str, Any]:
     line = finished(done)
     line["outcome"]["trial"] |= changes
     return line
@@ -236,18 +237,18 @@ def test_a_valid_adapter_at_a_recorded_path_is_not_handed_out(tmp_path: Path) ->
     study = write_study(tmp_path / "s", [run])
     for _ in range(2):
         with pytest.raises(StudyError, match="is gone"):
-            list(adapter_export.export(*adapter_export.parse([str(study), f"to={tmp_path / 'out'}"])))
+            list(adapter_export.write(*parse_words([str(study), f"to={tmp_path / 'out'}"])))
         (study / "adapters").mkdir(exist_ok=True)
         if not (study / "adapters" / run.digest).is_symlink():
             (study / "adapters" / run.digest).symlink_to(tmp_path / "elsewhere")
     (study / "adapters" / run.digest).unlink()
     shutil.copytree(tmp_path / "elsewhere", study / "adapters" / run.digest)
-    assert list(adapter_export.export(*adapter_export.parse([str(study), f"to={tmp_path / 'out'}"])))
+    assert list(adapter_export.write(*parse_words([str(study), f"to={tmp_path / 'out'}"])))
     weights = study / "adapters" / run.digest / "adapter.safetensors"
     weights.unlink()
     weights.symlink_to(tmp_path / "elsewhere" / "adapter.safetensors")
     with pytest.raises(StudyError, match="is gone"):
-        list(adapter_export.export(*adapter_export.parse([str(study), f"to={tmp_path / 'more'}"])))
+        list(adapter_export.write(*parse_words([str(study), f"to={tmp_path / 'more'}"])))
 
 
 @pytest.mark.parametrize("storage", ["", "file://"])

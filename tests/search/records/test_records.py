@@ -259,6 +259,7 @@ for n in range(100_000):
 
 def test_kill_minus_nine_loses_nothing_that_was_finished(tmp_path: Path) -> None:
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert driver.stdout is not None
     told = [driver.stdout.readline().decode().strip() for _ in range(25)]
     driver.send_signal(signal.SIGKILL)
     told += driver.stdout.read().decode().split()

@@ -61,6 +61,13 @@ def asked_for(of: Outcome | None = None) -> tuple[Trial, int]:
     return of.trial, of.trainable_params
 
 
+def take(others: OtherStudies, of: Outcome | None = None) -> tuple[Outcome, str]:
+    """The result and the study that it is of, where there is one."""
+    taken = others.take(*asked_for(of))
+    assert taken is not None
+    return taken
+
+
 def trained(folder: Path) -> set[str]:
     records = read(folder)
     return records.finished.keys() - records.reused.keys()
@@ -72,7 +79,7 @@ def trained(folder: Path) -> set[str]:
 def test_an_equal_training_is_found_and_keeps_to_what_was_asked(tmp_path: Path) -> None:
     other(tmp_path / "first", outcome(allocator="sieve", accuracy=0.6))
     asked = outcome(allocator="coverage")  # another rule that comes to the same experts
-    taken, study = asking(tmp_path).take(*asked_for(asked))
+    taken, study = take(asking(tmp_path), asked)
     assert (study, taken.accuracy, taken.trial.allocator) == ("first", pytest.approx(0.6), "coverage")
     assert len(taken.rungs) == 3
 
@@ -175,7 +182,7 @@ def test_the_adapter_is_a_copy_that_outlives_the_other_study(scheme: str, tmp_pa
     kept.mkdir(parents=True)
     (kept / "adapter.json").write_text("{}")
     other(tmp_path / "first", outcome(adapter=f"{scheme}{kept}"), storage=storage)
-    taken, _ = asking(tmp_path, place=f"{storage}/mine").take(*asked_for())
+    taken, _ = take(asking(tmp_path, place=f"{storage}/mine"))
     shutil.rmtree(base / "first")
     assert taken.adapter == f"{storage}/mine/adapters/{outcome().digest}"
     assert (Path(taken.adapter.removeprefix("file://")) / "adapter.json").read_text() == "{}"
@@ -187,14 +194,14 @@ def test_of_a_deleted_adapter_the_numbers_are_taken_and_one_that_is_kept_is_pref
 ) -> None:
     gone = outcome(adapter=f"{scheme}{tmp_path}/first/adapters/gone")
     other(tmp_path / "first", gone, storage=store(scheme, tmp_path))
-    taken, _ = asking(tmp_path).take(*asked_for())
+    taken, _ = take(asking(tmp_path))
     assert (taken.adapter, taken.accuracy) == ("", gone.accuracy)
     assert not (tmp_path / "mine" / "adapters").exists()
     if not scheme:
         there = tmp_path / "second" / "adapters" / gone.digest
         there.mkdir(parents=True)
         other(tmp_path / "second", outcome(adapter=str(there)))
-        taken, study = asking(tmp_path).take(*asked_for())
+        taken, study = take(asking(tmp_path))
         assert (study, Path(taken.adapter).is_dir()) == ("second", True)
 
 
@@ -277,7 +284,7 @@ def run(storage: Path, *words: str) -> str:
     return done.stdout
 
 
-def starts(folder: Path) -> Counter:
+def starts(folder: Path) -> Counter[str]:
     """How often each training was started."""
     lines = (folder / LINES).read_text().splitlines()
     return Counter(line.split('"digest": "')[1][:16] for line in lines if '"event": "started"' in line)
@@ -297,6 +304,7 @@ def test_two_real_studies_of_one_storage_train_no_point_twice(tmp_path: Path) ->
     shutil.rmtree(tmp_path / "first")
     code = "import sys; from trainers import adapter, models; adapter.load(models.load('tiny-moe').model, sys.argv[1])"
     kept = records.adapter_of(records.finished[next(iter(records.reused))])
+    assert kept is not None
     subprocess.run([sys.executable, "-c", code, kept], check=True, capture_output=True)
 
 

@@ -17,7 +17,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from mlflow import MlflowClient
@@ -194,7 +194,7 @@ def test_cut_off_before_any_call_to_mlflow_the_next_run_makes_up_for_it(store: P
     for calls in itertools.count():
         with open_study(store / f"study{calls}") as study:
             cut, done = open_tracker(store, name=f"study{calls}"), outcome()
-            cut._client = Client(cut._client, calls)
+            cut._client = cast(MlflowClient, Client(cut._client, calls))
             study.append_finished(done, {})
             try:
                 cut.sync(study)
@@ -229,6 +229,7 @@ def test_two_studies_write_at_once_and_one_is_killed(store: Path) -> None:
         [sys.executable, "-c", WRITER, str(store)], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors
     )
     try:
+        assert other.stdout is not None
         other.stdout.readline()  # it writes
         with open_study(store / "demo") as study:
             tracker = open_tracker(store)
@@ -292,7 +293,9 @@ def test_a_uri_that_cannot_work_is_one_line(tmp_path: Path, uri: str) -> None:
 def test_a_deleted_experiment_is_one_line(store: Path) -> None:
     open_tracker(store)
     client = MlflowClient(tracking_uri=f"sqlite:///{store}/mlflow.db")
-    client.delete_experiment(client.get_experiment_by_name("sieve").experiment_id)
+    experiment = client.get_experiment_by_name("sieve")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
     with pytest.raises(StudyError, match="was deleted: restore it with"):
         open_tracker(store)
 
@@ -328,7 +331,7 @@ def test_a_server_that_goes_away_and_comes_back(
     uri = f"http://127.0.0.1:{port}"
     (tmp_path / "server").mkdir()
 
-    def serve() -> subprocess.Popen:
+    def serve() -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
         command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server/mlflow.db"]
         command += ["--artifacts-destination", str(tmp_path / "server" / "artifacts")]
@@ -344,7 +347,7 @@ def test_a_server_that_goes_away_and_comes_back(
                 return server
         raise AssertionError((tmp_path / "server.log").read_text()[-2000:])
 
-    def end(server: subprocess.Popen) -> None:
+    def end(server: subprocess.Popen[bytes]) -> None:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 

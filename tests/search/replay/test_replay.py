@@ -44,9 +44,9 @@ def accuracy(trial: Trial, seed: int) -> float:
     return round(0.3 + 0.01 * trial.allocation.total_experts + 0.002 * trial.recipe.rank - 0.1 * rate + 0.01 * seed, 4)
 
 
-def grid() -> list[dict]:
+def grid() -> list[dict[str, Any]]:
     recipes = [{"rank": rank, "learning_rate": rate} for rank in RANKS for rate in RATES]
-    points = [{"allocator": "all"}, {"allocator": "none"}]
+    points: list[dict[str, Any]] = [{"allocator": "all"}, {"allocator": "none"}]
     points += [{"allocator": "random", "fraction": fraction} for fraction in FRACTIONS]
     points += [{"allocator": "sieve", "fraction": fraction, "score": "count"} for fraction in FRACTIONS]
     return [point | recipe for point in points for recipe in recipes]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,7 @@ def made(count: int, accuracy: Callable[[Trial, float], float], *, seed: int = 0
     draw, found = random.Random(seed), []
     for number in range(count):
         allocator = draw.choice(("sieve", "esft", "all"))
-        knobs = {
+        knobs: dict[str, dict[str, Any]] = {
             "sieve": {"fraction": draw.random(), "score": draw.choice(("count", "mass"))},
             "esft": {"p": draw.random()},
         }
@@ -41,12 +42,14 @@ def made(count: int, accuracy: Callable[[Trial, float], float], *, seed: int = 0
 
 def shares(outcomes: list[Outcome]) -> dict[str, float]:
     found = importance(candidates(outcomes))
+    assert found is not None
     return {share.group: share.value for share in found.shares}
 
 
 def test_what_alone_decides_has_nearly_everything() -> None:
     outcomes = made(60, lambda trial, noise: trial.recipe.rank / 64)
     found = importance(candidates(outcomes))
+    assert found is not None
     assert found.shares[0].group == "rank"
     assert found.shares[0].value > 0.8
     assert all(abs(share.value) < 0.05 for share in found.shares[1:])
@@ -83,6 +86,7 @@ def test_too_few_points_one_accuracy_and_mere_noise_are_said_to_be_that() -> Non
         assert attributed(None) == []
     noise = candidates(made(24, lambda trial, noise: noise))
     found = importance(noise)
+    assert found is not None
     assert found.foreseen < 0
     assert "cannot be foreseen" in in_words(found, noise)[0]
     assert attributed(found) == []
@@ -117,8 +121,8 @@ def test_a_replayed_study_from_its_trainings_to_its_report(table: Recorded, tmp_
     said = run(tmp_path, f"replay={folder / 'small.parquet'}", "trials=30", "sampler=random")
     study = tmp_path / "sieve-small-t-replay-small"
     sections = {section["title"]: section for section in data_of(study)["sections"]}
-    bars = {label: share for label, share, _ in sections["What accuracy goes with"]["bars"]}
-    assert max(bars, key=bars.get) == "allocator and its knobs"
+    bars: dict[str, float] = {label: share for label, share, _ in sections["What accuracy goes with"]["bars"]}
+    assert max(bars, key=lambda label: bars[label]) == "allocator and its knobs"
     assert {"learning_rate", "rank"} <= bars.keys()
     assert "What accuracy goes with" in said
     assert "One-line recipes against the front" in said

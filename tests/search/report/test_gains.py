@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from allocators.core.types import Outcome, Recipe, Rung, Trial
 from search.front import candidates, front
@@ -10,7 +11,7 @@ from search.report.gains import recipes, saved
 from tests.search.studies import CONFIG, open_study, outcome, selection
 
 
-def recipe_point(allocator: str, knobs: dict, params: int, accuracy: float, number: int) -> Outcome:
+def recipe_point(allocator: str, knobs: dict[str, Any], params: int, accuracy: float, number: int) -> Outcome:
     trial = Trial(selection(2, seed=number), Recipe(steps=9), "m", "t", 0, allocator, knobs)
     rungs = (Rung(9, 9, accuracy, stderr=0.03),)
     return Outcome(trial, "complete", params, accuracy=accuracy, rungs=rungs)

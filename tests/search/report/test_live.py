@@ -19,6 +19,7 @@ def console(*, terminal: bool) -> Console:
 
 
 def text(of: Console) -> str:
+    assert isinstance(of.file, io.StringIO)
     return of.file.getvalue()
 
 
@@ -70,6 +71,7 @@ def test_a_terminal_shows_the_front_what_runs_and_the_counts() -> None:
         progress.started(started(outcome(selection(5))))
         progress.rung(outcome(selection(5)).digest, rung(30, 0.25))
         progress.answered("duplicate")
+        assert progress._live is not None
         progress._live.refresh()
     shown = text(out)
     assert "Pareto front so far" in shown
@@ -83,6 +85,7 @@ def test_a_long_front_is_cut_in_the_live_view_only() -> None:
     out = console(terminal=True)
     many = [outcome(selection(n), accuracy=0.3 + n / 100) for n in range(1, 17)]
     with Progress(16, done=many, console=out) as progress:
+        assert progress._live is not None
         progress._live.refresh()
     assert "4 smaller ones not shown" in text(out)
 

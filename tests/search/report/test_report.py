@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from allocators.core.types import Outcome
+from allocators.core.types import ExpertSelection, Outcome
 from search.records import LINES
 from search.report import Report, show, write
 from search.report.__main__ import main
@@ -77,6 +77,7 @@ def test_the_allocation_map_is_the_allocation(tmp_path: Path) -> None:
         "across": "expert",
     }
     shown = {n: tuple(i for i, c in enumerate(row) if c == "1") for n, row in enumerate(data["points"][0]["cells"])}
+    assert isinstance(done.trial.allocation, ExpertSelection)
     assert shown == dict(done.trial.allocation.experts)
 
     study_of(tmp_path / "dense", outcome(counts(24)), shape=dense_shape())
@@ -193,11 +194,12 @@ def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path: Path
     study_of(tmp_path / "far", remote, config=CONFIG | {"storage": "s3://me:pw@bucket"})
     [far] = data_of(tmp_path / "far")["points"]
     assert f'"s3://bucket/far/adapters/{remote.digest}"' in far["load"], "in the study's part of its storage"
-    out = Console(file=io.StringIO(), width=140)
+    printed = io.StringIO()
+    out = Console(file=printed, width=140)
     show(tmp_path, console=out)
-    assert loads[best.digest] in out.file.getvalue()
+    assert loads[best.digest] in printed.getvalue()
     exports = {p["digest"]: p["export"] for p in data_of(tmp_path)["points"]}
     assert exports[best.digest] == f"python -m search.export {tmp_path} point={best.digest[:8]} to=winner"
     assert exports[other.digest] == ""
-    assert f"python -m search.export {tmp_path} to=winner" in out.file.getvalue()
-    assert f"│ {best.digest[:8]} │" in out.file.getvalue()
+    assert f"python -m search.export {tmp_path} to=winner" in printed.getvalue()
+    assert f"│ {best.digest[:8]} │" in printed.getvalue()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +14,14 @@ from rich.console import Console
 from scipy import stats
 
 import spaces.sieve_ablation as space
-from allocators.core.types import Outcome
+from allocators.core.types import ExpertSelection, Outcome
 from search.report import Report, show, write
 from search.report.sections import Section
 from spaces._tables import facts
+from tests.search.report.written import data_of
 from tests.search.studies import CONFIG, EXPERTS, open_study, outcome, selection
 
-ROWS = {
+ROWS: dict[str, tuple[dict[str, Any], ExpertSelection]] = {
     "all": ({"allocator": "all"}, selection(EXPERTS)),
     "hot": ({"allocator": "sieve", "fraction": 0.25, "score": "count"}, selection(4, seed=1)),
     "random": ({"allocator": "random", "fraction": 0.25}, selection(4, seed=2)),
@@ -135,13 +134,12 @@ def test_a_table_speaks_of_no_selection_and_a_search_has_no_table(tmp_path: Path
 
 def test_terminal_and_page_show_the_tables(tmp_path: Path) -> None:
     table_study(tmp_path)
-    out = Console(file=io.StringIO(), width=200)
-    show(tmp_path, console=out)
-    assert "Comparisons, paired seed by seed" in out.file.getvalue()
-    assert "not corrected for their number" in out.file.getvalue()
+    printed = io.StringIO()
+    show(tmp_path, console=Console(file=printed, width=200))
+    assert "Comparisons, paired seed by seed" in printed.getvalue()
+    assert "not corrected for their number" in printed.getvalue()
     write(tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    data = json.loads(re.search(r'<script id="study" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    data = data_of(tmp_path)
     assert [section["title"] for section in data["sections"]][1] == "Comparisons, paired seed by seed"
 
 

@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def test_what_cannot_be_answered_is_one_line(
 # --- dense models -----------------------------------------------------------------------------------------------------
 
 
-def layered(shape: ModelShape, values: list[list[float]]) -> dict[str, tuple[float, ...]]:
+def layered(shape: ModelShape, values: Sequence[Sequence[float]]) -> dict[str, tuple[float, ...]]:
     """A value of every module: its layer's, from the list of each data set, times 1 + its place in the layer / 100."""
     at = {m.path: i for i, m in enumerate(shape.modules)}
     return {m.path: tuple(v[m.layer] * (1 + at[m.path] % 7 / 100) for v in values) for m in shape.modules}
@@ -205,7 +206,7 @@ def dense_files(tmp_path: Path, dense: str) -> list[str]:
         rows = {path: {"sum_sq_grad": v} for path, v in layered(shape, [values]).items()}
         kept.append(Signal("sensitivity", rows, "dataset", "1", provenance))
     for number, signal in enumerate(kept):
-        cached(signal.kind, signal.provenance, folder=tmp_path / str(number), measure=lambda signal=signal: signal)
+        cached(signal.kind, signal.provenance, folder=tmp_path / str(number), measure=lambda: signal)  # noqa: B023 - called at once
     return [str(next((tmp_path / str(number)).glob("*.json"))) for number in range(len(kept))]
 
 
@@ -484,7 +485,9 @@ def test_what_is_about_other_things_is_not_correlated() -> None:
     by_module = {m.path: {"hill": (1 + m.layer,), "odd": (1,)} for m in shape.modules}
     del by_module[shape.modules[0].path]["odd"]  # a matrix without the metric: the layer has no mean
     same = Signal("sensitivity", {m.path: {"s": (4 - m.layer,)} for m in shape.modules}, "dataset", "1", {})
-    signals = {s.kind: s for s in (by_expert, Signal("spectrum", by_module, "module", "1", {}), same)}
+    signals: dict[str, Signal] = {
+        s.kind: s for s in (by_expert, Signal("spectrum", by_module, "module", "1", {}), same)
+    }
     found = ranks.correlations(ranks.signal_columns(signals, shape))
     assert found == {("sensitivity.s", "spectrum.hill"): pytest.approx(-1)}
 
@@ -553,7 +556,7 @@ def test_progress_counts_documents(tmp_path: Path, kind: str) -> None:
     source = Source(config, shape_from_config(models.config_of("tiny-moe"), name="tiny-moe"))
     told = []
     source.progress = lambda *what: told.append(what)
-    signals.plan(kind, source)[1]()
+    signals.measurement_of(kind, source).measure()
     assert {(total, what) for _, total, what in told} == {(20, "documents")}
     done = [done for done, _, _ in told]
     assert (done, done[-1]) == (sorted(set(done)), 20)

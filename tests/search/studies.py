@@ -9,6 +9,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 from allocators.core.types import (
     Allocation,
@@ -18,6 +19,7 @@ from allocators.core.types import (
     ModuleShape,
     Outcome,
     Recipe,
+    Role,
     Rung,
     Status,
     Trial,
@@ -49,10 +51,11 @@ def moe_shape() -> ModelShape:
 
 
 def dense_shape() -> ModelShape:
+    roles: dict[str, Role] = {"self_attn.q_proj": "attention", "mlp.up_proj": "mlp", "mlp.down_proj": "mlp"}
     modules = [
         ModuleShape(f"model.layers.{layer}.{name}", layer, HIDDEN, HIDDEN, role=role)
         for layer in range(LAYERS)
-        for name, role in (("self_attn.q_proj", "attention"), ("mlp.up_proj", "mlp"), ("mlp.down_proj", "mlp"))
+        for name, role in roles.items()
     ]
     return ModelShape("tiny-dense", tuple(modules), LAYERS)
 
@@ -83,7 +86,7 @@ def outcome(
     shape = moe_shape() if isinstance(allocation, ExpertSelection) else dense_shape()
     knobs = {"fraction": allocation.total_experts / (LAYERS * EXPERTS)}
     trial = Trial(allocation, Recipe(rank=rank, steps=90), shape.name, "shift", seed, allocator, knobs)
-    rungs = ()
+    rungs: tuple[Rung, ...] = ()
     if accuracy is not None and status != "started":
         rungs = tuple(rung(step, accuracy * (1 - math.exp(-step / 30)) / (1 - math.exp(-3))) for step in (30, 60, 90))
         rungs = rungs[:2] if status == "stopped" else rungs
@@ -119,10 +122,11 @@ def fill(study: StudyFolder, *, seed: int = 0) -> None:
     points = [("none", ExpertSelection({})), ("all", selection(EXPERTS))]
     points += [(name, selection(4, seed=i)) for i, name in enumerate(("random", "sieve"))]
     points += [("sieve", selection(draw.randint(1, 14), seed=10 + i)) for i in range(14)]
+    unusual: dict[int, Status] = {6: "stopped", 9: "diverged", 11: "failed", 13: "out_of_memory"}
     for number, (allocator, allocation) in enumerate(points):
         share = allocation.total_experts / (LAYERS * EXPERTS)
         accuracy = 0.3 + 0.3 * (1 - math.exp(-3 * share)) + draw.gauss(0, 0.02) - 0.06 * (allocator == "random")
-        status: Status = {6: "stopped", 9: "diverged", 11: "failed", 13: "out_of_memory"}.get(number, "complete")
+        status = unusual.get(number, "complete")
         done = outcome(
             allocation,
             accuracy=round(accuracy * QUESTIONS) / QUESTIONS,
@@ -146,8 +150,13 @@ def fill(study: StudyFolder, *, seed: int = 0) -> None:
     study.append_answered({"allocator": "all"}, reason="over_budget", message="311.46M is more than 200M")
 
 
-def open_study(folder: Path, **changes: object) -> StudyFolder:
-    arguments = {"config": CONFIG, "identity": IDENTITY, "shape": moe_shape(), "command": COMMAND} | changes
+def open_study(folder: Path, **changes: Any) -> StudyFolder:
+    arguments: dict[str, Any] = {
+        "config": CONFIG,
+        "identity": IDENTITY,
+        "shape": moe_shape(),
+        "command": COMMAND,
+    } | changes
     return StudyFolder.open(folder, **arguments)
 
 

@@ -7,7 +7,8 @@ import shlex
 import subprocess
 from dataclasses import fields
 from inspect import signature
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
@@ -19,11 +20,11 @@ from search.replay import Table
 from trainers import models, tasks
 
 
-def test_no_words_give_the_defaults():
+def test_no_words_give_the_defaults() -> None:
     assert parse([]) == RunConfig()
 
 
-def test_words_become_typed_values_in_their_group():
+def test_words_become_typed_values_in_their_group() -> None:
     config = parse(
         ["space=sieve", "trials=3", "recipe.rank=4", "recipe.learning_rate=1e-3", "space.fraction=0.5", "dry_run=true"]
     )
@@ -63,14 +64,14 @@ def test_words_become_typed_values_in_their_group():
         (["gradient_checkpointing=perhaps"], "gradient_checkpointing must be true or false, got 'perhaps'"),
     ],
 )
-def test_a_mistake_is_one_line_that_says_what_is_possible(words, said):
+def test_a_mistake_is_one_line_that_says_what_is_possible(words: list[str], said: str) -> None:
     with pytest.raises(StudyError) as error:
         parse(words)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_a_file_is_read_first_and_the_command_line_wins(tmp_path):
+def test_a_file_is_read_first_and_the_command_line_wins(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text("trials: 5\nseed: 7\nrecipe: {rank: 4, steps: 10}\npins: {fraction: 0.5}\n")
     config = parse([f"config={file}", "trials=9", "recipe.rank=8"])
@@ -79,21 +80,21 @@ def test_a_file_is_read_first_and_the_command_line_wins(tmp_path):
     assert config.pins == {"fraction": 0.5}
 
 
-def test_a_typo_in_a_file_names_the_file(tmp_path):
+def test_a_typo_in_a_file_names_the_file(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text("trails: 5\n")
     with pytest.raises(StudyError, match=r"unknown key 'trails' in .*study\.yaml; did you mean 'trials'"):
         parse([f"config={file}"])
 
 
-def test_the_command_of_a_study_parses_back_to_the_same_study():
+def test_the_command_of_a_study_parses_back_to_the_same_study() -> None:
     words = ["space=sieve", "trials=3", "recipe.rank=4", "space.score=mass", "time_budget=5m", "plugins=[a.py,b.py]"]
     config = parse(words)
     again = parse(shlex.split(config.command())[3:])
     assert again == config
 
 
-def test_several_tasks_are_a_list_on_the_command_line_and_in_a_file(tmp_path):
+def test_several_tasks_are_a_list_on_the_command_line_and_in_a_file(tmp_path: Path) -> None:
     config = parse(["task=[arc_easy, my/questions.yaml]"])
     assert config.task == "arc_easy,my/questions.yaml"
     assert config.study_name == "sieve-tiny-moe-arc_easy-questions"
@@ -106,7 +107,7 @@ def test_several_tasks_are_a_list_on_the_command_line_and_in_a_file(tmp_path):
         parse(["task=[arc_easy,]"])
 
 
-def test_what_changes_results_makes_another_study_and_what_does_not_goes_on():
+def test_what_changes_results_makes_another_study_and_what_does_not_goes_on() -> None:
     same, default = parse(["gradient_checkpointing=true", "trials=40"]), RunConfig().identity()
     assert same.identity() == default
     of_the_model = ("dtype=float16", "attn=eager", "quantization=nf4", "trust_remote_code=true", "model=tiny-dense")
@@ -116,15 +117,15 @@ def test_what_changes_results_makes_another_study_and_what_does_not_goes_on():
         assert {k for k, v in parse([word]).identity().items() if v != default[k]} == {key}
 
 
-def test_every_key_says_what_it_decides_and_which_part_of_the_program_takes_it():
+def test_every_key_says_what_it_decides_and_which_part_of_the_program_takes_it() -> None:
     for f in fields(RunConfig):
         assert f.metadata["decides"] in get_args(Decides), f.name
         assert f.metadata["where"] in get_args(Where), f.name
     with pytest.raises(TypeError, match="decides"):
-        _key(0, "a key that does not say what it decides", where="search")
+        _key(0, "a key that does not say what it decides", where="search")  # type: ignore[call-arg]  # on purpose
 
 
-def test_what_follows_from_the_table_is_what_was_kept_by_hand():
+def test_what_follows_from_the_table_is_what_was_kept_by_hand() -> None:
     """A key that moves from one list to another resumes, reuses or replays other studies than before."""
     proposals = {"space", "seed", "plugins", "recipe", "pins", "calibration_samples", "scheduler", "eta"}
     results = {"model", "task", "evaluations", "limit", "replay", "training_limit", "metric", "num_fewshot"}
@@ -154,7 +155,7 @@ def test_what_follows_from_the_table_is_what_was_kept_by_hand():
     assert changed.without("amount") == parse(["limit=4"])
 
 
-def test_a_study_says_how_to_load_what_it_trained_on():
+def test_a_study_says_how_to_load_what_it_trained_on() -> None:
     settings = {"dtype": "bfloat16", "attn": "auto", "gradient_checkpointing": True, "trials": 3}
     assert load_arguments(settings) == {"dtype": "bfloat16"}
     assert load_arguments({"quantization": "int8"}) == {"quantization": "int8"}
@@ -163,7 +164,7 @@ def test_a_study_says_how_to_load_what_it_trained_on():
 
 
 @pytest.mark.parametrize("text", ["007", "1e3", "1.10", "on", "1_000", "null", "{a", "*x", "%41", "a\tb", '"q"', "a=b"])
-def test_text_stays_as_it_was_typed(text, tmp_path):
+def test_text_stays_as_it_was_typed(text: str, tmp_path: Path) -> None:
     for key in ("name", "model", "storage", "metric", "tracking_uri", "replay", "space"):
         config = parse([f"{key}={text}"])
         assert getattr(config, key) == text
@@ -174,7 +175,7 @@ def test_text_stays_as_it_was_typed(text, tmp_path):
     assert parse([f"config={file}"]).name == text
 
 
-def test_a_command_is_quoted_for_a_shell():
+def test_a_command_is_quoted_for_a_shell() -> None:
     for folder in ("DIR/it's 100% #1 & co", "a b", "$(x)", 'say "hi"', "ends in \\", "two\nlines", "[1]", "~/x", "*"):
         config = parse([f"storage={folder}", f"name={folder}", 'plugins=["a,b.py","c d.py"]', "recipe.rank=4"])
         assert config.storage == folder
@@ -201,7 +202,7 @@ def test_a_command_is_quoted_for_a_shell():
         ("space.name=on", "on"),
     ],
 )
-def test_one_reading_of_numbers_and_switches(word, value):
+def test_one_reading_of_numbers_and_switches(word: str, value: Any) -> None:
     key, _, name = word.partition("=")[0].partition(".")
     config = parse([word])
     read = {"recipe": config.recipe, "space": config.pins}[key][name] if name else getattr(config, key)
@@ -221,7 +222,7 @@ def test_one_reading_of_numbers_and_switches(word, value):
         *("pins={a: 1}", "recipe=rank", "time_budget=" + "9" * 400),
     ],
 )
-def test_a_value_that_cannot_be_is_one_line_with_its_key(word):
+def test_a_value_that_cannot_be_is_one_line_with_its_key(word: str) -> None:
     with pytest.raises(StudyError) as error:
         parse([word])
     assert word.partition("=")[0] in str(error.value)
@@ -229,7 +230,7 @@ def test_a_value_that_cannot_be_is_one_line_with_its_key(word):
     assert len(str(error.value)) < 200
 
 
-def test_a_key_is_given_once():
+def test_a_key_is_given_once() -> None:
     for words in (["trials=3", "trials=3"], ["space.x=1", "space.x=2"], ["recipe.rank=1", "task=a", "recipe.rank=1"]):
         with pytest.raises(StudyError, match=f"{words[-1].partition('=')[0]} is given twice"):
             parse(words)
@@ -252,7 +253,7 @@ def test_a_key_is_given_once():
         (b"a: b: c\n", "cannot be read"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_one_line(tmp_path, content, said):
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path, content: bytes, said: str) -> None:
     file = tmp_path / "study.yaml"
     file.write_bytes(content)
     with pytest.raises(StudyError) as error:
@@ -261,7 +262,7 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, content, said):
     assert "\n" not in str(error.value)
 
 
-def test_a_file_is_read_as_the_command_line_is(tmp_path):
+def test_a_file_is_read_as_the_command_line_is(tmp_path: Path) -> None:
     file = tmp_path / "study.yaml"
     file.write_text("name: ???\nstorage: ${b}\nplugins: own.py\nrecipe: {learning_rate: 3e-4}\npins: {a: '8', b: 8}\n")
     config = parse([f"config={file}"])
@@ -274,14 +275,14 @@ def test_a_file_is_read_as_the_command_line_is(tmp_path):
     assert parse([f"config={file}"]).pins == {"rank": 4, "fraction": 0.5}
 
 
-def test_help_names_every_key_with_its_meaning():
+def test_help_names_every_key_with_its_meaning() -> None:
     text = help_text()
     for f in fields(RunConfig):
         assert f.name in text
         assert f.metadata["help"].split()[0] in text
 
 
-def test_later_layers_of_a_recipe_win_and_epochs_replace_earlier_steps():
+def test_later_layers_of_a_recipe_win_and_epochs_replace_earlier_steps() -> None:
     assert make_recipe({"rank": 4, "steps": 80}, {"rank": 16}) == Recipe(rank=16, steps=80)
     assert make_recipe({"steps": 80}, {"epochs": 2}) == Recipe(steps=0, epochs=2.0)
     assert make_recipe({"epochs": 2, "steps": 80}).steps == 80

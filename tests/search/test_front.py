@@ -19,7 +19,7 @@ from tests.search.studies import outcome, selection
 
 class Place(NamedTuple):
     trainable_params: int
-    accuracy: float | None
+    accuracy: float  # None where a training has no result: NOT_POINTS
 
 
 # Few different values, so that ties and duplicates are common
@@ -47,24 +47,26 @@ def brute_hypervolume(points: list[Place], reference: tuple[float, float]) -> fl
 
 
 @given(POINTS, NOT_POINTS)
-def test_front_is_what_brute_force_finds(points, others):
+def test_front_is_what_brute_force_finds(points: list[Place], others: list[Place]) -> None:
     assert sorted(front(others + points)) == brute_front(points)
 
 
 @given(POINTS)
-def test_front_rises(points):
+def test_front_rises(points: list[Place]) -> None:
     members = front(points)
     assert members == sorted(members)
 
 
 @given(POINTS, NOT_POINTS, st.integers(5_000, 40_000), st.sampled_from([0.0, 0.25, 0.5]))
-def test_hypervolume_is_what_brute_force_finds(points, others, most, least):
+def test_hypervolume_is_what_brute_force_finds(
+    points: list[Place], others: list[Place], most: int, least: float
+) -> None:
     reference = (float(most), least)
     assert hypervolume(points + others, reference=reference) == pytest.approx(brute_hypervolume(points, reference))
 
 
 @given(POINTS.flatmap(lambda points: st.tuples(st.just(points), st.permutations(points))))
-def test_order_does_not_matter(pair):
+def test_order_does_not_matter(pair: tuple[list[Place], list[Place]]) -> None:
     points, shuffled = pair
     assert front(points) == front(shuffled)
     assert knee(points) == knee(shuffled)
@@ -73,7 +75,7 @@ def test_order_does_not_matter(pair):
 
 
 @given(POINTS.filter(len), st.integers(0, 5_000), st.sampled_from([0.0, 0.1, 0.3]), st.data())
-def test_a_beaten_point_changes_nothing(points, more, less, data):
+def test_a_beaten_point_changes_nothing(points: list[Place], more: int, less: float, data: st.DataObject) -> None:
     winner = data.draw(st.sampled_from(points))
     beaten = Place(winner.trainable_params + more, winner.accuracy - less)
     assume(beaten != winner)
@@ -85,7 +87,7 @@ def test_a_beaten_point_changes_nothing(points, more, less, data):
 
 
 @given(POINTS.filter(len), st.builds(Place, st.integers(1, 30_000), ACCURACY))
-def test_hypervolume_never_shrinks(points, another):
+def test_hypervolume_never_shrinks(points: list[Place], another: Place) -> None:
     reference = (40_000.0, -0.1)
     before, after = (hypervolume(p, reference=reference) for p in (points, [*points, another]))
     assert after >= before * (1 - 1e-12)
@@ -93,19 +95,22 @@ def test_hypervolume_never_shrinks(points, another):
 
 
 @given(POINTS, st.integers(2, 9))
-def test_knee_is_the_farthest_above_the_chord_in_any_unit(points, factor):
+def test_knee_is_the_farthest_above_the_chord_in_any_unit(points: list[Place], factor: int) -> None:
     bend = knee(points)
     rises = _rises(front(points))
     assert (bend is None) == (max(rises.values(), default=0.0) <= 1e-9)
     if bend is not None:
         assert rises[bend] == pytest.approx(max(rises.values()))
         moved = knee([Place(p.trainable_params * factor, 3 * p.accuracy) for p in points])
+        assert moved is not None
         back = next(p for p in rises if p.trainable_params * factor == moved.trainable_params)
         assert rises[back] == pytest.approx(rises[bend])  # equally far points may swap by rounding
 
 
 @given(POINTS, NOT_POINTS, st.data())
-def test_points_without_a_finite_accuracy_change_nothing_wherever_they_stand(points, others, data):
+def test_points_without_a_finite_accuracy_change_nothing_wherever_they_stand(
+    points: list[Place], others: list[Place], data: st.DataObject
+) -> None:
     mixed = data.draw(st.permutations(points + others))
     reference = (40_000.0, 0.0)
     assert front(mixed) == front(points)
@@ -114,7 +119,7 @@ def test_points_without_a_finite_accuracy_change_nothing_wherever_they_stand(poi
 
 
 @given(POINTS, st.data())
-def test_duplicates_cover_nothing_new_and_are_all_kept(points, data):
+def test_duplicates_cover_nothing_new_and_are_all_kept(points: list[Place], data: st.DataObject) -> None:
     again = data.draw(st.lists(st.sampled_from(points), max_size=5)) if points else []
     reference = (40_000.0, 0.0)
     assert hypervolume(points + again, reference=reference) == pytest.approx(hypervolume(points, reference=reference))
@@ -122,7 +127,7 @@ def test_duplicates_cover_nothing_new_and_are_all_kept(points, data):
 
 
 @given(st.builds(Place, st.integers(1, 50_000), ACCURACY), st.integers(1, 50_000), ACCURACY)
-def test_one_point_is_its_own_front_and_covers_a_rectangle(point, most, least):
+def test_one_point_is_its_own_front_and_covers_a_rectangle(point: Place, most: int, least: float) -> None:
     assert front([point]) == [point]
     width, height = max(most - point.trainable_params, 0), max(point.accuracy - least, 0.0)
     assert hypervolume([point], reference=(float(most), least)) == pytest.approx(width * height)
@@ -136,7 +141,7 @@ def _rises(ends: list[Place]) -> dict[Place, float]:
     return {p: (p.accuracy - a0) / (a1 - a0) - math.log(p.trainable_params / p0, p1 / p0) for p in ends}
 
 
-def test_no_point_one_point_two_points():
+def test_no_point_one_point_two_points() -> None:
     one, two = Place(100, 0.4), Place(1_000, 0.6)
     assert front([]) == []
     assert hypervolume([], reference=(10.0, 0.0)) == 0.0
@@ -144,7 +149,7 @@ def test_no_point_one_point_two_points():
     assert [knee(p) for p in ([], [one], [one, two], [one, one, two])] == [None] * 4
 
 
-def test_a_knee_by_hand():
+def test_a_knee_by_hand() -> None:
     # In log10(parameters): 2, 3, 4, 5. The chord from (2, .3) to (5, .6) rises .1 a decade.
     points = [Place(100, 0.30), Place(1_000, 0.50), Place(10_000, 0.55), Place(100_000, 0.60)]
     assert knee(points) == points[1]
@@ -154,13 +159,13 @@ def test_a_knee_by_hand():
     assert knee(hollow) is None
 
 
-def test_a_hypervolume_by_hand():
+def test_a_hypervolume_by_hand() -> None:
     points = [Place(1, 0.5), Place(300, 0.9), Place(5_000, 1.0)]
     # up to 1000 parameters: .5 from 1 on, .4 more from 300 on; the third lies beyond the reference
     assert hypervolume(points, reference=(1_000.0, 0.0)) == pytest.approx(0.5 * 999 + 0.4 * 700)
 
 
-def test_seeds_of_one_point_are_one_candidate():
+def test_seeds_of_one_point_are_one_candidate() -> None:
     accuracies = (0.5, 0.6, 0.7)
     same = [outcome(selection(4), accuracy=a, seed=s) for s, a in enumerate(accuracies)]
     other = outcome(selection(5), accuracy=0.4)
@@ -173,7 +178,7 @@ def test_seeds_of_one_point_are_one_candidate():
     assert first.stderr == pytest.approx(math.sqrt(0.1**2 / 3 + 0.5 * 0.5 / 200))
 
 
-def test_only_complete_runs_count():
+def test_only_complete_runs_count() -> None:
     stopped = outcome(selection(4), status="stopped", accuracy=0.9)
     diverged = outcome(selection(5), status="diverged")
     [a, b] = candidates([stopped, diverged])
@@ -182,7 +187,7 @@ def test_only_complete_runs_count():
     assert front([a, b]) == []
 
 
-def test_a_candidate_without_rungs_has_no_standard_error():
+def test_a_candidate_without_rungs_has_no_standard_error() -> None:
     bare: Outcome = outcome(selection(4)).updated(rungs=())
     assert candidates([bare])[0].stderr is None
 
@@ -208,8 +213,11 @@ RUNS = st.builds(
 
 @settings(max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(["add", "add", "add", "add", "discard"]), RUNS), max_size=40))
-def test_points_are_at_any_time_what_the_functions_say_of_all_outcomes(events):
-    points, known = Points(), {}
+def test_points_are_at_any_time_what_the_functions_say_of_all_outcomes(
+    events: list[tuple[str, Outcome]],
+) -> None:
+    points = Points()
+    known: dict[str, Outcome] = {}
     for verb, run in events:
         known.pop(run.digest, None)
         if verb == "add":
@@ -233,11 +241,22 @@ def as_text(candidate: Candidate) -> str:
     return repr(candidate)
 
 
-def test_points_build_one_candidate_a_training_and_compare_it_with_the_front_alone(monkeypatch):
+def test_points_build_one_candidate_a_training_and_compare_it_with_the_front_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     built, compared = [], []
-    monkeypatch.setattr(module, "_candidate", lambda runs, build=module._candidate: built.append(runs) or build(runs))
-    beats = module._Entry.beats
-    monkeypatch.setattr(module._Entry, "beats", lambda one, other: compared.append(1) or beats(one, other))
+    build, beats = module._candidate, module._Entry.beats
+
+    def counted_build(runs: tuple[Outcome, ...]) -> Candidate:
+        built.append(runs)
+        return build(runs)
+
+    def counted_beats(one: module._Entry, other: module._Entry) -> bool:
+        compared.append(1)
+        return beats(one, other)
+
+    monkeypatch.setattr(module, "_candidate", counted_build)
+    monkeypatch.setattr(module._Entry, "beats", counted_beats)
     draw, points = random.Random(0), Points()
     for seed in range(1_000):
         run = outcome(selection(draw.randint(1, 15), seed=seed), accuracy=draw.random())

@@ -34,7 +34,7 @@ def printed_and_parsed(config: RunConfig) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_every_choice_of_every_space_survives_the_printed_command(name):
+def test_every_choice_of_every_space_survives_the_printed_command(name: str) -> None:
     problem = problem_of(name)
     for high in (False, True):
         for point, params in corners(problem, high=high):
@@ -49,7 +49,7 @@ def test_every_choice_of_every_space_survives_the_printed_command(name):
 
 
 @pytest.mark.parametrize("space", [name for name in SPACES if "mola" in problem_of(name).space.ALLOCATORS])
-def test_a_layout_of_mola_is_pinned_as_it_is_printed(space):
+def test_a_layout_of_mola_is_pinned_as_it_is_printed(space: str) -> None:
     for pattern in ("2468", "8642", "8228", "2882", "5555", "8888"):
         config = parse([f"space={space}", "space.allocator=mola", f"space.pattern={pattern}"])
         if pattern in {params.get("pattern") for _, params in corners(problem_of(space))}:
@@ -65,7 +65,7 @@ KNOBS = st.one_of(TEXTS, st.integers(), st.floats(allow_nan=False, allow_infinit
 
 
 @given(KNOBS)
-def test_any_choice_survives_the_printed_command(value: Value):
+def test_any_choice_survives_the_printed_command(value: Value) -> None:
     again = printed_and_parsed(RunConfig(pins={"x": value}))
     matched = PinnedTrial(Anything(), again.pins).suggest_categorical("x", [value, object()])
     assert matched == value
@@ -73,21 +73,22 @@ def test_any_choice_survives_the_printed_command(value: Value):
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**18), 10**18))
-def test_any_number_survives_the_printed_command(number: float, whole: int):
+def test_any_number_survives_the_printed_command(number: float, whole: int) -> None:
     again = PinnedTrial(Anything(), printed_and_parsed(RunConfig(pins={"x": number, "n": whole})).pins)
     assert again.suggest_float("x", 0, 1) == number
     assert again.suggest_int("n", 0, 1) == whole
 
 
 @given(TEXTS, st.lists(TEXTS.map(str.strip).filter(bool), max_size=3))
-def test_any_text_survives_the_printed_command(text: str, plugins_: list[str]):
+def test_any_text_survives_the_printed_command(text: str, plugins_: list[str]) -> None:
     config = RunConfig(name=text, model=text, storage=text, metric=text, plugins=plugins_)
     assert printed_and_parsed(config) == config
 
 
-def test_a_pin_means_the_choice_that_is_typed_like_it():
+def test_a_pin_means_the_choice_that_is_typed_like_it() -> None:
     def chosen(pin: Value, choices: list[Value]) -> Value:
-        return PinnedTrial(Anything(), {"x": pin}).suggest_categorical("x", choices)
+        choice: Value = PinnedTrial(Anything(), {"x": pin}).suggest_categorical("x", choices)
+        return choice
 
     assert chosen(2468, ["2468", "8642"]) == "2468"
     assert chosen(1000.0, ["1e3", "1000"]) == "1e3"
@@ -105,7 +106,7 @@ def test_a_pin_means_the_choice_that_is_typed_like_it():
 
 
 @pytest.mark.parametrize("text", ["inf", "nan", "1e400", "half", "true", "null"])
-def test_a_pinned_number_is_finite(text):
+def test_a_pinned_number_is_finite(text: str) -> None:
     pinned = PinnedTrial(Anything(), parse([f"space.x={text}"]).pins)
     with pytest.raises(StudyError, match=r"space.x=.* is not possible: it must be a number, the space uses 0 .. 1"):
         pinned.suggest_float("x", 0, 1)

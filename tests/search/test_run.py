@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +18,7 @@ from search.run import main
 from search.show import __main__ as show
 
 
-def said(capsys, *words: str) -> str:
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """The one line on stderr of a refused request."""
     assert main(list(words)) == 2
     err = capsys.readouterr().err
@@ -26,7 +28,7 @@ def said(capsys, *words: str) -> str:
 
 
 @pytest.fixture
-def dense_model(tmp_path):
+def dense_model(tmp_path: Path) -> Path:
     folder = tmp_path / "dense"
     folder.mkdir()
     config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2}
@@ -36,7 +38,7 @@ def dense_model(tmp_path):
 
 
 @pytest.fixture
-def task_without_training(tmp_path):
+def task_without_training(tmp_path: Path) -> Path:
     (tmp_path / "test.jsonl").write_text('{"question": "1+1=", "choices": ["2", "3"], "label": 0}\n')
     task = tmp_path / "only_test.yaml"
     task.write_text(
@@ -47,7 +49,7 @@ def task_without_training(tmp_path):
     return task
 
 
-def test_help_lists_keys_and_spaces_and_describes_a_space(capsys):
+def test_help_lists_keys_and_spaces_and_describes_a_space(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["help"]) == 0
     text = capsys.readouterr().out
     assert "max_trainable_params" in text
@@ -75,17 +77,19 @@ def test_help_lists_keys_and_spaces_and_describes_a_space(capsys):
         (["trials=3", "trials=4"], "trials is given twice"),
     ],
 )
-def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(capsys, words, expected):
+def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
     assert expected in said(capsys, *words)
 
 
-def test_a_point_of_mola_is_pinned_as_it_is_printed(capsys):
+def test_a_point_of_mola_is_pinned_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["space=mola", "model=tiny-dense", "space.allocator=mola", "space.pattern=8228", "space.rank=8"]
     assert main([*words, "dry_run=true", "trials=1"]) == 0
     assert "pattern=8228" in capsys.readouterr().out
 
 
-def test_help_is_asked_for_in_any_place_and_is_grouped(capsys):
+def test_help_is_asked_for_in_any_place_and_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["-h"], ["--help"], ["trials=3", "help"]):
         assert main(words) == 0
         text = capsys.readouterr().out
@@ -98,7 +102,9 @@ def test_help_is_asked_for_in_any_place_and_is_grouped(capsys):
 
 
 @pytest.mark.parametrize("command", [main, export.main, replay.main, report.main, show.main])
-def test_every_command_has_a_help_and_one_reading(command, capsys):
+def test_every_command_has_a_help_and_one_reading(
+    command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
     for word in ("help", "-h", "--help"):
         assert command([word]) == 0
         out, err = capsys.readouterr()
@@ -106,27 +112,33 @@ def test_every_command_has_a_help_and_one_reading(command, capsys):
         assert not err
 
 
-def test_a_dense_model_in_the_sieve_space_is_refused(capsys, dense_model):
+def test_a_dense_model_in_the_sieve_space_is_refused(capsys: pytest.CaptureFixture[str], dense_model: Path) -> None:
     line = said(capsys, f"model={dense_model}")
     assert "is dense" in line
     assert "tiny-moe" in line
 
 
-def test_a_task_without_a_training_split_is_refused(capsys, task_without_training):
+def test_a_task_without_a_training_split_is_refused(
+    capsys: pytest.CaptureFixture[str], task_without_training: Path
+) -> None:
     assert "training" in said(capsys, f"task={task_without_training}")
 
 
-def test_an_unwritable_folder_is_refused_before_anything_starts(capsys, tmp_path):
+def test_an_unwritable_folder_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be written" in said(capsys, f"storage={tmp_path / 'file'}")
 
 
-def test_a_tracking_server_that_is_down_is_refused_before_anything_starts(capsys, tmp_path):
+def test_a_tracking_server_that_is_down_is_refused_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     line = said(capsys, f"storage={tmp_path}", "tracking_uri=http://127.0.0.1:9")
     assert "127.0.0.1:9" in line
 
 
-def test_a_dry_run_prints_exact_counts_and_imports_neither_ray_nor_torch(tmp_path):
+def test_a_dry_run_prints_exact_counts_and_imports_neither_ray_nor_torch(tmp_path: Path) -> None:
     script = (
         "import sys; from search.run import main; code = main(sys.argv[1:]); "
         "heavy = {'ray', 'torch', 'transformers', 'mlflow'} & set(sys.modules); "

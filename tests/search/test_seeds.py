@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter, defaultdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 import spaces.sieve_ablation
-from allocators.core.types import FINISHED, Outcome
+from allocators.core.types import FINISHED, Outcome, Status, Trial
 from search import front as pareto
-from search.records import read
+from search.problem import Problem, Proposal
+from search.records import Records, read
 from search.records.folder import StudyFolder
 from search.records.reuse import NO_OTHER_STUDIES, OtherStudies
 from search.records.tracking import Tracker
@@ -26,12 +30,12 @@ TRIALS = 6
 
 
 @pytest.fixture(scope="module")
-def mlflow_folder(tmp_path_factory):
+def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One database for all: making its tables takes seconds."""
     return tmp_path_factory.mktemp("mlflow")
 
 
-def table_problem(**changes):
+def table_problem(**changes: Any) -> Problem:
     return search_problem(space=spaces.sieve_ablation, **changes)
 
 
@@ -43,18 +47,31 @@ def accuracy_of(outcome: Outcome) -> float:
 
 
 def drive(
-    problem, folder, mlflow_folder, *, seeds, trials=TRIALS, stop=10**6, at_once=2, end="complete", reuse=False, **more
-):
+    problem: Problem,
+    folder: Path,
+    mlflow_folder: Path,
+    *,
+    seeds: int,
+    trials: int = TRIALS,
+    stop: int = 10**6,
+    at_once: int = 2,
+    end: Status = "complete",
+    reuse: bool = False,
+    **more: Any,
+) -> tuple[list[Trial], StudyFolder, str, tuple[int, int]]:
     """A study's driver without Ray: `at_once` workers that finish in order. Killed after `stop` results."""
-    settings = {"identity": IDENTITY, "defaults": {}, "facts": {}, "place": str(folder)}
-    out = Console(file=io.StringIO(), width=200)
-    names = {"study_name": folder.name, "experiment": "seeds", "tags": {}, "params": {}}
+    settings: dict[str, Any] = {"identity": IDENTITY, "defaults": {}, "facts": {}, "place": str(folder)}
+    printed = io.StringIO()
+    out = Console(file=printed, width=200)
+    names: dict[str, Any] = {"study_name": folder.name, "experiment": "seeds", "tags": {}, "params": {}}
     with StudyFolder.open(folder, config=CONFIG, identity=IDENTITY, shape=problem.shape) as records:
         tracker = Tracker.open(None, mlflow_folder, **names)
         tracker.sync(records)
         expected = trainings_left(problem, records, trials=trials, seeds=seeds)
-        proposed, running, results = [], [], 0
-        known = {"done": records.points, "reused": records.reused, "seed": problem.seed}
+        proposed: list[Trial] = []
+        running: list[Proposal] = []
+        results = 0
+        known: dict[str, Any] = {"done": records.points, "reused": records.reused, "seed": problem.seed}
         with Progress(trials, console=out, **known) as progress:
             run = Conductor(
                 problem,
@@ -68,7 +85,7 @@ def drive(
                 **{"sampler": "random", "keep": "front"} | more,
             )
             while results < stop:
-                while len(running) < at_once and (proposal := run.propose()) not in (None, "wait"):
+                while len(running) < at_once and isinstance(proposal := run.propose(), Proposal):
                     running.append(proposal)
                     proposed.append(proposal.trial)
                 if not running:
@@ -88,23 +105,23 @@ def drive(
                 )
                 results += 1
         tracker.close()
-        return proposed, records, out.file.getvalue(), expected
+        return proposed, records, printed.getvalue(), expected
 
 
-def made(folder, started):
+def made(folder: Path, started: Outcome) -> str:
     adapter = folder / "adapters" / started.digest
     adapter.mkdir(parents=True, exist_ok=True)
     return str(adapter)
 
 
-def seeds_by_point(records) -> dict[str, list[int]]:
+def seeds_by_point(records: Records) -> dict[str, list[int]]:
     seeds_of = defaultdict(list)
     for outcome in records.finished.values():
         seeds_of[pareto.point_of(outcome.trial)].append(outcome.trial.seed)
     return seeds_of
 
 
-def check_front(records, seeds, *, base=0):
+def check_front(records: Records, seeds: int, *, base: int = 0) -> None:
     """All members have their seeds; points that were never on a front have one."""
     wanted = list(range(base, base + seeds))
     for member in pareto.front(pareto.candidates(records.finished.values())):
@@ -116,7 +133,9 @@ def check_front(records, seeds, *, base=0):
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_members_of_the_front_have_their_seeds_and_trials_count_alone(seed, tmp_path, mlflow_folder):
+def test_members_of_the_front_have_their_seeds_and_trials_count_alone(
+    seed: int, tmp_path: Path, mlflow_folder: Path
+) -> None:
     problem = search_problem(seed=seed)
     proposed, records, said, _ = drive(problem, tmp_path / f"front-{seed}", mlflow_folder, seeds=3)
     assert len({trial.digest for trial in proposed}) == len(proposed) == len(records.finished)
@@ -130,7 +149,7 @@ def test_members_of_the_front_have_their_seeds_and_trials_count_alone(seed, tmp_
 
 
 @pytest.mark.parametrize("stop", [4, 8])
-def test_killed_anywhere_and_run_again_nothing_is_trained_twice(stop, tmp_path, mlflow_folder):
+def test_killed_anywhere_and_run_again_nothing_is_trained_twice(stop: int, tmp_path: Path, mlflow_folder: Path) -> None:
     problem, folder = search_problem(), tmp_path / f"killed-{stop}"
     _, killed, _, _ = drive(problem, folder, mlflow_folder, seeds=3, stop=stop)
     cut_off = [outcome.digest for outcome, _ in killed.in_flight]
@@ -143,7 +162,7 @@ def test_killed_anywhere_and_run_again_nothing_is_trained_twice(stop, tmp_path, 
     check_front(records, 3)
 
 
-def test_more_seeds_later_add_only_what_is_missing_and_fewer_none(tmp_path, mlflow_folder):
+def test_more_seeds_later_add_only_what_is_missing_and_fewer_none(tmp_path: Path, mlflow_folder: Path) -> None:
     problem, folder = search_problem(), tmp_path / "more"
     drive(problem, folder, mlflow_folder, seeds=1)
     for seeds in (2, 4, 2):
@@ -156,7 +175,7 @@ def test_more_seeds_later_add_only_what_is_missing_and_fewer_none(tmp_path, mlfl
     assert added == []
 
 
-def test_a_repeat_that_fails_is_not_tried_for_ever(tmp_path, mlflow_folder):
+def test_a_repeat_that_fails_is_not_tried_for_ever(tmp_path: Path, mlflow_folder: Path) -> None:
     problem = search_problem()
     proposed, records, _, _ = drive(problem, tmp_path / "fails", mlflow_folder, seeds=3, end="diverged")
     assert len(proposed) == len(records.finished)
@@ -164,7 +183,7 @@ def test_a_repeat_that_fails_is_not_tried_for_ever(tmp_path, mlflow_folder):
     assert all(len(member.runs) == 3 and len(member.complete) == 1 for member in members)
 
 
-def test_one_adapter_a_member_of_the_front_is_kept(tmp_path, mlflow_folder):
+def test_one_adapter_a_member_of_the_front_is_kept(tmp_path: Path, mlflow_folder: Path) -> None:
     _, records, _, _ = drive(search_problem(), tmp_path / "adapters", mlflow_folder, seeds=3)
     kept = {folder.name for folder in (tmp_path / "adapters" / "adapters").iterdir()}
     members = pareto.front(pareto.candidates(records.finished.values()))
@@ -172,7 +191,7 @@ def test_one_adapter_a_member_of_the_front_is_kept(tmp_path, mlflow_folder):
     assert all(len(kept & {run.digest for run in member.runs}) == 1 for member in members)
 
 
-def test_every_seed_comes_before_the_next_and_small_points_first(tmp_path, mlflow_folder):
+def test_every_seed_comes_before_the_next_and_small_points_first(tmp_path: Path, mlflow_folder: Path) -> None:
     problem = search_problem()
     _, records, _, _ = drive(problem, tmp_path / "order", mlflow_folder, seeds=1)
     missing = missing_repeats(problem, records, seeds=3)
@@ -184,7 +203,7 @@ def test_every_seed_comes_before_the_next_and_small_points_first(tmp_path, mlflo
 # --- tables
 
 
-def test_a_table_trains_every_row_with_every_seed_seed_by_seed(tmp_path, mlflow_folder):
+def test_a_table_trains_every_row_with_every_seed_seed_by_seed(tmp_path: Path, mlflow_folder: Path) -> None:
     problem = table_problem()
     proposed, records, said, expected = drive(problem, tmp_path / "table", mlflow_folder, seeds=2, trials=100)
     seeds = [trial.seed for trial in proposed]
@@ -201,7 +220,7 @@ def test_a_table_trains_every_row_with_every_seed_seed_by_seed(tmp_path, mlflow_
     assert (again, expected, len(records.answered)) == ([], (0, 0), answered)
 
 
-def test_a_table_goes_on_where_it_was_killed(tmp_path, mlflow_folder):
+def test_a_table_goes_on_where_it_was_killed(tmp_path: Path, mlflow_folder: Path) -> None:
     problem, folder = table_problem(pins={"fraction": 0.25, "share": 0.5}), tmp_path / "killed-table"
     first, killed, _, _ = drive(problem, folder, mlflow_folder, seeds=3, trials=100, stop=8)
     done = set(killed.finished)
@@ -213,17 +232,19 @@ def test_a_table_goes_on_where_it_was_killed(tmp_path, mlflow_folder):
     assert [trial.digest for trial in second[: len(cut_off)]] == cut_off, "what was cut off comes first"
 
 
-def test_fewer_trials_are_the_first_rows():
+def test_fewer_trials_are_the_first_rows() -> None:
     proposals, _ = table_trainings(table_problem(), trials=3, seeds=2)
     assert [(p.trial.allocator, p.trial.seed) for p in proposals][:3] == [("all", 0), ("none", 0), ("sieve", 0)]
     assert [p.trial.seed for p in proposals] == [0, 0, 0, 1, 1, 1]
 
 
-def test_what_a_result_costs_does_not_grow_with_the_results(tmp_path, mlflow_folder, monkeypatch):
+def test_what_a_result_costs_does_not_grow_with_the_results(
+    tmp_path: Path, mlflow_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a whole study: each result builds one candidate and parses its two lines; nothing is computed from all."""
-    counted = Counter()
+    counted: Counter[str] = Counter()
 
-    def count(module, name):
+    def count(module: ModuleType, name: str) -> None:
         function = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *a, **k: counted.update([name]) or function(*a, **k))
 
@@ -242,7 +263,7 @@ def test_what_a_result_costs_does_not_grow_with_the_results(tmp_path, mlflow_fol
         assert counted["delete_folder"] <= 4 * trials
 
 
-def test_resumed_and_whole_studies_keep_the_same_adapters_and_numbers(tmp_path, mlflow_folder):
+def test_resumed_and_whole_studies_keep_the_same_adapters_and_numbers(tmp_path: Path, mlflow_folder: Path) -> None:
     """Kept up to date or read from the file, records say the same; so do the live view's counts."""
     _, records, said, _ = drive(search_problem(), tmp_path / "whole", mlflow_folder, seeds=3, trials=12)
     again = read(tmp_path / "whole")

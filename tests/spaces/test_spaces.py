@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from allocators.core.types import ExpertCounts, ModelShape
 from search.problem import Problem, Proposal, corners, load_space, placeholder
 from search.propose.sampler import Proposer, table_rows
 from spaces._tables import facts
+from tests.search.propose.proposals import next_proposal
 
 SPACES = plugins.names("spaces")
 TABLES = [name for name in SPACES if getattr(plugins.load("spaces", name, "space"), "TABLE", False)]
@@ -30,7 +32,7 @@ def shape_for(space: str, layers: int = 8) -> ModelShape:
     return shape_from_config(LLAMA | sizes | {"num_key_value_heads": 4}, name="dense")
 
 
-def problem_of(name: str, layers: int = 8, **changes) -> Problem:
+def problem_of(name: str, layers: int = 8, **changes: Any) -> Problem:
     shape = shape_for(name, layers)
     space = load_space(name, shape)
     kinds = {plugins.load("allocators", a).NEEDS for a in space.ALLOCATORS} - {None}
@@ -38,13 +40,13 @@ def problem_of(name: str, layers: int = 8, **changes) -> Problem:
     return Problem(space=space, shape=shape, model=shape.name, task="t", signals=signals, **changes)
 
 
-def test_the_published_methods_all_have_their_space():
+def test_the_published_methods_all_have_their_space() -> None:
     assert set(SEARCHED) >= {"sieve", "alphalora", "mola", "lora_smoe", "dense"}
     assert set(TABLES) >= {"sieve_ablation", "alphalora_table", "smoe_table", "dense_table"}
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_every_corner_of_a_space_is_an_allocation_or_says_why_not(name):
+def test_every_corner_of_a_space_is_an_allocation_or_says_why_not(name: str) -> None:
     problem, resolved = problem_of(name), set()
     for high in (False, True):
         for point, _ in corners(problem, high=high):
@@ -59,21 +61,22 @@ def test_every_corner_of_a_space_is_an_allocation_or_says_why_not(name):
 
 @pytest.mark.parametrize("name", SEARCHED)
 @pytest.mark.parametrize("layers", [4, 7, 32])
-def test_starting_points_lie_on_the_grid_and_are_proposed_as_they_stand(name, layers):
+def test_starting_points_lie_on_the_grid_and_are_proposed_as_they_stand(name: str, layers: int) -> None:
     problem = problem_of(name, layers)
     proposer = Proposer(problem)
     expected = problem.space.starting_points(problem.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Optuna warns of a value outside its distribution, and draws another
-        proposals = [proposer.propose() for _ in expected]
+        proposals = [next_proposal(proposer) for _ in expected]
     for point, proposal in zip(expected, proposals, strict=True):
         assert {key: proposal.params[key] for key in point} == pytest.approx(point)
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_the_data_sheet_asks_a_question_and_names_every_knob(name):
+def test_the_data_sheet_asks_a_question_and_names_every_knob(name: str) -> None:
     problem = problem_of(name)
     sheet = problem.space.__doc__
+    assert sheet is not None
     assert "?" in sheet.split("\n\n")[0]
     assert f"python -m search.run space={name}" in sheet
     for knob in {knob for _, params in corners(problem) for knob in params}:
@@ -81,10 +84,10 @@ def test_the_data_sheet_asks_a_question_and_names_every_knob(name):
 
 
 @pytest.mark.parametrize("name", [s for s in SEARCHED if plugins.load("spaces", s, "space").BASE == "dense"])
-def test_the_controls_have_the_parameters_of_the_method(name):
+def test_the_controls_have_the_parameters_of_the_method(name: str) -> None:
     """At the starting points, uniform and random cost the same; so does every method that takes the same T."""
     proposer = Proposer(problem_of(name))
-    first = [proposer.propose() for _ in range(len(problem_of(name).space.starting_points(shape_for(name))))]
+    first = [next_proposal(proposer) for _ in range(len(problem_of(name).space.starting_points(shape_for(name))))]
     costs = {p.trial.allocator: p.trainable_params for p in first}
     assert costs["uniform"] == costs["random"]
     for allocator in {"alphalora", "sensitivity", "mola"} & set(costs):
@@ -94,19 +97,20 @@ def test_the_controls_have_the_parameters_of_the_method(name):
 # --- tables: fixed grids
 
 
-def rows_of(name: str, layers: int = 8, **changes) -> list[Proposal]:
+def rows_of(name: str, layers: int = 8, **changes: Any) -> list[Proposal]:
     return [row for row in table_rows(problem_of(name, layers, **changes), merge=False) if isinstance(row, Proposal)]
 
 
-def named(row: dict, proposals: list[Proposal]) -> list[Proposal]:
+def named(row: dict[str, Any], proposals: list[Proposal]) -> list[Proposal]:
     return [p for p in proposals if row.items() <= p.params.items()]
 
 
 @pytest.mark.parametrize("name", TABLES)
 @pytest.mark.parametrize("layers", [4, 7, 32])
-def test_every_row_of_a_table_can_be_trained_and_has_a_name_of_its_own(name, layers):
-    rows = table_rows(problem_of(name, layers), merge=False)
-    assert all(isinstance(row, Proposal) for row in rows), "every combination of knobs is an allocation"
+def test_every_row_of_a_table_can_be_trained_and_has_a_name_of_its_own(name: str, layers: int) -> None:
+    everything = table_rows(problem_of(name, layers), merge=False)
+    rows = [row for row in everything if isinstance(row, Proposal)]
+    assert rows == everything, "every combination of knobs is an allocation"
     assert len({tuple(sorted(row.params.items())) for row in rows}) == len(rows) > 1
     assert {row.trial.allocator for row in rows} == set(problem_of(name).space.ALLOCATORS)
     named = {(row.params.get("rank"), row.params.get("learning_rate")) for row in rows}
@@ -115,7 +119,7 @@ def test_every_row_of_a_table_can_be_trained_and_has_a_name_of_its_own(name, lay
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_what_a_table_says_about_its_paper_names_single_rows(name):
+def test_what_a_table_says_about_its_paper_names_single_rows(name: str) -> None:
     rows, said = rows_of(name), facts(problem_of(name).space)
     assert said["comparisons"]
     for comparison in said["comparisons"]:
@@ -131,7 +135,7 @@ def test_what_a_table_says_about_its_paper_names_single_rows(name):
 @pytest.mark.parametrize(
     ("name", "exact"), [("sieve_ablation", ("sieve", "random", "greedy")), ("alphalora_table", ("mola", "alphalora"))]
 )
-def test_rows_of_one_budget_cost_the_same(name, exact):
+def test_rows_of_one_budget_cost_the_same(name: str, exact: tuple[str, ...]) -> None:
     knob = {"sieve_ablation": "fraction", "alphalora_table": "experts_per_layer"}[name]
     budgets: dict[float, set[int]] = {}
     for row in rows_of(name):
@@ -142,7 +146,7 @@ def test_rows_of_one_budget_cost_the_same(name, exact):
 
 
 @pytest.mark.parametrize("layers", [4, 8, 30])
-def test_every_rule_of_the_dense_table_gets_uniforms_parameters(layers):
+def test_every_rule_of_the_dense_table_gets_uniforms_parameters(layers: int) -> None:
     rows, shape = rows_of("dense_table", layers), shape_for("dense_table", layers)
     near = {"lora_smoe"} | ({"mola"} if layers % 4 else set())  # a layout of four groups does not divide 30 layers
     (budget,) = {row.trainable_params for row in rows if row.trial.allocator not in near}
@@ -157,7 +161,7 @@ def test_every_rule_of_the_dense_table_gets_uniforms_parameters(layers):
     assert kept(n) <= budget < kept(n + 1)
 
 
-def test_the_papers_budgets_are_met_at_the_papers_depth():
+def test_the_papers_budgets_are_met_at_the_papers_depth() -> None:
     totals = {
         r.trial.knobs["total_experts"] for r in rows_of("alphalora_table", 32) if "total_experts" in r.trial.knobs
     }
@@ -175,7 +179,7 @@ def test_the_papers_budgets_are_met_at_the_papers_depth():
     assert layouts == {"1234": uniform[80], "2468": uniform[160], "4-6-8-10": uniform[224]}
 
 
-def test_a_row_of_random_experts_draws_anew_for_every_seed_and_costs_the_same():
+def test_a_row_of_random_experts_draws_anew_for_every_seed_and_costs_the_same() -> None:
     problem = problem_of("sieve_ablation")
     (row,) = named({"allocator": "random", "fraction": 0.25}, rows_of("sieve_ablation"))
     repeats = [problem.repeat(row.trial, seed) for seed in range(1, 5)]
@@ -187,13 +191,13 @@ def test_a_row_of_random_experts_draws_anew_for_every_seed_and_costs_the_same():
     assert problem.repeat(hot.trial, 3).seed == 3
 
 
-def test_pins_keep_some_rows_of_a_table():
+def test_pins_keep_some_rows_of_a_table() -> None:
     kept = rows_of("sieve_ablation", pins={"fraction": 0.25})
     assert {row.params.get("fraction", 0.25) for row in kept} == {0.25}
     assert {row.trial.allocator for row in kept} == set(problem_of("sieve_ablation").space.ALLOCATORS)
 
 
-def test_rows_that_come_to_the_same_are_trained_once():
+def test_rows_that_come_to_the_same_are_trained_once() -> None:
     """Under flat routing the experts with the most tokens are those with the most gate weight."""
     rows = table_rows(problem_of("sieve_ablation"))
     answered = [row for row in rows if not isinstance(row, Proposal)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from allocators.core.errors import StudyError
@@ -26,7 +28,9 @@ from search.engine.groups import MOST_CPU_GROUPS, MOST_PACKED, Resources, Worker
         ({"CPU": 2}, {"pack": None}, WorkerGroups(2, 1, 1, 0.0, pack=MOST_PACKED)),
     ],
 )
-def test_groups_fill_the_cluster_and_no_more(cluster, asked, expected):
+def test_groups_fill_the_cluster_and_no_more(
+    cluster: dict[str, int], asked: dict[str, Any], expected: WorkerGroups
+) -> None:
     assert Resources(**({"trials": 100} | asked)).groups_in(cluster) == expected
 
 
@@ -39,11 +43,13 @@ def test_groups_fill_the_cluster_and_no_more(cluster, asked, expected):
         ({"CPU": 16, "GPU": 1}, {"workers_per_trial": 2}),
     ],
 )
-def test_what_does_not_fit_is_refused_instead_of_waiting_for_ever(cluster, asked):
+def test_what_does_not_fit_is_refused_instead_of_waiting_for_ever(
+    cluster: dict[str, int], asked: dict[str, float] | dict[str, int]
+) -> None:
     with pytest.raises(StudyError, match=r"do not fit the cluster's .*lower max_concurrent"):
         Resources(100, **asked).groups_in(cluster)
 
 
-def test_workers_of_one_trial_need_a_gpu_each():
+def test_workers_of_one_trial_need_a_gpu_each() -> None:
     with pytest.raises(StudyError, match="2 workers of one trial cannot share a GPU"):
         Resources(100, workers_per_trial=2, gpus_per_worker=0.5).groups_in({"CPU": 16, "GPU": 1})

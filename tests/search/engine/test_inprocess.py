@@ -8,10 +8,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from allocators.core.errors import StudyError
+from allocators.core.types import Outcome, Rung
 from search.engine.inprocess import InProcessWorkers
 from search.problem import Proposal
 from search.records import read
@@ -23,7 +26,7 @@ WORDS = ["space=sieve", "trials=3", "seed=1", "recipe.steps=10", "recipe.batch_s
 WORDS += ["calibration_samples=16"]
 
 
-def plain(outcome) -> dict:
+def plain(outcome: Outcome) -> dict[str, Any]:
     """Everything but the clock, the memory and where things lie."""
     data = outcome.to_json()
     del data["seconds"], data["peak_memory_bytes"], data["adapter"]
@@ -32,7 +35,7 @@ def plain(outcome) -> dict:
     return data
 
 
-def test_results_are_those_of_rays_workers_and_no_ray_is_loaded(tmp_path):
+def test_results_are_those_of_rays_workers_and_no_ray_is_loaded(tmp_path: Path) -> None:
     script = "import sys; from search.run import main; code = main(sys.argv[1:]); print('ray' in sys.modules, code)"
     studies = {}
     for workers in ("process", "ray"):
@@ -62,7 +65,9 @@ def test_results_are_those_of_rays_workers_and_no_ray_is_loaded(tmp_path):
         (["workers=process", "ray_address=auto"], "ray_address=auto"),
     ],
 )
-def test_what_one_worker_cannot_do_is_refused_in_one_line(capsys, words, expected):
+def test_what_one_worker_cannot_do_is_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
     assert main(words) == 2
     err = capsys.readouterr().err
     assert expected in err
@@ -72,15 +77,16 @@ def test_what_one_worker_cannot_do_is_refused_in_one_line(capsys, words, expecte
 class Script:
     """Proposes these trainings; pauses the first at its first rung and goes on with it at the end."""
 
-    def __init__(self, proposals, *, fails: bool = False) -> None:
+    def __init__(self, proposals: list[Proposal], *, fails: bool = False) -> None:
         self.waiting, self.fails = list(proposals), fails
         self.first, self.was_paused = proposals[0], False
-        self.came, self.outcomes = [], []
+        self.came: list[tuple[str, int]] = []
+        self.outcomes: list[Outcome] = []
 
-    def propose(self):
+    def propose(self) -> Proposal | None:
         return self.waiting.pop(0) if self.waiting else None
 
-    def rung(self, digest, rung):
+    def rung(self, digest: str, rung: Rung) -> bool:
         if self.fails:
             raise StudyError("the disk is full")
         self.came.append((digest, rung.step))
@@ -90,19 +96,22 @@ class Script:
         self.waiting.append(self.first)
         return False
 
-    def finished(self, outcome):
+    def finished(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
+
+    def lost(self, digest: str, reason: str) -> None:
+        raise AssertionError(f"{digest} is lost: {reason}")
 
 
 @pytest.fixture
-def workers(tmp_path):
+def workers(tmp_path: Path) -> InProcessWorkers:
     setup = worker_setup(tmp_path, task="tiny_cipher", task_options={"limit": 16}, evaluations=2, calibration_samples=8)
     made = InProcessWorkers(setup, device="cpu")
     made.start()
     return made
 
 
-def test_a_paused_training_goes_on_from_its_checkpoint(workers):
+def test_a_paused_training_goes_on_from_its_checkpoint(workers: InProcessWorkers) -> None:
     proposals = [Proposal(*trial(workers._state, ids), {}) for ids in ((0, 3), (1,))]
     conductor = Script(proposals)
     workers.search(conductor, pausing=True)
@@ -112,7 +121,7 @@ def test_a_paused_training_goes_on_from_its_checkpoint(workers):
     assert {outcome.status for outcome in conductor.outcomes} == {"complete"}
 
 
-def test_an_error_of_the_study_is_not_the_outcome_of_a_trial(workers):
+def test_an_error_of_the_study_is_not_the_outcome_of_a_trial(workers: InProcessWorkers) -> None:
     conductor = Script([Proposal(*trial(workers._state), {})], fails=True)
     with pytest.raises(StudyError, match="the disk is full"):
         workers.search(conductor, pausing=False)

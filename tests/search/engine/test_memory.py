@@ -27,7 +27,7 @@ print(json.dumps(dict(before=before, during=during, after=memory_of_tree(), peak
 """
 
 
-def test_what_a_child_holds_is_counted_while_it_lives():
+def test_what_a_child_holds_is_counted_while_it_lives() -> None:
     run = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     seen = json.loads(run.stdout)

@@ -9,12 +9,15 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
 
 from allocators.core.errors import ToolkitError
-from search.records import read
+from allocators.core.types import Outcome, Rung
+from search.records import Records, read
 from tests.trainers.conftest import worker_setup
 from trainers.worker_state import WorkerState
 
@@ -33,7 +36,7 @@ WORDS = [
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
+def study(tmp_path_factory: pytest.TempPathFactory) -> Records:
     storage = tmp_path_factory.mktemp("studies")
     words = [*WORDS, "scheduler=pareto_halving", f"trials={TRIALS}", f"recipe.steps={STEPS}", f"storage={storage}"]
     command = [sys.executable, "-m", "search.run", *words]
@@ -44,7 +47,7 @@ def study(tmp_path_factory):
     return read(storage / "sieve-tiny-moe-default")
 
 
-def test_trainings_shared_passes_and_paused_and_ended_by_themselves(study):
+def test_trainings_shared_passes_and_paused_and_ended_by_themselves(study: Records) -> None:
     outcomes = list(study.finished.values())
     assert {outcome.status for outcome in outcomes} == {"complete", "stopped"}
     # how many meet in a pass depends on when they are proposed
@@ -52,15 +55,14 @@ def test_trainings_shared_passes_and_paused_and_ended_by_themselves(study):
     assert all(outcome.rungs[-1].step == STEPS for outcome in outcomes if outcome.status == "complete")
 
 
-def test_each_is_what_it_is_alone(study, tmp_path):
+def test_each_is_what_it_is_alone(study: Records, tmp_path: Path) -> None:
     """Losses but for rounding, accuracies but for the questions that rounding can flip."""
     setup = worker_setup(
         tmp_path, task="default", task_options={"limit": QUESTIONS}, evaluations=3, calibration_samples=16
     )
     state = WorkerState(setup, "cpu")
     for outcome in study.finished.values():
-        last = outcome.rungs[-1].step
-        alone = state.train(outcome.trial, outcome.trainable_params, report=lambda rung, last=last: rung.step < last)
+        alone = state.train(outcome.trial, outcome.trainable_params, report=goes_on_until(outcome.rungs[-1].step))
         assert (alone.status, alone.tokens) == (outcome.status, outcome.tokens)
         losses = [[rung.loss for rung in one.rungs] for one in (outcome, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # a token on the border of two experts may flip
@@ -68,10 +70,11 @@ def test_each_is_what_it_is_alone(study, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_mid_pack_costs_nobody_a_training(tmp_path):
+def test_a_worker_killed_in_mid_pack_costs_nobody_a_training(tmp_path: Path) -> None:
     """`kill -9` of the process when two of its four trainings have passed a rung: all go on alone, and to their end."""
     command = [sys.executable, "-m", "search.run", *WORDS, "trials=4", "recipe.steps=30", f"storage={tmp_path}"]
-    folder, killed = tmp_path / "sieve-tiny-moe-default", []
+    folder = tmp_path / "sieve-tiny-moe-default"
+    killed: list[psutil.Process] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as driver:
         while driver.poll() is None and not killed:
             time.sleep(0.1)
@@ -89,15 +92,19 @@ def test_a_worker_killed_in_mid_pack_costs_nobody_a_training(tmp_path):
         assert outcome.tokens == outcome.rungs[-1].tokens  # nothing counted twice
 
 
-def in_flight(folder):
+def goes_on_until(last: int) -> Callable[[Rung], bool]:
+    return lambda rung: rung.step < last
+
+
+def in_flight(folder: Path) -> list[Outcome]:
     try:
         return [outcome for outcome, _ in read(folder).in_flight]
     except ToolkitError:  # not there yet
         return []
 
 
-def name_of(process):
+def name_of(process: psutil.Process) -> str:
     try:
-        return process.name() + " ".join(process.cmdline())
+        return str(process.name()) + " ".join(process.cmdline())
     except psutil.Error:  # it ended
         return ""

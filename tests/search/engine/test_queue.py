@@ -25,11 +25,23 @@ ASKS = TrainJob(TRIAL, 10, asks=True)
 END = Finished(Outcome(TRIAL, "complete", 10, accuracy=0.5))
 
 
+async def assigned(queue: JobQueue, group: int, *, wait: bool = True) -> Assignment:
+    assignment = await queue.take(group, wait=wait)
+    assert isinstance(assignment, Assignment)
+    return assignment
+
+
+async def failed(queue: JobQueue, job: str) -> Failed:
+    report = await queue.next_report(job)
+    assert isinstance(report, Failed)
+    return report
+
+
 def rung(step: int) -> RungReached:
     return RungReached(Rung(step, 10 * step, 0.5))
 
 
-def test_everything_that_travels_pickles_as_it_is():
+def test_everything_that_travels_pickles_as_it_is() -> None:
     signal = Signal("routing", {"0": {"count": (1.0, 2.0)}}, "expert", "tokens", {"model": "m"})
     dense = Trial(ExpertCounts({"model.layers.0.mlp.up_proj": 2}), Recipe(), "m", "t", 0)
     last = Rung(3, 30, 0.5, by_task={"arc_easy": {"accuracy": 0.5, "stderr": 0.1}})
@@ -45,8 +57,8 @@ def test_everything_that_travels_pickles_as_it_is():
     assert pickle.loads(pickle.dumps(JOB)).trial.digest == TRIAL.digest
 
 
-def test_a_job_goes_to_one_group_and_its_reports_to_who_asked():
-    async def story():
+def test_a_job_goes_to_one_group_and_its_reports_to_who_asked() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=2)
         await queue.submit("a", JOB)
         await queue.submit("b", TaskJob())
@@ -60,10 +72,10 @@ def test_a_job_goes_to_one_group_and_its_reports_to_who_asked():
     asyncio.run(story())
 
 
-def test_if_two_workers_report_the_end_of_a_job_the_first_report_counts():
+def test_if_two_workers_report_the_end_of_a_job_the_first_report_counts() -> None:
     """Both ran out of memory, and neither could ask the other; the group has the next job by the time of the second."""
 
-    async def story():
+    async def story() -> None:
         queue = JobQueue(groups=1)
         await queue.submit("a", JOB)
         await queue.submit("b", JOB)
@@ -78,8 +90,8 @@ def test_if_two_workers_report_the_end_of_a_job_the_first_report_counts():
     asyncio.run(story())
 
 
-def test_a_cancelled_job_stops_at_its_next_report():
-    async def story():
+def test_a_cancelled_job_stops_at_its_next_report() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=1)
         await queue.submit("a", JOB)
         await queue.take(0)
@@ -89,8 +101,8 @@ def test_a_cancelled_job_stops_at_its_next_report():
     asyncio.run(story())
 
 
-def test_a_restarted_group_takes_its_job_again_until_the_job_has_killed_it_too_often():
-    async def story():
+def test_a_restarted_group_takes_its_job_again_until_the_job_has_killed_it_too_often() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=1)
         await queue.submit("killer", JOB)
         await queue.submit("next", JOB)
@@ -106,14 +118,14 @@ def test_a_restarted_group_takes_its_job_again_until_the_job_has_killed_it_too_o
     asyncio.run(story())
 
 
-def test_a_worker_with_slots_holds_several_jobs_and_takes_all_of_them_again_after_it_died():
-    async def story():
+def test_a_worker_with_slots_holds_several_jobs_and_takes_all_of_them_again_after_it_died() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=1, slots=3)
         await queue.start(0)
         for job in "abc":
             await queue.submit(job, JOB)
         for job in "abc":
-            assert (await queue.take(0, wait=False)).job_id == job
+            assert (await assigned(queue, 0, wait=False)).job_id == job
         await queue.submit("e", JOB)
         assert await queue.take(0, wait=False) == "empty"  # it has three slots
         assert await queue.report(0, "b", END)  # b's slot is free, the others hold theirs
@@ -132,26 +144,26 @@ def test_a_worker_with_slots_holds_several_jobs_and_takes_all_of_them_again_afte
     asyncio.run(story())
 
 
-def test_no_worker_packs_what_another_one_could_train():
-    async def story():
+def test_no_worker_packs_what_another_one_could_train() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=3, slots=4)  # the third has not started yet: nobody waits for it
         await queue.start(0)
         await queue.start(1)
         for job in "abcd":
             await queue.submit(job, JOB)
-        assert (await queue.take(0)).job_id == "a"
+        assert (await assigned(queue, 0)).job_id == "a"
         assert await queue.take(0, wait=False) == "empty"
-        assert (await queue.take(1)).job_id == "b"
-        assert (await queue.take(0, wait=False)).job_id == "c"
+        assert (await assigned(queue, 1)).job_id == "b"
+        assert (await assigned(queue, 0, wait=False)).job_id == "c"
         assert await queue.take(0, wait=False) == "empty"
         await queue.lost(1, "no memory")
-        assert (await queue.take(0, wait=False)).job_id == "d"
+        assert (await assigned(queue, 0, wait=False)).job_id == "d"
 
     asyncio.run(story())
 
 
-def test_a_job_goes_to_nobody_who_died_while_waiting_for_it():
-    async def story():
+def test_a_job_goes_to_nobody_who_died_while_waiting_for_it() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=1)
         await queue.start(0)
         dead = asyncio.create_task(queue.take(0))
@@ -164,8 +176,8 @@ def test_a_job_goes_to_nobody_who_died_while_waiting_for_it():
     asyncio.run(story())
 
 
-def test_when_the_last_group_is_lost_nothing_waits_for_ever():
-    async def story():
+def test_when_the_last_group_is_lost_nothing_waits_for_ever() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=2)
         for job in "abc":
             await queue.submit(job, JOB)
@@ -175,15 +187,15 @@ def test_when_the_last_group_is_lost_nothing_waits_for_ever():
         assert await queue.next_report("a") == Failed("no memory")
         await queue.lost(1, "no memory either")
         assert await queue.next_report("b") == Failed("no memory either")
-        assert "no worker is left" in (await queue.next_report("c")).reason
+        assert "no worker is left" in (await failed(queue, "c")).reason
         await queue.submit("late", JOB)
-        assert "no worker is left" in (await queue.next_report("late")).reason
+        assert "no worker is left" in (await failed(queue, "late")).reason
 
     asyncio.run(story())
 
 
-def test_closing_lets_every_group_go():
-    async def story():
+def test_closing_lets_every_group_go() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=2)
         await queue.close()
         assert await queue.take(0) == "closed"
@@ -195,8 +207,8 @@ def test_closing_lets_every_group_go():
 # --- a worker at a rung, where trainings may be paused
 
 
-def test_a_worker_that_asks_is_answered_by_what_is_wanted_next():
-    async def story():
+def test_a_worker_that_asks_is_answered_by_what_is_wanted_next() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=2)
         await queue.submit("a", ASKS)
         await queue.submit("b", ASKS)
@@ -209,7 +221,7 @@ def test_a_worker_that_asks_is_answered_by_what_is_wanted_next():
         await queue.cancel("b")
         assert [await answer for answer in first] == [True, False]
         await queue.submit("c", JOB)
-        assert (await queue.take(1)).job_id == "c", "the worker of b is free at once"
+        assert (await assigned(queue, 1)).job_id == "c", "the worker of b is free at once"
         assert not await queue.report(1, "b", END), "and its last words on b are for nobody"
         await queue.report(0, "a", END)
         assert await wanted == END
@@ -217,12 +229,12 @@ def test_a_worker_that_asks_is_answered_by_what_is_wanted_next():
     asyncio.run(story())
 
 
-def test_a_job_that_left_goes_on_elsewhere_and_nothing_of_before_is_in_its_way():
-    async def story():
+def test_a_job_that_left_goes_on_elsewhere_and_nothing_of_before_is_in_its_way() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=2)
         for number, group in enumerate((0, 1, 0, 1)):  # more often than a job may kill its worker
             await queue.submit("a", ASKS)
-            assert (await queue.take(group)).job_id == "a"
+            assert (await assigned(queue, group)).job_id == "a"
             answer = asyncio.ensure_future(queue.report(group, "a", rung(number)))
             assert await queue.next_report("a") == rung(number)
             await queue.cancel("a")
@@ -236,15 +248,15 @@ def test_a_job_that_left_goes_on_elsewhere_and_nothing_of_before_is_in_its_way()
     asyncio.run(story())
 
 
-def test_a_worker_that_died_while_it_asked_asks_again():
-    async def story():
+def test_a_worker_that_died_while_it_asked_asks_again() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=1)
         await queue.submit("a", ASKS)
         await queue.take(0)
         dead = asyncio.ensure_future(queue.report(0, "a", rung(1)))
         assert await queue.next_report("a") == rung(1)
         await queue.start(0)
-        assert (await queue.take(0)).job_id == "a", "the restarted group has it again"
+        assert (await assigned(queue, 0)).job_id == "a", "the restarted group has it again"
         answer = asyncio.ensure_future(queue.report(0, "a", rung(1)))
         await asyncio.sleep(0)
         assert await queue.next_report("a") == rung(1)
@@ -257,8 +269,8 @@ def test_a_worker_that_died_while_it_asked_asks_again():
     asyncio.run(story())
 
 
-def test_closing_lets_those_go_who_ask():
-    async def story():
+def test_closing_lets_those_go_who_ask() -> None:
+    async def story() -> None:
         queue = JobQueue(groups=1)
         await queue.submit("a", ASKS)
         await queue.take(0)

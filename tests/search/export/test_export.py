@@ -12,16 +12,29 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedModel
 
 from allocators.core.errors import StudyError
-from allocators.core.types import ExpertCounts, ExpertSelection, Outcome, Recipe, Rung, Trial
+from allocators.core.types import (
+    Allocation,
+    ExpertCounts,
+    ExpertSelection,
+    Gating,
+    ModelShape,
+    Outcome,
+    Recipe,
+    Rung,
+    Trial,
+)
 from search.config import RunConfig, parse
 from search.export import find, formats, write
 from search.export.__main__ import main
@@ -32,26 +45,29 @@ from search.records.folder import StudyFolder
 from search.records.redact import portable, portable_command
 from search.report import Report
 from tests import ROOT
+from tests.search.propose.proposals import next_proposal
 from tests.trainers.reference import fill
 from trainers import adapter, models, storage
 from trainers.versions import versions
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+Exports = dict[str, tuple[Path, dict[str, tuple[str, torch.Tensor]]]]
+CLOSE = 1e-5
 TOKENS = torch.randint(100, (2, 24), generator=torch.Generator().manual_seed(1))
 
 
 @functools.cache
-def base(name: str, quantization: str = ""):
+def base(name: str, quantization: str = "") -> PreTrainedModel:
     """Resident for the whole file; every test hands it back without an adapter."""
     return models.load(name, dtype="float32", quantization=quantization).model
 
 
-def logits(model):
+def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
-        return model(TOKENS).logits
+        found: torch.Tensor = model(TOKENS).logits
+        return found
 
 
-def run_of(name: str, allocation, *, accuracy=0.5, seed=0, **changes) -> Outcome:
+def run_of(name: str, allocation: Allocation, *, accuracy: float = 0.5, seed: int = 0, **changes: Any) -> Outcome:
     """A finished run of a point, without an adapter yet."""
     recipe = Recipe(rank=4, lora_alpha=8.0, steps=40)
     trial = Trial(allocation, recipe, name, "default", seed, "sieve" if accuracy < 0.6 else "all", {"fraction": 0.25})
@@ -74,7 +90,9 @@ def trained(run: Outcome, place: str, quantization: str = "") -> tuple[Outcome, 
     return run.updated(adapter=place), expected
 
 
-def write_study(folder: Path, runs, params=None, **config) -> Path:
+def write_study(
+    folder: Path, runs: list[Outcome], params: dict[str, dict[str, Any]] | None = None, **config: Any
+) -> Path:
     settings = RunConfig(**config)
     shape = models.shape_of(settings.model)
     with StudyFolder.open(
@@ -85,11 +103,11 @@ def write_study(folder: Path, runs, params=None, **config) -> Path:
     return folder
 
 
-def some(shape) -> ExpertSelection:
+def some(shape: ModelShape) -> ExpertSelection:
     return ExpertSelection({layer: (1, 4, 5 + layer) for layer in shape.moe_layers[1:]})
 
 
-def single(shape, gating="routed") -> ExpertCounts:
+def single(shape: ModelShape, gating: Gating = "routed") -> ExpertCounts:
     """One expert on every third module: layers differ in which."""
     return ExpertCounts({m.path: 1 for m in shape.modules[::3]}, gating)
 
@@ -97,7 +115,7 @@ def single(shape, gating="routed") -> ExpertCounts:
 MOE = models.shape_of("tiny-moe")
 DENSE = models.shape_of("tiny-dense")
 ALL = ExpertSelection({layer: tuple(range(MOE.experts_in(layer))) for layer in MOE.moe_layers})
-POINTS = {
+POINTS: dict[str, Mapping[str, Allocation]] = {
     "tiny-moe": {"some": some(MOE), "every": ALL, "none": ExpertSelection({})},
     "tiny-dense": {
         "single": single(DENSE),
@@ -110,7 +128,7 @@ CASES = [(model, point) for model, points in POINTS.items() for point in points]
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory):
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
     """Model → (its study, point → (id, logits)): studies of real adapters on the embedded models."""
     found = {}
     for name, points in POINTS.items():
@@ -124,19 +142,20 @@ def exports(tmp_path_factory):
     return found
 
 
-def exported(folder, **words) -> tuple[Path, list[str]]:
+def exported(folder: Path, **words: Any) -> tuple[Path, list[str]]:
     lines = list(write(*parse_words([str(folder), *(f"{key}={value}" for key, value in words.items())])))
     return Path(words["to"]), lines
 
 
-def loaded_as_printed(lines: list[str], cwd: Path, monkeypatch):
+def loaded_as_printed(lines: list[str], cwd: Path, monkeypatch: pytest.MonkeyPatch) -> PreTrainedModel:
     """What the printed Python makes, run beside the export."""
     monkeypatch.chdir(cwd)
     code = lines[-1].partition("To load it:\n")[2]
     assert code.count("\n") == 2
-    space: dict = {}
+    space: dict[str, Any] = {}
     exec(code, space)  # the card promises that these lines work
-    return space["model"].eval()
+    loaded: PreTrainedModel = space["model"].eval()
+    return loaded
 
 
 # --- what an export computes
@@ -144,7 +163,9 @@ def loaded_as_printed(lines: list[str], cwd: Path, monkeypatch):
 
 @pytest.mark.parametrize(("model", "point"), CASES)
 @pytest.mark.parametrize("format", ["adapter", "merged", "peft"])
-def test_the_printed_lines_load_what_the_adapter_computes(exports, model, point, format, tmp_path, monkeypatch):
+def test_the_printed_lines_load_what_the_adapter_computes(
+    exports: Exports, model: str, point: str, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     study, known = exports[model]
     digest, expected = known[point]
     several, nothing = point == "routed", point == "nothing"
@@ -156,7 +177,7 @@ def test_the_printed_lines_load_what_the_adapter_computes(exports, model, point,
     folder, lines = exported(study, to=tmp_path / "out", point=digest[:12], format=format)
     assert any(line.startswith("note: ") and "logits" in line for line in lines) == (format != "adapter")
     found = loaded_as_printed(lines, tmp_path, monkeypatch)
-    torch.testing.assert_close(logits(found), expected, **CLOSE)
+    torch.testing.assert_close(logits(found), expected, rtol=CLOSE, atol=CLOSE)
     card = (folder / "README.md").read_text()
     assert lines[-1].partition("To load it:\n")[2] in card
     assert not any(str(tmp_path) in f.read_text(errors="replace") for f in folder.rglob("*") if f.is_file())
@@ -165,7 +186,7 @@ def test_the_printed_lines_load_what_the_adapter_computes(exports, model, point,
     assert tensors == [{"adapter": "adapter", "merged": "model", "peft": "adapter_model"}[format] + ".safetensors"]
 
 
-def test_a_merged_model_is_plain_and_rounded_only_where_asked(exports, tmp_path):
+def test_a_merged_model_is_plain_and_rounded_only_where_asked(exports: Exports, tmp_path: Path) -> None:
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -185,7 +206,7 @@ def test_a_merged_model_is_plain_and_rounded_only_where_asked(exports, tmp_path)
     assert "lora" not in (folder / "config.json").read_text()
 
 
-def test_the_best_and_the_knee_and_ids(exports):
+def test_the_best_and_the_knee_and_ids(exports: Exports) -> None:
     study, known = exports["tiny-moe"]
     report = Report(read(study))
     assert find(report, "best")[1].digest == report.front[-1].best.digest
@@ -198,7 +219,7 @@ def test_the_best_and_the_knee_and_ids(exports):
         find(report, "")
 
 
-def test_several_seeds_are_one_point_whose_kept_adapter_is_taken(tmp_path):
+def test_several_seeds_are_one_point_whose_kept_adapter_is_taken(tmp_path: Path) -> None:
     runs = [run_of("tiny-moe", ExpertSelection({}), accuracy=a, seed=seed) for seed, a in enumerate((0.5, 0.52, 0.54))]
     kept, _ = trained(runs[1], str(tmp_path / "s" / "adapters" / runs[1].digest))
     gone = [run.updated(adapter=str(tmp_path / "gone" / run.digest)) for run in (runs[0], runs[2])]
@@ -214,20 +235,22 @@ def test_several_seeds_are_one_point_whose_kept_adapter_is_taken(tmp_path):
 # --- where things lie
 
 
-def test_adapters_and_exports_at_uris(tmp_path, monkeypatch):
+def test_adapters_and_exports_at_uris(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, bucket = run_of("tiny-moe", ExpertSelection({})), (tmp_path / "bucket").as_uri()
     run, expected = trained(run, f"{bucket}/s/adapters/{run.digest}")
     study = write_study(tmp_path / "s", [run], storage=bucket)
     place = (tmp_path / "bucket" / "out").as_uri()
     _, lines = exported(study, to=place)
     found = loaded_as_printed(lines, tmp_path / "bucket", monkeypatch)
-    torch.testing.assert_close(logits(found), expected, **CLOSE)
+    torch.testing.assert_close(logits(found), expected, rtol=CLOSE, atol=CLOSE)
     with pytest.raises(StudyError, match="is not empty: choose another folder, or overwrite=true"):
         exported(study, to=place)
     exported(study, to=place, overwrite="true")
 
 
-def test_what_lies_there_is_replaced_only_if_it_is_an_export_and_only_when_asked(exports, tmp_path):
+def test_what_lies_there_is_replaced_only_if_it_is_an_export_and_only_when_asked(
+    exports: Exports, tmp_path: Path
+) -> None:
     study, known = exports["tiny-moe"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "README.md").write_text("# lora-expert-search is what I like\n")
@@ -251,7 +274,7 @@ def test_what_lies_there_is_replaced_only_if_it_is_an_export_and_only_when_asked
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]
 
 
-def test_a_base_that_has_moved_and_one_that_is_another(tmp_path, monkeypatch):
+def test_a_base_that_has_moved_and_one_that_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
     shutil.copytree(models.folder_of("tiny-moe"), tmp_path / "base")
@@ -270,20 +293,22 @@ def test_a_base_that_has_moved_and_one_that_is_another(tmp_path, monkeypatch):
         assert not any(str(tmp_path) in text for text in texts)  # the folder's name stays, where it lay does not
         assert 'models.load("moved"' in lines[-1]
         found = loaded_as_printed(lines, tmp_path, monkeypatch)
-        torch.testing.assert_close(logits(found), expected, **CLOSE)
+        torch.testing.assert_close(logits(found), expected, rtol=CLOSE, atol=CLOSE)
 
 
 # --- what cannot be had
 
 
-def test_an_adapter_that_was_deleted_can_be_trained_again_by_the_command_in_the_message(tmp_path, capsys):
+def test_an_adapter_that_was_deleted_can_be_trained_again_by_the_command_in_the_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command's own first proposal is the run whose adapter is gone, to the last digit of its learning rate."""
     from search.propose.sampler import Proposer
     from search.session.prepare import prepare_training
 
     config = RunConfig(recipe={"steps": 7}, trials=5, storage=str(tmp_path), seed=3)
     proposer = Proposer(prepare_training(config), sampler="random")
-    proposals = [proposer.propose() for _ in range(9)]
+    proposals = [next_proposal(proposer) for _ in range(9)]
     proposal = next(p for p in proposals[4:] if p.trial.allocator in ("random", "all", "none"))
     gone = Outcome(proposal.trial, "complete", proposal.trainable_params, 0.4, adapter=str(tmp_path / "adapters" / "x"))
     study = write_study(tmp_path / "s", [gone], {gone.digest: dict(proposal.params)}, **vars(config))
@@ -295,10 +320,10 @@ def test_an_adapter_that_was_deleted_can_be_trained_again_by_the_command_in_the_
     command = err.partition("train this point again: python -m search.run ")[2].split()
     again = parse(command)
     assert (again.trials, again.keep, again.storage) == (1, "all", "studies")
-    assert Proposer(prepare_training(again), sampler="tpe").propose().trial.digest == gone.digest
+    assert next_proposal(Proposer(prepare_training(again), sampler="tpe")).trial.digest == gone.digest
 
 
-def test_a_run_that_never_had_an_adapter_says_why(tmp_path):
+def test_a_run_that_never_had_an_adapter_says_why(tmp_path: Path) -> None:
     run = run_of("tiny-moe", ALL, status="diverged", message="loss became NaN at step 3").updated(accuracy=None)
     study = write_study(tmp_path / "s", [run])
     with pytest.raises(StudyError, match=r"has no adapter: it is diverged \(loss became NaN at step 3\)"):
@@ -307,7 +332,7 @@ def test_a_run_that_never_had_an_adapter_says_why(tmp_path):
         exported(study, to=tmp_path / "out")
 
 
-def test_a_quantised_base_is_not_merged(tmp_path):
+def test_a_quantised_base_is_not_merged(tmp_path: Path) -> None:
     run = run_of("tiny-moe", ExpertSelection({}))
     run, _ = trained(run, str(tmp_path / "s" / "adapters" / run.digest))
     study = write_study(tmp_path / "s", [run], quantization="nf4")
@@ -317,7 +342,7 @@ def test_a_quantised_base_is_not_merged(tmp_path):
     assert "quantization='nf4'" in lines[-1]
 
 
-def test_peft_takes_an_adapter_to_its_packed_base(tmp_path, monkeypatch):
+def test_peft_takes_an_adapter_to_its_packed_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes")
     run = run_of("tiny-dense", single(DENSE))
     run, expected = trained(run, str(tmp_path / "s" / "adapters" / run.digest), quantization="nf4")
@@ -325,11 +350,11 @@ def test_peft_takes_an_adapter_to_its_packed_base(tmp_path, monkeypatch):
     _, lines = exported(study, to=tmp_path / "out", format="peft")
     assert "loaded by PEFT on a nf4 base" in " ".join(lines)
     found = loaded_as_printed(lines, tmp_path, monkeypatch)
-    torch.testing.assert_close(logits(found), expected, **CLOSE)
+    torch.testing.assert_close(logits(found), expected, rtol=CLOSE, atol=CLOSE)
 
 
 @pytest.mark.parametrize("damage", ["not finite", "another run's", "torn"])
-def test_an_adapter_that_is_not_what_the_records_say_is_not_handed_out(damage, tmp_path):
+def test_an_adapter_that_is_not_what_the_records_say_is_not_handed_out(damage: str, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     run = run_of("tiny-moe", some(MOE))
@@ -364,7 +389,9 @@ def test_an_adapter_that_is_not_what_the_records_say_is_not_handed_out(damage, t
         (["point=best", "to=x"], "no study in"),
     ],
 )
-def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(words, expected, tmp_path, capsys):
+def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(
+    words: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     to = [] if any(word.startswith("to=") for word in words) else [f"to={tmp_path / 'out'}"]
     assert main([str(tmp_path / "nothing"), *to, *words]) == 2
     captured = capsys.readouterr()
@@ -375,12 +402,12 @@ def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(words, expecte
     assert not list(tmp_path.iterdir())
 
 
-def test_a_study_is_no_uri(capsys):
+def test_a_study_is_no_uri(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["s3://bucket/studies/x", "to=out"]) == 2
     assert "its records lie in studies/NAME on the machine that started it" in capsys.readouterr().err
 
 
-def test_help_and_errors_load_neither_torch_nor_transformers(tmp_path):
+def test_help_and_errors_load_neither_torch_nor_transformers(tmp_path: Path) -> None:
     script = (
         "import sys; from search.export.__main__ import main; code = main(sys.argv[1:]); "
         "heavy = {'ray', 'torch', 'transformers', 'mlflow', 'peft'} & set(sys.modules); "
@@ -396,7 +423,7 @@ def test_help_and_errors_load_neither_torch_nor_transformers(tmp_path):
 # --- the card
 
 
-def test_the_card_says_what_is_known_and_the_hub_can_read_it(exports, tmp_path):
+def test_the_card_says_what_is_known_and_the_hub_can_read_it(exports: Exports, tmp_path: Path) -> None:
     from huggingface_hub import ModelCard
 
     study, known = exports["tiny-moe"]
@@ -426,7 +453,7 @@ def test_the_card_says_what_is_known_and_the_hub_can_read_it(exports, tmp_path):
     assert re.search(r"the file holds [\d,]+ values, \d+\.\d\d times the ", text)
 
 
-def header_of(folder: Path, *, dims: int) -> list[dict]:
+def header_of(folder: Path, *, dims: int) -> list[dict[str, Any]]:
     """Sizes of all tensors of a model folder, as lists of at least `dims` numbers."""
     raw = (folder / "model.safetensors").read_bytes()
     head = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
@@ -434,7 +461,7 @@ def header_of(folder: Path, *, dims: int) -> list[dict]:
     return [{"shape": [*size, *[1] * (dims - len(size))]} for size in sizes]
 
 
-def test_the_values_of_a_base_are_counted_by_type_without_loading_them(tmp_path):
+def test_the_values_of_a_base_are_counted_by_type_without_loading_them(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     tensors = {"a": torch.zeros(3, 5, dtype=torch.bfloat16), "b": torch.zeros(2), "c": torch.tensor(1.0)}
@@ -443,7 +470,7 @@ def test_the_values_of_a_base_are_counted_by_type_without_loading_them(tmp_path)
     assert formats._stored(tmp_path) == {"BF16": 15, "F32": 3, "F8_E4M3": 16}
 
 
-def test_maps_of_allocations_by_hand():
+def test_maps_of_allocations_by_hand() -> None:
     lines = map_lines(ExpertSelection({1: (0, 3)}), MOE)
     assert lines[0] == "2 of 64 experts have LoRA (#), by layer"
     assert lines[2] == "layer   1    2 of 16  #..#............"
@@ -455,7 +482,7 @@ def test_maps_of_allocations_by_hand():
     assert len({len(line) for line in dense[1:]}) == 1
 
 
-def test_nothing_secret_and_no_folder_of_this_machine_gets_out(tmp_path):
+def test_nothing_secret_and_no_folder_of_this_machine_gets_out(tmp_path: Path) -> None:
     run = run_of("tiny-moe", ExpertSelection({}))
     run, _ = trained(run, str(tmp_path / "s" / "adapters" / run.digest))
     study = write_study(
@@ -481,7 +508,7 @@ NAMES = st.text("abcXYZ0189._-", min_size=1, max_size=8).filter(lambda s: s.stri
     home=st.sampled_from(["/", "~/", "file:///"]),
     around=st.sampled_from(["{}", "task={}", "'plugins=[{},b]'", "cannot read {}: gone", '{{"a": "{}"}}']),
 )
-def test_a_path_leaves_its_last_name_and_nothing_else(folders, home, around):
+def test_a_path_leaves_its_last_name_and_nothing_else(folders: list[str], home: str, around: str) -> None:
     said = portable(around.format(home + "/".join(["Secret", *folders])))
     assert "Secret" not in said
     assert folders[-1] in said
@@ -491,16 +518,16 @@ def test_a_path_leaves_its_last_name_and_nothing_else(folders, home, around):
     "text",
     ["allenai/OLMoE-1B-7B-0924", "s3://bucket/dir/x", "https://a.org/b", "task=my/q.yaml", "1/2 and/or 3 / 4", "a b"],
 )
-def test_what_is_no_path_of_this_machine_stays(text):
+def test_what_is_no_path_of_this_machine_stays(text: str) -> None:
     assert portable(text) == text
 
 
-def test_a_command_keeps_what_the_result_depends_on():
+def test_a_command_keeps_what_the_result_depends_on() -> None:
     command = "python -m search.run space=sieve storage=/x/y tracking_uri='http://h /' seed=3 task=/d/q.yaml num_cpus=2"
     assert portable_command(command) == "python -m search.run space=sieve seed=3 task=path/to/q.yaml"
 
 
-def test_a_printed_command_runs_in_a_shell_and_on_another_machine():
+def test_a_printed_command_runs_in_a_shell_and_on_another_machine() -> None:
     config = RunConfig(model="/home/me/my models/olmoe", metric="a & b", storage="/home/me/it's", max_concurrent=2)
     config = replace(config, pins={"pattern": "2468", "name": 'say "hi" #1'}, plugins=["/home/me/own.py", "b,c.py"])
     words = shlex.split(portable_command(config.command()))

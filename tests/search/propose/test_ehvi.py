@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import moocore
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from optuna.distributions import BaseDistribution
 
 from allocators.core.errors import BudgetError, InfeasibleError
 from allocators.core.types import Outcome
@@ -32,13 +35,19 @@ from search.propose.ehvi import (
     resolver,
 )
 from search.propose.sampler import Proposer
+from tests.search.propose.proposals import next_proposal
 from tests.search.propose.test_sampler import problem, result
 
 REFERENCE = (10.0, 0.0)
 POINTS = st.lists(st.tuples(st.integers(0, 12), st.integers(-2, 10).map(lambda n: n / 10)), max_size=8)
 
 
-def ehvi(candidates, points, *, reference=REFERENCE):
+def ehvi(
+    candidates: list[tuple[int, float, float]],
+    points: list[tuple[int, float]],
+    *,
+    reference: tuple[float, float] = REFERENCE,
+) -> np.ndarray:
     cost, mean, std = (np.array(column, dtype=float) for column in zip(*candidates, strict=True))
     return expected_hypervolume_improvement(
         mean,
@@ -50,20 +59,24 @@ def ehvi(candidates, points, *, reference=REFERENCE):
     )
 
 
-def area(points, *, reference=REFERENCE) -> float:
+def area(points: Sequence[tuple[float, float]], *, reference: tuple[float, float] = REFERENCE) -> float:
     rows = np.array(points, dtype=float).reshape(-1, 2)
     return moocore.hypervolume(rows, ref=list(reference), maximise=[False, True]) if len(rows) else 0.0
 
 
 @given(POINTS, st.integers(0, 12), st.integers(-2, 12).map(lambda n: n / 10))
-def test_without_doubt_it_is_the_hypervolume_that_the_point_adds(points, cost, accuracy):
+def test_without_doubt_it_is_the_hypervolume_that_the_point_adds(
+    points: list[tuple[int, float]], cost: int, accuracy: float
+) -> None:
     gain = area([*points, (cost, accuracy)]) - area(points)
     assert ehvi([(cost, accuracy, 1e-9)], points)[0] == pytest.approx(gain, abs=1e-6)
 
 
 @settings(max_examples=15, deadline=None)
 @given(POINTS, st.integers(0, 11), st.floats(-0.2, 1.0), st.floats(0.02, 0.5), st.integers(0, 2**32 - 1))
-def test_it_is_the_mean_of_what_moocore_measures_on_draws(points, cost, mean, std, seed):
+def test_it_is_the_mean_of_what_moocore_measures_on_draws(
+    points: list[tuple[int, float]], cost: int, mean: float, std: float, seed: int
+) -> None:
     draws = np.random.default_rng(seed).normal(mean, std, 4000)
     # in 200 quantile groups: moocore runs once a group, and the area is piecewise linear in the accuracy
     groups = np.sort(draws).reshape(200, -1).mean(axis=1)
@@ -73,7 +86,9 @@ def test_it_is_the_mean_of_what_moocore_measures_on_draws(points, cost, mean, st
 
 
 @given(POINTS, st.permutations(range(8)), st.integers(0, 11), st.floats(-0.2, 1.0), st.floats(0.01, 0.5))
-def test_order_and_beaten_points_change_nothing(points, order, cost, mean, std):
+def test_order_and_beaten_points_change_nothing(
+    points: list[tuple[int, float]], order: list[int], cost: int, mean: float, std: float
+) -> None:
     there = ehvi([(cost, mean, std)], points)[0]
     shuffled = [points[i] for i in order if i < len(points)]
     beaten = [(x + 1, y - 0.1) for x, y in points]
@@ -81,13 +96,15 @@ def test_order_and_beaten_points_change_nothing(points, order, cost, mean, std):
 
 
 @given(POINTS.filter(len), st.integers(0, 11), st.floats(-0.2, 1.0), st.floats(0.01, 0.5))
-def test_more_known_points_leave_less_to_gain_and_cheaper_is_better(points, cost, mean, std):
+def test_more_known_points_leave_less_to_gain_and_cheaper_is_better(
+    points: list[tuple[int, float]], cost: int, mean: float, std: float
+) -> None:
     fewer, all_ = ehvi([(cost, mean, std)], points[1:])[0], ehvi([(cost, mean, std)], points)[0]
     assert -1e-12 <= all_ <= fewer + 1e-12
     assert ehvi([(cost - 1, mean, std)], points)[0] >= all_ - 1e-12
 
 
-def test_by_hand():
+def test_by_hand() -> None:
     # Up to cost 10 nothing is known: 6 wide, and E[max(Y, 0)] of a standard normal variable is 1/√(2π).
     assert ehvi([(4, 0.0, 1.0)], [])[0] == pytest.approx(6 / math.sqrt(2 * math.pi))
     # A point of accuracy .5 at cost 7 leaves 3 of the 6 as they were, and raises the bar on the other 3.
@@ -97,7 +114,7 @@ def test_by_hand():
 
 
 @given(arrays.arrays(float, st.integers(1, 20), elements=st.floats(-50, 50)))
-def test_improvement_is_never_negative_even_where_it_underflows(mean):
+def test_improvement_is_never_negative_even_where_it_underflows(mean: np.ndarray) -> None:
     assert (expected_improvement(mean, np.full(len(mean), 0.5), 0.0) >= 0).all()
 
 
@@ -113,7 +130,7 @@ DISTRIBUTIONS = [
 
 
 @given(st.sampled_from(DISTRIBUTIONS), st.integers(0, 2**32 - 1))
-def test_drawn_and_moved_values_belong_to_their_distribution(distribution, seed):
+def test_drawn_and_moved_values_belong_to_their_distribution(distribution: BaseDistribution, seed: int) -> None:
     random = np.random.default_rng(seed)
     value = _draw(distribution, random)
     for _ in range(5):
@@ -124,19 +141,19 @@ def test_drawn_and_moved_values_belong_to_their_distribution(distribution, seed)
         value = _move(distribution, value, random)
 
 
-def test_every_step_of_an_ordered_knob_is_drawn_equally_often():
+def test_every_step_of_an_ordered_knob_is_drawn_equally_often() -> None:
     distribution, random = optuna.distributions.FloatDistribution(0.1, 0.9, step=0.2), np.random.default_rng(0)
     counts = np.unique([round(_draw(distribution, random), 6) for _ in range(2000)], return_counts=True)
     assert counts[0].tolist() == [0.1, 0.3, 0.5, 0.7, 0.9]
     assert counts[1].min() > 320
 
 
-def test_an_outlier_does_not_take_the_range_of_the_model():
+def test_an_outlier_does_not_take_the_range_of_the_model() -> None:
     assert _floor(np.array([0.4, 0.5, 0.6, 0.7, -40.0])) == pytest.approx(0.4 - 1.5 * (0.6 - 0.4) + 0.0, abs=1e-9)
     assert _floor(np.array([0.4, 0.5, 0.6, 0.7])) == 0.4
 
 
-def test_the_model_finds_the_input_that_matters_and_how_noisy_a_run_is():
+def test_the_model_finds_the_input_that_matters_and_how_noisy_a_run_is() -> None:
     random = np.random.default_rng(0)
     x = random.random((60, 4))
     y = 0.5 + 0.3 * np.sin(5 * x[:, 2]) + random.normal(0, 0.05, 60)
@@ -161,13 +178,13 @@ class Space:
     def __init__(self, limit: int = 10**9) -> None:
         self.limit = limit
 
-    def suggest(self, trial) -> dict:
+    def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         point = {"kind": trial.suggest_categorical("kind", ["flat", "deep"]), "width": trial.suggest_int("width", 1, 9)}
         if point["kind"] == "deep":
             point["rate"] = trial.suggest_float("rate", 1e-4, 1e-1, log=True)
         return point
 
-    def __call__(self, trial) -> Known:
+    def __call__(self, trial: optuna.Trial) -> Known:
         point = self.suggest(trial)
         if point["width"] == 5:
             raise InfeasibleError("five is impossible")
@@ -178,20 +195,21 @@ class Space:
         return Known(f"{point['kind']} {point['width']} {rate}", cost)
 
 
-def accuracy(params: dict) -> float:
+def accuracy(params: dict[str, Any]) -> float:
+    width: int = params["width"]
     if "rate" not in params:
-        return 0.3 + 0.02 * params["width"]
-    return 0.3 + 0.05 * params["width"] - 0.1 * abs(math.log10(params["rate"]) + 2)
+        return 0.3 + 0.02 * width
+    return 0.3 + 0.05 * width - 0.1 * abs(math.log10(params["rate"]) + 2)
 
 
-def make(space, seed: int = 0):
+def make(space: Callable[[optuna.Trial], Known], seed: int = 0) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(directions=["maximize", "minimize"], sampler=EHVISampler(space, seed=seed))
 
 
 @settings(max_examples=3, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from([10**9, 900]))
-def test_it_never_proposes_what_was_tried_is_impossible_or_costs_too_much(seed, limit):
+def test_it_never_proposes_what_was_tried_is_impossible_or_costs_too_much(seed: int, limit: int) -> None:
     space = Space(limit)
     study, seen = make(space, seed), set()
     for number in range(14):
@@ -205,7 +223,7 @@ def test_it_never_proposes_what_was_tried_is_impossible_or_costs_too_much(seed, 
             study.tell(trial, (accuracy(trial.params), known.cost))
 
 
-def test_equal_seeds_propose_equal_points():
+def test_equal_seeds_propose_equal_points() -> None:
     runs = []
     for _ in range(2):
         study, space = make(Space(), 7), Space()
@@ -217,7 +235,7 @@ def test_equal_seeds_propose_equal_points():
     assert runs[0] == runs[1]
 
 
-def test_workers_that_ask_at_the_same_time_are_sent_to_different_places():
+def test_workers_that_ask_at_the_same_time_are_sent_to_different_places() -> None:
     space, study = Space(), make(Space())
     for _ in range(12):
         trial = study.ask()
@@ -227,10 +245,10 @@ def test_workers_that_ask_at_the_same_time_are_sent_to_different_places():
     assert len(set(keys)) == 4
 
 
-def test_it_leaves_less_unfound_than_random_on_a_conditional_space():
-    def missing(sampler) -> float:
+def test_it_leaves_less_unfound_than_random_on_a_conditional_space() -> None:
+    def missing(sampler: optuna.samplers.BaseSampler) -> float:
         study, space = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler), Space()
-        found = []
+        found: list[tuple[float, float]] = []
         while len(found) < 24:
             trial = study.ask()
             try:
@@ -250,13 +268,13 @@ def test_it_leaves_less_unfound_than_random_on_a_conditional_space():
     assert sum(ours) < sum(random) / 2
 
 
-def test_partly_fixed_trials_and_used_up_spaces_fall_back_to_random_draws():
+def test_partly_fixed_trials_and_used_up_spaces_fall_back_to_random_draws() -> None:
     study = make(Space())
     study.enqueue_trial({"kind": "flat"})
     trial = study.ask()
     assert Space().suggest(trial)["kind"] == "flat"
 
-    def one_point(trial) -> Known:
+    def one_point(trial: optuna.Trial) -> Known:
         return Known(str(trial.suggest_int("width", 2, 2)), 1)
 
     study = make(one_point)
@@ -266,13 +284,13 @@ def test_partly_fixed_trials_and_used_up_spaces_fall_back_to_random_draws():
         study.tell(trial, (0.5, 1))
 
 
-def test_a_study_with_other_objectives_is_refused():
+def test_a_study_with_other_objectives_is_refused() -> None:
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=EHVISampler(Space()))
     with pytest.raises(ValueError, match="maximises accuracy"):
         Space().suggest(study.ask())
 
 
-def test_the_front_that_candidates_are_drawn_near():
+def test_the_front_that_candidates_are_drawn_near() -> None:
     tried = [(3, 0.5), (1, 0.2), (2, 0.2), (3, 0.4), (9, 0.7)]
     points = [(_Candidate({}, {}, Known(str(i), cost), {}), value) for i, (cost, value) in enumerate(tried)]
     assert [point.known.key for point in _front(points)] == ["1", "0", "4"]
@@ -281,11 +299,11 @@ def test_the_front_that_candidates_are_drawn_near():
 # --- on the project's own spaces
 
 
-def test_it_proposes_through_the_proposer_and_keeps_to_the_budget():
+def test_it_proposes_through_the_proposer_and_keeps_to_the_budget() -> None:
     asked = problem(max_trainable_params=6000)
     proposer, costs, digests = Proposer(asked, sampler="ehvi"), [], set()
     for number in range(14):
-        proposal = proposer.propose()
+        proposal = next_proposal(proposer)
         costs.append(proposal.trainable_params)
         digests.add(proposal.trial.digest)
         proposer.tell(result(proposal, accuracy=None if number == 6 else 0.3 + 0.01 * number))
@@ -293,11 +311,11 @@ def test_it_proposes_through_the_proposer_and_keeps_to_the_budget():
     assert len(digests) == 14
 
 
-def test_features_of_allocations_by_hand():
+def test_features_of_allocations_by_hand() -> None:
     asked = problem()
     resolve = resolver(asked)
 
-    def known(**params) -> Known:
+    def known(**params: Any) -> Known:
         return resolve(optuna.trial.FixedTrial({"rank": 4, "learning_rate": 1e-3} | params))
 
     all_, none = known(allocator="all").features, known(allocator="none").features
@@ -310,7 +328,7 @@ def test_features_of_allocations_by_hand():
     assert hot == pytest.approx(58 / 136)
 
 
-def test_without_a_routing_signal_the_depth_is_still_known():
+def test_without_a_routing_signal_the_depth_is_still_known() -> None:
     asked = replace(problem(), signals={})
-    outcome: Outcome = result(Proposer(problem()).propose())
+    outcome: Outcome = result(next_proposal(Proposer(problem())))
     assert set(features(outcome.trial, asked.shape, {})) == {"depth"}

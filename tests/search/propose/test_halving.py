@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -25,6 +28,7 @@ from search.records.folder import StudyFolder
 from search.replay import export
 from search.run import main
 from search.session.prepare import prepare_replay
+from tests.search.propose.proposals import next_proposal
 from tests.search.propose.test_sampler import problem
 from tests.search.replay.test_replay import record
 from tests.search.test_study import lines
@@ -35,17 +39,23 @@ UNKNOWN = st.sampled_from([None, math.nan, math.inf, -math.inf])
 POINTS = st.lists(st.tuples(st.sampled_from([1, 10, 10, 400]) | COSTS, ACCURACIES | UNKNOWN), max_size=12)
 
 
-def named(points) -> dict[str, tuple[int, float | None]]:
+def named(points: Sequence[tuple[int, float | None]]) -> dict[str, tuple[int, float | None]]:
     return {f"t{i:02}": point for i, point in enumerate(points)}
 
 
-def beats(a, b) -> bool:
+def known(points: Sequence[tuple[int, float | None]]) -> dict[str, tuple[int, float]]:
+    """Those with an accuracy that is a finite number."""
+    return {k: (cost, a) for k, (cost, a) in named(points).items() if a is not None and math.isfinite(a)}
+
+
+def beats(a: tuple[int, float], b: tuple[int, float]) -> bool:
     return a[0] <= b[0] and a[1] >= b[1] and a != b
 
 
-def front_numbers(members) -> dict[str, int]:
+def front_numbers(members: dict[str, tuple[int, float]]) -> dict[str, int]:
     """By definition: take away what nothing beats, again and again."""
-    left, numbers, number = dict(members), {}, 0
+    left, number = dict(members), 0
+    numbers: dict[str, int] = {}
     while left:
         top = [key for key in left if not any(beats(other, left[key]) for other in left.values())]
         numbers |= dict.fromkeys(top, number)
@@ -54,7 +64,7 @@ def front_numbers(members) -> dict[str, int]:
     return numbers
 
 
-def area(points, corner) -> float:
+def area(points: list[tuple[float, float]], corner: tuple[float, float]) -> float:
     """Area dominated by (x, y) points above a corner: a sum over vertical strips."""
     total, edges = 0.0, sorted({corner[0], *(x for x, _ in points)})
     for left, right in pairwise(edges):
@@ -74,25 +84,26 @@ def contributions(front: list[tuple[int, float]]) -> list[float]:
 
 
 @given(POINTS)
-def test_everyone_is_ranked_once_and_unknown_accuracies_come_last(points):
+def test_everyone_is_ranked_once_and_unknown_accuracies_come_last(points: list[tuple[int, float | None]]) -> None:
     members = named(points)
     best = ordered(members)
     assert sorted(best) == sorted(members)
-    known = [members[key][1] is not None and math.isfinite(members[key][1]) for key in best]
-    assert known == sorted(known, reverse=True)
+    finite = known(points)
+    is_known = [key in finite for key in best]
+    assert is_known == sorted(is_known, reverse=True)
 
 
 @given(POINTS)
-def test_fronts_are_those_of_brute_force_one_after_another(points):
-    members = {k: p for k, p in named(points).items() if p[1] is not None and math.isfinite(p[1])}
+def test_fronts_are_those_of_brute_force_one_after_another(points: list[tuple[int, float | None]]) -> None:
+    members = known(points)
     numbers = front_numbers(members)
     found = [numbers[key] for key in ordered(members)]
     assert found == sorted(found)
 
 
 @given(POINTS)
-def test_in_a_front_who_adds_more_area_comes_first(points):
-    members = {k: p for k, p in named(points).items() if p[1] is not None and math.isfinite(p[1])}
+def test_in_a_front_who_adds_more_area_comes_first(points: list[tuple[int, float | None]]) -> None:
+    members = known(points)
     numbers, best = front_numbers(members), ordered(members)
     for number in set(numbers.values()):
         front = [key for key in best if numbers[key] == number]
@@ -104,14 +115,14 @@ def test_in_a_front_who_adds_more_area_comes_first(points):
 
 
 @given(POINTS, st.randoms())
-def test_the_order_of_arrival_does_not_matter(points, draw):
+def test_the_order_of_arrival_does_not_matter(points: list[tuple[int, float | None]], draw: random.Random) -> None:
     members = named(points)
     shuffled = list(members.items())
     draw.shuffle(shuffled)
     assert ordered(dict(shuffled)) == ordered(members)
 
 
-def test_an_order_is_not_read_as_ranks():
+def test_an_order_is_not_read_as_ranks() -> None:
     """Accuracies that fall in the order given, where argsort and rank agree least."""
     members = {"a": (400, 0.9), "b": (10, 0.2), "c": (400, 0.3), "d": (20, 0.6), "e": (10, 0.1), "f": (800, 0.6)}
     # fronts: {a, b, d}, {c, e, f}; in the first d spans most, in the second the ends do
@@ -120,7 +131,7 @@ def test_an_order_is_not_read_as_ranks():
     assert ordered({}) == []
 
 
-def test_equal_points_stand_together_but_one_of_them_first():
+def test_equal_points_stand_together_but_one_of_them_first() -> None:
     members = {"a": (10, 0.5), "b": (10, 0.5), "c": (10, 0.5), "d": (100, 0.9)}
     assert ordered(members)[2:] == ["b", "c"]
 
@@ -129,7 +140,7 @@ def test_equal_points_stand_together_but_one_of_them_first():
 
 
 @given(st.integers(1, 500), st.integers(2, 10))
-def test_rungs_are_evaluations_before_the_last_each_a_part_of_the_next(evaluations, eta):
+def test_rungs_are_evaluations_before_the_last_each_a_part_of_the_next(evaluations: int, eta: int) -> None:
     found = rungs(evaluations, eta)
     assert list(found) == sorted(set(found))
     assert all(1 <= rung < evaluations for rung in found)
@@ -143,7 +154,7 @@ def test_rungs_are_evaluations_before_the_last_each_a_part_of_the_next(evaluatio
 class Toy:
     """Asynchronous workers on trainings whose accuracy never changes: `final[key]`, reached at every evaluation."""
 
-    def __init__(self, points: dict[str, tuple[int, float | None]], *, evaluations: int, eta: int) -> None:
+    def __init__(self, points: Mapping[str, tuple[int, float | None]], *, evaluations: int, eta: int) -> None:
         self.points, self.evaluations = points, evaluations
         self.halving = Halving(evaluations=evaluations, eta=eta)
         self.at = dict.fromkeys(points, 0)
@@ -174,7 +185,7 @@ class Toy:
         return {key for key, reached in self.at.items() if reached == self.evaluations}
 
 
-def test_by_hand_four_trainings_two_rungs():
+def test_by_hand_four_trainings_two_rungs() -> None:
     points = {"a": (10, 0.5), "b": (20, 0.4), "c": (10, 0.6), "d": (40, 0.9)}
     toy = Toy(points, evaluations=4, eta=2)
     for key in "ab":
@@ -197,13 +208,15 @@ def test_by_hand_four_trainings_two_rungs():
     assert toy.halving.paused == {"b": 1, "a": 2}
 
 
-def test_one_training_alone_is_trained_to_its_end():
+def test_one_training_alone_is_trained_to_its_end() -> None:
     toy = Toy({"only": (10, 0.5)}, evaluations=4, eta=4).run()
     assert toy.complete == {"only"}
 
 
 @given(POINTS, st.integers(2, 4), st.integers(2, 9))
-def test_some_are_complete_and_nobody_without_an_accuracy_goes_on(points, eta, evaluations):
+def test_some_are_complete_and_nobody_without_an_accuracy_goes_on(
+    points: list[tuple[int, float | None]], eta: int, evaluations: int
+) -> None:
     toy = Toy(named(points), evaluations=evaluations, eta=eta).run()
     known = {k for k, (_, acc) in toy.points.items() if acc is not None and math.isfinite(acc)}
     assert toy.complete <= known
@@ -214,7 +227,7 @@ def test_some_are_complete_and_nobody_without_an_accuracy_goes_on(points, eta, e
 
 
 @given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=1, max_size=20, unique=True), st.integers(2, 4))
-def test_in_the_end_the_best_part_of_every_rung_has_gone_on(points, eta):
+def test_in_the_end_the_best_part_of_every_rung_has_gone_on(points: list[tuple[int, float]], eta: int) -> None:
     """Whatever was promoted too early on the way, those that should go on have gone."""
     toy = Toy(named(points), evaluations=eta**2, eta=eta).run()
     for rung in rungs(eta**2, eta):
@@ -224,7 +237,9 @@ def test_in_the_end_the_best_part_of_every_rung_has_gone_on(points, eta):
 
 
 @given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=2, max_size=12), st.integers(0, 30), st.randoms())
-def test_a_restart_decides_as_if_there_had_been_none(points, when, draw):
+def test_a_restart_decides_as_if_there_had_been_none(
+    points: list[tuple[int, float]], when: int, draw: random.Random
+) -> None:
     """Everything can be told from the evaluations on record, in whatever order they are read."""
     toy = Toy(named(points), evaluations=4, eta=2)
     for key in list(toy.points)[:when]:
@@ -236,8 +251,8 @@ def test_a_restart_decides_as_if_there_had_been_none(points, when, draw):
     draw.shuffle(known)
     for key in known:
         cost, accuracy = toy.points[key]
-        paused = again.restore(key, [accuracy] * toy.at[key], cost=cost, finished=toy.at[key] == 4)
-        assert paused == (key in toy.halving.paused)
+        is_paused = again.restore(key, [accuracy] * toy.at[key], cost=cost, finished=toy.at[key] == 4)
+        assert is_paused == (key in toy.halving.paused)
     assert again.paused == toy.halving.paused
     for halving in (toy.halving, again):
         halving.close()
@@ -245,7 +260,7 @@ def test_a_restart_decides_as_if_there_had_been_none(points, when, draw):
     assert ends[0] == ends[1]
 
 
-def test_what_goes_on_from_its_checkpoint_reports_old_rungs_and_is_not_paused_there():
+def test_what_goes_on_from_its_checkpoint_reports_old_rungs_and_is_not_paused_there() -> None:
     toy = Toy({"a": (10, 0.9), "b": (10, 0.1)}, evaluations=4, eta=2)
     toy.train("a")
     toy.train("b")
@@ -254,14 +269,14 @@ def test_what_goes_on_from_its_checkpoint_reports_old_rungs_and_is_not_paused_th
     assert not toy.halving.reached("a", 2, accuracy=0.9, cost=10)
 
 
-def test_without_halving_nothing_is_ever_paused():
+def test_without_halving_nothing_is_ever_paused() -> None:
     halving = NO_HALVING
     assert halving.reached("a", 1, accuracy=None, cost=1)
     assert halving.next() is None
     assert not halving.restore("a", [0.1], cost=1, finished=False)
 
 
-def test_tokens_that_were_not_trained_are_counted():
+def test_tokens_that_were_not_trained_are_counted() -> None:
     from tests.search.studies import outcome, selection
 
     whole = outcome(selection(4), tokens=900)
@@ -283,24 +298,26 @@ def test_tokens_that_were_not_trained_are_counted():
         (["space=sieve_ablation", "scheduler=pareto_halving"], "every row of a table"),
     ],
 )
-def test_halving_that_cannot_work_gets_one_line(capsys, words, expected):
+def test_halving_that_cannot_work_gets_one_line(
+    capsys: pytest.CaptureFixture[str], words: list[str], expected: str
+) -> None:
     assert main(words) == 2
     err = capsys.readouterr().err
     assert expected in err
     assert err.count("\n") == 1
 
 
-def test_results_depend_on_who_is_trained_to_the_end():
+def test_results_depend_on_who_is_trained_to_the_end() -> None:
     plain = parse([]).identity()
     assert parse(["scheduler=pareto_halving"]).identity() != plain
     assert parse(["eta=4"]).identity() != plain
 
 
-def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_front():
+def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_front() -> None:
     asked = problem(seed=0)
     first, second = Proposer(asked, sampler="random"), []
     for status in ("complete", "stopped"):
-        proposal = first.propose()
+        proposal = next_proposal(first)
         outcome = Outcome(proposal.trial, status, proposal.trainable_params, accuracy=0.9)
         second.append((outcome, proposal.params))
     again = Proposer(asked, sampler="tpe", known=second)
@@ -308,13 +325,13 @@ def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_fro
     assert states == ["COMPLETE", "PRUNED"]
     assert len(again._study.best_trials) == 1
     digests = {outcome.digest for outcome, _ in second}
-    assert again.propose().trial.digest not in digests
+    assert next_proposal(again).trial.digest not in digests
 
 
 # --- whole studies
 
 
-def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):
+def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path: Path) -> None:
     """A table answers instead of workers; what a killed driver leaves is written by hand: paused, under way, over."""
     record(tmp_path / "recorded")
     table = export([tmp_path / "recorded"], tmp_path / "small.parquet")
@@ -324,7 +341,7 @@ def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):
     folder = tmp_path / config.study_name
     proposer = Proposer(asked, sampler="random")
     with StudyFolder.open(folder, config=config.to_json(), identity=config.identity(), shape=asked.shape) as study:
-        begun = [proposer.propose() for _ in range(5)]
+        begun = [next_proposal(proposer) for _ in range(5)]
         for number, proposal in enumerate(begun):
             row = table.rows[proposal.trial.digest].outcome
             started = Outcome(proposal.trial, "started", proposal.trainable_params)
@@ -364,7 +381,7 @@ def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path):
 
 
 @pytest.mark.slow
-def test_real_trainings_pause_go_on_from_their_checkpoints_and_survive_a_killed_driver(tmp_path):
+def test_real_trainings_pause_go_on_from_their_checkpoints_and_survive_a_killed_driver(tmp_path: Path) -> None:
     words = ["space=sieve", "trials=8", "sampler=random", "scheduler=pareto_halving", "eta=2", "evaluations=4"]
     words += ["limit=24", "calibration_samples=16", "recipe.steps=12", "recipe.batch_size=4", f"storage={tmp_path}"]
     command = [sys.executable, "-m", "search.run", *words]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 import spaces.moe_grid
 import spaces.sieve
 from allocators.core.errors import StudyError
-from allocators.core.types import ModelShape, ModuleShape, Outcome, Signal
+from allocators.core.types import ModelShape, ModuleShape, Outcome, Signal, Status
 from search.problem import Problem, Proposal, cheapest, check_budget, check_pins, corners, placeholder
-from search.propose.sampler import Proposer
+from search.propose.sampler import Answered, Proposer
+from tests.search.propose.proposals import next_proposal
 
 
 def moe_shape(layers: int = 3, experts: int = 16, hidden: int = 8) -> ModelShape:
@@ -37,35 +39,36 @@ def routing(shape: ModelShape) -> Signal:
     return Signal("routing", rows, axis="expert", unit="tokens", provenance={})
 
 
-def problem(**changes) -> Problem:
+def problem(**changes: Any) -> Problem:
     shape = moe_shape()
     made = Problem(space=spaces.sieve, shape=shape, model="small", task="t", signals={"routing": routing(shape)})
     return replace(made, **changes)
 
 
 def result(proposal: Proposal, accuracy: float | None = 0.5) -> Outcome:
-    status = "complete" if accuracy is not None else "diverged"
+    status: Status = "complete" if accuracy is not None else "diverged"
     return Outcome(proposal.trial, status, proposal.trainable_params, accuracy=accuracy)
 
 
-def test_starting_points_come_first_with_the_studys_recipe():
+def test_starting_points_come_first_with_the_studys_recipe() -> None:
     proposer = Proposer(problem(task_recipe={"rank": 12, "learning_rate": 2e-3}))
-    first = [proposer.propose() for _ in range(4)]
+    first = [next_proposal(proposer) for _ in range(4)]
     assert [p.trial.allocator for p in first] == ["none", "all", "random", "sieve"]
     assert {p.trial.recipe.rank for p in first} == {12}
     assert {p.trial.recipe.learning_rate for p in first} == {2e-3}
     assert [p.trial.allocation.total_experts for p in first] == [0, 48, 12, 12]
 
 
-def test_a_grid_has_no_starting_points():
+def test_a_grid_has_no_starting_points() -> None:
     assert Proposer(problem(space=spaces.moe_grid), sampler="random").starting_points() == []
 
 
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(["tpe", "nsga2", "random"]))
-def test_no_digest_is_proposed_twice_and_costs_are_exact(seed, sampler):
+def test_no_digest_is_proposed_twice_and_costs_are_exact(seed: int, sampler: str) -> None:
     asked = problem(seed=seed, pins={"rank": 8, "learning_rate": 1e-3})
-    proposer, seen, answered = Proposer(asked, sampler=sampler), set(), []
+    proposer, seen = Proposer(asked, sampler=sampler), set()
+    answered: list[Answered] = []
     proposer._answered = answered.append
     for number in range(40):
         proposal = proposer.propose()
@@ -77,42 +80,42 @@ def test_no_digest_is_proposed_twice_and_costs_are_exact(seed, sampler):
     assert all(point.reason == "duplicate" and point.digest in seen for point in answered)
 
 
-def test_a_space_with_one_point_is_used_up_after_it():
+def test_a_space_with_one_point_is_used_up_after_it() -> None:
     pins = {"allocator": "all", "rank": 8, "learning_rate": 1e-3}
-    answered = []
+    answered: list[Answered] = []
     proposer = Proposer(problem(pins=pins), answered=answered.append)
-    assert proposer.propose().trial.allocator == "all"
+    assert next_proposal(proposer).trial.allocator == "all"
     assert proposer.propose() is None
     assert {point.reason for point in answered} == {"duplicate"}
 
 
-def test_points_over_the_budget_are_answered_and_the_rest_fit():
+def test_points_over_the_budget_are_answered_and_the_rest_fit() -> None:
     limit = 4000
-    answered = []
+    answered: list[Answered] = []
     proposer = Proposer(problem(max_trainable_params=limit), answered=answered.append)
-    costs = [proposer.propose().trainable_params for _ in range(12)]
+    costs = [next_proposal(proposer).trainable_params for _ in range(12)]
     assert max(costs) <= limit
     assert "over_budget" in {point.reason for point in answered}
 
 
-def test_results_of_an_earlier_run_are_not_trained_again_and_its_unfinished_points_come_first():
+def test_results_of_an_earlier_run_are_not_trained_again_and_its_unfinished_points_come_first() -> None:
     first = Proposer(problem())
-    proposals = [first.propose() for _ in range(6)]
+    proposals = [next_proposal(first) for _ in range(6)]
     known = [(result(p, 0.1 * i), p.params) for i, p in enumerate(proposals[:4])]
     second = Proposer(problem(), known=known, unfinished=proposals[4:])
-    assert [second.propose().trial.digest for _ in range(2)] == [p.trial.digest for p in proposals[4:]]
+    assert [next_proposal(second).trial.digest for _ in range(2)] == [p.trial.digest for p in proposals[4:]]
     old = {p.trial.digest for p in proposals}
-    assert all(second.propose().trial.digest not in old for _ in range(10))
+    assert all(next_proposal(second).trial.digest not in old for _ in range(10))
 
 
-def test_a_diverged_point_is_told_as_a_failure_not_as_a_number():
+def test_a_diverged_point_is_told_as_a_failure_not_as_a_number() -> None:
     proposer = Proposer(problem())
-    proposal = proposer.propose()
+    proposal = next_proposal(proposer)
     proposer.tell(result(proposal, accuracy=None))
     assert [t.state.name for t in proposer._study.get_trials()][:1] == ["FAIL"]
 
 
-def test_the_corners_of_a_space_reach_every_branch_and_its_extremes():
+def test_the_corners_of_a_space_reach_every_branch_and_its_extremes() -> None:
     asked = problem(pins={"learning_rate": 1e-3})
     low, high = list(corners(asked)), list(corners(asked, high=True))
     assert {point.allocator for point, _ in low} == set(spaces.sieve.ALLOCATORS)
@@ -129,26 +132,29 @@ def test_the_corners_of_a_space_reach_every_branch_and_its_extremes():
         ({"fraction": "half"}, "space.fraction=half is not possible: it must be a number"),
     ],
 )
-def test_a_pin_that_cannot_work_is_said_before_anything_starts(pins, said):
+def test_a_pin_that_cannot_work_is_said_before_anything_starts(
+    pins: dict[str, str] | dict[str, float], said: str
+) -> None:
     with pytest.raises(StudyError) as error:
         check_pins(problem(pins=pins))
     assert said in str(error.value)
 
 
-def test_a_budget_below_the_smallest_allocation_names_it():
+def test_a_budget_below_the_smallest_allocation_names_it() -> None:
     with pytest.raises(StudyError, match=r"max_trainable_params=10 is below the smallest allocation of small .* 480"):
         check_budget(problem(max_trainable_params=10))
 
 
-def test_a_fraction_that_chooses_nobody_says_what_to_raise():
+def test_a_fraction_that_chooses_nobody_says_what_to_raise() -> None:
     with pytest.raises(Exception, match="fraction"):
         check_budget(problem(pins={"allocator": "sieve", "fraction": 0.01}))
 
 
 @given(st.lists(st.integers(0, 1000), min_size=16, max_size=16).filter(any), st.floats(0.05, 0.95))
-def test_flat_routing_bounds_the_cost_of_every_real_routing(counts, share):
+def test_flat_routing_bounds_the_cost_of_every_real_routing(counts: list[int], share: float) -> None:
     shape = moe_shape(layers=1)
-    real = Signal("routing", {"0": {"count": counts, "mass": counts}}, axis="expert", unit="tokens", provenance={})
+    picks = tuple(map(float, counts))
+    real = Signal("routing", {"0": {"count": picks, "mass": picks}}, axis="expert", unit="tokens", provenance={})
     from allocators import coverage
 
     flat = coverage.allocate(placeholder("routing", shape), shape, share=share)

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import Outcome
 from search import export as adapter_export
 from search import replay, report
-from search.export.__main__ import parse as parse_export
+from search.export.__main__ import parse as parse_words
 from search.records import LINES, read
 from search.records.folder import StudyFolder
 from search.records.reuse import OtherStudies
@@ -28,12 +29,12 @@ DEEP = 100_000
 
 
 @pytest.fixture(scope="module")
-def mlflow_folder(tmp_path_factory):
+def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("mlflow")
 
 
 @pytest.fixture
-def sentinel(tmp_path) -> Path:
+def sentinel(tmp_path: Path) -> Path:
     """A tree that belongs to no study."""
     tree = tmp_path / "precious"
     for name in ("adapter.json", "deep/er/file", outcome().digest + "/adapter.safetensors"):
@@ -53,7 +54,7 @@ def every_use(folder: Path) -> None:
         lambda: report.write(folder),
         lambda: report.show(folder),
         lambda: replay.export([folder], folder.parent / "table.parquet"),
-        lambda: list(adapter_export.write(*parse_export([str(folder), f"to={folder.parent / 'winner'}"]))),
+        lambda: list(adapter_export.write(*parse_words([str(folder), f"to={folder.parent / 'winner'}"]))),
         lambda: reuse(folder),
     )
     refusals = []
@@ -76,11 +77,11 @@ def reuse(folder: Path) -> None:
 # --- lines
 
 
-def finished(done: Outcome, **changes) -> dict:
+def finished(done: Outcome, **changes: Any) -> dict[str, Any]:
     return {"event": "finished", "outcome": done.to_json() | changes, "params": {}}
 
 
-def of_trial(done: Outcome, **changes) -> dict:
+def of_trial(done: Outcome, **changes: Any) -> dict[str, Any]:
     line = finished(done)
     line["outcome"]["trial"] |= changes
     return line
@@ -143,7 +144,7 @@ def damaged_lines() -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", damaged_lines())
-def test_a_damaged_line_is_named_and_costs_only_itself(name, tmp_path):
+def test_a_damaged_line_is_named_and_costs_only_itself(name: str, tmp_path: Path) -> None:
     with open_study(tmp_path / "s") as study:
         fill(study)
     good = read(tmp_path / "s")
@@ -158,7 +159,9 @@ def test_a_damaged_line_is_named_and_costs_only_itself(name, tmp_path):
     assert seen.answered == good.answered
 
 
-def test_all_damage_at_once_is_reported_exported_and_gone_on_with(tmp_path, mlflow_folder, sentinel):
+def test_all_damage_at_once_is_reported_exported_and_gone_on_with(
+    tmp_path: Path, mlflow_folder: Path, sentinel: Path
+) -> None:
     folder, before = tmp_path / "s", contents(sentinel)
     drive(problem(), folder, mlflow_folder, seeds=1, trials=3)
     known = set(read(folder).finished)
@@ -182,7 +185,9 @@ def test_all_damage_at_once_is_reported_exported_and_gone_on_with(tmp_path, mlfl
 # --- adapters
 
 
-def test_an_adapter_is_never_dropped_or_taken_by_a_recorded_path(tmp_path, mlflow_folder, sentinel):
+def test_an_adapter_is_never_dropped_or_taken_by_a_recorded_path(
+    tmp_path: Path, mlflow_folder: Path, sentinel: Path
+) -> None:
     folder = tmp_path / "s"
     drive(problem(), folder, mlflow_folder, seeds=1)
     lines = []
@@ -200,7 +205,7 @@ def test_an_adapter_is_never_dropped_or_taken_by_a_recorded_path(tmp_path, mlflo
     assert contents(sentinel) == before
 
 
-def test_a_copy_and_its_original_never_touch_each_other(tmp_path, mlflow_folder):
+def test_a_copy_and_its_original_never_touch_each_other(tmp_path: Path, mlflow_folder: Path) -> None:
     first, copy = tmp_path / "first", tmp_path / "copy"
     drive(problem(), first, mlflow_folder, seeds=1, trials=3)
     # as an earlier version wrote it: absolute paths, and no mark of which file it is
@@ -227,27 +232,27 @@ def test_a_copy_and_its_original_never_touch_each_other(tmp_path, mlflow_folder)
     assert (read(again / "renamed").header["id"], read(again / "renamed").name) == (moved, "renamed")
 
 
-def test_a_valid_adapter_at_a_recorded_path_is_not_handed_out(tmp_path):
+def test_a_valid_adapter_at_a_recorded_path_is_not_handed_out(tmp_path: Path) -> None:
     run, _ = trained(run_of("tiny-moe", some(MOE)), str(tmp_path / "elsewhere"))
     study = write_study(tmp_path / "s", [run])
     for _ in range(2):
         with pytest.raises(StudyError, match="is gone"):
-            list(adapter_export.write(*parse_export([str(study), f"to={tmp_path / 'out'}"])))
+            list(adapter_export.write(*parse_words([str(study), f"to={tmp_path / 'out'}"])))
         (study / "adapters").mkdir(exist_ok=True)
         if not (study / "adapters" / run.digest).is_symlink():
             (study / "adapters" / run.digest).symlink_to(tmp_path / "elsewhere")
     (study / "adapters" / run.digest).unlink()
     shutil.copytree(tmp_path / "elsewhere", study / "adapters" / run.digest)
-    assert list(adapter_export.write(*parse_export([str(study), f"to={tmp_path / 'out'}"])))
+    assert list(adapter_export.write(*parse_words([str(study), f"to={tmp_path / 'out'}"])))
     weights = study / "adapters" / run.digest / "adapter.safetensors"
     weights.unlink()
     weights.symlink_to(tmp_path / "elsewhere" / "adapter.safetensors")
     with pytest.raises(StudyError, match="is gone"):
-        list(adapter_export.write(*parse_export([str(study), f"to={tmp_path / 'more'}"])))
+        list(adapter_export.write(*parse_words([str(study), f"to={tmp_path / 'more'}"])))
 
 
 @pytest.mark.parametrize("storage", ["", "file://"])
-def test_workers_files_are_deleted_in_the_studys_own_place_alone(storage, tmp_path, sentinel):
+def test_workers_files_are_deleted_in_the_studys_own_place_alone(storage: str, tmp_path: Path, sentinel: Path) -> None:
     store = f"file://{tmp_path / 'store'}" if storage else str(tmp_path)
     base = tmp_path / "store" if storage else tmp_path
     place = f"{store}/s" if storage else ""
@@ -299,7 +304,9 @@ LINKS = {
 
 
 @pytest.mark.parametrize("name", LINKS)
-def test_a_link_that_leads_out_is_not_followed_and_a_study_is_not_opened_over_it(name, tmp_path, sentinel):
+def test_a_link_that_leads_out_is_not_followed_and_a_study_is_not_opened_over_it(
+    name: str, tmp_path: Path, sentinel: Path
+) -> None:
     folder = tmp_path / "s"
     with open_study(folder) as study:
         study.append_finished(outcome(), {})
@@ -321,7 +328,7 @@ def test_a_link_that_leads_out_is_not_followed_and_a_study_is_not_opened_over_it
         assert (records.untrained, records.signals, len(records.finished)) == (None, {}, 1)
 
 
-def test_links_of_report_files_are_replaced_and_links_to_the_study_are_fine(tmp_path, sentinel):
+def test_links_of_report_files_are_replaced_and_links_to_the_study_are_fine(tmp_path: Path, sentinel: Path) -> None:
     folder, before = tmp_path / "real" / "s", contents(sentinel)
     with open_study(folder) as study:
         fill(study)
@@ -337,7 +344,7 @@ def test_links_of_report_files_are_replaced_and_links_to_the_study_are_fine(tmp_
     open_study(tmp_path / "s").close()
 
 
-def test_a_pipe_is_no_file_to_wait_for(tmp_path):
+def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:
     open_study(tmp_path / "s").close()
     (tmp_path / "s" / LINES).unlink()
     os.mkfifo(tmp_path / "s" / LINES)
@@ -378,7 +385,9 @@ FURTHER: list[tuple[str, object]] = [
 
 
 @pytest.mark.parametrize(("field", "value"), FURTHER)
-def test_a_field_of_the_header_that_is_none_is_one_line(field, value, tmp_path, sentinel):
+def test_a_field_of_the_header_that_is_none_is_one_line(
+    field: str, value: object, tmp_path: Path, sentinel: Path
+) -> None:
     folder, before = tmp_path / "s", contents(sentinel)
     with open_study(folder) as study:
         study.append_finished(outcome(), {})
@@ -392,7 +401,7 @@ def test_a_field_of_the_header_that_is_none_is_one_line(field, value, tmp_path, 
     assert contents(sentinel) == before
 
 
-def test_a_deep_header_is_one_line(tmp_path):
+def test_a_deep_header_is_one_line(tmp_path: Path) -> None:
     open_study(tmp_path / "s").close()
     (tmp_path / "s" / "study.json").write_text("[" * DEEP + "]" * DEEP)
     with pytest.raises(StudyError, match=r"study\.json is damaged"):
@@ -400,7 +409,7 @@ def test_a_deep_header_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["null", "[]", '{"accuracy": "x", "stderr": 0}', '{"accuracy": 0.5}', "[" * DEEP])
-def test_a_damaged_evaluation_of_the_base_and_damaged_signals_are_left_out(text, tmp_path):
+def test_a_damaged_evaluation_of_the_base_and_damaged_signals_are_left_out(text: str, tmp_path: Path) -> None:
     with open_study(tmp_path / "s") as study:
         fill(study)
     (tmp_path / "s" / "untrained.json").write_text(text)
@@ -416,7 +425,7 @@ def test_a_damaged_evaluation_of_the_base_and_damaged_signals_are_left_out(text,
     every_use(tmp_path / "s")
 
 
-def test_a_storage_that_climbs_is_not_followed(tmp_path):
+def test_a_storage_that_climbs_is_not_followed(tmp_path: Path) -> None:
     config = {"storage": "file:///srv/store/../../home", "model": "tiny-moe", "task": "t"}
     with StudyFolder.open(tmp_path / "s", config=config, identity={}, shape=moe_shape()) as study:
         study.append_finished(outcome(), {})

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -63,7 +64,9 @@ def state(seen: records.Records) -> str:
 
 @FOLDERS
 @given(events=EVENTS)
-def test_memory_a_reader_and_a_reopened_study_say_the_same(tmp_path_factory, events):
+def test_memory_a_reader_and_a_reopened_study_say_the_same(
+    tmp_path_factory: pytest.TempPathFactory, events: list[tuple[str, int]]
+) -> None:
     folder = tmp_path_factory.mktemp("study") / "s"
     with open_study(folder) as study:
         play(study, events)
@@ -74,7 +77,9 @@ def test_memory_a_reader_and_a_reopened_study_say_the_same(tmp_path_factory, eve
 
 @FOLDERS
 @given(events=EVENTS.filter(len), cut=st.floats(0, 1))
-def test_a_file_cut_at_any_byte_holds_the_lines_before_the_cut_and_can_be_continued(tmp_path_factory, events, cut):
+def test_a_file_cut_at_any_byte_holds_the_lines_before_the_cut_and_can_be_continued(
+    tmp_path_factory: pytest.TempPathFactory, events: list[tuple[str, int]], cut: float
+) -> None:
     folder = tmp_path_factory.mktemp("study") / "s"
     with open_study(folder) as study:
         play(study, events)
@@ -94,7 +99,9 @@ def test_a_file_cut_at_any_byte_holds_the_lines_before_the_cut_and_can_be_contin
 
 @FOLDERS
 @given(events=EVENTS.filter(lambda e: len(e) > 1), data=st.data())
-def test_a_damaged_line_in_the_middle_is_named_and_costs_only_itself(tmp_path_factory, events, data):
+def test_a_damaged_line_in_the_middle_is_named_and_costs_only_itself(
+    tmp_path_factory: pytest.TempPathFactory, events: list[tuple[str, int]], data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("study") / "s"
     with open_study(folder) as study:
         play(study, events)
@@ -110,7 +117,7 @@ def test_a_damaged_line_in_the_middle_is_named_and_costs_only_itself(tmp_path_fa
     assert f"line {bad + 1} " in seen.problems[0]
 
 
-def test_what_it_took_to_propose_a_point_is_kept(tmp_path):
+def test_what_it_took_to_propose_a_point_is_kept(tmp_path: Path) -> None:
     with open_study(tmp_path) as study:
         study.append_started(started(POINTS[0]), {}, sampler_seconds=0.25)
         study.append_started(started(POINTS[1]), {})  # a study of an earlier version did not say
@@ -118,7 +125,7 @@ def test_what_it_took_to_propose_a_point_is_kept(tmp_path):
     assert read(tmp_path).sampler_seconds == [0.25]
 
 
-def test_what_a_driver_left_behind(tmp_path):
+def test_what_a_driver_left_behind(tmp_path: Path) -> None:
     done, cut, never = POINTS[:3]
     with open_study(tmp_path) as study:
         study.append_started(started(done), {"n": 1})
@@ -136,7 +143,7 @@ def test_what_a_driver_left_behind(tmp_path):
     assert seen.params_of(done.digest) == {"n": 1}
 
 
-def test_a_loss_that_is_not_a_number_is_null_in_the_file(tmp_path):
+def test_a_loss_that_is_not_a_number_is_null_in_the_file(tmp_path: Path) -> None:
     with open_study(tmp_path) as study:
         study.append_started(started(POINTS[0]), {})
         study.append_rung(POINTS[0].digest, Rung(1, 5, None, loss=float("nan")))
@@ -145,12 +152,12 @@ def test_a_loss_that_is_not_a_number_is_null_in_the_file(tmp_path):
     assert left.rungs[0].loss is None
 
 
-def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     study = open_study(tmp_path)
     study.append_finished(POINTS[0], {})
     write, room = os.write, [10]
 
-    def until_full(descriptor, data):
+    def until_full(descriptor: int, data: bytes) -> int:
         if not room:
             raise OSError(28, "No space left on device")
         return write(descriptor, data[: room.pop()])
@@ -165,13 +172,13 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     study.close()
 
 
-def test_one_driver_at_a_time(tmp_path):
+def test_one_driver_at_a_time(tmp_path: Path) -> None:
     with open_study(tmp_path / "s"), pytest.raises(StudyError, match=r"/s is in use by another driver.*name=NEW"):
         open_study(tmp_path / "s")
     open_study(tmp_path / "s").close()
 
 
-def test_another_identity_is_refused_with_the_changed_keys(tmp_path):
+def test_another_identity_is_refused_with_the_changed_keys(tmp_path: Path) -> None:
     open_study(tmp_path).close()
     other = IDENTITY | {"seed": 1, "recipe": {"rank": 8}}
     with pytest.raises(StudyError, match=r"recipe\.rank \(4 -> 8\), seed \(0 -> 1\); start .* name=NEW"):
@@ -183,7 +190,7 @@ def test_another_identity_is_refused_with_the_changed_keys(tmp_path):
     assert len(header["resumed"]) == 1
 
 
-def test_a_key_that_an_older_study_did_not_know_had_its_default(tmp_path):
+def test_a_key_that_an_older_study_did_not_know_had_its_default(tmp_path: Path) -> None:
     open_study(tmp_path).close()
     defaults = {"dtype": "auto", "seed": 5}
     open_study(tmp_path, identity=IDENTITY | {"dtype": "auto"}, defaults=defaults).close()
@@ -192,19 +199,19 @@ def test_a_key_that_an_older_study_did_not_know_had_its_default(tmp_path):
         open_study(tmp_path, identity=IDENTITY | {"dtype": "float16"}, defaults=defaults)
 
 
-def test_identity_may_hold_tuples(tmp_path):
+def test_identity_may_hold_tuples(tmp_path: Path) -> None:
     for _ in range(2):
         open_study(tmp_path, identity={"ranks": (4, 8)}).close()
 
 
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/no/such"])
-def test_a_folder_that_cannot_be_written(tmp_path, where):
+def test_a_folder_that_cannot_be_written(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StudyError, match=r"cannot be written .*storage=FOLDER"):
         open_study(tmp_path / where)
 
 
-def test_reading_what_is_no_study(tmp_path):
+def test_reading_what_is_no_study(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no study in"):
         read(tmp_path)
     open_study(tmp_path).close()
@@ -214,7 +221,7 @@ def test_reading_what_is_no_study(tmp_path):
             attempt()
 
 
-def test_results_without_their_header_are_not_taken_for_a_new_study(tmp_path):
+def test_results_without_their_header_are_not_taken_for_a_new_study(tmp_path: Path) -> None:
     with open_study(tmp_path) as study:
         study.append_finished(POINTS[0], {})
     (tmp_path / "study.json").unlink()
@@ -222,7 +229,7 @@ def test_results_without_their_header_are_not_taken_for_a_new_study(tmp_path):
         open_study(tmp_path)
 
 
-def test_passwords_stay_out(tmp_path):
+def test_passwords_stay_out(tmp_path: Path) -> None:
     config = {
         "tracking": "https://me:hunter2@host/x",
         "storage": "s3://b/p?secret_key=hunter2&region=x",
@@ -250,8 +257,9 @@ for n in range(100_000):
 """
 
 
-def test_kill_minus_nine_loses_nothing_that_was_finished(tmp_path):
+def test_kill_minus_nine_loses_nothing_that_was_finished(tmp_path: Path) -> None:
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT)
+    assert driver.stdout is not None
     told = [driver.stdout.readline().decode().strip() for _ in range(25)]
     driver.send_signal(signal.SIGKILL)
     told += driver.stdout.read().decode().split()
@@ -263,7 +271,7 @@ def test_kill_minus_nine_loses_nothing_that_was_finished(tmp_path):
         assert not study.problems
 
 
-def test_the_layout(tmp_path):
+def test_the_layout(tmp_path: Path) -> None:
     with open_study(tmp_path / "demo") as study:
         fill(study)
         assert study.name == "demo"
@@ -272,14 +280,14 @@ def test_the_layout(tmp_path):
     assert "torch" in study.header["versions"]
 
 
-def test_records_and_fronts_load_neither_numpy_nor_torch():
+def test_records_and_fronts_load_neither_numpy_nor_torch() -> None:
     heavy = "{'numpy', 'torch', 'ray', 'mlflow'}"
     code = f"import sys, search.records, search.front; sys.exit(str({heavy} & set(sys.modules)))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert loaded.stderr.strip() == "set()"
 
 
-def test_a_secret_in_a_quoted_word_of_the_command_ends_before_the_quote(tmp_path):
+def test_a_secret_in_a_quoted_word_of_the_command_ends_before_the_quote(tmp_path: Path) -> None:
     command = "run 'tracking_uri=http://host/?a=b&token=hunter2' 'name=my study' storage=s3://me:pw@bucket/x"
     open_study(tmp_path, command=command).close()
     words = shlex.split(json.loads((tmp_path / "study.json").read_text())["command"])

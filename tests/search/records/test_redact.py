@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from search.records.redact import portable, redacted
@@ -28,7 +30,7 @@ from tests.search.studies import open_study, outcome, started
         ("401 for hf_hunter2hunter2hunter2", "401 for hf_***"),
     ],
 )
-def test_a_secret_is_taken_out_of_a_text_and_nothing_else(text, said):
+def test_a_secret_is_taken_out_of_a_text_and_nothing_else(text: str, said: str) -> None:
     assert redacted(text) == said
     assert "hunter2" not in portable(text)
 
@@ -44,11 +46,11 @@ def test_a_secret_is_taken_out_of_a_text_and_nothing_else(text, said):
         "file:///a/b",
     ],
 )
-def test_what_is_no_secret_stays(text):
+def test_what_is_no_secret_stays(text: str) -> None:
     assert redacted(text) == text
 
 
-def test_messages_on_record_have_none(tmp_path):
+def test_messages_on_record_have_none(tmp_path: Path) -> None:
     with open_study(tmp_path) as study:
         failed = started(outcome()).updated(status="failed", message="s3://me:hunter2@b: HF_TOKEN=hunter2")
         study.append_finished(failed, {})

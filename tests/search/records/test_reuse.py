@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from allocators.core.types import FINISHED
+from allocators.core.types import FINISHED, Outcome, Status, Trial
 from search import report
 from search.config import RunConfig
 from search.records import LINES, read
@@ -28,12 +30,14 @@ OWN = RunConfig().identity()
 
 
 @pytest.fixture(scope="module")
-def mlflow_folder(tmp_path_factory):
+def mlflow_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One database for all: making its tables takes seconds."""
     return tmp_path_factory.mktemp("mlflow")
 
 
-def other(folder: Path, *outcomes, identity=OWN, storage="studies", **more) -> StudyFolder:
+def other(
+    folder: Path, *outcomes: Outcome, identity: Mapping[str, Any] = OWN, storage: str = "studies", **more: Any
+) -> StudyFolder:
     """A finished study `folder` beside the one that asks."""
     config = CONFIG | {"storage": storage}
     study = StudyFolder.open(folder, config=config, identity=identity, shape=moe_shape(), **more)
@@ -45,14 +49,23 @@ def other(folder: Path, *outcomes, identity=OWN, storage="studies", **more) -> S
     return study
 
 
-def asking(tmp_path: Path, *, identity=OWN, facts=FACTS, place="") -> OtherStudies:
+def asking(
+    tmp_path: Path, *, identity: Mapping[str, Any] = OWN, facts: Mapping[str, str] = FACTS, place: str = ""
+) -> OtherStudies:
     mine = tmp_path / "mine"
     return OtherStudies(mine, identity=identity, defaults=OWN, facts=facts, place=place or str(mine))
 
 
-def asked_for(of=None):
+def asked_for(of: Outcome | None = None) -> tuple[Trial, int]:
     of = of or outcome()
     return of.trial, of.trainable_params
+
+
+def take(others: OtherStudies, of: Outcome | None = None) -> tuple[Outcome, str]:
+    """The result and the study that it is of, where there is one."""
+    taken = others.take(*asked_for(of))
+    assert taken is not None
+    return taken
 
 
 def trained(folder: Path) -> set[str]:
@@ -63,15 +76,15 @@ def trained(folder: Path) -> set[str]:
 # --- what matches
 
 
-def test_an_equal_training_is_found_and_keeps_to_what_was_asked(tmp_path):
+def test_an_equal_training_is_found_and_keeps_to_what_was_asked(tmp_path: Path) -> None:
     other(tmp_path / "first", outcome(allocator="sieve", accuracy=0.6))
     asked = outcome(allocator="coverage")  # another rule that comes to the same experts
-    taken, study = asking(tmp_path).take(*asked_for(asked))
+    taken, study = take(asking(tmp_path), asked)
     assert (study, taken.accuracy, taken.trial.allocator) == ("first", pytest.approx(0.6), "coverage")
     assert len(taken.rungs) == 3
 
 
-def another(value):
+def another(value: Any) -> Any:
     """Another value of the same kind."""
     if isinstance(value, bool):
         return not value
@@ -79,14 +92,16 @@ def another(value):
 
 
 @pytest.mark.parametrize("key", OWN)
-def test_every_setting_that_a_result_depends_on_has_to_agree(key, tmp_path):
+def test_every_setting_that_a_result_depends_on_has_to_agree(key: str, tmp_path: Path) -> None:
     changed = {**OWN, key: another(OWN[key])}
     other(tmp_path / "first", outcome(), identity=changed)
     assert (asking(tmp_path).take(*asked_for()) is not None) == (key in INDIFFERENT)
     assert same_settings(OWN, changed) == same_settings(changed, OWN) == (key in INDIFFERENT)
 
 
-def test_a_setting_that_nobody_thought_of_has_to_agree_and_one_that_came_later_is_at_its_default(tmp_path):
+def test_a_setting_that_nobody_thought_of_has_to_agree_and_one_that_came_later_is_at_its_default(
+    tmp_path: Path,
+) -> None:
     assert not same_settings(OWN, OWN | {"new": 1})
     older = {key: value for key, value in OWN.items() if key != "chat_template"}
     other(tmp_path / "first", outcome(), identity=older)
@@ -95,7 +110,7 @@ def test_a_setting_that_nobody_thought_of_has_to_agree_and_one_that_came_later_i
 
 
 @pytest.mark.parametrize("fact", FACTS)
-def test_weights_number_format_and_data_have_to_be_the_same(fact, tmp_path):
+def test_weights_number_format_and_data_have_to_be_the_same(fact: str, tmp_path: Path) -> None:
     other(tmp_path / "first", outcome(versions={fact: "another"}))
     assert asking(tmp_path).take(*asked_for()) is None
     without = {key: value for key, value in FACTS.items() if key != fact}
@@ -103,19 +118,21 @@ def test_weights_number_format_and_data_have_to_be_the_same(fact, tmp_path):
 
 
 @pytest.mark.parametrize("asked", [outcome(selection(5)), outcome(rank=8), outcome(seed=1)])
-def test_another_allocation_recipe_or_seed_is_another_training(asked, tmp_path):
+def test_another_allocation_recipe_or_seed_is_another_training(asked: Outcome, tmp_path: Path) -> None:
     other(tmp_path / "first", outcome())
     assert asking(tmp_path).take(*asked_for(asked)) is None
 
 
 @pytest.mark.parametrize("status", ["started", *FINISHED])
-def test_only_what_ended_by_itself_is_taken(status, tmp_path):
+def test_only_what_ended_by_itself_is_taken(status: Status, tmp_path: Path) -> None:
     other(tmp_path / "first", outcome(status=status))
     taken = asking(tmp_path).take(*asked_for())
     assert (taken is not None) == (status in ("complete", "diverged"))
 
 
-def test_a_folder_that_is_no_study_is_left_out_and_so_is_this_one(tmp_path, caplog):
+def test_a_folder_that_is_no_study_is_left_out_and_so_is_this_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "study.json").write_text("{")
     (tmp_path / "signals").mkdir()
@@ -129,7 +146,7 @@ def test_a_folder_that_is_no_study_is_left_out_and_so_is_this_one(tmp_path, capl
 # --- while the other one writes
 
 
-def test_records_of_a_running_study_are_followed_and_a_torn_line_waits(tmp_path):
+def test_records_of_a_running_study_are_followed_and_a_torn_line_waits(tmp_path: Path) -> None:
     others = asking(tmp_path)
     assert others.take(*asked_for()) is None
     other(tmp_path / "first", outcome(selection(5)))
@@ -158,38 +175,40 @@ def store(scheme: str, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_the_adapter_is_a_copy_that_outlives_the_other_study(scheme, tmp_path):
+def test_the_adapter_is_a_copy_that_outlives_the_other_study(scheme: str, tmp_path: Path) -> None:
     storage = store(scheme, tmp_path)
     base = Path(storage.removeprefix("file://"))
     kept = base / "first" / "adapters" / outcome().digest
     kept.mkdir(parents=True)
     (kept / "adapter.json").write_text("{}")
     other(tmp_path / "first", outcome(adapter=f"{scheme}{kept}"), storage=storage)
-    taken, _ = asking(tmp_path, place=f"{storage}/mine").take(*asked_for())
+    taken, _ = take(asking(tmp_path, place=f"{storage}/mine"))
     shutil.rmtree(base / "first")
     assert taken.adapter == f"{storage}/mine/adapters/{outcome().digest}"
     assert (Path(taken.adapter.removeprefix("file://")) / "adapter.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_of_a_deleted_adapter_the_numbers_are_taken_and_one_that_is_kept_is_preferred(scheme, tmp_path):
+def test_of_a_deleted_adapter_the_numbers_are_taken_and_one_that_is_kept_is_preferred(
+    scheme: str, tmp_path: Path
+) -> None:
     gone = outcome(adapter=f"{scheme}{tmp_path}/first/adapters/gone")
     other(tmp_path / "first", gone, storage=store(scheme, tmp_path))
-    taken, _ = asking(tmp_path).take(*asked_for())
+    taken, _ = take(asking(tmp_path))
     assert (taken.adapter, taken.accuracy) == ("", gone.accuracy)
     assert not (tmp_path / "mine" / "adapters").exists()
     if not scheme:
         there = tmp_path / "second" / "adapters" / gone.digest
         there.mkdir(parents=True)
         other(tmp_path / "second", outcome(adapter=str(there)))
-        taken, study = asking(tmp_path).take(*asked_for())
+        taken, study = take(asking(tmp_path))
         assert (study, Path(taken.adapter).is_dir()) == ("second", True)
 
 
 # --- whole studies, without Ray
 
 
-def test_trials_are_trained_and_what_another_study_trained_comes_on_top(tmp_path, mlflow_folder):
+def test_trials_are_trained_and_what_another_study_trained_comes_on_top(tmp_path: Path, mlflow_folder: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     drive(problem(), first, mlflow_folder, seeds=1)
     adapters = {folder.name for folder in (first / "adapters").iterdir()}
@@ -213,7 +232,7 @@ def test_trials_are_trained_and_what_another_study_trained_comes_on_top(tmp_path
         assert all((second / run.adapter).is_dir() for run in candidate.by_accuracy[:1] if run.adapter)
 
 
-def test_repeats_that_were_trained_elsewhere_are_not_trained(tmp_path, mlflow_folder):
+def test_repeats_that_were_trained_elsewhere_are_not_trained(tmp_path: Path, mlflow_folder: Path) -> None:
     _, records, _, _ = drive(problem(), tmp_path / "first", mlflow_folder, seeds=3)
     repeats = {digest for digest, done in records.finished.items() if done.trial.seed}
     proposed, records, _, _ = drive(problem(), tmp_path / "second", mlflow_folder, seeds=3, reuse=True)
@@ -223,7 +242,7 @@ def test_repeats_that_were_trained_elsewhere_are_not_trained(tmp_path, mlflow_fo
     assert not {trial.digest for trial in third} & (trained(tmp_path / "first") | trained(tmp_path / "second"))
 
 
-def test_rows_of_a_table_that_were_trained_elsewhere_are_done(tmp_path, mlflow_folder):
+def test_rows_of_a_table_that_were_trained_elsewhere_are_done(tmp_path: Path, mlflow_folder: Path) -> None:
     few = table_problem(pins={"fraction": 0.25, "share": 0.5})
     drive(few, tmp_path / "few", mlflow_folder, seeds=2, trials=100)
     proposed, records, said, (rows, repeats) = drive(
@@ -236,7 +255,7 @@ def test_rows_of_a_table_that_were_trained_elsewhere_are_done(tmp_path, mlflow_f
     assert drive(table_problem(), tmp_path / "again", mlflow_folder, seeds=2, trials=100, reuse=True)[0] == []
 
 
-def test_a_table_of_recorded_trainings_is_made_of_reused_ones_too(tmp_path):
+def test_a_table_of_recorded_trainings_is_made_of_reused_ones_too(tmp_path: Path) -> None:
     record(tmp_path / "recorded")
     before = read(tmp_path / "recorded")
     digest, done = next(iter(before.finished.items()))
@@ -247,7 +266,7 @@ def test_a_table_of_recorded_trainings_is_made_of_reused_ones_too(tmp_path):
     assert list(export([tmp_path / "reused"], tmp_path / "t.parquet").rows) == [digest]
 
 
-def test_a_study_without_reuse_says_nothing_of_it(tmp_path):
+def test_a_study_without_reuse_says_nothing_of_it(tmp_path: Path) -> None:
     with open_study(tmp_path / "demo") as study:
         study.append_finished(outcome(), {})
     assert b"reused" not in (tmp_path / "demo" / LINES).read_bytes()
@@ -265,14 +284,14 @@ def run(storage: Path, *words: str) -> str:
     return done.stdout
 
 
-def starts(folder: Path) -> Counter:
+def starts(folder: Path) -> Counter[str]:
     """How often each training was started."""
     lines = (folder / LINES).read_text().splitlines()
     return Counter(line.split('"digest": "')[1][:16] for line in lines if '"event": "started"' in line)
 
 
 @pytest.mark.slow
-def test_two_real_studies_of_one_storage_train_no_point_twice(tmp_path):
+def test_two_real_studies_of_one_storage_train_no_point_twice(tmp_path: Path) -> None:
     words = ["limit=24", "calibration_samples=16", "evaluations=1", "recipe.steps=3", "recipe.batch_size=4", "keep=all"]
     run(tmp_path, *words, "space=sieve", "sampler=random", "trials=5", "name=first")
     said = run(tmp_path, *words, "space=sieve", "sampler=tpe", "trials=2", "name=second", "reuse=true")
@@ -285,10 +304,11 @@ def test_two_real_studies_of_one_storage_train_no_point_twice(tmp_path):
     shutil.rmtree(tmp_path / "first")
     code = "import sys; from trainers import adapter, models; adapter.load(models.load('tiny-moe').model, sys.argv[1])"
     kept = records.adapter_of(records.finished[next(iter(records.reused))])
+    assert kept is not None
     subprocess.run([sys.executable, "-c", code, kept], check=True, capture_output=True)
 
 
-def test_studies_against_one_table_share_their_results_through_tune(tmp_path):
+def test_studies_against_one_table_share_their_results_through_tune(tmp_path: Path) -> None:
     record(tmp_path / "recorded", seed=0)
     export([tmp_path / "recorded"], tmp_path / "small.parquet")
     words = [f"replay={tmp_path / 'small.parquet'}", "max_concurrent=2"]

@@ -17,9 +17,11 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
 
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED
@@ -30,7 +32,7 @@ from tests.search.studies import CONFIG, open_study, outcome, rung, selection, s
 
 
 @pytest.fixture(scope="module")
-def schema(tmp_path_factory) -> Path:
+def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database: making its tables takes seconds, copying it none."""
     folder = tmp_path_factory.mktemp("mlflow")
     open_tracker(folder, experiment="Default").close()
@@ -38,7 +40,7 @@ def schema(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def store(schema, tmp_path) -> Path:
+def store(schema: Path, tmp_path: Path) -> Path:
     shutil.copy(schema, tmp_path / "mlflow.db")
     return tmp_path
 
@@ -60,7 +62,7 @@ def write(study: StudyFolder, tracker: Tracker, points: int, *, first: int = 0) 
         tracker.finished(done)
 
 
-def runs(folder: Path, uri: str | None = None):
+def runs(folder: Path, uri: str | None = None) -> tuple[MlflowClient, list[Run], list[Run]]:
     """All runs: parents, and children by digest."""
     client = MlflowClient(tracking_uri=uri or f"sqlite:///{folder}/mlflow.db")
     everything = client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000)
@@ -69,7 +71,7 @@ def runs(folder: Path, uri: str | None = None):
     return client, parents, children
 
 
-def loud(caplog) -> list[str]:
+def loud(caplog: pytest.LogCaptureFixture) -> list[str]:
     """Who warned, apart from urllib3's line about its one retry."""
     return [r.name for r in caplog.records if r.levelno >= logging.WARNING and not r.name.startswith("urllib3")]
 
@@ -92,7 +94,7 @@ def check(folder: Path, study: StudyFolder, uri: str | None = None) -> None:
         assert saved == done.trial.allocation.to_json()
 
 
-def test_a_study_and_its_rerun(store):
+def test_a_study_and_its_rerun(store: Path) -> None:
     with open_study(store / "demo") as study:
         tracker = open_tracker(store)
         tracker.sync(study)
@@ -120,7 +122,7 @@ def test_a_study_and_its_rerun(store):
         check(store, study)
 
 
-def test_sync_writes_a_whole_study_from_its_records(store):
+def test_sync_writes_a_whole_study_from_its_records(store: Path) -> None:
     with open_study(store / "demo") as study:
         for number, status in enumerate(FINISHED):
             done = outcome(selection(number + 1), status=status, message="because" if status == "failed" else "")
@@ -134,7 +136,7 @@ def test_sync_writes_a_whole_study_from_its_records(store):
         check(store, study)
 
 
-def test_the_accuracy_of_every_task_is_a_metric(store):
+def test_the_accuracy_of_every_task_is_a_metric(store: Path) -> None:
     done = outcome()
     by_task = {"arc_easy": {"accuracy": 0.25, "stderr": 0.01}, "mine+yours": {"accuracy": 0.75, "stderr": 0.02}}
     with open_study(store / "demo") as study:
@@ -149,7 +151,7 @@ def test_the_accuracy_of_every_task_is_a_metric(store):
     assert child.data.metrics["stderr.mine-yours"] == 0.02
 
 
-def test_what_still_runs_when_a_study_is_interrupted_is_killed(store):
+def test_what_still_runs_when_a_study_is_interrupted_is_killed(store: Path) -> None:
     with open_study(store / "demo") as study:
         tracker = open_tracker(store)
         tracker.sync(study)
@@ -181,18 +183,18 @@ class Client:
     def __init__(self, client: MlflowClient, calls: int) -> None:
         self._client, self._calls = client, calls
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         if self._calls == 0:
             raise CutOff
         self._calls -= 1
         return getattr(self._client, name)
 
 
-def test_cut_off_before_any_call_to_mlflow_the_next_run_makes_up_for_it(store):
+def test_cut_off_before_any_call_to_mlflow_the_next_run_makes_up_for_it(store: Path) -> None:
     for calls in itertools.count():
         with open_study(store / f"study{calls}") as study:
             cut, done = open_tracker(store, name=f"study{calls}"), outcome()
-            cut._client = Client(cut._client, calls)
+            cut._client = cast(MlflowClient, Client(cut._client, calls))
             study.append_finished(done, {})
             try:
                 cut.sync(study)
@@ -220,13 +222,14 @@ for number in range(1000):
 """
 
 
-def test_two_studies_write_at_once_and_one_is_killed(store):
+def test_two_studies_write_at_once_and_one_is_killed(store: Path) -> None:
     """Two processes, one sqlite file; then kill -9 of one, and its resume: nothing twice, nothing missing."""
     errors = (store / "errors").open("w+")
     other = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(store)], cwd=ROOT, stdout=subprocess.PIPE, stderr=errors
     )
     try:
+        assert other.stdout is not None
         other.stdout.readline()  # it writes
         with open_study(store / "demo") as study:
             tracker = open_tracker(store)
@@ -252,7 +255,7 @@ def test_two_studies_write_at_once_and_one_is_killed(store):
         assert "complete" in {o.status for o in study.finished.values()}
 
 
-def test_an_outage_is_warned_about_once_and_made_up_for(store, caplog):
+def test_an_outage_is_warned_about_once_and_made_up_for(store: Path, caplog: pytest.LogCaptureFixture) -> None:
     with open_study(store / "demo") as study:
         tracker = open_tracker(store)
         tracker.sync(study)
@@ -270,7 +273,7 @@ def test_an_outage_is_warned_about_once_and_made_up_for(store, caplog):
         check(store, study)
 
 
-def test_a_server_that_is_down_is_one_line_and_no_password(tmp_path):
+def test_a_server_that_is_down_is_one_line_and_no_password(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -281,21 +284,23 @@ def test_a_server_that_is_down_is_one_line_and_no_password(tmp_path):
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "./mlruns"])
-def test_a_uri_that_cannot_work_is_one_line(tmp_path, uri):
+def test_a_uri_that_cannot_work_is_one_line(tmp_path: Path, uri: str) -> None:
     with pytest.raises(StudyError, match="does not work") as raised:
         open_tracker(tmp_path, uri)
     assert "\n" not in str(raised.value)
 
 
-def test_a_deleted_experiment_is_one_line(store):
+def test_a_deleted_experiment_is_one_line(store: Path) -> None:
     open_tracker(store)
     client = MlflowClient(tracking_uri=f"sqlite:///{store}/mlflow.db")
-    client.delete_experiment(client.get_experiment_by_name("sieve").experiment_id)
+    experiment = client.get_experiment_by_name("sieve")
+    assert experiment is not None
+    client.delete_experiment(experiment.experiment_id)
     with pytest.raises(StudyError, match="was deleted: restore it with"):
         open_tracker(store)
 
 
-def test_a_folder_with_spaces_and_accents(schema, tmp_path):
+def test_a_folder_with_spaces_and_accents(schema: Path, tmp_path: Path) -> None:
     folder = tmp_path / "my studies é"
     folder.mkdir()
     shutil.copy(schema, folder / "mlflow.db")
@@ -306,7 +311,7 @@ def test_a_folder_with_spaces_and_accents(schema, tmp_path):
         check(folder, study)
 
 
-def test_passwords_stay_out(store):
+def test_passwords_stay_out(store: Path) -> None:
     params = CONFIG | {"tracking_uri": "http://me:hunter2@host", "recipe": {"rank": 8}}
     with open_study(store / "demo") as study:
         tracker = Tracker.open(None, store, experiment="e", study_name="s", tags={}, params=params)
@@ -317,14 +322,16 @@ def test_passwords_stay_out(store):
 
 
 @pytest.mark.slow
-def test_a_server_that_goes_away_and_comes_back(tmp_path, caplog, capfd):
+def test_a_server_that_goes_away_and_comes_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     uri = f"http://127.0.0.1:{port}"
     (tmp_path / "server").mkdir()
 
-    def serve() -> subprocess.Popen:
+    def serve() -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
         command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server/mlflow.db"]
         command += ["--artifacts-destination", str(tmp_path / "server" / "artifacts")]
@@ -340,7 +347,7 @@ def test_a_server_that_goes_away_and_comes_back(tmp_path, caplog, capfd):
                 return server
         raise AssertionError((tmp_path / "server.log").read_text()[-2000:])
 
-    def end(server: subprocess.Popen) -> None:
+    def end(server: subprocess.Popen[bytes]) -> None:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -32,6 +34,7 @@ from tests.search.propose.test_sampler import problem
 
 FRACTIONS, RANKS, RATES = (0.125, 0.25, 0.5), (4, 16, 32), (1e-3, 1e-2)
 STEPS = (10, 20, 30)
+Recorded = tuple[replay.Table, Path]  # with the folder of its studies
 COMMAND = "python -m search.run space=sieve storage=/home/me/studies"
 
 
@@ -41,15 +44,15 @@ def accuracy(trial: Trial, seed: int) -> float:
     return round(0.3 + 0.01 * trial.allocation.total_experts + 0.002 * trial.recipe.rank - 0.1 * rate + 0.01 * seed, 4)
 
 
-def grid() -> list[dict]:
+def grid() -> list[dict[str, Any]]:
     recipes = [{"rank": rank, "learning_rate": rate} for rank in RANKS for rate in RATES]
-    points = [{"allocator": "all"}, {"allocator": "none"}]
+    points: list[dict[str, Any]] = [{"allocator": "all"}, {"allocator": "none"}]
     points += [{"allocator": "random", "fraction": fraction} for fraction in FRACTIONS]
     points += [{"allocator": "sieve", "fraction": fraction, "score": "count"} for fraction in FRACTIONS]
     return [point | recipe for point in points for recipe in recipes]
 
 
-def record(folder, *, seed: int = 0, points=None, repeats: int = 0) -> None:
+def record(folder: Path, *, seed: int = 0, points: list[dict[str, Any]] | None = None, repeats: int = 0) -> None:
     """A study of the grid as a worker would leave it; every fifth training diverges."""
     asked = problem(seed=seed)
     identity = {"space": "sieve", "model": "small", "task": "t", "seed": seed, "evaluations": 3, "limit": 0}
@@ -75,7 +78,7 @@ def record(folder, *, seed: int = 0, points=None, repeats: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def table(tmp_path_factory):
+def table(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     folder = tmp_path_factory.mktemp("recorded")
     record(folder / "a", seed=0, repeats=1)
     record(folder / "b", seed=2)
@@ -86,7 +89,7 @@ SHIPPED = sorted(replay.SHIPPED.glob("*.parquet"))
 
 
 @pytest.mark.parametrize("name", [file.stem for file in SHIPPED] or ["none is shipped"])
-def test_a_shipped_table_is_a_full_grid_at_every_seed_and_can_be_searched(name):
+def test_a_shipped_table_is_a_full_grid_at_every_seed_and_can_be_searched(name: str) -> None:
     shipped = replay.load(name)
     points = [canonical_json(dict(row.params)) for row in shipped.rows.values()]
     assert len(shipped.seeds) > 1
@@ -101,7 +104,7 @@ def test_a_shipped_table_is_a_full_grid_at_every_seed_and_can_be_searched(name):
     assert not re.search(r"[\"\s=]/\w+/", texts), "no folder of the machine that recorded it"
 
 
-def test_a_table_names_no_folder_of_the_machine_that_made_it(tmp_path):
+def test_a_table_names_no_folder_of_the_machine_that_made_it(tmp_path: Path) -> None:
     record(tmp_path / "study")
     export([tmp_path / "study"], tmp_path / "t.parquet")
     about = replay.load(str(tmp_path / "t.parquet")).about
@@ -109,7 +112,7 @@ def test_a_table_names_no_folder_of_the_machine_that_made_it(tmp_path):
     assert "/home/me" not in json.dumps(about)
 
 
-def test_a_table_holds_every_training_with_its_parameters_and_curve(table):
+def test_a_table_holds_every_training_with_its_parameters_and_curve(table: Recorded) -> None:
     made, folder = table
     assert made.seeds == [0, 1, 2]
     assert len(made.rows) == 3 * len(grid())
@@ -126,7 +129,7 @@ def test_a_table_holds_every_training_with_its_parameters_and_curve(table):
     assert (folder / "small.parquet").stat().st_size < 100_000
 
 
-def test_every_row_is_found_again_by_its_parameters_whatever_its_seed(table):
+def test_every_row_is_found_again_by_its_parameters_whatever_its_seed(table: Recorded) -> None:
     made, _ = table
     for seed in made.seeds:
         asked = table_problem(made, seed=seed)
@@ -140,7 +143,9 @@ def test_every_row_is_found_again_by_its_parameters_whatever_its_seed(table):
 
 
 @pytest.mark.parametrize(("sampler", "seed"), [("ehvi", 0), ("tpe", 1)])
-def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(table, sampler, seed):
+def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(
+    table: Recorded, sampler: str, seed: int
+) -> None:
     made, _ = table
     pins = {"allocator": "sieve", "learning_rate": RATES[0]}
     proposer, found = Proposer(table_problem(made, seed=seed, pins=pins), sampler=sampler), set()
@@ -153,14 +158,14 @@ def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(table,
     assert len(found) == len(FRACTIONS) * len(RANKS)
 
 
-def test_a_point_that_was_not_recorded_is_refused_not_guessed(tmp_path):
+def test_a_point_that_was_not_recorded_is_refused_not_guessed(tmp_path: Path) -> None:
     record(tmp_path / "study", points=[p for p in grid() if p != grid()[-1]])
     asked = table_problem(export([tmp_path / "study"], tmp_path / "small.parquet"), seed=0)
     with pytest.raises(InfeasibleError, match="has no row for this point at seed 0"):
         asked.resolve(asked.ask(optuna.trial.FixedTrial(grid()[-1]))[0])
 
 
-def test_candidates_of_the_sampler_lie_on_the_table(table):
+def test_candidates_of_the_sampler_lie_on_the_table(table: Recorded) -> None:
     made, _ = table
     asked = table_problem(made, seed=1)
     drawn = {"allocator": "sieve", "fraction": 0.1875, "score": "count", "rank": 20, "learning_rate": 4e-3}
@@ -169,14 +174,14 @@ def test_candidates_of_the_sampler_lie_on_the_table(table):
 
 
 @given(st.lists(st.sampled_from([1, 2, 4, 8, 16, 64]), min_size=3, unique=True), st.integers(0, 1000))
-def test_choices_among_numbers_are_drawn_as_the_ordered_parameter_that_they_are(choices, seed):
+def test_choices_among_numbers_are_drawn_as_the_ordered_parameter_that_they_are(choices: list[int], seed: int) -> None:
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     trial = study.ask()
     assert _Nearest(trial, {}).suggest_categorical("experts", choices) in choices
     assert isinstance(trial.distributions["experts"], optuna.distributions.FloatDistribution)
 
 
-def test_seeds_and_budgets_that_no_row_has(table):
+def test_seeds_and_budgets_that_no_row_has(table: Recorded) -> None:
     made, _ = table
     with pytest.raises(StudyError, match=r"seed=7 is not in the table small: choose from 0, 1, 2"):
         table_problem(made, seed=7)
@@ -184,7 +189,9 @@ def test_seeds_and_budgets_that_no_row_has(table):
         table_problem(made, seed=0, max_trainable_params=3)
 
 
-def test_studies_that_do_not_belong_together_and_empty_ones_are_refused(tmp_path, capsys):
+def test_studies_that_do_not_belong_together_and_empty_ones_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record(tmp_path / "a")
     record(tmp_path / "b")
     header = json.loads((tmp_path / "b" / "study.json").read_text())
@@ -200,7 +207,7 @@ def test_studies_that_do_not_belong_together_and_empty_ones_are_refused(tmp_path
     assert "usage" in capsys.readouterr().err
 
 
-def test_tables_that_do_not_exist_and_files_that_are_none(tmp_path, capsys):
+def test_tables_that_do_not_exist_and_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "no.parquet").write_text("no")
     for name, said in (
         (str(tmp_path / "no.parquet"), "is no table of recorded trainings"),
@@ -211,7 +218,9 @@ def test_tables_that_do_not_exist_and_files_that_are_none(tmp_path, capsys):
         assert said in capsys.readouterr().err
 
 
-def test_settings_that_the_table_was_not_recorded_with_are_refused(table, capsys):
+def test_settings_that_the_table_was_not_recorded_with_are_refused(
+    table: Recorded, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, folder = table
     assert main([f"replay={folder / 'small.parquet'}", "evaluations=5"]) == 2
     assert "evaluations=5 is not what" in capsys.readouterr().err
@@ -219,7 +228,7 @@ def test_settings_that_the_table_was_not_recorded_with_are_refused(table, capsys
     assert "recipe.steps is not what" in capsys.readouterr().err
 
 
-def test_a_dry_run_shows_rows_with_exact_counts(table, capsys):
+def test_a_dry_run_shows_rows_with_exact_counts(table: Recorded, capsys: pytest.CaptureFixture[str]) -> None:
     _, folder = table
     assert main([f"replay={folder / 'small.parquet'}", "dry_run=true", "trials=5"]) == 0
     shown = capsys.readouterr().out
@@ -230,7 +239,7 @@ def test_a_dry_run_shows_rows_with_exact_counts(table, capsys):
 # --- through the command line
 
 
-def test_a_study_against_the_table(table, tmp_path):
+def test_a_study_against_the_table(table: Recorded, tmp_path: Path) -> None:
     made, folder = table
     words = [f"replay={folder / 'small.parquet'}", "trials=20", "max_concurrent=3", f"storage={tmp_path}", "seed=1"]
     words += ["sampler=ehvi"]

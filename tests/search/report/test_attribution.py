@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
 
 from allocators.core.types import ExpertSelection, Outcome, Recipe, Trial
 from search import report
@@ -11,17 +16,20 @@ from search.records import read
 from search.replay import load
 from search.report.attribution import FEWEST, attributed, groups_of, importance, in_words
 from tests.search.records.test_reuse import run
-from tests.search.replay.test_replay import table  # noqa: F401
+from tests.search.replay.test_replay import (
+    Recorded,
+    table,  # noqa: F401
+)
 from tests.search.report.written import data_of
 from tests.search.studies import fill, open_study, outcome
 
 
-def made(count: int, accuracy, *, seed: int = 0) -> list[Outcome]:
+def made(count: int, accuracy: Callable[[Trial, float], float], *, seed: int = 0) -> list[Outcome]:
     """Points of a space with conditional knobs, their settings drawn evenly; `accuracy` of (trial, noise)."""
     draw, found = random.Random(seed), []
     for number in range(count):
         allocator = draw.choice(("sieve", "esft", "all"))
-        knobs = {
+        knobs: dict[str, dict[str, Any]] = {
             "sieve": {"fraction": draw.random(), "score": draw.choice(("count", "mass"))},
             "esft": {"p": draw.random()},
         }
@@ -32,14 +40,16 @@ def made(count: int, accuracy, *, seed: int = 0) -> list[Outcome]:
     return found
 
 
-def shares(outcomes) -> dict[str, float]:
+def shares(outcomes: list[Outcome]) -> dict[str, float]:
     found = importance(candidates(outcomes))
+    assert found is not None
     return {share.group: share.value for share in found.shares}
 
 
-def test_what_alone_decides_has_nearly_everything():
+def test_what_alone_decides_has_nearly_everything() -> None:
     outcomes = made(60, lambda trial, noise: trial.recipe.rank / 64)
     found = importance(candidates(outcomes))
+    assert found is not None
     assert found.shares[0].group == "rank"
     assert found.shares[0].value > 0.8
     assert all(abs(share.value) < 0.05 for share in found.shares[1:])
@@ -48,26 +58,26 @@ def test_what_alone_decides_has_nearly_everything():
     assert in_words(found, candidates(outcomes))[0].startswith("Of the variance of accuracy over the 60 points tried, ")
 
 
-def test_a_knob_that_only_one_allocator_has_counts_for_the_allocator():
+def test_a_knob_that_only_one_allocator_has_counts_for_the_allocator() -> None:
     outcomes = made(80, lambda trial, noise: trial.knobs.get("fraction", 0.0))
     found = shares(outcomes)
     assert found["allocator and its knobs"] > 0.7
     assert max(found["rank"], found["optimiser"]) < 0.1
 
 
-def test_two_equal_causes_share():
+def test_two_equal_causes_share() -> None:
     found = shares(made(80, lambda t, noise: t.recipe.rank / 64 + 0.3 * (t.allocator == "all") + 0.01 * noise))
     assert min(found["rank"], found["allocator and its knobs"]) > 0.2
     assert found["optimiser"] < 0.05
 
 
-def test_the_order_of_the_points_changes_nothing():
+def test_the_order_of_the_points_changes_nothing() -> None:
     outcomes = made(30, lambda trial, noise: trial.recipe.rank / 64 + 0.05 * noise)
     shuffled = random.Random(1).sample(outcomes, len(outcomes))
     assert importance(candidates(outcomes)) == importance(candidates(shuffled))
 
 
-def test_too_few_points_one_accuracy_and_mere_noise_are_said_to_be_that():
+def test_too_few_points_one_accuracy_and_mere_noise_are_said_to_be_that() -> None:
     few = candidates(made(FEWEST - 1, lambda trial, noise: noise))
     same = candidates(made(FEWEST, lambda trial, noise: 0.5))
     for points, said in ((few, "19 points have one, 20 are needed"), (same, "there is nothing to attribute")):
@@ -76,12 +86,13 @@ def test_too_few_points_one_accuracy_and_mere_noise_are_said_to_be_that():
         assert attributed(None) == []
     noise = candidates(made(24, lambda trial, noise: noise))
     found = importance(noise)
+    assert found is not None
     assert found.foreseen < 0
     assert "cannot be foreseen" in in_words(found, noise)[0]
     assert attributed(found) == []
 
 
-def test_every_setting_is_in_one_group():
+def test_every_setting_is_in_one_group() -> None:
     trial = outcome().trial
     told = groups_of(
         Trial(trial.allocation, trial.recipe, "m", "t", 0, "alphalora", {"total_experts": 40, "beta": 2.5})
@@ -94,7 +105,7 @@ def test_every_setting_is_in_one_group():
 # --- in the report
 
 
-def test_a_small_study_says_that_it_is_too_small(tmp_path, capsys):
+def test_a_small_study_says_that_it_is_too_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_study(tmp_path / "demo") as study:
         fill(study)
     report.show(report.write(tmp_path / "demo"))
@@ -104,14 +115,14 @@ def test_a_small_study_says_that_it_is_too_small(tmp_path, capsys):
     assert titles == ["One-line recipes against the front", "Trainings saved"]
 
 
-def test_a_replayed_study_from_its_trainings_to_its_report(table, tmp_path):  # noqa: F811
+def test_a_replayed_study_from_its_trainings_to_its_report(table: Recorded, tmp_path: Path) -> None:  # noqa: F811
     """The table's accuracy is made of experts, rank and learning rate; its diverged rows have none."""
     _, folder = table
     said = run(tmp_path, f"replay={folder / 'small.parquet'}", "trials=30", "sampler=random")
     study = tmp_path / "sieve-small-t-replay-small"
     sections = {section["title"]: section for section in data_of(study)["sections"]}
-    bars = {label: share for label, share, _ in sections["What accuracy goes with"]["bars"]}
-    assert max(bars, key=bars.get) == "allocator and its knobs"
+    bars: dict[str, float] = {label: share for label, share, _ in sections["What accuracy goes with"]["bars"]}
+    assert max(bars, key=lambda label: bars[label]) == "allocator and its knobs"
     assert {"learning_rate", "rank"} <= bars.keys()
     assert "What accuracy goes with" in said
     assert "One-line recipes against the front" in said

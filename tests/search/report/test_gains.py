@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from allocators.core.types import Outcome, Recipe, Rung, Trial
 from search.front import candidates, front
 from search.report.gains import recipes, saved
 from tests.search.studies import CONFIG, open_study, outcome, selection
 
 
-def recipe_point(allocator: str, knobs: dict, params: int, accuracy: float, number: int) -> Outcome:
+def recipe_point(allocator: str, knobs: dict[str, Any], params: int, accuracy: float, number: int) -> Outcome:
     trial = Trial(selection(2, seed=number), Recipe(steps=9), "m", "t", 0, allocator, knobs)
     rungs = (Rung(9, 9, accuracy, stderr=0.03),)
     return Outcome(trial, "complete", params, accuracy=accuracy, rungs=rungs)
 
 
-def test_recipes_against_the_front_by_hand(tmp_path):
+def test_recipes_against_the_front_by_hand(tmp_path: Path) -> None:
     outcomes = [
         recipe_point("esft", {"p": 0.1}, 1_000, 0.50, 1),
         recipe_point("esft", {"p": 0.3}, 3_000, 0.70, 2),
@@ -41,7 +44,7 @@ def test_recipes_against_the_front_by_hand(tmp_path):
         )
 
 
-def test_trainings_and_tokens_that_were_not_needed(tmp_path):
+def test_trainings_and_tokens_that_were_not_needed(tmp_path: Path) -> None:
     done, stopped, taken = outcome(), outcome(selection(5), status="stopped"), outcome(selection(6))
     with open_study(tmp_path / "demo", config=CONFIG | {"evaluations": 3}) as study:
         assert saved(study) == []

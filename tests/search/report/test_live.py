@@ -19,10 +19,11 @@ def console(*, terminal: bool) -> Console:
 
 
 def text(of: Console) -> str:
+    assert isinstance(of.file, io.StringIO)
     return of.file.getvalue()
 
 
-def test_elsewhere_one_line_a_finished_trial():
+def test_elsewhere_one_line_a_finished_trial() -> None:
     out = console(terminal=False)
     small, large = outcome(selection(2), accuracy=0.4), outcome(selection(8), accuracy=0.6, allocator="random")
     worse = outcome(selection(9), accuracy=0.3)
@@ -50,7 +51,7 @@ def test_elsewhere_one_line_a_finished_trial():
     assert lines[5] == "4 of 5 finished · 1 failed · 301 answered without training (300 duplicate, 1 infeasible)"
 
 
-def test_repeats_with_other_seeds_count_apart():
+def test_repeats_with_other_seeds_count_apart() -> None:
     out = console(terminal=False)
     with Progress(2, seed=0, done=[outcome(selection(2))], console=out) as progress:
         progress.expect(2, 3)
@@ -64,12 +65,13 @@ def test_repeats_with_other_seeds_count_apart():
     assert lines[2] == "2 of 2 finished · 1 of 3 repeats with other seeds"
 
 
-def test_a_terminal_shows_the_front_what_runs_and_the_counts():
+def test_a_terminal_shows_the_front_what_runs_and_the_counts() -> None:
     out = console(terminal=True)
     with Progress(4, time_budget=600, done=[outcome(selection(2), accuracy=0.4)], console=out) as progress:
         progress.started(started(outcome(selection(5))))
         progress.rung(outcome(selection(5)).digest, rung(30, 0.25))
         progress.answered("duplicate")
+        assert progress._live is not None
         progress._live.refresh()
     shown = text(out)
     assert "Pareto front so far" in shown
@@ -79,16 +81,17 @@ def test_a_terminal_shows_the_front_what_runs_and_the_counts():
     assert "left" in shown
 
 
-def test_a_long_front_is_cut_in_the_live_view_only():
+def test_a_long_front_is_cut_in_the_live_view_only() -> None:
     out = console(terminal=True)
     many = [outcome(selection(n), accuracy=0.3 + n / 100) for n in range(1, 17)]
     with Progress(16, done=many, console=out) as progress:
+        assert progress._live is not None
         progress._live.refresh()
     assert "4 smaller ones not shown" in text(out)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_quiet_shows_messages_only(terminal):
+def test_quiet_shows_messages_only(terminal: bool) -> None:
     out = console(terminal=terminal)
     with Progress(2, quiet=True, console=out) as progress:
         progress.started(started(outcome()))
@@ -97,7 +100,7 @@ def test_quiet_shows_messages_only(terminal):
     assert text(out).splitlines() == ["a warning"]
 
 
-def test_time_left(monkeypatch):
+def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
     with Progress(6, time_budget=1_000, done=[outcome(selection(1))], console=console(terminal=False)) as progress:
@@ -115,7 +118,7 @@ def test_time_left(monkeypatch):
         assert progress.seconds_left is None
 
 
-def test_markup_in_names_is_text():
+def test_markup_in_names_is_text() -> None:
     out = console(terminal=False)
     odd = outcome(allocator="[red]x[/red]").updated(message="[/bold] :smile:")
     with Progress(1, console=out) as progress:
@@ -128,7 +131,7 @@ def test_markup_in_names_is_text():
     assert "[b]front[/b]" in text(table)
 
 
-def test_a_long_measurement_shows_how_far_it_is_in_the_live_view_and_is_gone_after():
+def test_a_long_measurement_shows_how_far_it_is_in_the_live_view_and_is_gone_after() -> None:
     out = console(terminal=True)
     with Progress(5, console=out) as progress:
         progress.measuring("spectrum", 7, 224, "model.layers.1.mlp.up_proj")

@@ -8,12 +8,14 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from allocators.core.types import ExpertSelection, Outcome
 from search.records import LINES
-from search.report import show, write
+from search.report import Report, show, write
 from search.report.__main__ import main
 from search.report.words import load_code
 from tests import ROOT
@@ -32,14 +34,14 @@ from tests.search.studies import (
 )
 
 
-def study_of(folder: Path, *outcomes, **changes):
+def study_of(folder: Path, *outcomes: Outcome, **changes: Any) -> Report:
     with open_study(folder, **changes) as study:
         for done in outcomes:
             study.append_finished(done, {})
     return write(folder)
 
 
-def test_a_whole_study(tmp_path):
+def test_a_whole_study(tmp_path: Path) -> None:
     with open_study(tmp_path / "demo") as study:
         fill(study)
         written = write(study.folder)  # while the study holds its lock
@@ -65,7 +67,7 @@ def test_a_whole_study(tmp_path):
     assert written.metrics["best_accuracy"] == max(float(row["accuracy"]) for row in front)
 
 
-def test_the_allocation_map_is_the_allocation(tmp_path):
+def test_the_allocation_map_is_the_allocation(tmp_path: Path) -> None:
     done = outcome(selection(5, seed=3))
     study_of(tmp_path / "moe", done)
     data = data_of(tmp_path / "moe")
@@ -75,6 +77,7 @@ def test_the_allocation_map_is_the_allocation(tmp_path):
         "across": "expert",
     }
     shown = {n: tuple(i for i, c in enumerate(row) if c == "1") for n, row in enumerate(data["points"][0]["cells"])}
+    assert isinstance(done.trial.allocation, ExpertSelection)
     assert shown == dict(done.trial.allocation.experts)
 
     study_of(tmp_path / "dense", outcome(counts(24)), shape=dense_shape())
@@ -83,7 +86,7 @@ def test_the_allocation_map_is_the_allocation(tmp_path):
     assert [[ord(c) - ord("0") for c in row] for row in data["points"][0]["cells"]] == [[12, 24, 36, 48]] * 3
 
 
-def test_no_finished_trial_yet(tmp_path, capsys):
+def test_no_finished_trial_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with open_study(tmp_path) as study:
         study.append_started(started(outcome()), {})
     assert main([str(tmp_path)]) == 0
@@ -94,7 +97,7 @@ def test_no_finished_trial_yet(tmp_path, capsys):
     assert data_of(tmp_path)["points"] == []
 
 
-def test_a_point_without_trainable_parameters(tmp_path):
+def test_a_point_without_trainable_parameters(tmp_path: Path) -> None:
     """Possible on a dense base: nothing is added."""
     study_of(tmp_path, outcome(counts(0)), outcome(counts(4), accuracy=0.7), shape=dense_shape())
     assert [row["trainable_params"] for row in rows_of(tmp_path / "front.csv")] == [
@@ -103,7 +106,7 @@ def test_a_point_without_trainable_parameters(tmp_path):
     ]  # 60 experts of 4 (32 + 32) + 32
 
 
-def test_only_failures(tmp_path):
+def test_only_failures(tmp_path: Path) -> None:
     bad = started(outcome()).updated(status="diverged", message="loss became NaN at step 3")
     written = study_of(tmp_path, bad)
     assert written.front == []
@@ -113,7 +116,9 @@ def test_only_failures(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["absent", "file", "empty", "torn header", "no lines"])
-def test_what_is_no_study_is_one_line_and_exit_code_2(tmp_path, capsys, damage):
+def test_what_is_no_study_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
     folder = tmp_path / "s"
     match damage:
         case "file":
@@ -133,7 +138,7 @@ def test_what_is_no_study_is_one_line_and_exit_code_2(tmp_path, capsys, damage):
     assert captured.out == ""
 
 
-def test_damaged_lines_are_in_the_report(tmp_path):
+def test_damaged_lines_are_in_the_report(tmp_path: Path) -> None:
     with open_study(tmp_path) as study:
         study.append_finished(outcome(), {})
     text = (tmp_path / LINES).read_text()
@@ -141,7 +146,7 @@ def test_damaged_lines_are_in_the_report(tmp_path):
     assert any("line 1 is damaged" in sentence for sentence in write(tmp_path).words)
 
 
-def test_text_of_a_study_is_never_markup(tmp_path):
+def test_text_of_a_study_is_never_markup(tmp_path: Path) -> None:
     evil = "</script><img src=x onerror=alert(1)>"
     study_of(tmp_path, started(outcome(allocator=evil)).updated(status="failed", message=evil), command=evil)
     page = (tmp_path / "report.html").read_text()
@@ -150,7 +155,7 @@ def test_text_of_a_study_is_never_markup(tmp_path):
     assert data_of(tmp_path)["points"][0]["allocator"] == evil
 
 
-def test_the_page_loads_nothing(tmp_path):
+def test_the_page_loads_nothing(tmp_path: Path) -> None:
     study_of(tmp_path, outcome())
     page = (tmp_path / "report.html").read_text()
     addresses = set(re.findall(r"https?://[^\"'\s]+", page))
@@ -158,7 +163,7 @@ def test_the_page_loads_nothing(tmp_path):
     assert not re.search(r"<link|<script[^>]+src|@import|url\(|fetch\(|innerHTML", page)
 
 
-def test_no_ray_no_torch_no_model(tmp_path):
+def test_no_ray_no_torch_no_model(tmp_path: Path) -> None:
     study_of(tmp_path, outcome())
     code = (
         "import sys; from search.report.__main__ import main; main(sys.argv[1:]);"
@@ -171,7 +176,7 @@ def test_no_ray_no_torch_no_model(tmp_path):
     assert done.stderr.strip() == "set()"
 
 
-def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path):
+def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path: Path) -> None:
     best, other = outcome(selection(8), accuracy=0.6), outcome(selection(4), accuracy=0.5)
     remote = outcome(selection(2), accuracy=0.4, adapter="s3://elsewhere/x")
     with open_study(tmp_path) as study:
@@ -189,11 +194,12 @@ def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path):
     study_of(tmp_path / "far", remote, config=CONFIG | {"storage": "s3://me:pw@bucket"})
     [far] = data_of(tmp_path / "far")["points"]
     assert f'"s3://bucket/far/adapters/{remote.digest}"' in far["load"], "in the study's part of its storage"
-    out = Console(file=io.StringIO(), width=140)
+    printed = io.StringIO()
+    out = Console(file=printed, width=140)
     show(tmp_path, console=out)
-    assert loads[best.digest] in out.file.getvalue()
+    assert loads[best.digest] in printed.getvalue()
     exports = {p["digest"]: p["export"] for p in data_of(tmp_path)["points"]}
     assert exports[best.digest] == f"python -m search.export {tmp_path} point={best.digest[:8]} to=winner"
     assert exports[other.digest] == ""
-    assert f"python -m search.export {tmp_path} to=winner" in out.file.getvalue()
-    assert f"│ {best.digest[:8]} │" in out.file.getvalue()
+    assert f"python -m search.export {tmp_path} to=winner" in printed.getvalue()
+    assert f"│ {best.digest[:8]} │" in printed.getvalue()

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import re
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 from scipy import stats
 
 import spaces.sieve_ablation as space
+from allocators.core.types import ExpertSelection, Outcome
 from search.report import Report, show, write
 from search.report.sections import Section
 from spaces._tables import facts
+from tests.search.report.written import data_of
 from tests.search.studies import CONFIG, EXPERTS, open_study, outcome, selection
 
-ROWS = {
+ROWS: dict[str, tuple[dict[str, Any], ExpertSelection]] = {
     "all": ({"allocator": "all"}, selection(EXPERTS)),
     "hot": ({"allocator": "sieve", "fraction": 0.25, "score": "count"}, selection(4, seed=1)),
     "random": ({"allocator": "random", "fraction": 0.25}, selection(4, seed=2)),
@@ -33,7 +36,14 @@ MEASURED = {
 }
 
 
-def table_study(folder, measured=MEASURED, *, model="tiny-moe", task="shift", mass_is_hot=True):
+def table_study(
+    folder: Path,
+    measured: Mapping[str, tuple[float, ...]] = MEASURED,
+    *,
+    model: str = "tiny-moe",
+    task: str = "shift",
+    mass_is_hot: bool = True,
+) -> Report:
     config = CONFIG | {"space": "sieve_ablation", "model": model, "task": task, "trials": 4, "seeds": 4}
     with open_study(folder, config=config, table=facts(space)) as study:
         for name, accuracies in measured.items():
@@ -50,13 +60,13 @@ def rows_of(section: Section) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(section.head, row, strict=True)) for row in section.rows}
 
 
-def test_every_row_has_mean_and_spread_over_its_seeds(tmp_path):
+def test_every_row_has_mean_and_spread_over_its_seeds(tmp_path: Path) -> None:
     rows, *_ = table_study(tmp_path).sections
     (hot,) = [row for label, row in rows_of(rows).items() if label.startswith("hot")]
     assert (hot["accuracy"], hot["s.d."], hot["seeds"]) == ("0.615", "0.013", "4")
 
 
-def test_rows_of_a_grid_name_the_settings_that_differ(tmp_path):
+def test_rows_of_a_grid_name_the_settings_that_differ(tmp_path: Path) -> None:
     """One allocation with two ranks is two rows, and says which is which."""
     config = CONFIG | {"space": "sieve_ablation", "trials": 2, "seeds": 1}
     with open_study(tmp_path, config=config, table=facts(space)) as study:
@@ -66,7 +76,7 @@ def test_rows_of_a_grid_name_the_settings_that_differ(tmp_path):
     assert [row[0] for row in rows.rows] == [f"sieve fraction=0.25, rank {rank}" for rank in (4, 8)]
 
 
-def test_comparisons_are_the_paired_tests_and_say_their_n(tmp_path):
+def test_comparisons_are_the_paired_tests_and_say_their_n(tmp_path: Path) -> None:
     found = rows_of(table_study(tmp_path).sections[1])
     random = found["hot 25 % − random 25 %"]
     reference = stats.ttest_rel(HOT, MEASURED["random"])
@@ -79,7 +89,7 @@ def test_comparisons_are_the_paired_tests_and_say_their_n(tmp_path):
     assert found["hot 25 % − greedy 25 %"]["reading"] == "cannot be told apart"
 
 
-def test_equality_is_shown_by_equivalence_and_not_by_failing_to_see_a_difference(tmp_path):
+def test_equality_is_shown_by_equivalence_and_not_by_failing_to_see_a_difference(tmp_path: Path) -> None:
     close = rows_of(table_study(tmp_path / "a").sections[1])["hot 25 % − all"]
     assert close["reading"] == "equal to within 2 points"
     assert close["p"].startswith("TOST ")
@@ -91,7 +101,7 @@ def test_equality_is_shown_by_equivalence_and_not_by_failing_to_see_a_difference
     assert apart["reading"] == "further apart than 2 points"
 
 
-def test_rows_that_coincide_are_absent_or_have_one_seed_are_not_tested(tmp_path):
+def test_rows_that_coincide_are_absent_or_have_one_seed_are_not_tested(tmp_path: Path) -> None:
     one = {name: values[:1] for name, values in MEASURED.items()}
     found = rows_of(table_study(tmp_path, one).sections[1])
     assert found["hot 25 % − mass 25 %"]["reading"] == "both rows are one allocation"
@@ -100,7 +110,7 @@ def test_rows_that_coincide_are_absent_or_have_one_seed_are_not_tested(tmp_path)
     assert {row["p"] for row in found.values()} == {""}
 
 
-def test_published_numbers_stand_beside_only_where_model_and_task_are_the_papers(tmp_path):
+def test_published_numbers_stand_beside_only_where_model_and_task_are_the_papers(tmp_path: Path) -> None:
     here, *_ = table_study(tmp_path / "a").sections
     assert "published" not in here.head
     assert here.notes[0].startswith("Not trained: allocator=sieve fraction=0.25 score=mass (the allocation of hot")
@@ -113,7 +123,7 @@ def test_published_numbers_stand_beside_only_where_model_and_task_are_the_papers
     assert papers.notes[-1] == "Published: MoE-Sieve, arXiv:2603.24044."
 
 
-def test_a_table_speaks_of_no_selection_and_a_search_has_no_table(tmp_path):
+def test_a_table_speaks_of_no_selection_and_a_search_has_no_table(tmp_path: Path) -> None:
     report = table_study(tmp_path / "a")
     assert not any("picked" in sentence for sentence in report.words)
     assert report.bias is None
@@ -122,22 +132,21 @@ def test_a_table_speaks_of_no_selection_and_a_search_has_no_table(tmp_path):
         assert Report(study).sections == []
 
 
-def test_terminal_and_page_show_the_tables(tmp_path):
+def test_terminal_and_page_show_the_tables(tmp_path: Path) -> None:
     table_study(tmp_path)
-    out = Console(file=io.StringIO(), width=200)
-    show(tmp_path, console=out)
-    assert "Comparisons, paired seed by seed" in out.file.getvalue()
-    assert "not corrected for their number" in out.file.getvalue()
+    printed = io.StringIO()
+    show(tmp_path, console=Console(file=printed, width=200))
+    assert "Comparisons, paired seed by seed" in printed.getvalue()
+    assert "not corrected for their number" in printed.getvalue()
     write(tmp_path)
-    page = (tmp_path / "report.html").read_text()
-    data = json.loads(re.search(r'<script id="study" type="application/json">(.*?)</script>', page, re.DOTALL)[1])
+    data = data_of(tmp_path)
     assert [section["title"] for section in data["sections"]][1] == "Comparisons, paired seed by seed"
 
 
 # --- several tasks
 
 
-def several(number, accuracy, *, seed=0, **more):
+def several(number: int, accuracy: float, *, seed: int = 0, **more: Any) -> Outcome:
     """An outcome on two tasks: one at `accuracy` − .1, one at + .1, with the standard errors .03 and .04."""
     done = outcome(selection(number), accuracy=accuracy, seed=seed, **more)
     by_task = {
@@ -147,7 +156,7 @@ def several(number, accuracy, *, seed=0, **more):
     return done.updated(rungs=tuple(replace(rung, by_task=by_task, stderr=0.025) for rung in done.rungs))
 
 
-def test_each_task_has_a_column(tmp_path):
+def test_each_task_has_a_column(tmp_path: Path) -> None:
     with open_study(tmp_path / "demo", config=CONFIG | {"task": "easy,my/hard.yaml"}) as study:
         for done in (several(2, 0.4), several(4, 0.5), several(4, 0.6, seed=1), several(9, 0.3)):
             study.append_finished(done, {})

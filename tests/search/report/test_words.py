@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from allocators.core.types import Outcome
 from search.records import UNTRAINED
 from search.report import Report, write
 from tests.search.report.written import data_of, rows_of
@@ -21,14 +24,14 @@ from tests.search.studies import (
 )
 
 
-def words_of(folder: Path, *outcomes, **changes) -> str:
+def words_of(folder: Path, *outcomes: Outcome, **changes: Any) -> str:
     with open_study(folder, **changes) as study:
         for done in outcomes:
             study.append_finished(done, {})
         return "\n".join(Report(study).words)
 
 
-def test_differences_inside_the_noise_are_called_that(tmp_path):
+def test_differences_inside_the_noise_are_called_that(tmp_path: Path) -> None:
     # 200 questions at 0.5: a standard error of .035 each, .05 of a difference; .06 is less than two of those
     close = words_of(tmp_path / "a", outcome(selection(2), accuracy=0.47), outcome(selection(9), accuracy=0.53))
     assert QUESTIONS == 200
@@ -44,13 +47,13 @@ def test_differences_inside_the_noise_are_called_that(tmp_path):
     assert "cannot be told apart" not in far
 
 
-def test_an_unknown_error_is_said_to_be_unknown(tmp_path):
+def test_an_unknown_error_is_said_to_be_unknown(tmp_path: Path) -> None:
     bare = [outcome(selection(n), accuracy=n / 10).updated(rungs=()) for n in (2, 6)]
     assert "standard error of the evaluation was not recorded" in words_of(tmp_path, *bare)
 
 
 @pytest.mark.parametrize(("base", "reading"), [(0.3, "more than noise"), (0.56, "inside the noise")])
-def test_what_training_gained_over_the_base_is_said_and_drawn(tmp_path, base, reading):
+def test_what_training_gained_over_the_base_is_said_and_drawn(tmp_path: Path, base: float, reading: str) -> None:
     assert "ntrained, the base" not in words_of(tmp_path / "a", outcome(accuracy=0.6))
     folder = tmp_path / "b"
     with open_study(folder) as study:
@@ -63,7 +66,7 @@ def test_what_training_gained_over_the_base_is_said_and_drawn(tmp_path, base, re
     assert report.metrics["untrained_accuracy"] == base
 
 
-def test_seeds_are_named(tmp_path):
+def test_seeds_are_named(tmp_path: Path) -> None:
     assert "One seed stands behind each point" in words_of(tmp_path / "a", outcome())
     several = [outcome(selection(4), seed=s, accuracy=0.5 + s / 100) for s in range(3)]
     assert "3 seeds stand behind each point" in words_of(tmp_path / "b", *several)
@@ -71,7 +74,7 @@ def test_seeds_are_named(tmp_path):
     assert "1 to 3 seeds stand behind each point" in mixed
 
 
-def test_the_winners_curse_is_measured_where_seeds_are_fresh(tmp_path):
+def test_the_winners_curse_is_measured_where_seeds_are_fresh(tmp_path: Path) -> None:
     lucky = [outcome(selection(4), seed=s, accuracy=a) for s, a in enumerate((0.6, 0.5, 0.52))]
     said = words_of(tmp_path / "a", *lucky)
     assert "accuracy 0.600 at the seed they were picked at, 0.510 on average over 2 fresh trainings of 1 picked" in said
@@ -82,13 +85,13 @@ def test_the_winners_curse_is_measured_where_seeds_are_fresh(tmp_path):
     assert "Winner's curse" not in words_of(tmp_path / "c", outcome())
 
 
-def test_runs_of_the_search_and_repeats_are_counted_apart(tmp_path):
+def test_runs_of_the_search_and_repeats_are_counted_apart(tmp_path: Path) -> None:
     runs = [outcome(selection(4), seed=s) for s in range(3)]
     said = words_of(tmp_path, *runs, config=CONFIG | {"seeds": 3})
     assert "1 of 24 runs are finished, and 2 repeats with other seeds: 3 complete." in said
 
 
-def test_probabilities_agree_with_the_words(tmp_path):
+def test_probabilities_agree_with_the_words(tmp_path: Path) -> None:
     close = outcome(selection(2), accuracy=0.47), outcome(selection(9), accuracy=0.53)
     with open_study(tmp_path) as study:
         for done in close:
@@ -100,13 +103,13 @@ def test_probabilities_agree_with_the_words(tmp_path):
     assert [row["better_than_next_smaller"][:3] for row in rows_of(tmp_path / "front.csv")] == ["", "0.8"]
 
 
-def early(first: list[float], last: list[float]):
+def early(first: list[float], last: list[float]) -> Iterator[Outcome]:
     for n, (a, b) in enumerate(zip(first, last, strict=True), start=2):
         done = outcome(selection(n), accuracy=b)
         yield done.updated(rungs=(replace(done.rungs[0], accuracy=a), *done.rungs[1:]))
 
 
-def test_a_first_rung_that_misleads_is_warned_of_with_its_n(tmp_path):
+def test_a_first_rung_that_misleads_is_warned_of_with_its_n(tmp_path: Path) -> None:
     last = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8]
     assert "Warning" not in words_of(tmp_path / "a", *early([x / 2 for x in last], last))
     said = words_of(tmp_path / "b", *early([0.4, 0.1, 0.3, 0.2, 0.5, 0.25], last))
@@ -114,7 +117,7 @@ def test_a_first_rung_that_misleads_is_warned_of_with_its_n(tmp_path):
     assert "Warning" not in words_of(tmp_path / "c", *early([0.4, 0.1], last[:2])), "two runs have no ranks"
 
 
-def test_baselines_are_compared_at_equal_parameters_and_recipe(tmp_path):
+def test_baselines_are_compared_at_equal_parameters_and_recipe(tmp_path: Path) -> None:
     hot, random = (
         outcome(selection(4, seed=1), accuracy=0.6),
         outcome(selection(4, seed=2), accuracy=0.4, allocator="random"),
@@ -128,7 +131,7 @@ def test_baselines_are_compared_at_equal_parameters_and_recipe(tmp_path):
     assert "(difference -0.020, standard error 0.049: inside the noise)" in losing
 
 
-def test_of_many_comparisons_inside_the_noise_only_the_number_is_told(tmp_path):
+def test_of_many_comparisons_inside_the_noise_only_the_number_is_told(tmp_path: Path) -> None:
     pairs = [
         (outcome(selection(n), accuracy=0.5), outcome(selection(n, seed=9), accuracy=0.49, allocator="random"))
         for n in (1, 2, 3, 5, 6, 7)
@@ -139,7 +142,7 @@ def test_of_many_comparisons_inside_the_noise_only_the_number_is_told(tmp_path):
     assert "In 6 more comparisons of random or uniform with the best other rule" in said
 
 
-def test_the_budget_of_the_study_or_round_numbers(tmp_path):
+def test_the_budget_of_the_study_or_round_numbers(tmp_path: Path) -> None:
     points = [outcome(selection(n), accuracy=0.2 + n / 30) for n in (1, 4, 12)]  # 7.17k, 14.08k, 32.51k parameters
     limited = words_of(tmp_path / "a", *points, config=CONFIG | {"max_trainable_params": 15_000})
     assert "Best under 15k parameters: sieve fraction=0.25 (14.08k" in limited
@@ -152,7 +155,7 @@ def test_the_budget_of_the_study_or_round_numbers(tmp_path):
     assert re.findall(r"Best under (\w+)", two) == ["20k"]
 
 
-def test_the_knee_in_words(tmp_path):
+def test_the_knee_in_words(tmp_path: Path) -> None:
     bent = [outcome(selection(n), accuracy=a) for n, a in ((1, 0.3), (4, 0.55), (14, 0.6))]
     assert "The knee, after which parameters buy less: sieve fraction=0.25" in words_of(tmp_path / "a", *bent)
     hollow = [outcome(selection(n), accuracy=a) for n, a in ((1, 0.3), (4, 0.31), (14, 0.6))]

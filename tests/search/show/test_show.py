@@ -7,6 +7,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -35,14 +36,14 @@ LLAMA |= {"num_attention_heads": 4}
 
 
 @pytest.fixture
-def model(tmp_path) -> str:
+def model(tmp_path: Path) -> str:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
     return str(tmp_path / "model")
 
 
 @pytest.fixture
-def signal(tmp_path, model) -> str:
+def signal(tmp_path: Path, model: str) -> str:
     measured = routing(shape_from_config(CONFIG, name="x"))
     measured = Signal("routing", measured.rows, "expert", "tokens", {"model": model, "samples": 4, "task": "t"})
     cached("routing", measured.provenance, folder=tmp_path, measure=lambda: measured)
@@ -50,20 +51,20 @@ def signal(tmp_path, model) -> str:
 
 
 @pytest.fixture
-def dense(tmp_path) -> str:
+def dense(tmp_path: Path) -> str:
     (tmp_path / "dense").mkdir()
     (tmp_path / "dense" / "config.json").write_text(json.dumps(LLAMA))
     return str(tmp_path / "dense")
 
 
-def output(capsys, *words: str) -> str:
+def output(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     code = show.main(words)
     out, err = capsys.readouterr()
     assert code == 0, err
     return out
 
 
-def refusal(capsys, *words: str) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert show.main(words) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -72,7 +73,7 @@ def refusal(capsys, *words: str) -> str:
     return err
 
 
-def test_a_signal_file_alone_answers_for_every_moe_allocator(capsys, signal):
+def test_a_signal_file_alone_answers_for_every_moe_allocator(capsys: pytest.CaptureFixture[str], signal: str) -> None:
     text = output(capsys, f"signal={signal}", "rank=4")
     shape = shape_from_config(CONFIG, name="x")
     for name in plugins.names("allocators"):
@@ -86,14 +87,14 @@ def test_a_signal_file_alone_answers_for_every_moe_allocator(capsys, signal):
     assert "layer 2 " in text
 
 
-def test_smaller_before_larger(capsys, signal):
+def test_smaller_before_larger(capsys: pytest.CaptureFixture[str], signal: str) -> None:
     text = output(capsys, f"signal={signal}")
     order = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
     assert order[0] == "none"
     assert order[-1] == "all"
 
 
-def test_knobs_go_to_whoever_has_them_and_by_name_to_one(capsys, signal):
+def test_knobs_go_to_whoever_has_them_and_by_name_to_one(capsys: pytest.CaptureFixture[str], signal: str) -> None:
     text = output(capsys, f"signal={signal}", "allocator=sieve,greedy,esft", "fraction=0.5", "greedy.fraction=1")
     rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.startswith("│")}
     assert "fraction=0.5" in rows["sieve"]
@@ -103,19 +104,21 @@ def test_knobs_go_to_whoever_has_them_and_by_name_to_one(capsys, signal):
     assert "fraction" not in rows["esft"]
 
 
-def test_an_impossible_allocation_is_a_row_with_the_reason(capsys, signal):
+def test_an_impossible_allocation_is_a_row_with_the_reason(capsys: pytest.CaptureFixture[str], signal: str) -> None:
     text = " ".join(output(capsys, f"signal={signal}", "fraction=0.1").replace("│", " ").split())
     assert "no expert:" in text
     assert "raise fraction" in text
 
 
-def test_a_single_allocator_is_drawn(capsys, signal):
+def test_a_single_allocator_is_drawn(capsys: pytest.CaptureFixture[str], signal: str) -> None:
     text = output(capsys, f"signal={signal}", "allocator=sieve")
     drawn = text.split("experts that are adapted\n         sieve\n")[1].splitlines()[:3]
     assert [line.count("█") for line in drawn] == [2 * 2] * 3  # two experts a layer, two characters each
 
 
-def test_several_allocators_are_drawn_where_two_have_room(capsys, signal, tmp_path, model):
+def test_several_allocators_are_drawn_where_two_have_room(
+    capsys: pytest.CaptureFixture[str], signal: str, tmp_path: Path, model: str
+) -> None:
     assert "experts that are adapted" in output(capsys, f"signal={signal}", "allocator=sieve,esft")
     wide = Path(model) / "config.json"
     wide.write_text(json.dumps(CONFIG | {"num_experts": 60}))
@@ -126,7 +129,7 @@ def test_several_allocators_are_drawn_where_two_have_room(capsys, signal, tmp_pa
     assert "experts that are adapted" not in output(capsys, f"signal={file}", "allocator=sieve,esft")
 
 
-def test_views_hold_every_panel(capsys, signal, tmp_path):
+def test_views_hold_every_panel(capsys: pytest.CaptureFixture[str], signal: str, tmp_path: Path) -> None:
     page, picture = tmp_path / "new" / "show.html", tmp_path / "show.png"
     output(capsys, f"signal={signal}", f"html={page}", f"png={picture}")
     text = page.read_text(encoding="utf-8")
@@ -138,7 +141,7 @@ def test_views_hold_every_panel(capsys, signal, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_help_names_every_key_allocator_and_knob(capsys):
+def test_help_names_every_key_allocator_and_knob(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "help")
     assert all(f"  {f.name}" in text for f in fields(ShowConfig))
     for name in plugins.names("allocators"):
@@ -172,7 +175,9 @@ def test_help_names_every_key_allocator_and_knob(capsys):
         (["plugins=nowhere.py"], "no such file"),
     ],
 )
-def test_what_cannot_be_answered_is_one_line(capsys, signal, model, dense, words, message):
+def test_what_cannot_be_answered_is_one_line(
+    capsys: pytest.CaptureFixture[str], signal: str, model: str, dense: str, words: list[str], message: str
+) -> None:
     words = [word.format(model=model, dense=dense) for word in words]
     if not any(word.startswith(("signal=", "model=")) for word in words):
         words.append(f"signal={signal}")
@@ -183,14 +188,14 @@ def test_what_cannot_be_answered_is_one_line(capsys, signal, model, dense, words
 # --- dense models -----------------------------------------------------------------------------------------------------
 
 
-def layered(shape: ModelShape, values: list[list[float]]) -> dict[str, tuple[float, ...]]:
+def layered(shape: ModelShape, values: Sequence[Sequence[float]]) -> dict[str, tuple[float, ...]]:
     """A value of every module: its layer's, from the list of each data set, times 1 + its place in the layer / 100."""
     at = {m.path: i for i, m in enumerate(shape.modules)}
     return {m.path: tuple(v[m.layer] * (1 + at[m.path] % 7 / 100) for v in values) for m in shape.modules}
 
 
 @pytest.fixture
-def dense_files(tmp_path, dense) -> list[str]:
+def dense_files(tmp_path: Path, dense: str) -> list[str]:
     """A spectrum and two data sets' sensitivities of one model, as files."""
     shape = shape_from_config(LLAMA, name=dense)
     common = {"model": dense, "weights": "sha", "code": 1}
@@ -201,7 +206,7 @@ def dense_files(tmp_path, dense) -> list[str]:
         rows = {path: {"sum_sq_grad": v} for path, v in layered(shape, [values]).items()}
         kept.append(Signal("sensitivity", rows, "dataset", "1", provenance))
     for number, signal in enumerate(kept):
-        cached(signal.kind, signal.provenance, folder=tmp_path / str(number), measure=lambda signal=signal: signal)
+        cached(signal.kind, signal.provenance, folder=tmp_path / str(number), measure=lambda: signal)  # noqa: B023 - called at once
     return [str(next((tmp_path / str(number)).glob("*.json"))) for number in range(len(kept))]
 
 
@@ -212,7 +217,9 @@ def table(text: str) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("total", [4, 9, 20, 33])
-def test_all_that_take_a_total_cost_exactly_the_budget(capsys, dense_files, total):
+def test_all_that_take_a_total_cost_exactly_the_budget(
+    capsys: pytest.CaptureFixture[str], dense_files: list[str], total: int
+) -> None:
     """A layer of one expert, rank 2: q, k, v, o 2·(16+16) + 16 = 80, gate, up 2·(16+8) + 16 = 64, down 56: 504."""
     rows = table(output(capsys, f"signal={','.join(dense_files)}", f"total_experts={total}", "rank=2"))
     assert {*rows} == {"uniform", "random", "mola", "alphalora", "sensitivity", "lora_smoe"}
@@ -222,13 +229,15 @@ def test_all_that_take_a_total_cost_exactly_the_budget(capsys, dense_files, tota
     assert rows["mola"][-2:] == [f"{504 * 20:,}", f"{20 / total:.1%}"]  # 2468 on four layers, whatever T is
 
 
-def test_without_a_total_it_is_five_a_layer(capsys, dense):
+def test_without_a_total_it_is_five_a_layer(capsys: pytest.CaptureFixture[str], dense: str) -> None:
     text = output(capsys, f"model={dense}", "allocator=uniform,random,mola")
     assert "of T = 20" in text
     assert {row[-1] for row in table(text).values()} == {"100.0%"}
 
 
-def test_data_sets_in_several_files_vote_together(capsys, dense_files, dense):
+def test_data_sets_in_several_files_vote_together(
+    capsys: pytest.CaptureFixture[str], dense_files: list[str], dense: str
+) -> None:
     shape = shape_from_config(LLAMA, name=dense)
     _, first, second = dense_files
     one = table(output(capsys, f"signal={first}", "allocator=lora_smoe", "retention=0.5"))
@@ -240,7 +249,9 @@ def test_data_sets_in_several_files_vote_together(capsys, dense_files, dense):
     assert both["lora_smoe"][3] == f"{counts.trainable_params(shape, rank=8):,}"
 
 
-def test_signals_and_allocators_of_a_dense_model_are_compared_by_layer(capsys, dense_files):
+def test_signals_and_allocators_of_a_dense_model_are_compared_by_layer(
+    capsys: pytest.CaptureFixture[str], dense_files: list[str]
+) -> None:
     text = output(capsys, f"signal={','.join(dense_files[:2])}", "sensitivity.beta=0.5")
     signals, allocators = text.split("rank correlation (Spearman) of ")[1:]
     assert signals.startswith("signals, by layer\n")
@@ -253,7 +264,9 @@ def test_signals_and_allocators_of_a_dense_model_are_compared_by_layer(capsys, d
     assert "sensitivity: 8 samples of a, from " in text
 
 
-def test_heat_maps_of_a_dense_model_stand_beside_each_other(capsys, dense_files):
+def test_heat_maps_of_a_dense_model_stand_beside_each_other(
+    capsys: pytest.CaptureFixture[str], dense_files: list[str]
+) -> None:
     text = output(capsys, f"signal={','.join(dense_files)}", "total_experts=4")
     lines = text.splitlines()
     begin = lines.index("experts that are added")
@@ -270,7 +283,9 @@ def test_heat_maps_of_a_dense_model_stand_beside_each_other(capsys, dense_files)
     assert lines[begin + 2].split()[-1] != "log"  # means of both data sets span less than two orders of magnitude
 
 
-def test_views_of_a_dense_model_hold_every_panel_and_number(capsys, dense_files, tmp_path):
+def test_views_of_a_dense_model_hold_every_panel_and_number(
+    capsys: pytest.CaptureFixture[str], dense_files: list[str], tmp_path: Path
+) -> None:
     page, picture = tmp_path / "show.html", tmp_path / "show.png"
     output(capsys, f"signal={','.join(dense_files)}", f"html={page}", f"png={picture}")
     text = page.read_text(encoding="utf-8")
@@ -293,23 +308,31 @@ def test_views_of_a_dense_model_hold_every_panel_and_number(capsys, dense_files,
         (["allocator=lora_smoe", "retention=1.5"], "lora_smoe: retention must be above 0 and at most 1"),
     ],
 )
-def test_what_a_dense_model_cannot_answer_is_one_line(capsys, dense_files, words, message):
+def test_what_a_dense_model_cannot_answer_is_one_line(
+    capsys: pytest.CaptureFixture[str], dense_files: list[str], words: list[str], message: str
+) -> None:
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(refusal(capsys, f"signal={','.join(dense_files)}", *words))
 
 
-def test_knobs_within_the_annotations_are_let_through(capsys, dense_files):
+def test_knobs_within_the_annotations_are_let_through(
+    capsys: pytest.CaptureFixture[str], dense_files: list[str]
+) -> None:
     words = ["allocator=alphalora,uniform", "alphalora.beta=2", "uniform.experts_per_layer=null", "rounding=paper"]
     assert {*table(output(capsys, f"signal={dense_files[0]}", *words))} == {"alphalora", "uniform"}
 
 
-def test_signal_files_that_do_not_belong_together_are_refused(capsys, dense_files, signal, tmp_path):
+def test_signal_files_that_do_not_belong_together_are_refused(
+    capsys: pytest.CaptureFixture[str], dense_files: list[str], signal: str, tmp_path: Path
+) -> None:
     spectrum = dense_files[0]
     assert "2 of the signal files hold spectrum" in refusal(capsys, f"signal={spectrum},{spectrum}")
     assert "the signal files are of different models" in refusal(capsys, f"signal={spectrum},{signal}")
 
 
-def test_the_spectrum_of_a_folder_is_measured_once_and_loads_no_model(capsys, tmp_path):
+def test_the_spectrum_of_a_folder_is_measured_once_and_loads_no_model(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     from tests.allocators import tiny
 
     tiny.model("llama").save_pretrained(tmp_path / "model")
@@ -325,13 +348,13 @@ def test_the_spectrum_of_a_folder_is_measured_once_and_loads_no_model(capsys, tm
     assert len(list((tmp_path / "signals").glob("spectrum-*.json"))) == 1
 
 
-def test_a_signal_of_another_model_is_refused(capsys, signal, tmp_path):
+def test_a_signal_of_another_model_is_refused(capsys: pytest.CaptureFixture[str], signal: str, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps(CONFIG | {"num_experts": 4}))
     assert "measured on another model" in refusal(capsys, f"signal={signal}", f"model={tmp_path / 'other'}")
 
 
-def test_errors_and_help_load_nothing_heavy():
+def test_errors_and_help_load_nothing_heavy() -> None:
     heavy = ("torch", "numpy", "transformers", "rich", "matplotlib", "datasets", "lm_eval", "ray")
     code = (
         "import sys\nfrom search.show.__main__ import main\n"
@@ -342,7 +365,9 @@ def test_errors_and_help_load_nothing_heavy():
     assert done.stderr.splitlines()[-1] == "[0, 2, 2] []"
 
 
-def test_a_user_plugin_is_shown_with_the_others(capsys, signal, tmp_path, monkeypatch):
+def test_a_user_plugin_is_shown_with_the_others(
+    capsys: pytest.CaptureFixture[str], signal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(plugins, "_added", {"allocators": {}, "spaces": {}})
     file = tmp_path / "first_two.py"
     file.write_text(
@@ -356,12 +381,12 @@ def test_a_user_plugin_is_shown_with_the_others(capsys, signal, tmp_path, monkey
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40))
-def test_runs_say_every_number(numbers):
+def test_runs_say_every_number(numbers: list[int]) -> None:
     said = [part.partition("×") for part in views.in_runs(numbers).split()]
     assert [int(n) for n, _, times in said for _ in range(int(times or 1))] == numbers
 
 
-def test_by_layer_is_the_papers_count_on_a_dense_base():
+def test_by_layer_is_the_papers_count_on_a_dense_base() -> None:
     shape = dense_shape(layers=2)
     counts = ExpertCounts({m.path: 3 if m.layer else 2 for m in shape.modules})
     assert views.per_layer(counts, shape) == [2, 3]
@@ -370,7 +395,7 @@ def test_by_layer_is_the_papers_count_on_a_dense_base():
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=6), st.integers(60, 200), st.booleans(), st.booleans())
-def test_heat_maps_fit_the_terminal(sizes, width, remark, counts):
+def test_heat_maps_fit_the_terminal(sizes: list[int], width: int, remark: bool, counts: bool) -> None:
     drawn = [
         panels.Panel(
             "group", f"p{i}", ("layer 10",), tuple(map(str, range(size))), (tuple(float(n + 1) for n in range(size)),),
@@ -389,7 +414,7 @@ def test_heat_maps_fit_the_terminal(sizes, width, remark, counts):
             assert line.plain.split()[2:][: len(row[0].columns)] == [str(n + 1) for n in range(len(row[0].columns))]
 
 
-def test_colours_are_logarithmic_where_values_span_orders_of_magnitude():
+def test_colours_are_logarithmic_where_values_span_orders_of_magnitude() -> None:
     steps = panels.Panel("g", "p", ("layer 0",), ("a", "b", "c"), ((1.0, 30.0, 900.0),), lowest=1.0)
     assert [steps.level(v) for v in steps.values[0]] == pytest.approx([0, 0.5, 1])
     even = panels.Panel("g", "p", ("layer 0",), ("a", "b", "c"), ((1.0, 5.0, 9.0),), lowest=1.0)
@@ -398,7 +423,7 @@ def test_colours_are_logarithmic_where_values_span_orders_of_magnitude():
     assert [flat.level(7.0), flat.logarithmic] == [0, False]
 
 
-def test_panels_of_signals_by_layer_and_by_module():
+def test_panels_of_signals_by_layer_and_by_module() -> None:
     shape = moe_shape(layers=2, experts=4)
     count, mass = panels.signal_panels(routing(shape, {0: [1, 3, 0, 0], 1: [1, 1, 1, 1]}), shape)
     assert count.values == ((0.25, 0.75, 0, 0), (0.25, 0.25, 0.25, 0.25))
@@ -412,13 +437,13 @@ def test_panels_of_signals_by_layer_and_by_module():
     assert (hill.level(hill.lowest), hill.level(max(map(max, hill.values)))) == (0, 1)
 
 
-def test_an_empty_choice_is_drawn_empty():
+def test_an_empty_choice_is_drawn_empty() -> None:
     shape = moe_shape(layers=2, experts=4)
     panel = panels.allocation_panel(views.Answer("none", {}, ExpertSelection({})), shape)
     assert {panel.level(v) for row in panel.values for v in row} == {0.0}
 
 
-def test_rank_correlation_by_hand():
+def test_rank_correlation_by_hand() -> None:
     """x = 1 2 3 4, y = 1 3 2 4: one neighbouring swap of four, 1 − 6·2/(4·15) = 0.8; z runs against x."""
     rows = {"0": {"x": (1, 2, 3, 4), "y": (10, 30, 20, 40), "z": (9, 7, 5, 1), "flat": (2, 2, 2, 2)}}
     signal = Signal("routing", rows, "expert", "1", {})
@@ -428,13 +453,13 @@ def test_rank_correlation_by_hand():
     assert not any("flat" in key for pair in found for key in pair)
 
 
-def ranks_of(values):
+def ranks_of(values: list[int]) -> list[float]:
     """Ranks from 1, ties sharing their mean rank."""
     return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
 
 
 @given(st.integers(2, 12).flatmap(lambda n: st.tuples(*[st.lists(st.integers(0, 5), min_size=n, max_size=n)] * 2)))
-def test_rank_correlation_is_pearson_of_ranks_that_ties_share(columns):
+def test_rank_correlation_is_pearson_of_ranks_that_ties_share(columns: tuple[list[int], list[int]]) -> None:
     assert ranks_of([5, 1, 5, 7]) == [2.5, 1, 2.5, 4]
     left, right = columns
     found = ranks.correlations({"a": dict(enumerate(left)), "b": dict(enumerate(right))})
@@ -446,7 +471,7 @@ def test_rank_correlation_is_pearson_of_ranks_that_ties_share(columns):
 
 
 @given(st.lists(st.lists(st.floats(0.1, 10), min_size=28, max_size=28), min_size=1, max_size=3))
-def test_a_layer_is_compared_by_what_allocators_read(datasets):
+def test_a_layer_is_compared_by_what_allocators_read(datasets: list[list[float]]) -> None:
     shape = dense_shape(layers=4)
     rows = {m.path: {"s": tuple(d[i] for d in datasets)} for i, m in enumerate(shape.modules)}
     signal = Signal("sensitivity", rows, "dataset", "1", {})
@@ -454,24 +479,26 @@ def test_a_layer_is_compared_by_what_allocators_read(datasets):
     assert [column[layer] for layer in range(4)] == layer_values(signal, shape, metric="s")
 
 
-def test_what_is_about_other_things_is_not_correlated():
+def test_what_is_about_other_things_is_not_correlated() -> None:
     shape = dense_shape(layers=2)
     by_expert = Signal("routing", {"0": {"count": (1, 2)}}, "expert", "1", {})
     by_module = {m.path: {"hill": (1 + m.layer,), "odd": (1,)} for m in shape.modules}
     del by_module[shape.modules[0].path]["odd"]  # a matrix without the metric: the layer has no mean
     same = Signal("sensitivity", {m.path: {"s": (4 - m.layer,)} for m in shape.modules}, "dataset", "1", {})
-    signals = {s.kind: s for s in (by_expert, Signal("spectrum", by_module, "module", "1", {}), same)}
+    signals: dict[str, Signal] = {
+        s.kind: s for s in (by_expert, Signal("spectrum", by_module, "module", "1", {}), same)
+    }
     found = ranks.correlations(ranks.signal_columns(signals, shape))
     assert found == {("sensitivity.s", "spectrum.hill"): pytest.approx(-1)}
 
 
-def test_a_matrix_is_a_lower_triangle():
+def test_a_matrix_is_a_lower_triangle() -> None:
     found = {("a", "b"): 0.5, ("a", "c"): -1.0, ("b", "c"): 0.25}
     assert ranks.triangle(found) == [["", "1", "2"], ["1 a"], ["2 b", "0.50"], ["3 c", "-1.00", "0.25"]]
     assert ranks.triangle({("a", "b"): 1.0, ("c", "d"): 0.0})[-1] == ["4 d", "", "", "0.00"]
 
 
-def test_experts_of_a_stack_are_drawn_by_their_projection():
+def test_experts_of_a_stack_are_drawn_by_their_projection() -> None:
     shape = moe_shape(layers=2, experts=4)
     rows = {f"{m.path}.{e}": {"s": (float(e + m.layer),)} for m in shape.of_role("expert") for e in range(4)}
     (panel,) = panels.signal_panels(Signal("sensitivity", rows, "dataset", "1", {}), shape)
@@ -479,14 +506,14 @@ def test_experts_of_a_stack_are_drawn_by_their_projection():
     assert panel.values == ((1.5, 1.5, 1.5), (2.5, 2.5, 2.5))
 
 
-def test_layers_without_experts_are_left_out():
+def test_layers_without_experts_are_left_out() -> None:
     shape = moe_shape(layers=3, experts=4, dense_first=1)
     panel = panels.allocation_panel(views.Answer("x", {}, ExpertSelection({2: (1,)})), shape)
     assert panel.lines == ("layer 1", "layer 2")
     assert panel.values == ((0, 0, 0, 0), (0, 1, 0, 0))
 
 
-def test_a_model_with_partial_layers_keeps_columns_aligned():
+def test_a_model_with_partial_layers_keeps_columns_aligned() -> None:
     modules = tuple(ModuleShape(f"model.layers.{n}.mlp.{m}", n, 4, 4) for n, m in itertools.product((0, 1), "ab"))
     panel = panels.allocation_panel(
         views.Answer("x", {}, ExpertCounts({"model.layers.1.mlp.b": 3})), ModelShape("m", modules, 2)
@@ -499,7 +526,7 @@ def test_a_model_with_partial_layers_keeps_columns_aligned():
 
 
 @pytest.mark.slow
-def test_end_to_end_on_the_embedded_model(tmp_path):
+def test_end_to_end_on_the_embedded_model(tmp_path: Path) -> None:
     """Measures once, answers from the cache the second time, without loading the model again."""
     rows = [{"question": word, "choices": [word[::-1], word], "label": 0} for word in ("abc", "bcda", "edcba")]
     for split in ("train", "test"):
@@ -524,12 +551,12 @@ def test_end_to_end_on_the_embedded_model(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["routing", "sensitivity"])
-def test_progress_counts_documents(tmp_path, kind):
+def test_progress_counts_documents(tmp_path: Path, kind: str) -> None:
     config = ShowConfig(samples=20, cache=str(tmp_path))
     source = Source(config, shape_from_config(models.config_of("tiny-moe"), name="tiny-moe"))
     told = []
     source.progress = lambda *what: told.append(what)
-    signals.plan(kind, source)[1]()
+    signals.measurement_of(kind, source).measure()
     assert {(total, what) for _, total, what in told} == {(20, "documents")}
     done = [done for done, _, _ in told]
     assert (done, done[-1]) == (sorted(set(done)), 20)

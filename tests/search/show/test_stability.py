@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from search.show.stability import main, stability
 from tests import ROOT
 
 
-def test_stability_of_equal_samples_is_perfect_and_of_noise_is_chance():
+def test_stability_of_equal_samples_is_perfect_and_of_noise_is_chance() -> None:
     torch.manual_seed(0)
     truth = torch.rand(200).double()
     equal = {str(i): truth[i].expand(12) for i in range(200)}
@@ -29,14 +30,14 @@ def test_stability_of_equal_samples_is_perfect_and_of_noise_is_chance():
     assert all_.nested == pytest.approx((1.0, 1.0))
 
 
-def test_spearman_by_hand():
+def test_spearman_by_hand() -> None:
     """Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5."""
     values = {"a": [1.0, 1.0], "b": [2.0, 5.0], "c": [2.0, 6.0], "d": [3.0, 7.0]}
     (row,) = stability({k: torch.tensor(v).double() for k, v in values.items()}, sizes=[1], share=0.5)
     assert row.disjoint[0][0] == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
 
 
-def test_a_wrong_request_is_one_line(capsys):
+def test_a_wrong_request_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words, told in (
         (["sample=3"], "did you mean 'samples'"),
         (["samples=few"], "samples must be a whole number, got 'few'"),
@@ -52,7 +53,7 @@ def test_a_wrong_request_is_one_line(capsys):
 
 
 @pytest.mark.slow
-def test_one_command_answers_how_stable_the_ranking_is(tmp_path, capsys):
+def test_one_command_answers_how_stable_the_ranking_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "stability.png"
     assert main(["model=tiny-moe", "task=tiny_cipher", "samples=8,16,32", f"plot={plot}"]) == 0
     out = capsys.readouterr().out
@@ -60,7 +61,7 @@ def test_one_command_answers_how_stable_the_ranking_is(tmp_path, capsys):
     assert plot.stat().st_size > 10_000
 
 
-def test_blocks_that_all_score_the_same_have_no_ranks():
+def test_blocks_that_all_score_the_same_have_no_ranks() -> None:
     values = {name: torch.tensor([1.0, 2.0 + number]).double() for number, name in enumerate("abc")}
     flat, whole = stability(values, sizes=[1, 2], share=0.5)
     assert math.isnan(flat.nested[0])
@@ -68,7 +69,7 @@ def test_blocks_that_all_score_the_same_have_no_ranks():
 
 
 @given(st.integers(3, 12), st.integers(0, 10_000))
-def test_spearman_is_pearson_of_ranks_that_ties_share(blocks, seed):
+def test_spearman_is_pearson_of_ranks_that_ties_share(blocks: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
     few = torch.randint(0, 4, (2, blocks), generator=draw).double()
     ranks = torch.stack([(row[:, None] > row).sum(1) + ((row[:, None] == row).sum(1) + 1) / 2 for row in few])
@@ -78,7 +79,7 @@ def test_spearman_is_pearson_of_ranks_that_ties_share(blocks, seed):
 
 
 @pytest.mark.parametrize("door", ["allocators.signals.sensitivity", "search.show.stability"])
-def test_two_doors_to_one_command(door):
+def test_two_doors_to_one_command(door: str) -> None:
     command = [sys.executable, "-m", door, "sample=3"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2

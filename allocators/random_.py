@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterable
+from typing import TypeVar
 
 from allocators.core.errors import InfeasibleError
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Signal
 from allocators.greedy import budget
 from allocators.sieve import how_many
+
+T = TypeVar("T")
 
 NEEDS = None
 BASE = "any"
@@ -67,7 +71,7 @@ def _composition(shape: ModelShape, total: int, minimum: int, seed: int) -> Expe
     return ExpertCounts({m.path: counts[m.layer] for m in shape.of_role("attention", "mlp")})
 
 
-def _shuffled(items, seed: str) -> list:
+def _shuffled(items: Iterable[T], seed: str) -> list[T]:
     order = list(items)
     random.Random(seed).shuffle(order)  # seeded by text: equal on every machine and Python version
     return order

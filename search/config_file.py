@@ -50,7 +50,7 @@ def load(file: str) -> list[tuple[str, str]]:
     Raises StudyError for a file that does not exist, cannot be read, is no YAML, or holds no `key: value` lines.
     """
     try:
-        content = yaml.load(Path(file).read_bytes(), Loader=_Loader)
+        content = yaml.load(Path(file).read_bytes(), Loader=_Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise StudyError(f"config={file}: there is no such file") from None
     except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:

@@ -145,7 +145,7 @@ class Signal:
         object.__setattr__(self, "rows", MappingProxyType(frozen))
         object.__setattr__(self, "provenance", MappingProxyType(dict(self.provenance)))
 
-    def __reduce__(self):  # a MappingProxy does not pickle
+    def __reduce__(self) -> tuple[Any, ...]:  # a MappingProxy does not pickle
         return (Signal.from_json, (self.to_json(),))
 
     def metric(self, key: str | int, name: str) -> tuple[float, ...]:
@@ -200,7 +200,7 @@ class ExpertSelection:
                 clean[layer] = unique
         object.__setattr__(self, "experts", MappingProxyType(clean))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (allocation_from_json, (self.to_json(),))
 
     def __eq__(self, other: object) -> bool:
@@ -270,7 +270,7 @@ class ExpertCounts:
         clean = {path: int(n) for path, n in sorted(self.counts.items()) if n}
         object.__setattr__(self, "counts", MappingProxyType(clean))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return (allocation_from_json, (self.to_json(),))
 
     def __eq__(self, other: object) -> bool:

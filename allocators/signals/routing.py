@@ -20,7 +20,7 @@ Letters: B batch, S sequence, T = B·S tokens, k experts per token, E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -82,7 +82,7 @@ def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, proven
     mass_E = {n: torch.zeros(m.num_experts, dtype=torch.float64, device=device) for n, m in experts.items()}
     keep_T: list[Tensor] = []  # the running batch's real tokens, for the hooks
 
-    def hook_of(layer: int):
+    def hook_of(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             _, index_Tk, weight_Tk = arguments
             keep_Tk = keep_T[0][:, None].expand_as(index_Tk)

@@ -348,7 +348,7 @@ class _TappedLinear(torch.autograd.Function):
     """F.linear with a frozen weight that shows its input and output gradient to `tap` in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tap: Callable) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tap: Callable[..., Any]) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.tap = tap
         return F.linear(x, weight, bias)
@@ -365,7 +365,7 @@ class _TappedOutput(torch.autograd.Function):
     """The same for a layer whose weight is packed: its own forward and backward run, this passes y and dy on."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, tap: Callable) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, tap: Callable[..., Any]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.tap = tap
         return y.clone()
@@ -382,7 +382,7 @@ class _TappedExperts(torch.autograd.Function):
     """The same for rows grouped by expert: x [P, I], weight [E, I, O], ends_E the last row + 1 of each expert."""
 
     @staticmethod
-    def forward(ctx: Any, x_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor, tap: Callable) -> Tensor:
+    def forward(ctx: Any, x_PI: Tensor, weight_EIO: Tensor, ends_E: Tensor, tap: Callable[..., Any]) -> Tensor:
         ctx.save_for_backward(x_PI, weight_EIO, ends_E)
         ctx.tap = tap
         return F.grouped_mm(x_PI, weight_EIO, offs=ends_E)

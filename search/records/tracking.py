@@ -62,7 +62,14 @@ class Tracker:
     """One study's runs in MLflow. Make it with `open`; call `sync` before anything is started."""
 
     def __init__(
-        self, client: MlflowClient, experiment: Experiment, *, uri: str, name: str, tags: Mapping, params: Mapping
+        self,
+        client: MlflowClient,
+        experiment: Experiment,
+        *,
+        uri: str,
+        name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
     ) -> None:
         self.uri = uri
         self._client = client

@@ -18,7 +18,6 @@ on the `Adapter` of `base.py`; an adapter's folder is in `files.py`, PEFT's form
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -26,6 +25,7 @@ from torch import nn
 
 from allocators.core.errors import StudyError, unknown
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, LoraSettings, ModelShape
+from trainers import storage
 from trainers.adapter.base import Adapter, fingerprint
 from trainers.adapter.expert_lora import ExpertLoraAdapter
 from trainers.adapter.files import Saved, family_of, read, save
@@ -55,7 +55,7 @@ def attach(
             return LoraMoeAdapter(model, allocation, shape=shape, lora=lora, seed=seed)
 
 
-def load(model: nn.Module, folder: str | os.PathLike) -> Adapter:
+def load(model: nn.Module, folder: storage.Location) -> Adapter:
     """Attaches a saved adapter to `model`, which must be the base it was trained on.
 
     folder   a path or a URI
@@ -101,7 +101,7 @@ class Adapters:
     without an active adapter it computes what it did before, bit for bit.
     """
 
-    def __init__(self, model: nn.Module, folders: Mapping[str, str | os.PathLike]) -> None:
+    def __init__(self, model: nn.Module, folders: Mapping[str, storage.Location]) -> None:
         self.model = model
         self._adapters: dict[str, Adapter] = {}
         self._active: str | None = None
@@ -123,7 +123,7 @@ class Adapters:
             raise unknown("adapter", name, self._adapters)
         return self._adapters[name]
 
-    def load_adapter(self, folder: str | os.PathLike, name: str) -> None:
+    def load_adapter(self, folder: storage.Location, name: str) -> None:
         """Adds a saved adapter, not active. Raises StudyError as `load` does, and for a name in use."""
         if name in self._adapters:
             raise StudyError(

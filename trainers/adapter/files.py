@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,7 +20,7 @@ FORMAT = 1  # of adapter.json
 _WEIGHTS, _CONFIG = "adapter.safetensors", "adapter.json"
 
 
-def save(adapter: Adapter, folder: str | os.PathLike, *, metadata: Mapping[str, Any]) -> None:
+def save(adapter: Adapter, folder: storage.Location, *, metadata: Mapping[str, Any]) -> None:
     """Writes `adapter.safetensors` and `adapter.json` (allocation, settings, base model, `metadata`) into `folder`.
 
     Works before and after detach() and merge(). Raises StudyError where the folder cannot be written.
@@ -76,7 +75,7 @@ class Saved:
         return LoraSettings(**{f.name: settings[f.name] for f in fields(LoraSettings) if f.name in settings})
 
 
-def read(folder: str | os.PathLike) -> Saved:
+def read(folder: storage.Location) -> Saved:
     """What a folder (a path or a URI) holds; needs no model.
 
     Raises StudyError where it holds no adapter, a damaged one, or not as many weights as its allocation has.

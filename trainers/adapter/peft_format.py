@@ -1,7 +1,8 @@
 """PEFT's form of an adapter, where PEFT can express it: a folder that `PeftModel.from_pretrained(base, folder)` loads.
 
     from trainers import adapter, models
-    from trainers.adapter import peft_format
+    from trainers import storage
+from trainers.adapter import peft_format
 
     model = models.load("tiny-moe", dtype="float32").model
     written = peft_format.write(model, adapter.read("best"), "for-peft", base="tiny-moe")
@@ -26,7 +27,6 @@ Shapes: E experts, C chosen experts, I input features, O output features, R rank
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from allocators.core.errors import StudyError
 from allocators.core.types import ExpertCounts, ExpertSelection, ModuleShape
+from trainers import storage
 from trainers.adapter.expert_lora import side_by_side, weight_stacks
 from trainers.adapter.files import Saved
 from trainers.adapter.linear import module_at
@@ -83,7 +84,7 @@ def refusal(saved: Saved) -> str:
 
 
 def write(
-    model: nn.Module, saved: Saved, folder: str | os.PathLike, *, base: str, revision: str | None = None
+    model: nn.Module, saved: Saved, folder: storage.Location, *, base: str, revision: str | None = None
 ) -> Written:
     """Writes `adapter_config.json` and `adapter_model.safetensors`, by PEFT itself; `model` is left as it was.
 

@@ -107,7 +107,7 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = path.resolve()
     try:
         with path.open(encoding="utf-8") as stream:
-            config = yaml.load(stream, Loader=_Loader)  # a SafeLoader: builds plain values only
+            config = yaml.load(stream, Loader=_Loader)  # noqa: S506 - a SafeLoader: plain values only
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise StudyError(f"task file '{path}' cannot be read: {one_line(error)}") from error
     if not isinstance(config, dict) or path in seen:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -92,7 +92,7 @@ def _blas() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _through_lapack(A: NDArray) -> Vector:
+def _through_lapack(A: NDArray[Any]) -> Vector:
     """Half the Gram matrix (syrk), and the tridiagonal form that the refinement needs."""
     if min(A.shape) > SMALL:
         form = _tridiagonal(_gram(A, blas.ssyrk))
@@ -112,7 +112,7 @@ def _through_lapack(A: NDArray) -> Vector:
     return _drop_zeros(np.linalg.eigvalsh(_gram(A.astype(np.float64), blas.dsyrk)))
 
 
-def _gram(A: NDArray, syrk: Callable) -> NDArray:
+def _gram(A: NDArray[Any], syrk: Callable[..., Any]) -> NDArray[Any]:
     """Lower half of AᵀA or AAᵀ, whichever is smaller. `A.T` of a C-ordered array is Fortran-ordered: no copy."""
     return syrk(1.0, A.T, trans=A.shape[0] < A.shape[1], lower=True)
 
@@ -120,19 +120,19 @@ def _gram(A: NDArray, syrk: Callable) -> NDArray:
 class _Tridiagonal(NamedTuple):
     """An fp32 matrix as Q T Qᵀ: T's diagonal and the one beside it, Q packed as reflectors below them."""
 
-    diagonal: NDArray
-    beside: NDArray
-    packed: NDArray
-    factors: NDArray
+    diagonal: NDArray[Any]
+    beside: NDArray[Any]
+    packed: NDArray[Any]
+    factors: NDArray[Any]
 
 
-def _tridiagonal(gram: NDArray) -> _Tridiagonal:
+def _tridiagonal(gram: NDArray[Any]) -> _Tridiagonal:
     lwork = int(lapack.ssytrd_lwork(gram.shape[0], lower=1)[0])
     packed, diagonal, beside, factors, _ = lapack.ssytrd(gram, lower=1, lwork=lwork, overwrite_a=1)
     return _Tridiagonal(diagonal, beside, packed, factors)
 
 
-def _refined(A: NDArray, form: _Tridiagonal, shift: float, K: int) -> Vector:
+def _refined(A: NDArray[Any], form: _Tridiagonal, shift: float, K: int) -> Vector:
     """The K smallest eigenvalues to 1e-12·λ_max and better: one step of Davidson's method in fp64.
 
     V spans the K lowest eigenvectors of the fp32 Gram matrix G. Its error tilts them towards the others by
@@ -140,7 +140,7 @@ def _refined(A: NDArray, form: _Tridiagonal, shift: float, K: int) -> Vector:
     """
     reflectors = np.asfortranarray(form.packed[1:, :-1])
 
-    def rotate(X: NDArray, turn: Literal["N", "T"] = "N") -> Vector:
+    def rotate(X: NDArray[Any], turn: Literal["N", "T"] = "N") -> Vector:
         """Q X, or Qᵀ X with turn T; the first row stays. fp32 is enough for directions."""
         Y = np.asfortranarray(X, dtype=np.float32)
         Y[1:] = lapack.sormqr("L", turn, reflectors, form.factors, Y[1:], lwork=64 * K)[0]
@@ -160,7 +160,7 @@ def _refined(A: NDArray, form: _Tridiagonal, shift: float, K: int) -> Vector:
     return np.linalg.eigvalsh(projected)[:K]
 
 
-def _apply_gram(A: NDArray, X: Vector) -> Vector:
+def _apply_gram(A: NDArray[Any], X: Vector) -> Vector:
     """WᵀW X in fp64 for the tall W, by rows of W: an fp64 copy of a 7B model's matrix would be 360 MB."""
     tall = A if A.shape[0] >= A.shape[1] else A.T
     total = np.zeros_like(X)

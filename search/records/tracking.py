@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -128,7 +129,8 @@ class Tracker:
     def browse(self) -> str:
         """What to type or open to see the runs."""
         known = self.uri.partition(":")[0].partition("+")[0] in DATABASES
-        return f"mlflow ui --backend-store-uri {redacted(self.uri)}" if known else str(redacted(self.uri))
+        where = str(redacted(self.uri))
+        return f"mlflow ui --backend-store-uri {shlex.quote(where)}" if known else where
 
     def sync(self, records: Records) -> None:
         """Makes the runs say what the records say: looks them up by their tags and adds what is missing."""

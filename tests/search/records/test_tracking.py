@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -367,3 +368,10 @@ def test_a_server_that_goes_away_and_comes_back(
             assert capfd.readouterr().out == ""
     finally:
         end(server)
+
+
+def test_the_command_to_browse_the_runs_is_one_word_for_a_shell(store: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "it's #1"
+    shutil.copytree(store, folder)
+    *_, place = shlex.split(open_tracker(folder).browse)
+    assert place == f"sqlite:///{folder / 'mlflow.db'}"

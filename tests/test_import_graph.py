@@ -172,11 +172,11 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_house_keeps_its_rules(rule):
+def test_the_house_keeps_its_rules(rule: str) -> None:
     assert sorted(RULES[rule]()) == []
 
 
-def test_the_graph_sees_lazy_imports_modules_and_names():
+def test_the_graph_sees_lazy_imports_modules_and_names() -> None:
     graph = arrows()
     assert "trainers.tasks.scoring" in graph["trainers.tasks.task"]  # inside a function
     assert "trainers.models.quantized" in graph["trainers.models.discover"]  # a name of a module
@@ -184,15 +184,15 @@ def test_the_graph_sees_lazy_imports_modules_and_names():
     assert "trainers.tasks" not in graph["trainers.tasks.files"]
 
 
-def test_circles_are_groups_of_modules_that_reach_each_other():
+def test_circles_are_groups_of_modules_that_reach_each_other() -> None:
     graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set(), "e": {"f"}, "f": {"e", "a"}}
     assert sorted(circles(graph)) == [["a", "b", "c"], ["e", "f"]]
 
 
-def test_the_core_is_standard_library_only():
+def test_the_core_is_standard_library_only() -> None:
     for file in sorted((ROOT / "allocators" / "core").glob("*.py")):
         assert packages_of(file) <= sys.stdlib_module_names | {"allocators"}, file.name
 
 
-def test_a_door_of_a_command_in_a_higher_package_imports_nothing_else():
+def test_a_door_of_a_command_in_a_higher_package_imports_nothing_else() -> None:
     assert packages_of(ROOT / "allocators" / "show.py") == {"runpy"}

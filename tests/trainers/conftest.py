@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import random
 import string
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
 
 from trainers.worker_state import WorkerSetup
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 CHARACTERS = string.ascii_lowercase + string.digits + " :.?\n"
 
 
-def char_tokenizer():
+def char_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; `<unk>`, `<pad>` and `<eos>` besides."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
@@ -28,7 +33,7 @@ def char_tokenizer():
     )
 
 
-def tiny_olmoe(seed: int = 0):
+def tiny_olmoe(seed: int = 0) -> Any:
     """A fresh, random OLMoE: 2 layers, hidden 32, 8 experts of width 16, top-2."""
     import torch
     from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -53,7 +58,7 @@ def tiny_olmoe(seed: int = 0):
     return model.requires_grad_(False).eval()
 
 
-def tiny_llama(seed: int = 0):
+def tiny_llama(seed: int = 0) -> Any:
     """A fresh, random Llama: 3 layers, hidden 32; its head is its embedding, of 67 rows."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -78,17 +83,17 @@ def tiny_llama(seed: int = 0):
 
 
 @pytest.fixture(scope="session")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerBase:
     return char_tokenizer()
 
 
 @pytest.fixture
-def model():
+def model() -> Any:
     return tiny_olmoe()
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory) -> Path:
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as save_pretrained writes it."""
     folder = tmp_path_factory.mktemp("tiny-olmoe")
     tiny_olmoe().save_pretrained(folder)
@@ -97,11 +102,11 @@ def model_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def choice_task(tmp_path_factory) -> Path:
+def choice_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four choices, one of which repeats the question's word; 48 rows to train on, 30 to test."""
     rng = random.Random(0)
 
-    def rows(count):
+    def rows(count: int) -> Iterator[dict[str, Any]]:
         for _ in range(count):
             choices = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(2, 6))) for _ in range(4)]
             label = rng.randrange(4)
@@ -125,11 +130,11 @@ def choice_task(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def copy_task(tmp_path_factory) -> Path:
+def copy_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Say a letter again: a task that generates text, with a filter of its own before the default one."""
     rng = random.Random(1)
 
-    def rows(count):
+    def rows(count: int) -> Iterator[dict[str, Any]]:
         for _ in range(count):
             yield {"question": rng.choice("ab") * 2, "answer": rng.choice("ab")}
 
@@ -154,7 +159,7 @@ def copy_task(tmp_path_factory) -> Path:
     )
 
 
-def write_task(folder: Path, name: str, splits: dict, **config) -> Path:
+def write_task(folder: Path, name: str, splits: dict, **config: Any) -> Path:
     """Writes a task file and its data, one JSON object a line, side by side."""
     for split, rows in splits.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -172,7 +177,7 @@ def write_task(folder: Path, name: str, splits: dict, **config) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_dataset_cache(tmp_path_factory):
+def _own_dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Test data does not belong into the user's cache of data sets."""
     import datasets
 

@@ -16,13 +16,13 @@ from trainers import storage
 
 
 @pytest.fixture(params=["path", "uri"])
-def place(request, tmp_path) -> str:
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     folder = tmp_path / "place"
     return str(folder) if request.param == "path" else folder.as_uri()
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path: Path) -> Path:
     source = tmp_path / "source"
     (source / "inner").mkdir(parents=True)
     (source / "a.txt").write_text("alpha")
@@ -30,11 +30,11 @@ def folder(tmp_path):
     return source
 
 
-def contents(folder) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
-def test_a_folder_comes_back_as_it_was(place, folder, tmp_path):
+def test_a_folder_comes_back_as_it_was(place: str, folder: Path, tmp_path: Path) -> None:
     target = storage.join(place, "study", "best")
     assert not storage.exists(target)
     assert not storage.get_folder(target, tmp_path / "back")
@@ -44,7 +44,7 @@ def test_a_folder_comes_back_as_it_was(place, folder, tmp_path):
     assert contents(tmp_path / "back") == contents(folder)
 
 
-def test_a_second_folder_replaces_the_first_whole(place, folder, tmp_path):
+def test_a_second_folder_replaces_the_first_whole(place: str, folder: Path, tmp_path: Path) -> None:
     storage.put_folder(folder, place)
     (folder / "a.txt").unlink()
     (folder / "c.txt").write_text("gamma")
@@ -53,7 +53,7 @@ def test_a_second_folder_replaces_the_first_whole(place, folder, tmp_path):
     assert contents(tmp_path / "back") == contents(folder)
 
 
-def test_a_file_comes_back_and_is_replaced(place):
+def test_a_file_comes_back_and_is_replaced(place: str) -> None:
     target = storage.join(place, "x", "checkpoint")
     assert not storage.exists(target)
     for text in ("one", "two"):
@@ -63,7 +63,7 @@ def test_a_file_comes_back_and_is_replaced(place):
             assert Path(file).read_text() == text
 
 
-def test_nothing_temporary_stays(folder, tmp_path):
+def test_nothing_temporary_stays(folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "place"
     for _ in range(2):
         storage.put_folder(folder, place / "f")
@@ -72,7 +72,7 @@ def test_nothing_temporary_stays(folder, tmp_path):
     assert sorted(os.listdir(place)) == ["a.txt", "f"]
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
     target.write_text("old")
     with pytest.raises(StudyError, match="cannot write"), storage.replacing(target) as temporary:
@@ -81,26 +81,26 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_a_folder_under_a_file_cannot_be_written(folder, tmp_path):
+def test_a_folder_under_a_file_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StudyError, match="possible are a folder you may write"):
         storage.put_folder(folder, tmp_path / "file" / "x")
 
 
-def test_an_unknown_scheme_is_named():
+def test_an_unknown_scheme_is_named() -> None:
     with pytest.raises(StudyError, match=r"'foo://bucket/x'.*possible are"):
         storage.exists("foo://bucket/x")
 
 
-def test_join_keeps_schemes():
+def test_join_keeps_schemes() -> None:
     assert storage.join("s3://bucket/", "a", "b") == "s3://bucket/a/b"
     assert storage.join("/tmp/x", "a") == "/tmp/x/a"
 
 
-def test_a_folder_is_written_whole_or_not_at_all(place, folder, tmp_path):
+def test_a_folder_is_written_whole_or_not_at_all(place: str, folder: Path, tmp_path: Path) -> None:
     storage.put_folder(folder, place)
 
-    def fails_half_way():
+    def fails_half_way() -> None:
         with storage.replacing_folder(place) as local:
             local.mkdir()
             (local / "half").write_text("")
@@ -118,6 +118,6 @@ def test_a_folder_is_written_whole_or_not_at_all(place, folder, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["place", "source"]
 
 
-def test_reading_a_folder_that_is_not_there(place):
+def test_reading_a_folder_that_is_not_there(place: str) -> None:
     with storage.reading_folder(place) as local:
         assert not local.exists()

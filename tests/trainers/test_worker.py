@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
+from torch import Tensor
 
 from allocators.core.messages import Assignment, Finished, PackJob, Report, TaskJob, TrainJob, is_end
-from allocators.core.types import ExpertSelection, Recipe, Trial
+from allocators.core.types import ExpertSelection, Outcome, Recipe, Trial
 from tests.trainers.conftest import worker_setup
 from trainers import storage
+from trainers.adapter import Adapter
 from trainers.worker_slots import WorkerSlots
 from trainers.worker_state import WorkerState
 
 
 @pytest.fixture(scope="module")
-def state(tmp_path_factory):
+def state(tmp_path_factory: pytest.TempPathFactory) -> WorkerState:
     folder = tmp_path_factory.mktemp("worker")
     setup = worker_setup(folder, task="tiny_cipher", task_options={"limit": 16}, evaluations=2, calibration_samples=8)
     return WorkerState(setup, "cpu")
 
 
-def trial(state, ids=(0, 3), **recipe) -> tuple[Trial, int]:
+def trial(state: WorkerState, ids: tuple[int, ...] = (0, 3), **recipe: Any) -> tuple[Trial, int]:
     settings = Recipe(**({"rank": 4, "steps": 4, "batch_size": 4, "micro_batch_size": 4} | recipe))
     selection = ExpertSelection(dict.fromkeys(state.shape.moe_layers, ids))
     made = Trial(selection, settings, "tiny-moe", "tiny_cipher", 0, "sieve", {"fraction": 0.125})
     return made, selection.trainable_params(state.shape, rank=settings.rank)
 
 
-def weights_hash(model) -> str:
+def weights_hash(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -38,7 +43,7 @@ def weights_hash(model) -> str:
     return digest.hexdigest()
 
 
-def test_trial_after_trial_leaves_the_base_bit_identical(state):
+def test_trial_after_trial_leaves_the_base_bit_identical(state: WorkerState) -> None:
     before = weights_hash(state.model)
     for ids in ((0, 3), (), tuple(range(16)), (15,)):
         outcome = state.train(*trial(state, ids), report=lambda rung: True)
@@ -47,14 +52,14 @@ def test_trial_after_trial_leaves_the_base_bit_identical(state):
     assert not any(p.requires_grad for p in state.model.parameters())
 
 
-def test_the_base_alone_is_evaluated_as_an_adapter_that_was_not_trained(state):
+def test_the_base_alone_is_evaluated_as_an_adapter_that_was_not_trained(state: WorkerState) -> None:
     base = state.untrained()
     hardly = state.train(*trial(state, steps=1, learning_rate=1e-12), report=lambda rung: True)
     assert base.accuracy == hardly.accuracy
     assert base.stderr == hardly.rungs[-1].stderr > 0
 
 
-def test_the_same_trial_twice_is_the_same_result(state):
+def test_the_same_trial_twice_is_the_same_result(state: WorkerState) -> None:
     first = state.train(*trial(state), report=lambda rung: True)
     storage.delete_folder(storage.join(state.setup.checkpoints, first.digest))
     second = state.train(*trial(state), report=lambda rung: True)
@@ -63,14 +68,14 @@ def test_the_same_trial_twice_is_the_same_result(state):
     assert first.accuracy == second.accuracy
 
 
-def test_a_diverged_trial_has_no_accuracy_and_no_adapter(state):
+def test_a_diverged_trial_has_no_accuracy_and_no_adapter(state: WorkerState) -> None:
     outcome = state.train(*trial(state, learning_rate=1e30, max_grad_norm=0.0, steps=20), report=lambda rung: True)
     assert outcome.status == "diverged"
     assert outcome.accuracy is None
     assert outcome.adapter == ""
 
 
-def test_a_trial_that_cannot_work_is_an_outcome_with_its_reason(state):
+def test_a_trial_that_cannot_work_is_an_outcome_with_its_reason(state: WorkerState) -> None:
     asked, params = trial(state)
     outcome = state.train(asked, params + 1, report=lambda rung: True)
     assert outcome.status == "failed"
@@ -78,14 +83,14 @@ def test_a_trial_that_cannot_work_is_an_outcome_with_its_reason(state):
     assert state.train(replace(asked, seed=5), params, report=lambda rung: True).status == "complete"
 
 
-def test_a_trial_stops_where_its_report_is_answered_with_no(state):
+def test_a_trial_stops_where_its_report_is_answered_with_no(state: WorkerState) -> None:
     outcome = state.train(*trial(state, (7,)), report=lambda rung: False)
     assert outcome.status == "stopped"
     assert [rung.step for rung in outcome.rungs] == [2]
     assert outcome.accuracy == outcome.rungs[-1].accuracy
 
 
-def test_a_signal_is_measured_once_for_everyone(state):
+def test_a_signal_is_measured_once_for_everyone(state: WorkerState) -> None:
     first = state.measure("routing")
     assert state.measure("routing").to_json() == first.to_json()
     assert set(first.rows) == {str(layer) for layer in state.shape.moe_layers}
@@ -99,26 +104,38 @@ def test_a_signal_is_measured_once_for_everyone(state):
 class Jobs:
     """These jobs; `late` ones are there only when a slot has become free. Keeps what is reported."""
 
-    def __init__(self, jobs, late=(), go_on=lambda job_id: True) -> None:
+    def __init__(
+        self,
+        jobs: Sequence[Assignment],
+        late: Sequence[Assignment] = (),
+        go_on: Callable[[str], bool] = lambda job_id: True,
+    ) -> None:
         self.waiting, self.late, self.go_on = list(jobs), list(late), go_on
         self.reports: list[tuple[str, Report]] = []
 
-    def take(self, *, wait=True):
+    def take(self, *, wait: bool = True) -> Assignment | Literal["empty", "closed"]:
         if self.waiting:
             return self.waiting.pop(0)
         if self.late and any(is_end(report) for _, report in self.reports):
             return self.late.pop(0)
         return "closed" if wait else "empty"
 
-    def report(self, job_id, report):
+    def report(self, job_id: str, report: Report) -> bool:
         self.reports.append((job_id, report))
         return self.go_on(job_id)
 
-    def progress(self, job_id):
+    def progress(self, job_id: str) -> Callable[[int, int, str], None]:
         return lambda done, total, what: None
 
 
-def packed(state, jobs, *, slots, late=(), go_on=lambda job_id: True):
+def packed(
+    state: WorkerState,
+    jobs: Sequence[Assignment],
+    *,
+    slots: int,
+    late: Sequence[Assignment] = (),
+    go_on: Callable[[str], bool] = lambda job_id: True,
+) -> tuple[list[tuple[str, Report]], dict[str, Outcome]]:
     """What a worker with `slots` reports of jobs, and the outcomes among it by job."""
     taken = Jobs(jobs, late, go_on)
     WorkerSlots(state, slots, taken).serve()
@@ -128,13 +145,15 @@ def packed(state, jobs, *, slots, late=(), go_on=lambda job_id: True):
     return taken.reports, {job_id: report.outcome for job_id, report in ends if isinstance(report, Finished)}
 
 
-def job(state, name, ids=(0, 3), *, attempt=1, off=0, **recipe):
+def job(
+    state: WorkerState, name: str, ids: tuple[int, ...] = (0, 3), *, attempt: int = 1, off: int = 0, **recipe: Any
+) -> Assignment:
     asked, params = trial(state, ids, **recipe)
     return Assignment(name, TrainJob(asked, params + off), attempt)
 
 
 @pytest.fixture
-def fresh(state, tmp_path):
+def fresh(state: WorkerState, tmp_path: Path) -> Iterator[WorkerState]:
     """The worker's state with no checkpoint of an earlier test."""
     before = state.setup
     state.setup = replace(before, checkpoints=str(tmp_path / "checkpoints"))
@@ -142,7 +161,7 @@ def fresh(state, tmp_path):
     state.setup = before
 
 
-def test_packed_trials_are_those_of_a_worker_each(fresh, tmp_path):
+def test_packed_trials_are_those_of_a_worker_each(fresh: WorkerState, tmp_path: Path) -> None:
     """One ends early and another takes its place; one is as large as was not counted; a signal waits for its turn."""
     before = weights_hash(fresh.model)
     jobs = [
@@ -170,7 +189,7 @@ def test_packed_trials_are_those_of_a_worker_each(fresh, tmp_path):
         assert one.accuracy == pytest.approx(alone.accuracy, abs=1 / 16)  # of 16 questions rounding may flip one
 
 
-def test_a_packed_trial_stops_and_diverges_by_itself(fresh):
+def test_a_packed_trial_stops_and_diverges_by_itself(fresh: WorkerState) -> None:
     jobs = [
         job(fresh, "stops"),
         job(fresh, "diverges", learning_rate=1e30, max_grad_norm=0.0),
@@ -185,10 +204,12 @@ def test_a_packed_trial_stops_and_diverges_by_itself(fresh):
     assert outcomes["stops"].rungs[-1].step == 2
 
 
-def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_named(fresh, monkeypatch, capsys):
+def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_named(
+    fresh: WorkerState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from trainers.adapter import Adapter
 
-    def greedy(self, real_BS=None):
+    def greedy(self: Adapter, real_BS: Tensor | None = None) -> Tensor | None:
         return torch.empty(10**15).sum() if self.lora.rank == 2 else None  # 4 PB: the allocator refuses
 
     monkeypatch.setattr(Adapter, "extra_loss", greedy)
@@ -201,7 +222,7 @@ def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_nam
     assert "a step of 3 trials failed, each goes on alone" in capsys.readouterr().err
 
 
-def test_how_many_to_pack_is_measured_and_leaves_nothing_behind(fresh):
+def test_how_many_to_pack_is_measured_and_leaves_nothing_behind(fresh: WorkerState) -> None:
     before = weights_hash(fresh.model)
     asked, params = trial(fresh)
     ((_, answer),), _ = packed(fresh, [Assignment("pack", PackJob(asked, params))], slots=8)
@@ -210,7 +231,7 @@ def test_how_many_to_pack_is_measured_and_leaves_nothing_behind(fresh):
     assert weights_hash(fresh.model) == before
 
 
-def test_what_cannot_share_a_pass_waits_for_its_end(fresh):
+def test_what_cannot_share_a_pass_waits_for_its_end(fresh: WorkerState) -> None:
     """Another batch size, and a trial whose worker died with it."""
     jobs = [job(fresh, "a"), job(fresh, "b", batch_size=2, micro_batch_size=2), job(fresh, "c", (1,), attempt=2)]
     _, outcomes = packed(fresh, jobs, slots=3)

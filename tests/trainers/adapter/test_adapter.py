@@ -6,16 +6,19 @@ python -m pytest tests/trainers/adapter/test_adapter.py
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from allocators.core.errors import InfeasibleError, StudyError, TrialError
-from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, LoraSettings, ModelShape
 from tests.trainers.reference import (
     digest,
     every_expert,
@@ -35,7 +38,7 @@ NONE = ExpertSelection({})
 LORA = LoraSettings(rank=4, lora_alpha=8.0)
 
 
-def attached(model, selection=None, **changes):
+def attached(model: Any, selection: ExpertSelection | None = None, **changes: Any) -> Any:
     shape = shape_of_model(model)
     lora = replace(LORA, **changes)
     return attach(model, some_experts(shape) if selection is None else selection, shape=shape, lora=lora, seed=3)
@@ -50,7 +53,7 @@ def attached(model, selection=None, **changes):
     sizes=st.tuples(st.integers(1, 6), st.integers(1, 6), st.integers(1, 4)),
     scale=st.floats(-2, 2),
 )
-def test_add_lora_is_the_formula(rows, sizes, scale):
+def test_add_lora_is_the_formula(rows: list[int], sizes: tuple[int, int, int], scale: float) -> None:
     inputs, outputs, rank = sizes
     generator = torch.Generator().manual_seed(0)
     x, a, b = (torch.randn(*s, generator=generator) for s in ((*rows, inputs), (rank, inputs), (outputs, rank)))
@@ -58,14 +61,14 @@ def test_add_lora_is_the_formula(rows, sizes, scale):
     torch.testing.assert_close(add_lora(out.clone(), x, a, b, scale=scale), out + scale * (x @ a.T @ b.T))
 
 
-def test_add_lora_on_one_number():
+def test_add_lora_on_one_number() -> None:
     out = add_lora(
         torch.tensor([[10.0]]), torch.tensor([[2.0]]), torch.tensor([[3.0]]), torch.tensor([[5.0]]), scale=0.5
     )
     assert out.item() == 10 + 0.5 * 5 * 3 * 2
 
 
-def test_start_values_depend_on_seed_and_name_alone():
+def test_start_values_depend_on_seed_and_name_alone() -> None:
     torch.manual_seed(1)
     one = uniform(4, 100, seed=0, name="q")
     torch.manual_seed(2)
@@ -75,7 +78,7 @@ def test_start_values_depend_on_seed_and_name_alone():
     assert 0.09 < one.abs().max() <= 0.1  # 1/√100
 
 
-def test_an_expert_starts_the_same_whoever_else_is_chosen():
+def test_an_expert_starts_the_same_whoever_else_is_chosen() -> None:
     model = tiny_model("olmoe")
     few = attached(model, ExpertSelection({0: (5,)})).state_dict()
     model.lora_adapter.detach()
@@ -85,7 +88,7 @@ def test_an_expert_starts_the_same_whoever_else_is_chosen():
     assert torch.equal(few["model.layers.1.self_attn.k_proj.lora_A"], many["model.layers.1.self_attn.k_proj.lora_A"])
 
 
-def test_attach_leaves_the_global_random_state_alone():
+def test_attach_leaves_the_global_random_state_alone() -> None:
     model = tiny_model("olmoe")
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -97,7 +100,7 @@ def test_attach_leaves_the_global_random_state_alone():
 # --- attaching and detaching ---
 
 
-def test_the_base_is_frozen_and_only_the_adapter_learns():
+def test_the_base_is_frozen_and_only_the_adapter_learns() -> None:
     model = tiny_model("qwen2_moe")
     adapter = attached(model)
     assert not any(p.requires_grad for p in model.parameters())
@@ -105,7 +108,7 @@ def test_the_base_is_frozen_and_only_the_adapter_learns():
     assert not any("lora" in name for name in model.state_dict())
 
 
-def test_detach_restores_flags_and_is_harmless_twice():
+def test_detach_restores_flags_and_is_harmless_twice() -> None:
     model = tiny_model("olmoe")
     model.lm_head.weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -116,7 +119,7 @@ def test_detach_restores_flags_and_is_harmless_twice():
     assert not hasattr(model, "lora_adapter")
 
 
-def test_two_adapters_on_one_model_are_refused():
+def test_two_adapters_on_one_model_are_refused() -> None:
     model = tiny_model("olmoe")
     first = attached(model)
     with pytest.raises(StudyError, match="carries an adapter already"):
@@ -125,7 +128,7 @@ def test_two_adapters_on_one_model_are_refused():
     attached(model).detach()
 
 
-def test_a_shape_that_does_not_fit_leaves_the_model_as_it_was():
+def test_a_shape_that_does_not_fit_leaves_the_model_as_it_was() -> None:
     model, other = tiny_model("olmoe"), tiny_model("olmoe", hidden_size=48)
     before = digest(model)
     with pytest.raises(StudyError, match=r"q_proj is \[32, 32\] in this model, .* has \[48, 48\]"):
@@ -137,12 +140,12 @@ def test_a_shape_that_does_not_fit_leaves_the_model_as_it_was():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_experts_that_do_not_exist_are_refused():
+def test_experts_that_do_not_exist_are_refused() -> None:
     with pytest.raises(InfeasibleError, match=r"experts 0\.\.7, got 8"):
         attached(tiny_model("olmoe"), ExpertSelection({0: (8,)}))
 
 
-def test_a_tensor_outside_of_the_loss_is_named():
+def test_a_tensor_outside_of_the_loss_is_named() -> None:
     model = tiny_model("olmoe")
     adapter = attached(model, NONE)
     adapter.parameters()[3].grad = None
@@ -153,13 +156,13 @@ def test_a_tensor_outside_of_the_loss_is_named():
 # --- a router is no nn.Linear ---
 
 
-def test_a_router_that_does_more_than_linear_is_refused():
+def test_a_router_that_does_more_than_linear_is_refused() -> None:
     class Odd(nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.randn(8, 32))
 
-        def forward(self, hidden):
+        def forward(self, hidden: Tensor) -> Tensor:
             return torch.matmul(hidden, self.weight)
 
     model = tiny_model("olmoe")
@@ -172,7 +175,7 @@ def test_a_router_that_does_more_than_linear_is_refused():
 # --- files ---
 
 
-def test_a_saved_adapter_gives_the_same_logits_on_another_instance(tmp_path):
+def test_a_saved_adapter_gives_the_same_logits_on_another_instance(tmp_path: Path) -> None:
     adapter = attached(tiny_model("qwen2_moe"), lora_dropout=0.1)
     fill(adapter)
     save(adapter, tmp_path / "best", metadata={"accuracy": 0.5})
@@ -188,7 +191,7 @@ def test_a_saved_adapter_gives_the_same_logits_on_another_instance(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["moe", "dense"])
-def test_settings_on_disk_are_those_that_concern_the_kind(tmp_path, kind):
+def test_settings_on_disk_are_those_that_concern_the_kind(tmp_path: Path, kind: str) -> None:
     """Older versions read them, and what they wrote is read: a setting that is younger than a file has its default."""
     model = MODELS[kind]()
     lora = LoraSettings(rank=2, lora_alpha=4.0, lora_dropout=0.1, top_k=1, balance_coef=0.5)
@@ -205,7 +208,7 @@ def test_settings_on_disk_are_those_that_concern_the_kind(tmp_path, kind):
     assert load(model, tmp_path).lora.lora_dropout == 0.0
 
 
-def test_saving_works_after_merging(tmp_path):
+def test_saving_works_after_merging(tmp_path: Path) -> None:
     adapter = attached(tiny_model("olmoe"))
     fill(adapter)
     expected = logits(adapter.model)
@@ -227,7 +230,7 @@ def test_saving_works_after_merging(tmp_path):
     ],
     ids=["family", "width", "experts", "layers", "weights"],
 )
-def test_loading_onto_another_base_is_refused(tmp_path, other, message):
+def test_loading_onto_another_base_is_refused(tmp_path: Path, other: Callable[[], Any], message: str) -> None:
     save(attached(tiny_model("olmoe")), tmp_path, metadata={})
     model = other()
     before = digest(model)
@@ -237,7 +240,7 @@ def test_loading_onto_another_base_is_refused(tmp_path, other, message):
     assert not hasattr(model, "lora_adapter")
 
 
-def test_a_folder_without_an_adapter_or_with_a_damaged_one(tmp_path):
+def test_a_folder_without_an_adapter_or_with_a_damaged_one(tmp_path: Path) -> None:
     model = tiny_model("olmoe")
     with pytest.raises(StudyError, match="no adapter in"):
         load(model, tmp_path / "nothing")
@@ -250,13 +253,13 @@ def test_a_folder_without_an_adapter_or_with_a_damaged_one(tmp_path):
         load(model, tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StudyError, match=r"cannot save the adapter in .*file"):
         save(attached(tiny_model("olmoe")), tmp_path / "file", metadata={})
 
 
-def test_weights_of_another_rank_or_allocation_do_not_fit():
+def test_weights_of_another_rank_or_allocation_do_not_fit() -> None:
     adapter = attached(tiny_model("olmoe"))
     values = adapter.state_dict()
     other = attached(tiny_model("olmoe"), every_expert(adapter.shape))
@@ -267,7 +270,7 @@ def test_weights_of_another_rank_or_allocation_do_not_fit():
         other.load_state_dict(values)
 
 
-def test_the_fingerprint_is_of_the_checkpoint_not_of_its_dtype():
+def test_the_fingerprint_is_of_the_checkpoint_not_of_its_dtype() -> None:
     model = tiny_model("olmoe")
     before = fingerprint(model)
     assert fingerprint(tiny_model("olmoe").to(torch.bfloat16)) == before
@@ -276,7 +279,7 @@ def test_the_fingerprint_is_of_the_checkpoint_not_of_its_dtype():
     assert fingerprint(model) != before
 
 
-def test_an_adapter_is_loaded_from_a_uri(tmp_path):
+def test_an_adapter_is_loaded_from_a_uri(tmp_path: Path) -> None:
     model = tiny_model("olmoe")
     adapter = attached(model)
     fill(adapter)
@@ -289,7 +292,7 @@ def test_an_adapter_is_loaded_from_a_uri(tmp_path):
         read((tmp_path / "nothing").as_uri())
 
 
-def test_weights_that_are_not_those_of_the_allocation_are_refused_without_a_model(tmp_path):
+def test_weights_that_are_not_those_of_the_allocation_are_refused_without_a_model(tmp_path: Path) -> None:
     adapter = attached(tiny_model("olmoe"))
     save(adapter, tmp_path, metadata={})
     assert sum(tensor.numel() for tensor in read(tmp_path).weights.values()) == adapter.num_trainable
@@ -303,7 +306,7 @@ def test_weights_that_are_not_those_of_the_allocation_are_refused_without_a_mode
 # --- several adapters on one base ---
 
 
-def tiny_llama():
+def tiny_llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -311,10 +314,13 @@ def tiny_llama():
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, initializer_range=0.15, **sizes)).eval()
 
 
+# a base, its digest, folders of adapters, and the logits by adapter
+Several = tuple[Any, str, dict[str, Path], dict[str | None, Tensor]]
+
 MODELS = {"moe": lambda: tiny_model("gpt_oss"), "dense": tiny_llama}
 
 
-def some_allocations(shape):
+def some_allocations(shape: ModelShape) -> tuple[Allocation, Allocation, Allocation]:
     """Three that differ in what they adapt, the last as little as there can be."""
     if shape.is_moe:
         return some_experts(shape), every_expert(shape), NONE
@@ -323,7 +329,7 @@ def some_allocations(shape):
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def several(request, tmp_path_factory):
+def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Several:
     """A base, its digest, folders of three adapters, and the logits that each gives alone (None: the base)."""
     model = MODELS[request.param]()
     shape = shape_of_model(model)
@@ -342,7 +348,9 @@ def several(request, tmp_path_factory):
 
 @settings(deadline=None, max_examples=20)
 @given(turns=st.lists(st.sampled_from([None, "a0", "a1", "a2"]), max_size=6))
-def test_any_switching_gives_each_adapter_alone_and_the_base_bit_for_bit(several, turns):
+def test_any_switching_gives_each_adapter_alone_and_the_base_bit_for_bit(
+    several: Several, turns: list[str | None]
+) -> None:
     model, before, folders, expected = several
     flags = [p.requires_grad for p in model.parameters()]
     adapters = Adapters(model, folders)
@@ -359,7 +367,9 @@ def test_any_switching_gives_each_adapter_alone_and_the_base_bit_for_bit(several
     assert [p.requires_grad for p in model.parameters()] == flags
 
 
-def test_switching_loads_and_copies_nothing(several):
+def test_switching_loads_and_copies_nothing(
+    several: Several,
+) -> None:
     model, _, folders, _ = several
     adapters = Adapters(model, folders)
     places = {name: [p.data_ptr() for p in adapters[name].parameters()] for name in adapters.names}
@@ -370,7 +380,9 @@ def test_switching_loads_and_copies_nothing(several):
     assert [p.data_ptr() for p in model.parameters()] == base
 
 
-def test_adapters_are_added_and_deleted_by_name(several):
+def test_adapters_are_added_and_deleted_by_name(
+    several: Several,
+) -> None:
     model, before, folders, expected = several
     adapters = Adapters(model, {})
     assert adapters.active_adapter is None
@@ -394,8 +406,8 @@ def test_adapters_are_added_and_deleted_by_name(several):
     assert digest(model) == before
 
 
-def test_a_reattached_adapter_learns_as_before():
-    def gradients(model):
+def test_a_reattached_adapter_learns_as_before() -> None:
+    def gradients(model: Any) -> dict[str, Tensor]:
         model(tokens()).logits.square().sum().backward()
         return {name: p.grad.clone() for name, p in model.lora_adapter.named_parameters()}
 
@@ -410,7 +422,7 @@ def test_a_reattached_adapter_learns_as_before():
     assert all(torch.equal(learned[name], expected[name]) for name in expected)
 
 
-def test_what_cannot_be_reattached():
+def test_what_cannot_be_reattached() -> None:
     model = tiny_model("olmoe")
     adapter = attached(model)
     with pytest.raises(StudyError, match="carries an adapter already"):

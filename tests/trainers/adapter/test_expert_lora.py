@@ -8,6 +8,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,13 +48,13 @@ SELECTIONS = {"some": some_experts, "every": every_expert, "none": lambda shape:
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
-def attached(model, selection=None, **changes) -> Any:
+def attached(model: Any, selection: ExpertSelection | None = None, **changes: Any) -> Any:
     shape = shape_of_model(model)
     lora = LoraSettings(**({"rank": 3, "lora_alpha": 6.0} | changes))
     return attach(model, some_experts(shape) if selection is None else selection, shape=shape, lora=lora)
 
 
-def run_every_row(adapter) -> None:
+def run_every_row(adapter: Any) -> None:
     """As on a GPU: no rows are picked."""
     for lora in adapter.experts.values():
         lora.every_row = True
@@ -64,7 +66,7 @@ def run_every_row(adapter) -> None:
 @families
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("rank", [1, 4])
-def test_trainable_parameters_are_as_counted(family, selection, rank):
+def test_trainable_parameters_are_as_counted(family: str, selection: str, rank: int) -> None:
     model = tiny_model(family)
     shape = shape_of_model(model)
     chosen = SELECTIONS[selection](shape)
@@ -73,8 +75,8 @@ def test_trainable_parameters_are_as_counted(family, selection, rank):
     assert sum(p.numel() for p in adapter.parameters() if p.requires_grad) == adapter.num_trainable
 
 
-def test_what_is_adapted_and_what_is_not():
-    def adapted(family):
+def test_what_is_adapted_and_what_is_not() -> None:
+    def adapted(family: str) -> set[str]:
         return {name.removeprefix("model.layers.") for name, _ in attached(tiny_model(family)).named_parameters()}
 
     qwen = adapted("qwen2_moe")
@@ -88,7 +90,7 @@ def test_what_is_adapted_and_what_is_not():
 @families
 @pytest.mark.parametrize("every_row", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fresh_adapter_changes_nothing_bit_for_bit(family, every_row, dtype):
+def test_a_fresh_adapter_changes_nothing_bit_for_bit(family: str, every_row: bool, dtype: torch.dtype) -> None:
     model = tiny_model(family).to(dtype)
     expected = logits(model)
     adapter = attached(model)
@@ -103,7 +105,7 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(family, every_row, dtype):
 @families
 @pytest.mark.parametrize("selection", ["some", "every"])
 @pytest.mark.parametrize("every_row", [False, True])
-def test_forward_and_gradients_are_those_of_the_summed_weights(family, selection, every_row):
+def test_forward_and_gradients_are_those_of_the_summed_weights(family: str, selection: str, every_row: bool) -> None:
     model = tiny_model(family)
     shape = shape_of_model(model)
     chosen = SELECTIONS[selection](shape)
@@ -130,7 +132,16 @@ def test_forward_and_gradients_are_those_of_the_summed_weights(family, selection
         )
 
 
-def expert_layer(num_experts: int, chosen: tuple[int, ...], rank: int, *, hidden=8, width=4, dropout=0.0, seed=0):
+def expert_layer(
+    num_experts: int,
+    chosen: tuple[int, ...],
+    rank: int,
+    *,
+    hidden: int = 8,
+    width: int = 4,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> tuple[Any, ExpertLora]:
     """One layer's experts as transformers builds them, LoRA with random factors on the chosen ones."""
     from transformers import OlmoeConfig
     from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
@@ -150,13 +161,17 @@ def expert_layer(num_experts: int, chosen: tuple[int, ...], rank: int, *, hidden
     return module, ExpertLora(module, chosen, pairs, path="layer", scale=0.5, dropout=dropout)
 
 
-def forward(module, lora, *inputs: Tensor) -> Tensor:
+def forward(module: Any, lora: Any, *inputs: Tensor) -> Tensor:
     vars(module)["lora"] = lora
     return experts_forward(module, *inputs)
 
 
+# num_experts, chosen, rank, index_TK, every_row
+Layer = tuple[int, tuple[int, ...], int, Tensor, bool]
+
+
 @st.composite
-def layers(draw):
+def layers(draw: st.DrawFn) -> Layer:
     num_experts = draw(st.integers(1, 6))
     chosen = tuple(sorted(draw(st.sets(st.integers(0, num_experts - 1), min_size=1))))
     picks = st.permutations(range(num_experts)).map(lambda order: order[: min(2, num_experts)])
@@ -166,7 +181,7 @@ def layers(draw):
 
 @settings(deadline=None, max_examples=60)
 @given(layers())
-def test_one_layer_is_the_loop_over_tokens(layer):
+def test_one_layer_is_the_loop_over_tokens(layer: Layer) -> None:
     num_experts, chosen, rank, index, every_row = layer
     module, lora = expert_layer(num_experts, chosen, rank)
     lora.every_row |= every_row
@@ -186,12 +201,12 @@ def test_one_layer_is_the_loop_over_tokens(layer):
         torch.testing.assert_close(mine, torch.zeros_like(mine) if theirs is None else theirs, **CLOSE)
 
 
-def test_experts_without_a_gate():
+def test_experts_without_a_gate() -> None:
     from transformers.integrations.moe import use_experts_implementation
 
     @use_experts_implementation(has_gate=False)
     class Plain(nn.Module):
-        def __init__(self, config):
+        def __init__(self, config: Any) -> None:
             super().__init__()
             self.num_experts, self.act_fn = 2, torch.relu
             self.up_proj = nn.Parameter(torch.randn(2, 4, 8), requires_grad=False)
@@ -209,7 +224,7 @@ def test_experts_without_a_gate():
     torch.testing.assert_close(out[:1], torch.relu(x[:1] @ module.up_proj[0].T) @ module.down_proj[0].T)
 
 
-def test_peft_gives_the_same_where_both_can_say_it():
+def test_peft_gives_the_same_where_both_can_say_it() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = tiny_model("olmoe")
@@ -240,7 +255,7 @@ def test_peft_gives_the_same_where_both_can_say_it():
 
 
 @pytest.mark.parametrize("every_row", [False, True])
-def test_tokens_of_other_experts_are_untouched_bit_for_bit(every_row):
+def test_tokens_of_other_experts_are_untouched_bit_for_bit(every_row: bool) -> None:
     module, lora = expert_layer(8, (1, 4), rank=4)
     lora.every_row = every_row
     index = torch.tensor([[0, 2], [1, 2], [3, 7], [5, 4], [6, 0]])
@@ -250,7 +265,7 @@ def test_tokens_of_other_experts_are_untouched_bit_for_bit(every_row):
 
 
 @families
-def test_detach_gives_back_the_very_same_model(family):
+def test_detach_gives_back_the_very_same_model(family: str) -> None:
     model = tiny_model(family)
     before = digest(model)
     adapter = attached(model)
@@ -262,7 +277,7 @@ def test_detach_gives_back_the_very_same_model(family):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_worker_attaches_again_and_again_and_nothing_stays_behind():
+def test_a_worker_attaches_again_and_again_and_nothing_stays_behind() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     model = tiny_model("qwen2_moe")
@@ -295,7 +310,7 @@ def test_a_worker_attaches_again_and_again_and_nothing_stays_behind():
 # --- gradients arrive, or it is said ---
 
 
-def test_the_first_gradient_of_b_is_there_and_that_of_a_is_zero():
+def test_the_first_gradient_of_b_is_there_and_that_of_a_is_zero() -> None:
     model = tiny_model("olmoe")
     adapter = attached(model, every_expert(shape_of_model(model)))
     model(tokens()).logits.pow(2).sum().backward()
@@ -304,7 +319,7 @@ def test_the_first_gradient_of_b_is_there_and_that_of_a_is_zero():
         assert bool(parameter.grad.any()) == name.endswith("lora_B"), name
 
 
-def test_an_expert_whose_lora_is_not_reached_is_named():
+def test_an_expert_whose_lora_is_not_reached_is_named() -> None:
     model = tiny_model("olmoe")
     adapter = attached(model, ExpertSelection({1: (2, 6)}))
     model.set_experts_implementation("grouped_mm")  # what another library could do behind our back
@@ -313,7 +328,7 @@ def test_an_expert_whose_lora_is_not_reached_is_named():
         adapter.check_gradients()
 
 
-def test_one_expert_without_gradient_among_others_is_named():
+def test_one_expert_without_gradient_among_others_is_named() -> None:
     model = tiny_model("olmoe")
     adapter = attached(model, ExpertSelection({0: (2, 6)}))
     model(tokens()).logits.pow(2).sum().backward()
@@ -324,7 +339,7 @@ def test_one_expert_without_gradient_among_others_is_named():
         adapter.check_gradients()
 
 
-def test_experts_that_cannot_learn_from_this_batch_are_not_accused():
+def test_experts_that_cannot_learn_from_this_batch_are_not_accused() -> None:
     model = tiny_model("olmoe")
     adapter = attached(model, every_expert(shape_of_model(model)))
     used = set()
@@ -337,7 +352,7 @@ def test_experts_that_cannot_learn_from_this_batch_are_not_accused():
     assert len(used) == 2
 
 
-def test_the_check_costs_nothing_afterwards():
+def test_the_check_costs_nothing_afterwards() -> None:
     model = tiny_model("olmoe")
     adapter = attached(model)
     model(tokens()).logits.sum().backward()
@@ -349,7 +364,7 @@ def test_the_check_costs_nothing_afterwards():
 
 
 @families
-def test_a_merged_model_is_plain_and_computes_the_same(family, tmp_path):
+def test_a_merged_model_is_plain_and_computes_the_same(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = tiny_model(family)
@@ -367,7 +382,7 @@ def test_a_merged_model_is_plain_and_computes_the_same(family, tmp_path):
     torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-6)
 
 
-def test_merging_leaves_unchosen_experts_alone():
+def test_merging_leaves_unchosen_experts_alone() -> None:
     model = tiny_model("olmoe")
     before = {name: p.clone() for name, p in model.named_parameters()}
     adapter = attached(model, ExpertSelection({1: (2, 6)}))
@@ -382,13 +397,13 @@ def test_merging_leaves_unchosen_experts_alone():
 # --- dropout, precision, checkpointing ---
 
 
-def test_dropout_acts_on_the_input_of_lora_alone(monkeypatch):
+def test_dropout_acts_on_the_input_of_lora_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     module, lora = expert_layer(3, (0, 2), rank=2, dropout=0.25)
     index, weight = torch.tensor([[0, 1], [2, 0], [1, 2]]), torch.rand(3, 2)
     hidden = torch.randn(3, 8)
     masks: dict[int, Tensor] = {}
 
-    def kept(route, num_features):
+    def kept(route: Any, num_features: int) -> Tensor:
         masks[num_features] = torch.rand(len(route.rows_Q), num_features) >= 0.25
         return masks[num_features]
 
@@ -402,7 +417,7 @@ def test_dropout_acts_on_the_input_of_lora_alone(monkeypatch):
     row = 0
     for position, (expert, token) in enumerate(zip(route.ids_S.tolist(), route.token_S.tolist(), strict=True)):
 
-        def linear(x, frozen, name, mask, expert=expert):
+        def linear(x: Tensor, frozen: Tensor, name: str, mask: Tensor, expert: int = expert) -> Tensor:
             if expert not in lora.ids:
                 return frozen @ x
             a, b = (factor[lora.ids.index(expert)] for factor in lora.pairs[name])
@@ -420,7 +435,7 @@ def test_dropout_acts_on_the_input_of_lora_alone(monkeypatch):
 
 
 @pytest.mark.parametrize("path", ["self_attn.q_proj", "mlp.gate"])
-def test_dropout_of_plain_lora_and_of_a_router_zeroes_a_share_and_scales_the_rest(path):
+def test_dropout_of_plain_lora_and_of_a_router_zeroes_a_share_and_scales_the_rest(path: str) -> None:
     model = tiny_model("olmoe")
     layer = model.model.layers[0]
     module = layer.get_submodule(path)
@@ -439,7 +454,7 @@ def test_dropout_of_plain_lora_and_of_a_router_zeroes_a_share_and_scales_the_res
     torch.testing.assert_close(delta[~dropped], (x[:, :8] / 0.75)[~dropped])
 
 
-def test_dropout_of_experts_zeroes_a_share():
+def test_dropout_of_experts_zeroes_a_share() -> None:
     module, lora = expert_layer(3, (0, 2), rank=2, dropout=0.25)
     torch.manual_seed(0)
     kept = lora.kept(lora.route(torch.tensor([[0, 1], [2, 0]] * 100)), 100)
@@ -449,7 +464,7 @@ def test_dropout_of_experts_zeroes_a_share():
     assert lora.kept(lora.route(torch.tensor([[0, 1]])), 100) is None
 
 
-def test_dropout_draws_from_the_global_seed_and_is_off_in_eval():
+def test_dropout_draws_from_the_global_seed_and_is_off_in_eval() -> None:
     model = tiny_model("qwen2_moe")
     adapter = attached(model, lora_dropout=0.5)
     fill(adapter)
@@ -464,7 +479,7 @@ def test_dropout_draws_from_the_global_seed_and_is_off_in_eval():
     assert torch.equal(logits(model), logits(model))
 
 
-def gradients(model, adapter, **forward_options) -> dict[str, Tensor]:
+def gradients(model: Any, adapter: Any, **forward_options: Any) -> dict[str, Tensor]:
     for parameter in adapter.parameters():
         parameter.grad = None
     torch.manual_seed(0)
@@ -474,7 +489,7 @@ def gradients(model, adapter, **forward_options) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradient_checkpointing_changes_no_gradient(family, dropout):
+def test_gradient_checkpointing_changes_no_gradient(family: str, dropout: float) -> None:
     model = tiny_model(family).train()
     adapter = attached(model, lora_dropout=dropout)
     fill(adapter)
@@ -488,7 +503,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, dropout):
 
 @families
 @pytest.mark.parametrize("how", ["base", "autocast"])
-def test_bf16_trains_fp32_factors(family, how):
+def test_bf16_trains_fp32_factors(family: str, how: str) -> None:
     model = tiny_model(family)
     if how == "base":
         model.to(torch.bfloat16)
@@ -529,12 +544,14 @@ class Launches(TorchDispatchMode):
         "_reshape_alias",
     )
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         self.calls: Counter[str] = Counter()
         self.rows: list[int] = []
         return super().__enter__()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = func.overloadpacket.__name__
         if name not in self.FREE:
             self.calls[name] += 1
@@ -543,7 +560,7 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(num_experts: int, chosen: tuple[int, ...], *, every_row: bool = False, index: Tensor | None = None):
+def launches(num_experts: int, chosen: tuple[int, ...], *, every_row: bool = False, index: Tensor | None = None) -> int:
     module, lora = expert_layer(num_experts, chosen, rank=3)
     lora.stop_watching()
     lora.every_row |= every_row
@@ -558,37 +575,37 @@ def launches(num_experts: int, chosen: tuple[int, ...], *, every_row: bool = Fal
     return count
 
 
-def test_launches_do_not_grow_with_experts_or_with_those_chosen():
+def test_launches_do_not_grow_with_experts_or_with_those_chosen() -> None:
     few = launches(4, (1, 2)).calls
     assert few == launches(12, (1, 2)).calls == launches(12, tuple(range(11))).calls
     assert few["_grouped_mm"] == 2 * 3 + 2 * 5  # forward: base, A, B; backward: the base's x, and x, rank, A, B of LoRA
     assert sum(few.values()) <= 90
 
 
-def test_nothing_waits_for_the_device_where_every_row_runs():
+def test_nothing_waits_for_the_device_where_every_row_runs() -> None:
     waits = ("nonzero", "_local_scalar_dense", "item", "bincount", "unique", "_unique2", "masked_select", "equal")
     assert not [name for name in launches(8, (1, 2), every_row=True).calls if name in waits]
     assert not [name for name in launches(8, tuple(range(8))).calls if name in waits]
     assert [name for name in launches(8, (1, 2)).calls if name in waits] == ["nonzero"]  # on a CPU: nothing to wait for
 
 
-def test_lora_runs_over_the_rows_of_chosen_experts_only():
+def test_lora_runs_over_the_rows_of_chosen_experts_only() -> None:
     index = torch.tensor([[0, 1], [1, 2], [3, 2], [0, 3]])  # expert 1 has two of eight rows, expert 3 two
     assert sorted(launches(4, (1, 3), index=index).rows) == [4] * 8 + [8] * 4
     assert sorted(launches(4, (1,), index=index).rows) == [2] * 8 + [8] * 4
 
 
-def test_less_is_kept_for_backward_than_frozen_experts_keep():
+def test_less_is_kept_for_backward_than_frozen_experts_keep() -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     module, lora = expert_layer(8, tuple(range(8)), rank=4, hidden=64, width=32)
     index = torch.stack([torch.randperm(8)[:4] for _ in range(256)])
     hidden, weight = torch.randn(256, 64, requires_grad=True), torch.rand(256, 4, requires_grad=True)
 
-    def kept(run) -> int:
+    def kept(run: Callable[[], Any]) -> int:
         storages: dict[int, int] = {}
 
-        def pack(tensor):
+        def pack(tensor: Tensor) -> Tensor:
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
@@ -605,7 +622,7 @@ def test_less_is_kept_for_backward_than_frozen_experts_keep():
 # --- refusals ---
 
 
-def test_a_model_outside_of_the_experts_interface_is_refused():
+def test_a_model_outside_of_the_experts_interface_is_refused() -> None:
     model = tiny_model("olmoe")
 
     class Own(nn.Module):
@@ -617,7 +634,7 @@ def test_a_model_outside_of_the_experts_interface_is_refused():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_experts_spread_over_devices_are_refused():
+def test_experts_spread_over_devices_are_refused() -> None:
     model = tiny_model("olmoe")
     model.model.layers[0].mlp.experts._is_expert_parallel = True
     with pytest.raises(StudyError, match="spread over devices"):

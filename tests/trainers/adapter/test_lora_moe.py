@@ -6,30 +6,48 @@ python -m pytest tests/trainers/adapter/test_lora_moe.py
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from allocators.core.errors import InfeasibleError, StudyError, TrialError
-from allocators.core.types import ExpertCounts, LoraSettings, ModelShape, ModuleShape
+from allocators.core.types import ExpertCounts, Gating, LoraSettings, ModelShape, ModuleShape
 from tests import GOLDEN
 from tests.benchmarks.lora_moe import Ours, count, train, variants
 from trainers import adapter as adapters
 from trainers.adapter import lora_moe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PUBLISHED = json.loads((GOLDEN / "routing.json").read_text())
 
 # --- the layer against loops over tokens and experts -----------------------------------------------------------------
 
 
-def reference(x, weight, bias, a, b, router, *, top_k, scale, keep=None, dropout=0.0):
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    router: Tensor,
+    *,
+    top_k: int,
+    scale: float,
+    keep: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
     """MoLA and HydraLoRA, word by word. a: N matrices [R, I], or one for hydra; b: N matrices [O, R]; x [T, I]."""
     rows = []
     for t, token in enumerate(x):
@@ -44,10 +62,12 @@ def reference(x, weight, bias, a, b, router, *, top_k, scale, keep=None, dropout
     return torch.stack(rows)
 
 
-def leaves(hydra, n, r, i, o, tokens, seed, dtype=torch.float32):
+def leaves(
+    hydra: bool, n: int, r: int, i: int, o: int, tokens: int, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor], Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(*size, scale=1.0):
+    def draw(*size: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(*size, generator=generator) * scale).to(dtype)
 
     a = [draw(r, i, scale=i**-0.5).requires_grad_() for _ in range(1 if hydra else n)]
@@ -56,11 +76,11 @@ def leaves(hydra, n, r, i, o, tokens, seed, dtype=torch.float32):
     return draw(tokens, i).requires_grad_(), draw(o, i, scale=i**-0.5), draw(o), a, b, router, draw(tokens, o)
 
 
-def stacked(a, b, router):
+def stacked(a: Sequence[Tensor], b: Sequence[Tensor], router: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([*a, router]), torch.cat(b, dim=1)
 
 
-def close(got, want, tolerance=1e-5):
+def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     assert got.shape == want.shape
     assert (got - want).abs().max() <= tolerance * max(1.0, want.abs().max())
 
@@ -77,7 +97,9 @@ def close(got, want, tolerance=1e-5):
     dropout=st.sampled_from([0.0, 0.4]),
     seed=st.integers(0, 1000),
 )
-def test_forward_and_all_gradients_equal_the_reference(hydra, n, top_k, r, i, o, tokens, dropout, seed):
+def test_forward_and_all_gradients_equal_the_reference(
+    hydra: bool, n: int, top_k: int, r: int, i: int, o: int, tokens: int, dropout: float, seed: int
+) -> None:
     x, weight, bias, a, b, router, dy = leaves(hydra, n, r, i, o, tokens, seed)
     torch.manual_seed(seed)
     keep = torch.empty(tokens, i, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
@@ -100,11 +122,11 @@ def test_forward_and_all_gradients_equal_the_reference(hydra, n, top_k, r, i, o,
 
 @pytest.mark.parametrize("hydra", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_gradcheck_with_the_balance_loss(hydra, dropout):
+def test_gradcheck_with_the_balance_loss(hydra: bool, dropout: float) -> None:
     x, weight, bias, a, b, router, _ = leaves(hydra, 4, 2, 5, 3, 6, seed=3, dtype=torch.float64)
     down, up = (t.detach().requires_grad_() for t in stacked(a, b, router))
 
-    def function(x, down, up):
+    def function(x: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         torch.manual_seed(0)  # the same mask every time
         y, logits = lora_moe.lora_moe_linear(
             x, weight, bias, down, up, rank=2, top_k=4 if hydra else 2, scale=1.5, dropout=dropout, want_logits=True
@@ -114,7 +136,7 @@ def test_gradcheck_with_the_balance_loss(hydra, dropout):
     assert torch.autograd.gradcheck(function, (x, down, up))
 
 
-def test_three_dimensional_input_is_the_flat_one():
+def test_three_dimensional_input_is_the_flat_one() -> None:
     x, weight, bias, a, b, router, _ = leaves(False, 3, 2, 5, 4, 6, seed=1)
     down, up = stacked(a, b, router)
     kwargs = {"rank": 2, "top_k": 2, "scale": 2.0}
@@ -124,7 +146,7 @@ def test_three_dimensional_input_is_the_flat_one():
     assert logits.shape == (6, 3)
 
 
-def test_one_expert_has_gate_one_and_a_router_without_gradient():
+def test_one_expert_has_gate_one_and_a_router_without_gradient() -> None:
     x, weight, bias, a, b, router, dy = leaves(False, 1, 3, 7, 5, 4, seed=2)
     down, up = (t.detach().requires_grad_() for t in stacked(a, b, router))
     y, _ = lora_moe.lora_moe_linear(x, weight, bias, down, up, rank=3, top_k=2, scale=2.0)
@@ -134,7 +156,7 @@ def test_one_expert_has_gate_one_and_a_router_without_gradient():
     assert down.grad[:3].abs().min() > 0
 
 
-def test_the_frozen_input_of_the_first_layer_costs_no_gradient():
+def test_the_frozen_input_of_the_first_layer_costs_no_gradient() -> None:
     layer = variants(16, 4, device="cpu")["routed"]
     x = torch.randn(8, 16)
     layer(x).sum().backward()
@@ -143,7 +165,7 @@ def test_the_frozen_input_of_the_first_layer_costs_no_gradient():
 
 
 @pytest.mark.parametrize("hydra", [False, True])
-def test_bf16_base_with_fp32_adapter(hydra):
+def test_bf16_base_with_fp32_adapter(hydra: bool) -> None:
     x, weight, bias, a, b, router, dy = leaves(hydra, 4, 4, 64, 32, 50, seed=5)
     low = [t.detach().bfloat16() for t in (x, weight, bias, dy)]
     x16 = low[0].requires_grad_()
@@ -168,7 +190,7 @@ def test_bf16_base_with_fp32_adapter(hydra):
         assert (got.float() - want).norm() < (0.02 if hydra else 0.15) * want.norm()
 
 
-def test_softmax_runs_in_fp32_under_bf16():
+def test_softmax_runs_in_fp32_under_bf16() -> None:
     logits = torch.tensor([[4.0, 3.99, -1.0]]).bfloat16()
     gates = lora_moe.route(logits, top_k=3)
     assert gates.dtype == torch.float32
@@ -178,7 +200,7 @@ def test_softmax_runs_in_fp32_under_bf16():
 # --- routing and balance ---------------------------------------------------------------------------------------------
 
 
-def test_golden_routing():
+def test_golden_routing() -> None:
     logits = torch.tensor(PUBLISHED["softmax_probs"]).log()
     gates = lora_moe.route(logits, top_k=PUBLISHED["top_k"])
     assert gates.nonzero()[:, 1].view(2, 2).tolist() == PUBLISHED["selected"]
@@ -190,7 +212,7 @@ def test_golden_routing():
 
 @given(seed=st.integers(0, 1000), n=st.integers(2, 6), top_k=st.integers(1, 6), padding=st.integers(0, 4))
 @settings(max_examples=25, deadline=None)
-def test_padding_changes_nothing(seed, n, top_k, padding):
+def test_padding_changes_nothing(seed: int, n: int, top_k: int, padding: int) -> None:
     logits = torch.randn(9, n, generator=torch.Generator().manual_seed(seed))
     real = torch.arange(9) >= padding
     want = lora_moe.balance_loss(logits[padding:], top_k=top_k)
@@ -199,7 +221,7 @@ def test_padding_changes_nothing(seed, n, top_k, padding):
         assert torch.allclose(want, torch.ones(()))
 
 
-def test_a_favoured_expert_costs_more():
+def test_a_favoured_expert_costs_more() -> None:
     even = torch.eye(4).repeat(5, 1)
     skewed = even.clone()
     skewed[:, 0] += 3
@@ -210,7 +232,7 @@ def test_a_favoured_expert_costs_more():
 
 
 @pytest.mark.parametrize(("name", "forward", "backward"), [("routed", 9, 12), ("hydra", 6, 13)])
-def test_launches_do_not_grow_with_the_number_of_experts(name, forward, backward):
+def test_launches_do_not_grow_with_the_number_of_experts(name: str, forward: int, backward: int) -> None:
     for n in (3, 8, 16):
         layer = variants(32, n, device="cpu")[name]
         counts = count(layer, torch.randn(64, 32), parameters=[layer.weight, *layer.parameters()])
@@ -219,7 +241,7 @@ def test_launches_do_not_grow_with_the_number_of_experts(name, forward, backward
         assert counts.syncs == 0
 
 
-def test_saves_rank_space_and_gates_only():
+def test_saves_rank_space_and_gates_only() -> None:
     tokens, d, n, r = 512, 256, 8, 8
     layers = variants(d, n, device="cpu")
     x = torch.randn(tokens, d)
@@ -230,7 +252,7 @@ def test_saves_rank_space_and_gates_only():
     assert 10 * saved["hydra"] < saved["hydra_loop"]
 
 
-def test_trains_like_the_loops():
+def test_trains_like_the_loops() -> None:
     layers = variants(48, 4, device="cpu")
     for loop, ours in (("mola", "routed"), ("hydra_loop", "hydra")):
         assert isinstance(layers[ours], Ours)
@@ -252,24 +274,24 @@ MAPS = {
 
 
 class Layer(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         for name, (i, o) in MAPS.items():
             self.add_module(name, nn.Linear(i, o, bias=name == "q_proj"))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.o_proj(torch.tanh(self.q_proj(x)) * self.v_proj(x).cumsum(1))
         return x + self.down_proj(F.silu(self.up_proj(x)))
 
 
 class Body(nn.Module):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.layers = nn.ModuleList(Layer() for _ in range(2))
         self.checkpoint: bool | None = None  # or use_reentrant
 
-    def forward(self, input_ids, attention_mask=None):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x) if self.checkpoint is None else checkpoint(layer, x, use_reentrant=self.checkpoint)
@@ -281,17 +303,17 @@ class Tiny(nn.Module):
 
     config = SimpleNamespace(model_type="tiny")
 
-    def __init__(self, seed=0):
+    def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.model = Body()
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
     @property
-    def base_model(self):
+    def base_model(self) -> Body:
         return self.model
 
-    def forward(self, input_ids, attention_mask=None):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.head(self.model(input_ids, attention_mask=attention_mask))
 
 
@@ -313,13 +335,15 @@ MASK = torch.ones_like(IDS)
 MASK[0, :4] = MASK[2, :1] = 0
 
 
-def attach(model, counts=None, *, gating="routed", seed=3, **changes):
+def attach(
+    model: Any, counts: dict[str, int] | None = None, *, gating: Gating = "routed", seed: int = 3, **changes: Any
+) -> Any:
     lora = LoraSettings(**({"rank": 2, "lora_alpha": 4.0, "top_k": 2} | changes))
     allocation = ExpertCounts(MIXED if counts is None else counts, gating)
     return adapters.attach(model, allocation, shape=SHAPE, lora=lora, seed=seed)
 
 
-def grow(adapter, seed=0):
+def grow(adapter: Any, seed: int = 0) -> None:
     """Values as in the middle of a training: B is not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -327,12 +351,12 @@ def grow(adapter, seed=0):
             p.add_(0.3 * torch.randn(p.shape, generator=generator))
 
 
-def loss_of(model):
+def loss_of(model: Any) -> Tensor:
     return F.cross_entropy(model(IDS, attention_mask=MASK).flatten(0, 1), IDS.flatten())
 
 
 @pytest.mark.parametrize("gating", ["routed", "hydra"])
-def test_fresh_adapter_changes_nothing_and_detach_restores_everything(gating):
+def test_fresh_adapter_changes_nothing_and_detach_restores_everything(gating: Gating) -> None:
     model = Tiny()
     before = model(IDS).detach()
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -354,13 +378,13 @@ def test_fresh_adapter_changes_nothing_and_detach_restores_everything(gating):
     rank=st.integers(1, 4),
 )
 @settings(max_examples=15, deadline=None)
-def test_holds_exactly_the_counted_parameters(counts, gating, rank):
+def test_holds_exactly_the_counted_parameters(counts: Sequence[int], gating: Gating, rank: int) -> None:
     allocation = ExpertCounts(dict(zip(PATHS, counts, strict=True)), gating)
     adapter = adapters.attach(Tiny(), allocation, shape=SHAPE, lora=LoraSettings(rank=rank, lora_alpha=1.0))
     assert adapter.num_trainable == allocation.trainable_params(SHAPE, rank=rank)
 
 
-def test_start_values_follow_seed_path_and_expert_alone():
+def test_start_values_follow_seed_path_and_expert_alone() -> None:
     torch.manual_seed(5)
     one = attach(Tiny(), {PATHS[0]: 2, PATHS[3]: 1}).state_dict()[f"{PATHS[0]}.down"]
     torch.manual_seed(6)
@@ -373,7 +397,7 @@ def test_start_values_follow_seed_path_and_expert_alone():
 
 
 @pytest.mark.parametrize("gating", ["routed", "hydra"])
-def test_whole_model_equals_the_reference(gating):
+def test_whole_model_equals_the_reference(gating: Gating) -> None:
     model = Tiny()
     adapter = attach(model, gating=gating)
     grow(adapter)
@@ -390,7 +414,7 @@ def test_whole_model_equals_the_reference(gating):
         down, up = (state[f"{path}.{part}"].clone().requires_grad_() for part in ("down", "up"))
         params |= {f"{path}.down": down, f"{path}.up": up}
 
-        def forward(x, module=module, down=down, up=up, n=n):
+        def forward(x: Tensor, module: Any = module, down: Tensor = down, up: Tensor = up, n: int = n) -> Tensor:
             bias = module.bias if module.bias is not None else torch.zeros(module.out_features)
             a, b = down[:-n].split(2), up.split(2, dim=1)
             y = reference(x.flatten(0, 1), module.weight, bias, a, b, down[-n:], top_k=2, scale=2.0)
@@ -405,7 +429,7 @@ def test_whole_model_equals_the_reference(gating):
 
 
 @pytest.mark.parametrize("balance", ["layer", "module"])
-def test_balance_loss_of_a_model(balance):
+def test_balance_loss_of_a_model(balance: str) -> None:
     model = Tiny()
     adapter = attach(model, balance_coef=0.5, seed=0)
     adapter.balance = balance
@@ -436,7 +460,7 @@ def test_balance_loss_of_a_model(balance):
     assert moved == [path for path, n in MIXED.items() if n > 2]
 
 
-def test_where_every_expert_is_picked_the_balance_loss_is_constant():
+def test_where_every_expert_is_picked_the_balance_loss_is_constant() -> None:
     model = Tiny()
     adapter = attach(model, dict.fromkeys(MIXED, 2), top_k=2, balance_coef=0.5)
     grow(adapter)
@@ -446,7 +470,7 @@ def test_where_every_expert_is_picked_the_balance_loss_is_constant():
     assert not extra.requires_grad, "a gradient of rounding errors would be a whole step of AdamW"
 
 
-def gradients(model, adapter):
+def gradients(model: Any, adapter: Any) -> list[Tensor]:
     for p in adapter.parameters():
         p.grad = None
     loss = loss_of(model)
@@ -456,7 +480,7 @@ def gradients(model, adapter):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_gradient_checkpointing_is_exact_and_counts_routers_once(dropout):
+def test_gradient_checkpointing_is_exact_and_counts_routers_once(dropout: float) -> None:
     model = Tiny()
     adapter = attach(model, balance_coef=0.3, lora_dropout=dropout)
     grow(adapter)
@@ -470,7 +494,7 @@ def test_gradient_checkpointing_is_exact_and_counts_routers_once(dropout):
         assert not adapter._logits
 
 
-def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_balance_loss():
+def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_balance_loss() -> None:
     model = Tiny()
     adapter = attach(model, balance_coef=0.3)
     model.model.checkpoint = True
@@ -480,7 +504,7 @@ def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_balance_loss
         adapter.extra_loss()
 
 
-def test_no_balance_loss_where_there_is_nothing_to_balance():
+def test_no_balance_loss_where_there_is_nothing_to_balance() -> None:
     for changes in ({"balance_coef": 0.0}, {"balance_coef": 0.1, "gating": "hydra"}):
         model = Tiny()
         adapter = attach(model, **changes)
@@ -488,7 +512,7 @@ def test_no_balance_loss_where_there_is_nothing_to_balance():
         assert adapter.extra_loss() is None
 
 
-def test_evaluation_keeps_no_logits_and_no_dropout():
+def test_evaluation_keeps_no_logits_and_no_dropout() -> None:
     model = Tiny()
     adapter = attach(model, balance_coef=0.1, lora_dropout=0.5)
     grow(adapter)
@@ -501,7 +525,7 @@ def test_evaluation_keeps_no_logits_and_no_dropout():
     assert not torch.equal(model(IDS), model(IDS))
 
 
-def test_every_expert_that_saw_a_token_gets_a_gradient():
+def test_every_expert_that_saw_a_token_gets_a_gradient() -> None:
     model = Tiny()
     adapter = attach(model)
     grow(adapter)
@@ -512,7 +536,7 @@ def test_every_expert_that_saw_a_token_gets_a_gradient():
         assert seen.all(), path
 
 
-def test_no_gradient_is_named():
+def test_no_gradient_is_named() -> None:
     model = Tiny()
     adapter = attach(model)
     with pytest.raises(TrialError, match=r"model\.layers\.0\.q_proj\.down got no gradient"):
@@ -520,7 +544,7 @@ def test_no_gradient_is_named():
 
 
 @pytest.mark.parametrize("gating", ["routed", "hydra"])
-def test_save_and_load(gating, tmp_path):
+def test_save_and_load(gating: Gating, tmp_path: Path) -> None:
     model = Tiny()
     adapter = attach(model, gating=gating, balance_coef=0.1, lora_dropout=0.2, top_k=3)
     grow(adapter)
@@ -535,7 +559,7 @@ def test_save_and_load(gating, tmp_path):
 
 
 @pytest.mark.parametrize("gating", ["routed", "hydra"])
-def test_merge_of_single_experts(gating):
+def test_merge_of_single_experts(gating: Gating) -> None:
     model = Tiny()
     adapter = attach(model, dict.fromkeys(PATHS[::2], 1), gating=gating)
     grow(adapter)
@@ -545,7 +569,7 @@ def test_merge_of_single_experts(gating):
     close(model(IDS), want)
 
 
-def test_merge_of_several_experts_is_refused_and_nothing_happens():
+def test_merge_of_several_experts_is_refused_and_nothing_happens() -> None:
     model = Tiny()
     adapter = attach(model)
     grow(adapter)
@@ -555,7 +579,7 @@ def test_merge_of_several_experts_is_refused_and_nothing_happens():
     assert torch.equal(model(IDS), want)
 
 
-def test_refusals_leave_the_model_as_it_was():
+def test_refusals_leave_the_model_as_it_was() -> None:
     model = Tiny()
     with pytest.raises(InfeasibleError, match="no dense module"):
         attach(model, {"model.layers.9.q_proj": 2})
@@ -568,7 +592,7 @@ def test_refusals_leave_the_model_as_it_was():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gating", ["routed", "hydra"])
-def test_llama(gating):
+def test_llama(gating: Gating) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from allocators.core.shapes import shape_from_config
@@ -616,7 +640,7 @@ def test_llama(gating):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gating", ["routed", "hydra"])
-def test_the_training_loop_runs_it(gating, tokenizer, choice_task):
+def test_the_training_loop_runs_it(gating: Gating, tokenizer: PreTrainedTokenizerBase, choice_task: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from allocators.core.shapes import shape_from_config

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from allocators.core.errors import StudyError
-from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, Gating, LoraSettings
 from tests.trainers.adapter.test_adapter import tiny_llama
 from tests.trainers.reference import (
     FAMILIES,
@@ -27,13 +30,14 @@ from tests.trainers.reference import (
     tiny_model,
 )
 from trainers.adapter import attach, read, save
+from trainers.adapter.files import Saved
 from trainers.adapter.peft_format import refusal, write
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SELECTIONS = {"some": some_experts, "every": every_expert, "none": lambda shape: ExpertSelection({})}
 
 
-def saved_adapter(model, allocation, folder, **changes):
+def saved_adapter(model: Any, allocation: Allocation, folder: Path, **changes: Any) -> tuple[Saved, Tensor]:
     """A trained adapter on disk, and the logits it gives; the model comes back bare."""
     lora = LoraSettings(**({"rank": 3, "lora_alpha": 5.0} | changes))
     adapter = attach(model, allocation, shape=shape_of_model(model), lora=lora)
@@ -44,7 +48,7 @@ def saved_adapter(model, allocation, folder, **changes):
     return read(folder), expected
 
 
-def loaded_by_peft(model, folder):
+def loaded_by_peft(model: Any, folder: Path) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -55,7 +59,7 @@ def loaded_by_peft(model, folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_peft_loads_what_every_family_computes(family, selection, tmp_path):
+def test_peft_loads_what_every_family_computes(family: str, selection: str, tmp_path: Path) -> None:
     model = tiny_model(family)
     chosen = SELECTIONS[selection](shape_of_model(model))
     before = digest(model)
@@ -71,13 +75,15 @@ def test_peft_loads_what_every_family_computes(family, selection, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def llama():
+def llama() -> Any:
     return tiny_llama()
 
 
 @settings(deadline=None, max_examples=8)
 @given(data=st.data())
-def test_any_modules_with_one_expert_each(llama, tmp_path_factory, data):
+def test_any_modules_with_one_expert_each(
+    llama: Any, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     paths = [m.path for m in shape_of_model(llama).modules]
     chosen = data.draw(st.lists(st.sampled_from(paths), min_size=1, unique=True))
     gating = data.draw(st.sampled_from(["routed", "hydra"]))
@@ -94,7 +100,7 @@ def test_any_modules_with_one_expert_each(llama, tmp_path_factory, data):
     assert written.stored == written.trained  # nothing is stored but what was trained; the routers stay behind
 
 
-def test_values_in_the_file_by_hand(tmp_path):
+def test_values_in_the_file_by_hand(tmp_path: Path) -> None:
     """Two of eight experts in one of two layers, hidden 32, width 16, rank 3."""
     model = tiny_model("olmoe")
     saved, _ = saved_adapter(model, ExpertSelection({0: (1, 4)}), tmp_path / "ours")
@@ -105,7 +111,7 @@ def test_values_in_the_file_by_hand(tmp_path):
     assert written.stored == around + 8 * (6 * 32 + 32 * 6 + 3 * (16 + 32))
 
 
-def test_equal_adapters_have_equal_files(tmp_path):
+def test_equal_adapters_have_equal_files(tmp_path: Path) -> None:
     model = tiny_model("qwen2_moe")
     saved, _ = saved_adapter(model, some_experts(shape_of_model(model)), tmp_path / "ours")
     for name in ("one", "two"):
@@ -121,7 +127,9 @@ def test_equal_adapters_have_equal_files(tmp_path):
     [({"model.layers.0.self_attn.q_proj": 2}, "have several LoRA experts with a router"), ({}, "adapts no module")],
 )
 @pytest.mark.parametrize("gating", ["routed", "hydra"])
-def test_what_peft_cannot_express_is_refused_with_the_reason(counts, reason, gating, llama, tmp_path):
+def test_what_peft_cannot_express_is_refused_with_the_reason(
+    counts: dict[str, int], reason: str, gating: Gating, llama: Any, tmp_path: Path
+) -> None:
     saved, _ = saved_adapter(llama, ExpertCounts(counts, gating), tmp_path / "ours")
     assert reason in refusal(saved)
     with pytest.raises(StudyError, match=f"has no PEFT form.*{reason}"):

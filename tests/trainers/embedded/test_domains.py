@@ -22,7 +22,7 @@ def committed(name: str, split: str) -> list[dict]:
 
 @settings(deadline=None)  # the first real text reads the standard library
 @given(st.sampled_from(sorted(domains.MIXTURE)), st.integers(0, 2**32))
-def test_equal_seeds_give_equal_text_of_known_characters(name, seed):
+def test_equal_seeds_give_equal_text_of_known_characters(name: str, seed: int) -> None:
     text = domains.MIXTURE[name](Random(seed))
     assert text == domains.MIXTURE[name](Random(seed))
     assert set(text) <= set(domains.ALPHABET)
@@ -47,13 +47,13 @@ CHECKS = {
 
 
 @given(st.sampled_from(sorted(set(domains.MIXTURE) - set(domains.REAL_TEXT))), st.integers(0, 2**32))
-def test_generated_answers_are_right(name, seed):
+def test_generated_answers_are_right(name: str, seed: int) -> None:
     prompt, answer = domains.MIXTURE[name](Random(seed)).split(" > ")
     command, *inputs = prompt.split(" ")
     assert CHECKS[command](*inputs) == answer
 
 
-def test_a_step_holds_every_domain_in_equal_parts():
+def test_a_step_holds_every_domain_in_equal_parts() -> None:
     rows = domains.rows(0, 3, 4 * len(domains.MIXTURE), 96, end="\0")
     names = [name for name, _ in rows]
     assert all(names.count(name) == 4 for name in domains.MIXTURE)
@@ -63,14 +63,14 @@ def test_a_step_holds_every_domain_in_equal_parts():
     assert rows != domains.rows(1, 3, 4 * len(domains.MIXTURE), 96, end="\0")
 
 
-def test_the_generator_writes_the_committed_files_again(tmp_path):
+def test_the_generator_writes_the_committed_files_again(tmp_path: Path) -> None:
     domains.write_tasks(tmp_path)
     written = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     assert written == {file.name: file.read_bytes() for file in TASKS.glob("*.jsonl")}
 
 
 @pytest.mark.parametrize("name", domains.HELD_OUT)
-def test_splits_share_no_word_and_no_command_with_the_mixture(name):
+def test_splits_share_no_word_and_no_command_with_the_mixture(name: str) -> None:
     train, test = ({entry["question"] for entry in committed(name, split)} for split in ("train", "test"))
     assert (len(train), len(test)) == (domains.SPLITS["train"], domains.SPLITS["test"])
     assert not train & test
@@ -80,7 +80,7 @@ def test_splits_share_no_word_and_no_command_with_the_mixture(name):
 
 
 @pytest.mark.parametrize("name", domains.HELD_OUT)
-def test_answers_of_the_test_split_follow_from_the_train_split(name):
+def test_answers_of_the_test_split_follow_from_the_train_split(name: str) -> None:
     """The table is learnt from the training answers alone; it must be one-to-one and answer every test question."""
     backwards = name.startswith("back")
     table: dict[str, str] = {}
@@ -95,7 +95,7 @@ def test_answers_of_the_test_split_follow_from_the_train_split(name):
 
 
 @given(st.sampled_from(sorted(domains.HELD_OUT)), st.integers(0, 2**32))
-def test_choices_differ_in_one_place_and_nothing_but_the_table_tells_them_apart(name, seed):
+def test_choices_differ_in_one_place_and_nothing_but_the_table_tells_them_apart(name: str, seed: int) -> None:
     question = domains.HELD_OUT[name](Random(seed))
     word = question.question.split(" ")[1]
     columns = [set(column) for column in zip(*question.choices, strict=True)]
@@ -106,11 +106,11 @@ def test_choices_differ_in_one_place_and_nothing_but_the_table_tells_them_apart(
 
 
 @pytest.mark.parametrize("name", domains.HELD_OUT)
-def test_right_answers_are_spread_over_the_four_places(name):
+def test_right_answers_are_spread_over_the_four_places(name: str) -> None:
     labels = [entry["label"] for entry in committed(name, "test")]
     assert all(abs(labels.count(place) - 75) < 25 for place in range(4))  # 3.3 standard deviations
 
 
-def test_a_wrong_command_line_says_what_is_possible(tmp_path):
+def test_a_wrong_command_line_says_what_is_possible(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="tasks=FOLDER"):
         domains.main([f"tasks={tmp_path / 'missing'}"])

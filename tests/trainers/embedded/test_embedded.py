@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,25 +23,25 @@ def named(folder: Path) -> str:
 
 
 @pytest.fixture(scope="module", params=COMMITTED, ids=named)
-def folder(request) -> Path:
+def folder(request: pytest.FixtureRequest) -> Path:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def model(folder):
+def model(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_plain_transformers_loads_it_as_float32(model, folder):
+def test_plain_transformers_loads_it_as_float32(model: Any, folder: Path) -> None:
     assert model.dtype == torch.float32
     assert 3e6 <= sum(p.numel() for p in model.parameters()) <= 6e6
     assert (folder / "model.safetensors").stat().st_size < 10e6
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_the_record_tells_how_it_was_made(model, folder):
+def test_the_record_tells_how_it_was_made(model: Any, folder: Path) -> None:
     record = json.loads((folder / "pretraining.json").read_text())
     recipe = pretrain.MODELS[named(folder)]
     assert record["recipe"] == json.loads(json.dumps(pretrain.asdict(recipe)))
@@ -50,7 +51,7 @@ def test_the_record_tells_how_it_was_made(model, folder):
     assert record["curve"][-1]["loss"] < 0.5 * record["curve"][0]["loss"]
 
 
-def test_it_has_learnt_every_domain(model, folder):
+def test_it_has_learnt_every_domain(model: Any, folder: Path) -> None:
     record = json.loads((folder / "pretraining.json").read_text())
     loss = pretrain.examine(model, pretrain.MODELS[named(folder)], batches=1)["loss"]
     # another Python has another standard library, so real text is left out of the comparison
@@ -58,7 +59,7 @@ def test_it_has_learnt_every_domain(model, folder):
         assert loss[name] == pytest.approx(record["loss"][name], abs=0.15)
 
 
-def test_no_expert_is_dead_and_experts_specialise():
+def test_no_expert_is_dead_and_experts_specialise() -> None:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(pretrain.EMBEDDED / "tiny_moe")
@@ -71,7 +72,7 @@ def test_no_expert_is_dead_and_experts_specialise():
         assert (torch.tensor(shares) - mixture).abs().sum(1).div(2).max() > 0.15  # total variation, busiest layer
 
 
-def test_the_tokenizer_on_disk_is_the_one_the_script_builds(folder, tmp_path):
+def test_the_tokenizer_on_disk_is_the_one_the_script_builds(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -83,7 +84,7 @@ def test_the_tokenizer_on_disk_is_the_one_the_script_builds(folder, tmp_path):
 
 
 @given(st.text(alphabet=domains.ALPHABET, max_size=40))
-def test_text_survives_the_tokenizer(text):
+def test_text_survives_the_tokenizer(text: str) -> None:
     ids = TOKENIZER(text).input_ids
     assert len(ids) == len(text)
     assert TOKENIZER.decode(ids) == text
@@ -92,7 +93,7 @@ def test_text_survives_the_tokenizer(text):
 TOKENIZER = pretrain.build_tokenizer()
 
 
-def test_training_rows_read_as_the_tokenizer_reads_them():
+def test_training_rows_read_as_the_tokenizer_reads_them() -> None:
     names, ids = pretrain.batch(pretrain.MODELS["tiny-moe"], 0)
     rows = domains.rows(0, 0, len(names), 96, end="\0")
     for (name, text), row, given_name in zip(rows, ids.tolist(), names, strict=True):
@@ -100,7 +101,7 @@ def test_training_rows_read_as_the_tokenizer_reads_them():
         assert TOKENIZER.decode(row) == text.replace("\0", "<eos>")
 
 
-def test_balance_loss_by_hand():
+def test_balance_loss_by_hand() -> None:
     """Two experts, one pick: everybody at expert 0 with probability p costs 2·1·p; halves cost 1."""
     lopsided = torch.tensor([[2.0, 0.0]]).repeat(4, 1)
     p = torch.tensor([2.0, 0.0]).softmax(0)[0]
@@ -127,7 +128,7 @@ SMALL = replace(
 )
 
 
-def test_an_interrupted_pretraining_ends_with_the_same_weights(tmp_path):
+def test_an_interrupted_pretraining_ends_with_the_same_weights(tmp_path: Path) -> None:
     class Interrupted(Exception):
         pass
 
@@ -145,7 +146,7 @@ def test_an_interrupted_pretraining_ends_with_the_same_weights(tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
+def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
     pretrain.pretrain(replace(SMALL, steps=2), tmp_path)
     with pytest.raises(StudyError, match="another recipe"):
         pretrain.pretrain(replace(SMALL, steps=2, seed=1), tmp_path)
@@ -161,6 +162,6 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path):
         ("model", "not key=value"),
     ],
 )
-def test_a_wrong_word_gets_one_line(word, message):
+def test_a_wrong_word_gets_one_line(word: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
         pretrain.main([word])

@@ -8,26 +8,34 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.errors import OutOfMemoryError, TrialError
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe
+from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe, Rung
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
 from trainers import loop, tasks
-from trainers.adapter import attach
+from trainers.adapter import Adapter, attach
 from trainers.loop import plan
 from trainers.loop.batches import Feed, collate
 from trainers.loop.losses import completion_loss
 from trainers.loop.past import Past
+from trainers.tasks import AnyTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RECIPE = Recipe(
     rank=4,
@@ -42,7 +50,16 @@ RECIPE = Recipe(
 DROPOUT = replace(RECIPE, lora_dropout=0.1)
 
 
-def run(task, *, recipe=RECIPE, seed=0, tokenizer, on_rung=lambda rung: True, prepare=lambda adapter: None, **options):
+def run(
+    task: AnyTask,
+    *,
+    recipe: Recipe = RECIPE,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase,
+    on_rung: Callable[[Rung], bool] = lambda rung: True,
+    prepare: Callable[[Any], None] = lambda adapter: None,
+    **options: Any,
+) -> tuple[loop.Result, dict[str, Tensor]]:
     """One run of a fresh adapter on a fresh model: the result and the trained tensors."""
     model = tiny_olmoe()
     adapter = attach(
@@ -60,11 +77,11 @@ def run(task, *, recipe=RECIPE, seed=0, tokenizer, on_rung=lambda rung: True, pr
 
 
 @pytest.fixture(scope="module")
-def task(choice_task):
+def task(choice_task: Path) -> AnyTask:
     return tasks.load_task(str(choice_task), limit=8)
 
 
-def without_seconds(rungs):
+def without_seconds(rungs: Sequence[Rung]) -> list[Rung]:
     return [replace(rung, seconds=0.0) for rung in rungs]
 
 
@@ -72,26 +89,26 @@ def without_seconds(rungs):
 
 
 @given(num_rows=st.integers(1, 50), batch_size=st.integers(1, 20), seed=st.integers(0, 5))
-def test_every_epoch_visits_every_row_once(num_rows, batch_size, seed):
+def test_every_epoch_visits_every_row_once(num_rows: int, batch_size: int, seed: int) -> None:
     steps = -(-3 * num_rows // batch_size)
     visits = [i for s in range(steps) for i in plan.batch_at(s, num_rows=num_rows, batch_size=batch_size, seed=seed)]
     for epoch in range(3):
         assert sorted(visits[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
 
 
-def test_the_order_depends_on_the_seed():
+def test_the_order_depends_on_the_seed() -> None:
     assert plan.batch_at(0, num_rows=50, batch_size=50, seed=0) != plan.batch_at(0, num_rows=50, batch_size=50, seed=1)
 
 
 @given(steps=st.integers(1, 200), evaluations=st.integers(1, 20))
-def test_the_last_rung_is_the_end(steps, evaluations):
+def test_the_last_rung_is_the_end(steps: int, evaluations: int) -> None:
     rungs = plan.rung_steps(steps, evaluations)
     assert rungs[-1] == steps
     assert len(rungs) == min(steps, evaluations)
     assert all(0 < a < b for a, b in itertools.pairwise(rungs))
 
 
-def test_rungs_by_hand():
+def test_rungs_by_hand() -> None:
     assert plan.rung_steps(10, 3) == (3, 7, 10)
     assert plan.total_steps(replace(RECIPE, steps=0, epochs=1.5), 48) == 9
     assert plan.total_steps(replace(RECIPE, steps=0, epochs=1.0), 49) == 7
@@ -103,7 +120,7 @@ def test_rungs_by_hand():
     warmup=st.floats(0, 1),
     schedule=st.sampled_from(["cosine", "linear", "constant"]),
 )
-def test_the_rate_rises_then_falls_and_stays_in_bounds(steps, warmup, schedule):
+def test_the_rate_rises_then_falls_and_stays_in_bounds(steps: int, warmup: float, schedule: str) -> None:
     recipe = replace(RECIPE, warmup_ratio=warmup, schedule=schedule)
     rates = [plan.learning_rate(recipe, step, steps) for step in range(steps)]
     peak = round(warmup * steps)
@@ -115,7 +132,7 @@ def test_the_rate_rises_then_falls_and_stays_in_bounds(steps, warmup, schedule):
 
 
 @given(lengths=st.lists(st.integers(2, 30), max_size=20), world=st.integers(1, 4), micro=st.integers(1, 7))
-def test_workers_share_a_batch_without_loss(lengths, world, micro):
+def test_workers_share_a_batch_without_loss(lengths: list[int], world: int, micro: int) -> None:
     rows = [tasks.Row([i] * n, 1) for i, n in enumerate(lengths)]
     shares = [plan.share_of(rows, rank=r, world_size=world, micro_batch_size=micro) for r in range(world)]
     dealt = [row.input_ids for share in shares for group in share for row in group]
@@ -128,7 +145,7 @@ def test_workers_share_a_batch_without_loss(lengths, world, micro):
 # --- the loss ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_is_that_of_completion_tokens_alone(model):
+def test_the_loss_is_that_of_completion_tokens_alone(model: Any) -> None:
     """By hand: −log p of each completion token given everything before it, row by row, without padding."""
     rows = [tasks.Row([5, 6, 7, 8, 9, 10], 4), tasks.Row([11, 12, 13], 1), tasks.Row([20, 21, 22, 23], 3)]
     expected = 0.0
@@ -141,7 +158,7 @@ def test_the_loss_is_that_of_completion_tokens_alone(model):
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 3])
-def test_micro_batches_change_nothing(task, tokenizer, micro_batch_size):
+def test_micro_batches_change_nothing(task: AnyTask, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int) -> None:
     whole, tensors = run(task, tokenizer=tokenizer, evaluations=1)
     parts, others = run(
         task, recipe=replace(RECIPE, micro_batch_size=micro_batch_size), tokenizer=tokenizer, evaluations=1
@@ -151,7 +168,7 @@ def test_micro_batches_change_nothing(task, tokenizer, micro_batch_size):
         torch.testing.assert_close(others[name], tensors[name], rtol=1e-3, atol=1e-5)
 
 
-def test_training_lowers_the_loss_and_counts_real_tokens(task, tokenizer):
+def test_training_lowers_the_loss_and_counts_real_tokens(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     recipe = replace(RECIPE, steps=25)
     result, _ = run(task, recipe=recipe, tokenizer=tokenizer, evaluations=2)
     assert result.status == "complete"
@@ -165,14 +182,14 @@ def test_training_lowers_the_loss_and_counts_real_tokens(task, tokenizer):
     assert result.peak_memory_bytes > 1e7
 
 
-def test_accuracy_at_a_rung_is_the_tasks_own(task, tokenizer):
+def test_accuracy_at_a_rung_is_the_tasks_own(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     seen = []
     model = tiny_olmoe()
     adapter = attach(
         model, ExpertSelection({0: (0,)}), shape=shape_from_config(model.config, name="tiny"), lora=RECIPE.lora
     )
 
-    def on_rung(rung):
+    def on_rung(rung: Rung) -> bool:
         seen.append(task.evaluate(model).accuracy)
         return True
 
@@ -185,7 +202,9 @@ def test_accuracy_at_a_rung_is_the_tasks_own(task, tokenizer):
 # --- determinism and resuming -----------------------------------------------------------------------------------------
 
 
-def test_equal_seeds_give_equal_runs_and_touch_no_other_random_state(task, tokenizer):
+def test_equal_seeds_give_equal_runs_and_touch_no_other_random_state(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase
+) -> None:
     torch.manual_seed(123)
     random.seed(123)
     states = torch.get_rng_state(), random.getstate()
@@ -200,7 +219,7 @@ def test_equal_seeds_give_equal_runs_and_touch_no_other_random_state(task, token
     assert other.losses != first.losses
 
 
-def test_evaluations_do_not_change_the_training(task, tokenizer):
+def test_evaluations_do_not_change_the_training(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     often, _ = run(task, recipe=DROPOUT, tokenizer=tokenizer, evaluations=6)
     once, _ = run(task, recipe=DROPOUT, tokenizer=tokenizer, evaluations=1)
     assert often.losses == once.losses
@@ -211,11 +230,13 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("as_uri", [False, True])
-def test_a_killed_run_goes_on_exactly(task, tokenizer, tmp_path, as_uri):
+def test_a_killed_run_goes_on_exactly(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, as_uri: bool
+) -> None:
     place = tmp_path.as_uri() if as_uri else tmp_path
     whole, tensors = run(task, recipe=DROPOUT, tokenizer=tokenizer)
 
-    def die(rung):
+    def die(rung: Rung) -> bool:
         if rung.step == 4:
             raise Killed
         return True
@@ -233,7 +254,7 @@ def test_a_killed_run_goes_on_exactly(task, tokenizer, tmp_path, as_uri):
     assert resumed.tokens == whole.tokens
 
 
-def test_a_finished_run_trains_nothing_again(task, tokenizer, tmp_path):
+def test_a_finished_run_trains_nothing_again(task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     first, tensors = run(task, tokenizer=tokenizer, checkpoint=tmp_path)
     counted = []
     again, others = run(
@@ -248,7 +269,9 @@ def test_a_finished_run_trains_nothing_again(task, tokenizer, tmp_path):
     assert os.listdir(tmp_path) == ["checkpoint.safetensors"]
 
 
-def test_a_stopped_run_says_so_and_stays_stopped(task, tokenizer, tmp_path):
+def test_a_stopped_run_says_so_and_stays_stopped(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     for _ in range(2):
         result, _ = run(task, tokenizer=tokenizer, on_rung=lambda rung: False, checkpoint=tmp_path)
         assert result.status == "stopped"
@@ -259,13 +282,15 @@ def test_a_stopped_run_says_so_and_stays_stopped(task, tokenizer, tmp_path):
     assert (result.status, len(result.losses)) == ("complete", 6)  # at the end there is nothing left to stop
 
 
-def test_a_checkpoint_of_another_run_is_refused(task, tokenizer, tmp_path):
+def test_a_checkpoint_of_another_run_is_refused(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     run(task, tokenizer=tokenizer, checkpoint=tmp_path)
     with pytest.raises(TrialError, match="belongs to another run"):
         run(task, tokenizer=tokenizer, seed=1, checkpoint=tmp_path)
 
 
-def test_a_damaged_checkpoint_is_named(task, tokenizer, tmp_path):
+def test_a_damaged_checkpoint_is_named(task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     run(task, tokenizer=tokenizer, checkpoint=tmp_path)
     file = tmp_path / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -276,7 +301,9 @@ def test_a_damaged_checkpoint_is_named(task, tokenizer, tmp_path):
 # --- bad endings ------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_without_an_accuracy(task, tokenizer):
+def test_a_loss_that_is_not_finite_ends_the_run_without_an_accuracy(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase
+) -> None:
     recipe = replace(RECIPE, learning_rate=1e30, warmup_ratio=0.0, steps=40, max_grad_norm=0.0)
     rungs = []
     result, _ = run(task, recipe=recipe, tokenizer=tokenizer, on_rung=lambda r: rungs.append(r) or True, evaluations=1)
@@ -286,7 +313,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_an_accuracy(task, tokeni
     assert not rungs
 
 
-def test_a_last_update_that_spoils_the_adapter_is_noticed(task, tokenizer):
+def test_a_last_update_that_spoils_the_adapter_is_noticed(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     """No training loss follows it, and an evaluation of NaN would be some number."""
     recipe = replace(RECIPE, learning_rate=1e39, warmup_ratio=0.0, schedule="constant", steps=1)
     result, tensors = run(task, recipe=recipe, tokenizer=tokenizer, evaluations=1)
@@ -294,7 +321,7 @@ def test_a_last_update_that_spoils_the_adapter_is_noticed(task, tokenizer):
     assert (result.status, result.accuracy, result.rungs) == ("diverged", None, ())
 
 
-def test_an_exploding_loss_is_told_from_a_bump():
+def test_an_exploding_loss_is_told_from_a_bump() -> None:
     past = Past()
     past.add([2.0, 31.0, 31.0, 2.0])
     assert not past.diverged  # two steps above 10 · 2 + 10
@@ -304,8 +331,10 @@ def test_an_exploding_loss_is_told_from_a_bump():
     assert past.diverged
 
 
-def test_running_out_of_memory_is_an_error_of_the_trial_and_gives_memory_back(task, tokenizer):
-    def greedy(adapter):
+def test_running_out_of_memory_is_an_error_of_the_trial_and_gives_memory_back(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def greedy(adapter: Any) -> None:
         adapter.extra_loss = lambda real: torch.empty(10**15).sum()  # 4 PB: the allocator refuses
 
     with pytest.raises(OutOfMemoryError, match="out of memory on cpu with micro_batch_size 8") as error:
@@ -323,16 +352,18 @@ def test_running_out_of_memory_is_an_error_of_the_trial_and_gives_memory_back(ta
     assert result.status == "complete"
 
 
-def test_an_adapter_without_gradient_is_an_error(task, tokenizer):
-    def lose_one(adapter):
+def test_an_adapter_without_gradient_is_an_error(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
+    def lose_one(adapter: Any) -> None:
         adapter._tensors["nowhere"] = torch.nn.Parameter(torch.zeros(3))
 
     with pytest.raises(TrialError, match="nowhere got no gradient"):
         run(task, tokenizer=tokenizer, prepare=lose_one)
 
 
-def test_an_extra_loss_moves_the_adapter_and_stays_out_of_the_reported_loss(task, tokenizer):
-    def pull(adapter):
+def test_an_extra_loss_moves_the_adapter_and_stays_out_of_the_reported_loss(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    def pull(adapter: Any) -> None:
         adapter.extra_loss = lambda real: sum(p.square().sum() for p in adapter.parameters())
 
     plain, tensors = run(task, tokenizer=tokenizer, evaluations=1)
@@ -347,11 +378,13 @@ def test_an_extra_loss_moves_the_adapter_and_stays_out_of_the_reported_loss(task
 class Operations(TorchDispatchMode):
     """Names of what runs and makes the host wait for a GPU: a value that is read, a size that depends on values."""
 
-    def __init__(self, waits):
+    def __init__(self, waits: list[str]) -> None:
         super().__init__()
         self.waits = waits
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = func.__name__.split(".")[0]
         if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"):
             self.waits.append(name)
@@ -361,23 +394,25 @@ class Operations(TorchDispatchMode):
 class Methods(TorchFunctionMode):
     """The same of what leaves no operation behind on a CPU."""
 
-    def __init__(self, waits):
+    def __init__(self, waits: list[str]) -> None:
         super().__init__()
         self.waits = waits
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if (name := getattr(func, "__name__", "")) in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__"):
             self.waits.append(name)
         return func(*args, **(kwargs or {}))
 
 
-def every_row(adapter):
+def every_row(adapter: Any) -> None:
     """As on a GPU, where the rows of chosen experts are not picked out."""
     for lora in getattr(adapter, "experts", {}).values():
         lora.every_row = True
 
 
-def adapted(kind, *, device="cpu"):
+def adapted(kind: str, *, device: str = "cpu") -> tuple[Any, Adapter]:
     """A model with an adapter that has a random part and, where it can, a balance loss."""
     model = (tiny_olmoe() if kind == "expert_lora" else tiny_llama()).to(device)
     shape = shape_from_config(model.config, name="tiny")
@@ -393,11 +428,19 @@ def adapted(kind, *, device="cpu"):
     return model, adapter
 
 
-def steps_that_wait(monkeypatch, kind, task, tokenizer, *, device, watched):
+def steps_that_wait(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    task: AnyTask,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: str,
+    watched: Callable[[], AbstractContextManager[None]],
+) -> loop.Result:
     """Trains; `watched(step)` is entered around every optimiser step but the first, in which gradients are checked."""
     original = loop.TrainingRun._step
 
-    def step(self, number):
+    def step(self: loop.TrainingRun, number: int) -> None:
         with watched() if number else nullcontext():
             original(self, number)
 
@@ -418,12 +461,14 @@ def steps_that_wait(monkeypatch, kind, task, tokenizer, *, device, watched):
 
 
 @pytest.mark.parametrize("kind", ["expert_lora", "lora_moe"])
-def test_no_step_waits_for_the_device(monkeypatch, task, tokenizer, kind):
+def test_no_step_waits_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, task: AnyTask, tokenizer: PreTrainedTokenizerBase, kind: str
+) -> None:
     """Model, adapter and optimiser included; the losses are read every CHECK_EVERY steps, and not in one."""
     waits: list[str] = []
 
     @contextmanager
-    def watched():
+    def watched() -> Iterator[None]:
         with Operations(waits), Methods(waits):
             yield
 
@@ -437,9 +482,11 @@ def test_no_step_waits_for_the_device(monkeypatch, task, tokenizer, kind):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["expert_lora", "lora_moe"])
-def test_no_step_waits_for_a_real_gpu(monkeypatch, task, tokenizer, kind):
+def test_no_step_waits_for_a_real_gpu(
+    monkeypatch: pytest.MonkeyPatch, task: AnyTask, tokenizer: PreTrainedTokenizerBase, kind: str
+) -> None:
     @contextmanager
-    def watched():
+    def watched() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
@@ -450,7 +497,7 @@ def test_no_step_waits_for_a_real_gpu(monkeypatch, task, tokenizer, kind):
     assert result.status == "complete"
 
 
-def test_the_next_step_is_on_its_way_while_one_computes():
+def test_the_next_step_is_on_its_way_while_one_computes() -> None:
     """Each step's rows are asked for once, before the step that needs them, and in order."""
     asked = []
     feed = Feed(lambda step: asked.append(step) or [], torch.device("cpu"))
@@ -460,7 +507,7 @@ def test_the_next_step_is_on_its_way_while_one_computes():
         assert asked == list(range(3, step + 2))
 
 
-def test_padding_changes_no_loss(model):
+def test_padding_changes_no_loss(model: Any) -> None:
     """The model is given no mask: what stands right of a row's end is not seen under causal attention."""
     rows = [tasks.Row([5, 6, 7, 8, 9, 10], 4), tasks.Row([11, 12, 13], 1)]
     losses = [completion_loss(model, collate(rows, pad_token_id=pad, device=torch.device("cpu"))) for pad in (1, 40)]
@@ -473,7 +520,7 @@ def test_padding_changes_no_loss(model):
 # --- two workers ------------------------------------------------------------------------------------------------------
 
 
-def worker(rank, world_size, folder, path):
+def worker(rank: int, world_size: int, folder: str, path: str) -> None:
     """One of two: the same run as alone, one where the other runs out of memory, one that goes on from a checkpoint."""
     import torch.distributed as dist
 
@@ -484,7 +531,7 @@ def worker(rank, world_size, folder, path):
     again, _ = run(task, tokenizer=tokenizer, checkpoint=f"{folder}/checkpoint")
     assert again.losses == result.losses
 
-    def greedy(adapter):
+    def greedy(adapter: Any) -> None:
         if rank == 1:
             adapter.extra_loss = lambda real: torch.empty(10**15).sum()
 
@@ -508,7 +555,9 @@ def worker(rank, world_size, folder, path):
     dist.destroy_process_group()
 
 
-def test_two_workers_are_one(choice_task, task, tokenizer, tmp_path):
+def test_two_workers_are_one(
+    choice_task: Path, task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     torch.multiprocessing.spawn(worker, args=(2, str(tmp_path), str(choice_task)), nprocs=2)
     zero, one = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     alone, tensors = run(task, tokenizer=tokenizer)

@@ -179,7 +179,9 @@ def walk(name: str, allocation: Any, folder: Path, *, merged_within: float = 1e-
 
 
 @pytest.mark.parametrize(("family", "changes"), cases((reference.FAMILIES, False), (OTHER_MOE, True)))
-def test_experts_of_a_family_are_measured_chosen_trained_and_merged(family, changes, tmp_path):
+def test_experts_of_a_family_are_measured_chosen_trained_and_merged(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     name = saved_model(family, changes, tmp_path / "model")
     shape, model = models.shape_of(name), models.load(name).model
     assert shape.is_moe
@@ -200,7 +202,9 @@ def test_experts_of_a_family_are_measured_chosen_trained_and_merged(family, chan
 
 
 @pytest.mark.parametrize(("family", "changes"), cases((DENSE, False), (OTHER_DENSE, True)))
-def test_linear_layers_of_a_family_take_an_expert_and_merge(family, changes, tmp_path):
+def test_linear_layers_of_a_family_take_an_expert_and_merge(
+    family: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
     name = saved_model(family, changes, tmp_path / "model")
     shape = models.shape_of(name)
     assert not shape.is_moe
@@ -209,7 +213,7 @@ def test_linear_layers_of_a_family_take_an_expert_and_merge(family, changes, tmp
 
 
 @pytest.mark.parametrize(("family", "changes"), cases((reference.FAMILIES, False), (DENSE, False)))
-def test_sizes_from_the_config_are_those_of_the_classes(family, changes, tmp_path):
+def test_sizes_from_the_config_are_those_of_the_classes(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     from trainers.models import discover
 
     name = saved_model(family, changes, tmp_path)
@@ -224,7 +228,7 @@ def test_sizes_from_the_config_are_those_of_the_classes(family, changes, tmp_pat
     ("family", "said"),
     [("jetmoe", r"experts \(JetMoe.*outside of transformers' experts"), ("gpt2", "no stack of decoder")],
 )
-def test_a_family_that_cannot_be_adapted_is_refused_in_one_line(family, said, tmp_path):
+def test_a_family_that_cannot_be_adapted_is_refused_in_one_line(family: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     with pytest.raises(StudyError, match=said) as error:
         models.shape_of(str(tmp_path))

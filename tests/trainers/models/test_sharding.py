@@ -11,18 +11,22 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from allocators.core.errors import StudyError
-from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Recipe
 from allocators.signals import measurement_of
 from tests.trainers.conftest import char_tokenizer, tiny_llama
 from tests.trainers.reference import fill
 from trainers import loop, models, tasks
-from trainers.adapter import attach, fingerprint
+from trainers.adapter import Adapter, attach, fingerprint
 from trainers.models import sharding
+from trainers.tasks import AnyTask
+
+Arguments = tuple[str, str, str, str]  # folders of the MoE and the dense model, files of the two tasks
 
 # Of 5 rows the first worker has 3, in two micro-batches, and the second has 2 in one: it has a pass without rows.
 RECIPE = Recipe(
@@ -31,7 +35,7 @@ RECIPE = Recipe(
 
 
 @pytest.fixture(scope="module")
-def dense_folder(tmp_path_factory) -> Path:
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its head is its embedding, and two workers cannot share its 67 rows evenly."""
     folder = tmp_path_factory.mktemp("tiny-llama")
     tiny_llama().save_pretrained(folder)
@@ -39,16 +43,18 @@ def dense_folder(tmp_path_factory) -> Path:
     return folder
 
 
-def selection(shape) -> ExpertSelection:
+def selection(shape: ModelShape) -> ExpertSelection:
     """Experts of both workers' halves, and of one worker alone."""
     return ExpertSelection({0: (0, 3, 5), 1: (1, 2)})
 
 
-def counts(shape) -> ExpertCounts:
+def counts(shape: ModelShape) -> ExpertCounts:
     return ExpertCounts({m.path: 1 + n % 3 for n, m in enumerate(shape.of_role("attention", "mlp")) if n % 4})
 
 
-def train(loaded, shape, allocation, task, recipe):
+def train(
+    loaded: models.Loaded, shape: ModelShape, allocation: Allocation, task: AnyTask, recipe: Recipe
+) -> tuple[loop.Result, Adapter]:
     adapter = attach(loaded.model, allocation, shape=shape, lora=recipe.lora)
     result = loop.train(
         loaded.model,
@@ -64,7 +70,7 @@ def train(loaded, shape, allocation, task, recipe):
     return result, adapter
 
 
-def everything(moe, dense, choice, copy, *, shard):
+def everything(moe: str, dense: str, choice: str, copy: str, *, shard: bool) -> dict[str, Any]:
     """All that has to be equal, of one worker; everything it needs is in files."""
     results = {}
     # 7 documents in batches of 2 requests: 8 passes for the first worker, 6 for the second
@@ -109,11 +115,11 @@ def everything(moe, dense, choice, copy, *, shard):
     return results
 
 
-def held_bytes(model) -> int:
+def held_bytes(model: Any) -> int:
     return sum(sharding.local_rows(parameter)[0].nbytes for parameter in model.parameters())
 
 
-def worker(rank, world_size, folder, arguments):
+def worker(rank: int, world_size: int, folder: str, arguments: Arguments) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -123,13 +129,13 @@ def worker(rank, world_size, folder, arguments):
     torch.save(results, f"{folder}/{rank}.pt")
 
 
-def out_of_memory(rank, moe, dense, choice, copy) -> str:
+def out_of_memory(rank: int, moe: str, dense: str, choice: str, copy: str) -> str:
     """How a run ends where the second worker has no memory for its third pass; last, as nobody can go on after it."""
     loaded = models.load(moe, shard=True)
     shape = models.shape_of_model(loaded.model, name="moe")
     passes = 0
 
-    def greedy(module, arguments):
+    def greedy(module: Any, arguments: Any) -> None:
         nonlocal passes
         passes += 1
         if rank == 1 and passes == 3:
@@ -147,24 +153,24 @@ def out_of_memory(rank, moe, dense, choice, copy) -> str:
 
 
 @pytest.fixture(scope="module")
-def arguments(model_folder, dense_folder, choice_task, copy_task):
+def arguments(model_folder: Path, dense_folder: Path, choice_task: Path, copy_task: Path) -> Arguments:
     return tuple(str(path) for path in (model_folder, dense_folder, choice_task, copy_task))
 
 
 @pytest.fixture(scope="module")
-def alone(arguments):
+def alone(arguments: Arguments) -> dict[str, Any]:
     return everything(*arguments, shard=False)
 
 
 @pytest.fixture(scope="module")
-def together(arguments, tmp_path_factory):
+def together(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("sharded")
     torch.multiprocessing.spawn(worker, args=(2, str(folder), arguments), nprocs=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])
-def test_each_worker_holds_half_of_the_base(name, alone, together):
+def test_each_worker_holds_half_of_the_base(name: str, alone: dict[str, Any], together: list[dict[str, Any]]) -> None:
     whole, parts = alone[f"{name} bytes"], [results[f"{name} bytes"] for results in together]
     assert sum(parts) == whole
     assert max(parts) <= 0.51 * whole
@@ -172,7 +178,9 @@ def test_each_worker_holds_half_of_the_base(name, alone, together):
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])
-def test_two_workers_with_half_a_model_train_as_one_with_all_of_it(name, alone, together):
+def test_two_workers_with_half_a_model_train_as_one_with_all_of_it(
+    name: str, alone: dict[str, Any], together: list[dict[str, Any]]
+) -> None:
     zero, one = together
     assert zero[f"{name} losses"] == one[f"{name} losses"] == pytest.approx(alone[f"{name} losses"], rel=1e-5)
     assert zero[f"{name} accuracies"] == one[f"{name} accuracies"] == alone[f"{name} accuracies"]
@@ -182,47 +190,57 @@ def test_two_workers_with_half_a_model_train_as_one_with_all_of_it(name, alone, 
         assert (zero[f"{name} tensors"][key] - tensor).abs().max() <= 2e-3 * tensor.abs().max()
 
 
-def test_running_layers_again_in_the_backward_pass_gives_the_same_losses(alone, together):
+def test_running_layers_again_in_the_backward_pass_gives_the_same_losses(
+    alone: dict[str, Any], together: list[dict[str, Any]]
+) -> None:
     for results in (alone, *together):
         assert results["checkpointed losses"] == pytest.approx(alone["dense losses"], rel=1e-5)
 
 
-def test_answers_that_are_generated_differ_in_length_between_workers_and_are_counted_all_the_same(alone, together):
+def test_answers_that_are_generated_differ_in_length_between_workers_and_are_counted_all_the_same(
+    alone: dict[str, Any], together: list[dict[str, Any]]
+) -> None:
     for results in together:
         assert results["generated losses"] == pytest.approx(alone["generated losses"], rel=1e-5)
         assert results["generated accuracy"] == alone["generated accuracy"]
 
 
 @pytest.mark.parametrize("signal", ["moe routing", "moe sensitivity", "dense sensitivity"])
-def test_signals_are_those_of_the_whole_model(signal, alone, together):
+def test_signals_are_those_of_the_whole_model(
+    signal: str, alone: dict[str, Any], together: list[dict[str, Any]]
+) -> None:
     assert any(value > 0 for value in alone[signal])
     for results in together:
         assert results[signal] == pytest.approx(alone[signal], rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])
-def test_an_adapter_finds_the_same_base_in_parts_and_whole(name, alone, together):
+def test_an_adapter_finds_the_same_base_in_parts_and_whole(
+    name: str, alone: dict[str, Any], together: list[dict[str, Any]]
+) -> None:
     assert {results[f"{name} fingerprint"] for results in together} == {alone[f"{name} fingerprint"]}
 
 
 @pytest.mark.parametrize("name", ["moe", "dense"])  # that of the MoE model after an adapter was merged into it
-def test_logits_are_those_of_the_whole_model(name, alone, together):
+def test_logits_are_those_of_the_whole_model(name: str, alone: dict[str, Any], together: list[dict[str, Any]]) -> None:
     for results in together:
         torch.testing.assert_close(results[f"{name} logits"], alone[f"{name} logits"], rtol=1e-4, atol=1e-4)
 
 
-def test_out_of_memory_in_a_pass_ends_the_run_there_and_leaves_no_worker_waiting(together):
+def test_out_of_memory_in_a_pass_ends_the_run_there_and_leaves_no_worker_waiting(
+    together: list[dict[str, Any]],
+) -> None:
     zero, one = (results["ending"] for results in together)
     assert one.startswith("OutOfMemoryError: out of memory on cpu")
     assert zero.startswith("RuntimeError"), zero  # gloo says who is gone
 
 
-def test_a_model_is_not_shared_by_one_worker(model_folder):
+def test_a_model_is_not_shared_by_one_worker(model_folder: Path) -> None:
     with pytest.raises(StudyError, match="set workers_per_trial to 2 or more"):
         models.load(str(model_folder), shard=True)
 
 
-def test_rows_of_a_model_that_is_not_sharded_are_all_of_them(model, tmp_path):
+def test_rows_of_a_model_that_is_not_sharded_are_all_of_them(model: Any, tmp_path: Path) -> None:
     assert not sharding.is_sharded(model)
     weight = model.lm_head.weight
     rows, first = sharding.local_rows(weight)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings
+from allocators.core.types import ExpertCounts, ExpertSelection, Gating, LoraSettings
 from tests.trainers.conftest import tiny_llama, tiny_olmoe
 from trainers.adapter import attach
 from trainers.adapter.expert_lora import ExpertLoraAdapter, side_by_side
@@ -23,7 +23,7 @@ PATH = "model.layers.0.self_attn.q_proj"
 LORA = LoraSettings(rank=2, lora_alpha=3.0)
 
 
-def adapter_of(n, rank, top_k, gating) -> LoraMoeAdapter:
+def adapter_of(n: int, rank: int, top_k: int, gating: Gating) -> LoraMoeAdapter:
     model = tiny_llama()
     lora = replace(LORA, rank=rank, top_k=top_k)
     adapter = attach(
@@ -41,7 +41,7 @@ def adapter_of(n, rank, top_k, gating) -> LoraMoeAdapter:
     ),
     seed=st.integers(0, 100),
 )
-def test_mixing_members_together_is_mixing_each_alone(members, seed):
+def test_mixing_members_together_is_mixing_each_alone(members: list[tuple[int, int, int, Gating]], seed: int) -> None:
     """Forward, and the gradients of rank space and router; what a member lacks is exactly zero."""
     adapters = [adapter_of(*member) for member in members]
     scales = [adapter.lora.scale for adapter in adapters]
@@ -77,7 +77,7 @@ def test_mixing_members_together_is_mixing_each_alone(members, seed):
 
 
 @pytest.mark.parametrize("concatenated", [True, False])
-def test_projections_lie_where_rows_of_says(concatenated):
+def test_projections_lie_where_rows_of_says(concatenated: bool) -> None:
     model = tiny_olmoe()
     shape = shape_from_config(model.config, name="tiny")
     adapter = attach(model, ExpertSelection({0: (1, 4)}), shape=shape, lora=LORA)
@@ -94,7 +94,7 @@ def test_projections_lie_where_rows_of_says(concatenated):
         assert torch.equal(b_COR[:, lora.rows_of("gate_up_proj", position, own.size(1)), in_rank], own)
 
 
-def test_adapters_of_two_kinds_are_refused():
+def test_adapters_of_two_kinds_are_refused() -> None:
     chosen = attach(
         tiny_olmoe(), ExpertSelection({}), shape=shape_from_config(tiny_olmoe().config, name="tiny"), lora=LORA
     )

@@ -5,20 +5,28 @@ python -m pytest tests/trainers/packing/test_packing.py
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from allocators.core.errors import OutOfMemoryError, StudyError, TrialError
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ExpertSelection, Recipe
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, Gating, Recipe, Rung
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
 from trainers import loop, packing, tasks
-from trainers.adapter import attach
+from trainers.adapter import Adapter, attach
 from trainers.packing.pack import Pack
+from trainers.tasks import AnyTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 RECIPE = Recipe(
     rank=4,
@@ -30,11 +38,12 @@ RECIPE = Recipe(
     max_length=64,
     warmup_ratio=0.2,
 )
+Spec = tuple[Allocation, Recipe, int]  # and a seed
 TOLERANCE = 1e-5
 PATHS = [f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")]
 
 
-def counts(*numbers, gating="routed"):
+def counts(*numbers: int, gating: Gating = "routed") -> ExpertCounts:
     """So many experts on the places of PATHS, in their order."""
     return ExpertCounts({p: n for p, n in zip(PATHS, numbers, strict=True) if n}, gating)
 
@@ -63,7 +72,7 @@ CHOSEN = (
 )
 
 
-def dropped(members):
+def dropped(members: Iterable[Spec]) -> tuple[Spec, ...]:
     return tuple((a, replace(r, lora_dropout=0.1 * (n + 1)), s) for n, (a, r, s) in enumerate(members))
 
 
@@ -80,38 +89,40 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def task(choice_task):
+def task(choice_task: Path) -> AnyTask:
     return tasks.load_task(str(choice_task), limit=8)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
+def tokenizer() -> PreTrainedTokenizerBase:
     return char_tokenizer()
 
 
-def model_for(allocation):
+def model_for(allocation: Allocation) -> Any:
     return tiny_olmoe() if isinstance(allocation, ExpertSelection) else tiny_llama()
 
 
-def fresh(model, allocation, recipe, seed):
+def fresh(model: Any, allocation: Allocation, recipe: Recipe, seed: int) -> Adapter:
     adapter = attach(model, allocation, shape=shape_from_config(model.config, name="tiny"), lora=recipe.lora, seed=seed)
     adapter.detach()
     return adapter
 
 
-def yes(rung):
+def yes(rung: Rung) -> bool:
     return True
 
 
 class Story:
     """A packed run on a fresh model; members join by number."""
 
-    def __init__(self, members, task, tokenizer, *, evaluations=1):
+    def __init__(
+        self, members: Sequence[Spec], task: AnyTask, tokenizer: PreTrainedTokenizerBase, *, evaluations: int = 1
+    ) -> None:
         self.specs, self.model = members, model_for(members[0][0])
         self.packed = packing.PackedRun(self.model, task, tokenizer=tokenizer, device="cpu", evaluations=evaluations)
         self.members = {}
 
-    def join(self, *numbers, on_rung=yes, checkpoint=None):
+    def join(self, *numbers: int, on_rung: Callable[[Rung], bool] = yes, checkpoint: Path | None = None) -> Story:
         for n in numbers:
             self.packed.detach()
             allocation, recipe, seed = self.specs[n]
@@ -120,7 +131,7 @@ class Story:
             self.members[n] = self.packed.join(adapter, recipe, seed=seed, on_rung=on_rung, checkpoint=place)
         return self
 
-    def steps(self, count=1000):
+    def steps(self, count: int = 1000) -> Story:
         while self.packed.members and count:
             self.packed.step()
             count -= 1
@@ -130,7 +141,9 @@ class Story:
 KNOWN = {}  # what several tests compare with
 
 
-def alone(spec, task, tokenizer, *, evaluations=1, **options):
+def alone(
+    spec: Spec, task: AnyTask, tokenizer: PreTrainedTokenizerBase, *, evaluations: int = 1, **options: Any
+) -> tuple[loop.Result, dict[str, Tensor]]:
     """The same run by `loop.train`: (result, tensors)."""
     if options:
         return alone_anew(spec, task, tokenizer, evaluations=evaluations, **options)
@@ -140,7 +153,14 @@ def alone(spec, task, tokenizer, *, evaluations=1, **options):
     return KNOWN[key]
 
 
-def alone_anew(spec, task, tokenizer, *, on_rung=yes, **options):
+def alone_anew(
+    spec: Spec,
+    task: AnyTask,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    on_rung: Callable[[Rung], bool] = yes,
+    **options: Any,
+) -> tuple[loop.Result, dict[str, Tensor]]:
     allocation, recipe, seed = spec
     model = model_for(allocation)
     adapter = fresh(model, allocation, recipe, seed)
@@ -151,7 +171,9 @@ def alone_anew(spec, task, tokenizer, *, on_rung=yes, **options):
     return result, adapter.state_dict()
 
 
-def agree(member, expected, tensors, *, rtol=TOLERANCE):
+def agree(
+    member: packing.Member, expected: loop.Result, tensors: dict[str, Tensor], *, rtol: float = TOLERANCE
+) -> None:
     assert member.error is None
     result = member.result
     assert result.losses == pytest.approx(expected.losses, rel=rtol)
@@ -163,7 +185,7 @@ def agree(member, expected, tensors, *, rtol=TOLERANCE):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_is_alone(task, tokenizer, kind):
+def test_packed_is_alone(task: AnyTask, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
     """Losses and parameters after 15 steps of AdamW in fp32; ranks, experts, rates and seeds differ between members."""
     specs = KINDS[kind]
     story = Story(specs, task, tokenizer).join(*range(len(specs))).steps()
@@ -181,7 +203,7 @@ def test_packed_is_alone(task, tokenizer, kind):
         assert not flat_moments.any()  # nothing was in the gaps
 
 
-def test_one_in_a_pack_is_one_alone(task, tokenizer):
+def test_one_in_a_pack_is_one_alone(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     for spec in (ROUTED[0], CHOSEN[0]):
         story = Story([spec], task, tokenizer, evaluations=3).join(0).steps()
         expected, tensors = alone(spec, task, tokenizer, evaluations=3)
@@ -190,7 +212,9 @@ def test_one_in_a_pack_is_one_alone(task, tokenizer):
 
 
 @pytest.mark.parametrize("specs", [ROUTED, CHOSEN], ids=["routed", "chosen"])
-def test_who_joins_later_and_who_leaves_early_changes_nothing(task, tokenizer, specs):
+def test_who_joins_later_and_who_leaves_early_changes_nothing(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase, specs: Sequence[Spec]
+) -> None:
     """One is stopped at its only rung but the last, at step 7 of 14; one comes when the others took 5 steps."""
     specs = [(a, replace(r, steps=14) if n == 1 else r, s) for n, (a, r, s) in enumerate(specs)]
     story = Story(specs, task, tokenizer, evaluations=2)
@@ -204,7 +228,7 @@ def test_who_joins_later_and_who_leaves_early_changes_nothing(task, tokenizer, s
 
 
 @pytest.mark.parametrize("specs", [(*ROUTED, HYDRA[0]), CHOSEN], ids=["dense", "moe"])
-def test_nan_stays_where_it_arose(task, tokenizer, specs):
+def test_nan_stays_where_it_arose(task: AnyTask, tokenizer: PreTrainedTokenizerBase, specs: Sequence[Spec]) -> None:
     """One member's tensors are NaN after its fifth step: it ends as diverged, the others are as they are without it."""
     specs = [(a, replace(r, balance_coef=0.1 * (n == 1)), s) for n, (a, r, s) in enumerate(specs)]
     story = Story(specs, task, tokenizer).join(*range(len(specs))).steps(5)
@@ -223,8 +247,10 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("first", ["alone", "packed"])
-def test_what_began_alone_goes_on_packed_and_the_reverse(task, tokenizer, tmp_path, first):
-    def die(rung):
+def test_what_began_alone_goes_on_packed_and_the_reverse(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, first: str
+) -> None:
+    def die(rung: Rung) -> bool:
         if rung.step == 8:
             raise Killed
         return True
@@ -248,7 +274,7 @@ def test_what_began_alone_goes_on_packed_and_the_reverse(task, tokenizer, tmp_pa
             torch.testing.assert_close(others[name], tensors[name], rtol=1e-4, atol=1e-5)
 
 
-def test_rungs_are_those_of_the_member_alone(task, tokenizer):
+def test_rungs_are_those_of_the_member_alone(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     rungs = {}
     story = Story(CHOSEN, task, tokenizer, evaluations=2)
     for n in range(3):
@@ -261,7 +287,7 @@ def test_rungs_are_those_of_the_member_alone(task, tokenizer):
         assert [rung.tokens for rung in rungs[n]] == [rung.tokens for rung in expected.rungs]
 
 
-def test_seconds_are_shares(task, tokenizer):
+def test_seconds_are_shares(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     """Together the members claim no more than the time that went by."""
     import time
 
@@ -270,7 +296,7 @@ def test_seconds_are_shares(task, tokenizer):
     assert 0 < sum(member.result.seconds for member in story.members.values()) <= time.monotonic() - began
 
 
-def test_memory_that_does_not_suffice_gives_everyone_back(task, tokenizer):
+def test_memory_that_does_not_suffice_gives_everyone_back(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     story = Story(ROUTED, task, tokenizer).join(0, 1).steps(3)
     story.members[1].adapter.extra_loss = lambda real: torch.empty(10**15).sum()  # 4 PB: the allocator refuses
     with pytest.raises(OutOfMemoryError, match=r"2 training\(s\) in a pack"):
@@ -282,7 +308,9 @@ def test_memory_that_does_not_suffice_gives_everyone_back(task, tokenizer):
     agree(story.members[0], *alone(ROUTED[0], task, tokenizer))
 
 
-def test_a_module_that_takes_no_part_is_named(task, tokenizer, monkeypatch):
+def test_a_module_that_takes_no_part_is_named(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
     story = Story(ROUTED, task, tokenizer).join(0, 1)
     attention = story.model.model.layers[0].self_attn
     monkeypatch.setattr(attention, "forward", lambda hidden_states, **_: (hidden_states, None))
@@ -290,7 +318,7 @@ def test_a_module_that_takes_no_part_is_named(task, tokenizer, monkeypatch):
         story.packed.step()
 
 
-def test_what_cannot_share_a_pass_is_refused(task, tokenizer):
+def test_what_cannot_share_a_pass_is_refused(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     other = (ROUTED[1][0], replace(RECIPE, batch_size=8), 0)
     story = Story((ROUTED[0], other), task, tokenizer).join(0)
     with pytest.raises(StudyError, match=r"\(8, 4, 64\), of the trainings under way \(4, 4, 64\)"):
@@ -300,7 +328,7 @@ def test_what_cannot_share_a_pass_is_refused(task, tokenizer):
     assert packing.refused(tiny_olmoe()) == ""
 
 
-def test_places_that_nobody_adapts_are_not_touched():
+def test_places_that_nobody_adapts_are_not_touched() -> None:
     model = tiny_llama()
     adapters = [fresh(model, allocation, recipe, seed) for allocation, recipe, seed in ROUTED]
     for adapter in adapters:
@@ -317,7 +345,7 @@ def test_places_that_nobody_adapts_are_not_touched():
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_gradients_are_those_of_one_step():
+def test_gradients_are_those_of_one_step() -> None:
     """The first pass of a step takes the place of what lay there, NaN too; without a pass there is nothing."""
     model = tiny_llama()
     adapters = [fresh(model, allocation, recipe, seed) for allocation, recipe, seed in ROUTED]
@@ -349,7 +377,7 @@ UPPER = (
 )
 
 
-def rows_by_layer(story):
+def rows_by_layer(story: Story) -> dict[int, list[int]]:
     """Rows that went through each layer's attention, in the order of the passes."""
     seen = {number: [] for number in range(3)}
     for number, layer in enumerate(story.model.model.layers):
@@ -361,7 +389,9 @@ def rows_by_layer(story):
 
 
 @pytest.mark.parametrize("micro", [4, 3], ids=["one-pass", "micro-batches"])
-def test_layers_below_the_first_adapter_run_once_for_the_same_rows(task, tokenizer, micro):
+def test_layers_below_the_first_adapter_run_once_for_the_same_rows(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase, micro: int
+) -> None:
     specs = [(a, replace(r, micro_batch_size=micro), s) for a, r, s in UPPER]
     story = Story(specs, task, tokenizer).join(0, 1, 2)
     seen = rows_by_layer(story)
@@ -378,7 +408,7 @@ def test_layers_below_the_first_adapter_run_once_for_the_same_rows(task, tokeniz
         agree(story.members[n], *alone(spec, task, tokenizer))
 
 
-def test_who_joins_later_trains_on_other_rows(task, tokenizer):
+def test_who_joins_later_trains_on_other_rows(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     """The same seed, but three steps behind: nothing to share until the first has left."""
     story = Story(UPPER, task, tokenizer)
     seen = rows_by_layer(story)
@@ -389,7 +419,7 @@ def test_who_joins_later_trains_on_other_rows(task, tokenizer):
         agree(story.members[n], *alone(UPPER[n], task, tokenizer))
 
 
-def test_inputs_that_cannot_be_divided_are_run_for_all(task, tokenizer):
+def test_inputs_that_cannot_be_divided_are_run_for_all(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     """A model that hands its layers a bias for every row and head, as some position encodings do."""
     story = Story(UPPER, task, tokenizer).join(0, 1, 2)
     seen = rows_by_layer(story)
@@ -407,7 +437,7 @@ def test_inputs_that_cannot_be_divided_are_run_for_all(task, tokenizer):
 
 
 @given(c0=st.floats(1e-4, 1.0), c1=st.floats(1e-4, 1.0), most=st.integers(1, 16))
-def test_the_gain_is_that_of_fixed_and_growing_cost(c0, c1, most):
+def test_the_gain_is_that_of_fixed_and_growing_cost(c0: float, c1: float, most: int) -> None:
     one, two = c0 + c1, c0 + 2 * c1
     for members in (1, 2, 5):
         expected = members * (c0 + c1) / (c0 + members * c1)
@@ -417,7 +447,7 @@ def test_the_gain_is_that_of_fixed_and_growing_cost(c0, c1, most):
     assert packing.gain(one, two, chosen) >= packing.WORTH or chosen == 1
 
 
-def test_how_many_by_hand():
+def test_how_many_by_hand() -> None:
     """Fixed cost 9, a training 1: two gain 20/11, four 40/13, eight 80/17; of nothing fixed nothing is gained."""
     assert packing.choose(10.0, 11.0, most=8) == 8
     assert packing.choose(10.0, 11.0, most=4) == 4

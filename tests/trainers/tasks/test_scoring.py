@@ -6,7 +6,9 @@ python -m pytest tests/trainers/tasks/test_scoring.py
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ WHOLE = {
 }
 
 
-def build(family):
+def build(family: str) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     known = vars(type(AutoConfig.for_model(family))())
@@ -53,35 +55,39 @@ tiny = cache(build)
 
 
 @cache
-def _lm(model, batch_size, max_length):
+def _lm(model: Any, batch_size: int, max_length: int) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     tokenizer = char_tokenizer()
     return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=max_length)
 
 
-def by_lm_eval(model, requests, *, max_length=64, batch_size=3):
+def by_lm_eval(
+    model: Any, requests: list[scoring.TokenisedRequest], *, max_length: int = 64, batch_size: int = 3
+) -> Any:
     return _lm(model, batch_size, max_length)._loglikelihood_tokens(requests, disable_tqdm=True)
 
 
-def assert_equal(model, requests, *, max_length=64, batch_size=3):
+def assert_equal(
+    model: Any, requests: list[scoring.TokenisedRequest], *, max_length: int = 64, batch_size: int = 3
+) -> None:
     ours = scoring.loglikelihoods(model, requests, max_length=max_length, batch_size=batch_size)
     assert_same(ours, by_lm_eval(model, requests, max_length=max_length))
 
 
-def assert_same(ours, theirs):
+def assert_same(ours: Sequence[scoring.Answer], theirs: Sequence[scoring.Answer]) -> None:
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
     assert [p for p, _ in ours] == pytest.approx([p for p, _ in theirs], abs=1e-4)
 
 
-def questions(seed=0):
+def questions(seed: int = 0) -> list[scoring.TokenisedRequest]:
     """Questions with choices of one to nine tokens, with choices of one token, without choices, and one asked twice."""
     rng = random.Random(seed)
 
-    def tokens(count):
+    def tokens(count: int) -> list[int]:
         return [rng.randrange(3, 64) for _ in range(count)]
 
-    def question(length, choices, longest):
+    def question(length: int, choices: int, longest: int) -> list[scoring.TokenisedRequest]:
         context = tokens(length)
         return [(ASKED, context, tokens(rng.randint(1, longest))) for _ in range(choices)]
 
@@ -94,7 +100,7 @@ def questions(seed=0):
     return requests
 
 
-def greedy_request(model, context, length):
+def greedy_request(model: Any, context: list[int], length: int) -> scoring.TokenisedRequest:
     """A continuation that greedy decoding writes."""
     ids = torch.tensor([context])
     for _ in range(length):
@@ -103,16 +109,16 @@ def greedy_request(model, context, length):
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], list[tuple[int, ...]]]]:
     """Notes the [rows, tokens] that go through the first layer of a model, and the positions through its head."""
     noted, hooks = [], []
 
-    def watch(model):
-        def layer(module, args, kwargs):
+    def watch(model: Any) -> list[tuple[int, ...]]:
+        def layer(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
             noted.append(tuple(hidden.shape[:2]))
 
-        def head(module, args):
+        def head(module: Any, args: tuple[Any, ...]) -> None:
             noted[-1] = (*noted[-1], args[0].shape[1])
 
         hooks.append(model.model.layers[0].register_forward_pre_hook(layer, with_kwargs=True))
@@ -126,7 +132,7 @@ def passes(monkeypatch):
 
 @pytest.mark.parametrize("max_length", [64, 14])  # 14: most contexts lose their beginning
 @pytest.mark.parametrize("family", [*SHARED, *WHOLE])
-def test_scores_are_those_of_lm_eval(family, max_length):
+def test_scores_are_those_of_lm_eval(family: str, max_length: int) -> None:
     model = tiny(family)
     requests = [*questions(), greedy_request(model, [5, 6, 7, 8], 3), greedy_request(model, [5, 6, 7, 8], 1)]
     assert scoring.shares_contexts(model) == (family in SHARED)
@@ -141,14 +147,16 @@ continuation = st.lists(token, min_size=1, max_size=4)
 
 @settings(max_examples=40, deadline=None)
 @given(requests=st.lists(st.tuples(st.just(ASKED), context, continuation), max_size=12), batch_size=st.integers(1, 5))
-def test_any_requests_in_any_order_are_answered_in_theirs(requests, batch_size):
+def test_any_requests_in_any_order_are_answered_in_theirs(
+    requests: list[scoring.TokenisedRequest], batch_size: int
+) -> None:
     """lm-eval is asked for each alone: see the next test."""
     model = tiny("llama")
     ours = scoring.loglikelihoods(model, requests, max_length=8, batch_size=batch_size)
     assert_same(ours, [by_lm_eval(model, [request], max_length=8)[0] for request in requests])
 
 
-def test_one_text_divided_in_two_ways():
+def test_one_text_divided_in_two_ways() -> None:
     """Where lm-eval errs: asked for both at once it reads the second at the place where the first begins."""
     model, requests = tiny("llama"), [(ASKED, [4], [3, 3]), (ASKED, [4, 3], [3])]
     logs_SV = model(torch.tensor([[4, 3, 3]])).logits[0].detach().log_softmax(-1)
@@ -160,7 +168,7 @@ def test_one_text_divided_in_two_ways():
 
 
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
-def test_an_adapter_counts(family):
+def test_an_adapter_counts(family: str) -> None:
     model = build(family)
     before = scoring.loglikelihoods(model, questions(), max_length=64, batch_size=3)
     shape = models.shape_of_model(model, name="tiny")
@@ -175,7 +183,7 @@ def test_an_adapter_counts(family):
     assert scoring.loglikelihoods(model, questions(), max_length=64, batch_size=3) == before
 
 
-def test_contexts_run_once_and_only_answers_have_logits(passes):
+def test_contexts_run_once_and_only_answers_have_logits(passes: Callable[[Any], list[tuple[int, ...]]]) -> None:
     model = tiny("qwen3_moe")
     long, short = [7] * 7, [5] * 5
     requests = [(ASKED, c, [9, 3, 4][:n]) for c in (long, short) for n in (1, 2, 3)]
@@ -186,28 +194,28 @@ def test_contexts_run_once_and_only_answers_have_logits(passes):
     assert seen == [(2, 4, 0), (6, 5, 5)]
 
 
-def test_equal_contexts_of_several_documents_are_one(passes):
+def test_equal_contexts_of_several_documents_are_one(passes: Callable[[Any], list[tuple[int, ...]]]) -> None:
     requests = [(ASKED, [7] * 6, [9, k]) for k in range(3, 9)] + [(ASKED, [7] * 6, [8, 3])]
     seen = passes(tiny("llama"))
     scoring.loglikelihoods(tiny("llama"), requests, max_length=64, batch_size=4)
     assert seen == [(1, 5, 0), (2, 2, 2)]  # six continuations differ in their last token alone
 
 
-def test_one_token_continuations_are_read_off_their_context(passes):
+def test_one_token_continuations_are_read_off_their_context(passes: Callable[[Any], list[tuple[int, ...]]]) -> None:
     requests = [(ASKED, [c] * 6, [k]) for c in (7, 8) for k in range(3, 7)]
     seen = passes(tiny("llama"))
     scoring.loglikelihoods(tiny("llama"), requests, max_length=64, batch_size=4)
     assert seen == [(2, 6, 1)]
 
 
-def test_contexts_that_differ_by_choice_share_nothing(passes):
+def test_contexts_that_differ_by_choice_share_nothing(passes: Callable[[Any], list[tuple[int, ...]]]) -> None:
     requests = [(ASKED, [7] * n + [k] * 3, [5, 6, 4]) for n in (4, 5) for k in (8, 9)]
     seen = passes(tiny("llama"))
     scoring.loglikelihoods(tiny("llama"), requests, max_length=64, batch_size=4)
     assert seen == [(4, 10, 4)]  # 3 for the continuation, one more for the shorter context
 
 
-def test_a_pass_has_no_more_tokens_than_whole_sequences_would(passes):
+def test_a_pass_has_no_more_tokens_than_whole_sequences_would(passes: Callable[[Any], list[tuple[int, ...]]]) -> None:
     model, requests = tiny("llama"), questions()
     seen = passes(model)
     for batch_size in (1, 2, 5):
@@ -226,7 +234,7 @@ def test_a_pass_has_no_more_tokens_than_whole_sequences_would(passes):
     ],
     ids=["dynamic rope", "chunks"],
 )
-def test_what_depends_on_more_than_places_shares_nothing(changes):
+def test_what_depends_on_more_than_places_shares_nothing(changes: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
     model = tiny("llama")
@@ -238,7 +246,7 @@ def test_what_depends_on_more_than_places_shares_nothing(changes):
         model.config = before
 
 
-def test_bfloat16_is_summed_in_fp32():
+def test_bfloat16_is_summed_in_fp32() -> None:
     model = build("llama").to(torch.bfloat16)
     request = (ASKED, [5, 6, 7], [8, 9, 10])
     ((logp, _),) = scoring.loglikelihoods(model, [request], max_length=64, batch_size=1)

@@ -11,7 +11,9 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -19,6 +21,9 @@ import yaml
 from allocators.core.errors import StudyError
 from tests.trainers.conftest import char_tokenizer, write_task
 from trainers import tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ROWS = [{"question": "ab", "choices": ["x", "y"], "label": 1}, {"question": "cd", "choices": ["x", "y"], "label": 0}]
 CHOICE = {
@@ -30,7 +35,7 @@ CHOICE = {
 }
 
 
-def changed(path: Path, folder: Path, **changes) -> Path:
+def changed(path: Path, folder: Path, **changes: Any) -> Path:
     """A copy of a task file with other keys; its data stay where they are."""
     config = yaml.safe_load(path.read_text())
     config["dataset_kwargs"]["data_files"] = {
@@ -43,7 +48,7 @@ def changed(path: Path, folder: Path, **changes) -> Path:
 
 
 @pytest.fixture
-def by_lm_eval(monkeypatch):
+def by_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """What lm-eval itself says about a local task file: accuracy, standard error, one score a document."""
     from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
@@ -52,7 +57,15 @@ def by_lm_eval(monkeypatch):
     # Seconds of git, pip and lscpu in every call, for a record that is not looked at here.
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
 
-    def run(paths: list[Path], model, tokenizer, *, metric="acc", filter_name="none", **options):
+    def run(
+        paths: list[Path],
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        metric: str = "acc",
+        filter_name: str = "none",
+        **options: Any,
+    ) -> Any:
         configs = []
         for path in paths:
             config = yaml.safe_load(path.read_text())
@@ -80,7 +93,14 @@ def by_lm_eval(monkeypatch):
 
 @pytest.mark.parametrize("limit", [None, 11])
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
-def test_multiple_choice_scores_are_those_of_lm_eval(choice_task, model, tokenizer, by_lm_eval, metric, limit):
+def test_multiple_choice_scores_are_those_of_lm_eval(
+    choice_task: Path,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    by_lm_eval: Callable[..., Any],
+    metric: str,
+    limit: int | None,
+) -> None:
     task = tasks.load_task(str(choice_task), limit=limit, metric=metric, batch_size=7)
     task.prepare(tokenizer)
     ours = task.evaluate(model)
@@ -93,7 +113,9 @@ def test_multiple_choice_scores_are_those_of_lm_eval(choice_task, model, tokeniz
 
 
 @pytest.mark.parametrize("filter_name", ["letter", "whole"])
-def test_generated_text_is_scored_as_lm_eval_does(copy_task, model, tokenizer, by_lm_eval, filter_name):
+def test_generated_text_is_scored_as_lm_eval_does(
+    copy_task: Path, model: Any, tokenizer: PreTrainedTokenizerBase, by_lm_eval: Callable[..., Any], filter_name: str
+) -> None:
     task = tasks.load_task(str(copy_task), metric=f"exact_match,{filter_name}")
     task.prepare(tokenizer)
     accuracy, stderr, correct = by_lm_eval([copy_task], model, tokenizer, metric="exact_match", filter_name=filter_name)
@@ -105,7 +127,7 @@ def test_generated_text_is_scored_as_lm_eval_does(copy_task, model, tokenizer, b
 
 
 @pytest.fixture(scope="module")
-def chatty():
+def chatty() -> PreTrainedTokenizerBase:
     """The character tokenizer with a chat template."""
     tokenizer = char_tokenizer()
     tokenizer.chat_template = (
@@ -118,8 +140,16 @@ def chatty():
 @pytest.mark.parametrize(("shots", "chat"), [(2, False), (0, True), (2, True)])
 @pytest.mark.parametrize("kind", ["choice", "prefixed", "copy"])
 def test_fewshot_and_chat_are_those_of_lm_eval(
-    choice_task, copy_task, model, chatty, by_lm_eval, tmp_path, kind, shots, chat
-):
+    choice_task: Path,
+    copy_task: Path,
+    model: Any,
+    chatty: PreTrainedTokenizerBase,
+    by_lm_eval: Callable[..., Any],
+    tmp_path: Path,
+    kind: str,
+    shots: int,
+    chat: bool,
+) -> None:
     path = copy_task if kind == "copy" else choice_task
     if kind == "prefixed":  # the answer's beginning is given, in the assistant's turn
         path = changed(choice_task, tmp_path, gen_prefix="it is")
@@ -141,7 +171,9 @@ def test_fewshot_and_chat_are_those_of_lm_eval(
     assert answer.startswith(" ") == (not chat or kind == "prefixed")
 
 
-def test_another_fewshot_seed_draws_other_examples_as_in_lm_eval(choice_task, model, tokenizer, by_lm_eval):
+def test_another_fewshot_seed_draws_other_examples_as_in_lm_eval(
+    choice_task: Path, model: Any, tokenizer: PreTrainedTokenizerBase, by_lm_eval: Callable[..., Any]
+) -> None:
     prompts = []
     for seed in (1234, 5):
         task = tasks.load_task(str(choice_task), num_fewshot=1, fewshot_seed=seed, limit=8)
@@ -152,7 +184,9 @@ def test_another_fewshot_seed_draws_other_examples_as_in_lm_eval(choice_task, mo
     assert task.evaluate(model).correct == theirs[2]
 
 
-def test_a_task_whose_file_says_zero_stays_without_examples(choice_task, model, tokenizer, by_lm_eval, tmp_path):
+def test_a_task_whose_file_says_zero_stays_without_examples(
+    choice_task: Path, model: Any, tokenizer: PreTrainedTokenizerBase, by_lm_eval: Callable[..., Any], tmp_path: Path
+) -> None:
     path = changed(choice_task, tmp_path, num_fewshot=0)
     task = tasks.load_task(str(path), num_fewshot=3)
     assert task.num_fewshot == 0
@@ -160,12 +194,14 @@ def test_a_task_whose_file_says_zero_stays_without_examples(choice_task, model, 
     assert task.evaluate(model).correct == by_lm_eval([path], model, tokenizer, num_fewshot=3)[2]
 
 
-def test_more_examples_than_there_are_is_an_error(choice_task):
+def test_more_examples_than_there_are_is_an_error(choice_task: Path) -> None:
     with pytest.raises(StudyError, match="num_fewshot=49 asks for more examples than the 48 that task"):
         tasks.load_task(str(choice_task), num_fewshot=49)
 
 
-def test_a_chat_template_that_the_tokenizer_lacks_is_an_error(choice_task, tokenizer):
+def test_a_chat_template_that_the_tokenizer_lacks_is_an_error(
+    choice_task: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     task = tasks.load_task(str(choice_task), chat_template=True)
     with pytest.raises(StudyError, match=r"chat_template=true needs a tokenizer with a chat template, .* has none"):
         task.check_tokenizer(tokenizer)
@@ -174,7 +210,9 @@ def test_a_chat_template_that_the_tokenizer_lacks_is_an_error(choice_task, token
 # --- several tasks --------------------------------------------------------------------------------------------------
 
 
-def test_several_tasks_are_each_as_lm_eval_has_them(choice_task, model, chatty, by_lm_eval, tmp_path):
+def test_several_tasks_are_each_as_lm_eval_has_them(
+    choice_task: Path, model: Any, chatty: PreTrainedTokenizerBase, by_lm_eval: Callable[..., Any], tmp_path: Path
+) -> None:
     other = changed(choice_task, tmp_path, task="again", doc_to_text="say {{question}}:")
     for options in ({}, {"num_fewshot": 1}, {"num_fewshot": 2, "chat_template": True}):
         mixture = tasks.load_task(f"[{choice_task}, {other}]", limit=13, **options)
@@ -196,7 +234,9 @@ def test_several_tasks_are_each_as_lm_eval_has_them(choice_task, model, chatty, 
         assert len(ours.correct) == 26
 
 
-def test_a_mixture_is_the_rows_of_all_and_calibrates_on_an_equal_share(choice_task, copy_task, tokenizer):
+def test_a_mixture_is_the_rows_of_all_and_calibrates_on_an_equal_share(
+    choice_task: Path, copy_task: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     mixture = tasks.load_task(f"{choice_task},{copy_task}")
     parts = [tasks.load_task(str(path)) for path in (choice_task, copy_task)]
     rows = [row for part in parts for row in part.training_rows(tokenizer, 64)]
@@ -214,7 +254,9 @@ def test_a_mixture_is_the_rows_of_all_and_calibrates_on_an_equal_share(choice_ta
     )
 
 
-def test_a_limit_caps_each_data_set_and_is_the_same_in_every_study(choice_task, copy_task, tokenizer):
+def test_a_limit_caps_each_data_set_and_is_the_same_in_every_study(
+    choice_task: Path, copy_task: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     capped = tasks.load_task(f"{choice_task},{copy_task}", training_limit=30)
     assert [part.num_training for part in capped.parts] == [30, 20]
     assert capped.training_rows(tokenizer, 64)[:30] == tasks.load_task(
@@ -222,7 +264,7 @@ def test_a_limit_caps_each_data_set_and_is_the_same_in_every_study(choice_task, 
     ).training_rows(tokenizer, 64)
 
 
-def test_the_order_and_the_members_are_in_the_hash(choice_task, copy_task):
+def test_the_order_and_the_members_are_in_the_hash(choice_task: Path, copy_task: Path) -> None:
     one, two, three = (
         tasks.load_task(text).data_hash
         for text in (f"{choice_task},{copy_task}", f"{copy_task},{choice_task}", f"[{choice_task},  {copy_task}]")
@@ -230,14 +272,16 @@ def test_the_order_and_the_members_are_in_the_hash(choice_task, copy_task):
     assert one == three != two
 
 
-def test_a_metric_is_taken_by_the_tasks_that_have_it(choice_task, copy_task):
+def test_a_metric_is_taken_by_the_tasks_that_have_it(choice_task: Path, copy_task: Path) -> None:
     mixture = tasks.load_task(f"{choice_task},{copy_task}", metric="acc_norm")
     assert [part.metric for part in mixture.parts] == ["acc_norm", "exact_match,letter"]
     with pytest.raises(StudyError, match="'bleu': choose from acc, acc_norm, exact_match,letter, exact_match,whole"):
         tasks.load_task(f"{choice_task},{copy_task}", metric="bleu")
 
 
-def test_workers_of_a_mixture_share_its_questions(choice_task, copy_task, tokenizer):
+def test_workers_of_a_mixture_share_its_questions(
+    choice_task: Path, copy_task: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     mixture = tasks.load_task(f"{choice_task},{copy_task}")
     asked = []
     for rank in range(2):
@@ -252,7 +296,7 @@ RATIONALES = [{"ask": "ab", "say": "x as ab"}, {"ask": "cd", "say": "y as cd"}, 
 
 
 @pytest.fixture
-def rationales(tmp_path) -> list[Path]:
+def rationales(tmp_path: Path) -> list[Path]:
     """Two tasks that are evaluated on different questions and trained on the same rationales."""
     block = {
         "dataset_path": "json",
@@ -272,7 +316,9 @@ def rationales(tmp_path) -> list[Path]:
     return paths
 
 
-def test_training_data_may_be_another_data_set(rationales, model, tokenizer, by_lm_eval):
+def test_training_data_may_be_another_data_set(
+    rationales: list[Path], model: Any, tokenizer: PreTrainedTokenizerBase, by_lm_eval: Callable[..., Any]
+) -> None:
     task = tasks.load_task(str(rationales[0]))
     rows = task.training_rows(tokenizer, 64)
     assert [tokenizer.decode(row.input_ids) for row in rows] == [
@@ -284,7 +330,9 @@ def test_training_data_may_be_another_data_set(rationales, model, tokenizer, by_
     assert task.evaluate(model).correct == by_lm_eval([rationales[0]], model, tokenizer)[2]
 
 
-def test_tasks_that_share_training_data_have_it_once(rationales, tokenizer):
+def test_tasks_that_share_training_data_have_it_once(
+    rationales: list[Path], tokenizer: PreTrainedTokenizerBase
+) -> None:
     mixture = tasks.load_task(",".join(map(str, rationales)))
     assert tasks.check_task(",".join(map(str, rationales))).num_datasets == len(mixture.datasets) == 1
     assert len(mixture.training_rows(tokenizer, 64)) == mixture.num_training == 3
@@ -292,7 +340,7 @@ def test_tasks_that_share_training_data_have_it_once(rationales, tokenizer):
     assert "3 rows to train on (first 3, shared" in tasks.sizes(mixture)
 
 
-def test_the_hash_follows_the_other_data_set(rationales, tmp_path):
+def test_the_hash_follows_the_other_data_set(rationales: list[Path], tmp_path: Path) -> None:
     before = tasks.load_task(str(rationales[0])).data_hash
     rationales[0].write_text(rationales[0].read_text().replace("q {{ask}}?", "now {{ask}}?"))
     assert tasks.load_task(str(rationales[0])).data_hash != before
@@ -301,7 +349,9 @@ def test_the_hash_follows_the_other_data_set(rationales, tmp_path):
 # --- groups ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_group_file_lists_tasks_beside_it_and_what_is_different(choice_task, tmp_path, tokenizer):
+def test_a_group_file_lists_tasks_beside_it_and_what_is_different(
+    choice_task: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     changed(choice_task, tmp_path, task="near")
     inner = {"group": "inner", "task": ["near.yaml"]}
     outer = {
@@ -330,31 +380,31 @@ def test_a_group_file_lists_tasks_beside_it_and_what_is_different(choice_task, t
         ({"group": "g", "task": ["tiny_cipher", "nothing.yaml"]}, "'nothing.yaml' does not exist"),
     ],
 )
-def test_a_group_that_cannot_work_is_one_line(tmp_path, group, message):
+def test_a_group_that_cannot_work_is_one_line(tmp_path: Path, group: dict[str, Any], message: str) -> None:
     (tmp_path / "g.yaml").write_text(yaml.safe_dump(group))
     with pytest.raises(StudyError, match=message) as error:
         tasks.check_task(str(tmp_path / "g.yaml"))
     assert "\n" not in str(error.value)
 
 
-def test_a_group_does_not_replace_functions(tmp_path):
+def test_a_group_does_not_replace_functions(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text("group: g\ntask:\n  - {task: tiny_cipher, doc_to_text: !function words.ask}\n")
     with pytest.raises(StudyError, match=r"g\.yaml gives tiny_cipher a function as doc_to_text"):
         tasks.check_task(str(tmp_path / "g.yaml"))
 
 
-def test_a_list_with_a_hole_is_an_error():
+def test_a_list_with_a_hole_is_an_error() -> None:
     with pytest.raises(StudyError, match="lacks a name"):
         tasks.check_task("tiny_cipher,,tiny_backshift")
 
 
-def test_paths_of_a_list_are_found_from_another_folder(choice_task, monkeypatch):
+def test_paths_of_a_list_are_found_from_another_folder(choice_task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(choice_task.parent)
     assert tasks.absolute("tiny_cipher, choice.yaml") == f"tiny_cipher,{choice_task}"
     assert tasks.absolute("choice") == "choice"
 
 
-def test_shares_of_several_workers_are_the_whole(choice_task, tokenizer):
+def test_shares_of_several_workers_are_the_whole(choice_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     task = tasks.load_task(str(choice_task))
     task.prepare(tokenizer)
     whole = task._prepared.tokens
@@ -366,7 +416,9 @@ def test_shares_of_several_workers_are_the_whole(choice_task, tokenizer):
     assert sorted(map(str, shares)) == sorted(map(str, whole))
 
 
-def test_evaluation_leaves_the_model_in_its_mode_and_says_nothing(choice_task, model, tokenizer, capfd):
+def test_evaluation_leaves_the_model_in_its_mode_and_says_nothing(
+    choice_task: Path, model: Any, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
+) -> None:
     logging.getLogger("lm_eval").setLevel(logging.NOTSET)
     task = tasks.load_task(str(choice_task))
     task.prepare(tokenizer)
@@ -376,7 +428,9 @@ def test_evaluation_leaves_the_model_in_its_mode_and_says_nothing(choice_task, m
     assert capfd.readouterr() == ("", "")
 
 
-def test_training_rows_are_the_requests_of_the_right_answers(choice_task, tokenizer):
+def test_training_rows_are_the_requests_of_the_right_answers(
+    choice_task: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     task = tasks.load_task(str(choice_task))
     rows = task.training_rows(tokenizer, 128)
     documents = [json.loads(line) for line in (choice_task.parent / "train.jsonl").read_text().splitlines()]
@@ -388,7 +442,7 @@ def test_training_rows_are_the_requests_of_the_right_answers(choice_task, tokeni
         assert row.completion_tokens == len(completion)
 
 
-def test_generated_rows_learn_to_stop(copy_task, tokenizer):
+def test_generated_rows_learn_to_stop(copy_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     task = tasks.load_task(str(copy_task))
     doc = json.loads((copy_task.parent / "train.jsonl").read_text().splitlines()[0])
     row = task.training_rows(tokenizer, 128)[0]
@@ -396,7 +450,7 @@ def test_generated_rows_learn_to_stop(copy_task, tokenizer):
     assert tokenizer.decode(row.input_ids[row.labels_start :]) == f" {doc['answer']}<eos>"
 
 
-def test_long_rows_lose_their_beginning(choice_task, tokenizer):
+def test_long_rows_lose_their_beginning(choice_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     task = tasks.load_task(str(choice_task))
     whole, cut = task.training_rows(tokenizer, 128), task.training_rows(tokenizer, 9)
     for a, b in zip(whole, cut, strict=True):
@@ -405,7 +459,7 @@ def test_long_rows_lose_their_beginning(choice_task, tokenizer):
     assert all(row.labels_start == 1 for row in task.training_rows(tokenizer, 2))  # nothing predicts the first token
 
 
-def test_inputs_as_choices(tokenizer, tmp_path):
+def test_inputs_as_choices(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """Winogrande's form: the choices are prompts, the target is what all of them share."""
     path = write_task(
         tmp_path,
@@ -422,14 +476,14 @@ def test_inputs_as_choices(tokenizer, tmp_path):
     assert [row.labels_start for row in rows] == [1, 1]
 
 
-def test_an_answer_that_is_no_choice_is_named(tokenizer, tmp_path):
+def test_an_answer_that_is_no_choice_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     bad = [{**ROWS[0], "label": 2}]
     path = write_task(tmp_path, "bad", {"train": ROWS + bad, "test": ROWS}, **CHOICE)
     with pytest.raises(StudyError, match=r"training document 2 of task .* answer 2, .* none of its 2 choices"):
         tasks.load_task(str(path)).training_rows(tokenizer, 64)
 
 
-def test_prompts_are_drawn_by_seed(choice_task, tokenizer):
+def test_prompts_are_drawn_by_seed(choice_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     task = tasks.load_task(str(choice_task))
     first = task.prompts(tokenizer, 10, 0)
     assert first == task.prompts(tokenizer, 10, 0)
@@ -439,7 +493,7 @@ def test_prompts_are_drawn_by_seed(choice_task, tokenizer):
     assert len(task.prompts(tokenizer, 10_000, 0)) == task.num_training
 
 
-def test_training_limit_draws_documents(choice_task, tokenizer):
+def test_training_limit_draws_documents(choice_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     few = tasks.load_task(str(choice_task), training_limit=5).training_rows(tokenizer, 64)
     other = tasks.load_task(str(choice_task), training_limit=5, seed=1).training_rows(tokenizer, 64)
     assert len(few) == 5
@@ -447,7 +501,7 @@ def test_training_limit_draws_documents(choice_task, tokenizer):
     assert few != other
 
 
-def test_the_data_hash_follows_documents_and_prompts(choice_task, tmp_path):
+def test_the_data_hash_follows_documents_and_prompts(choice_task: Path, tmp_path: Path) -> None:
     before = tasks.load_task(str(choice_task)).data_hash
     again = changed(choice_task, tmp_path)
     assert tasks.load_task(str(again)).data_hash == before  # the place of the files is not part of it
@@ -459,7 +513,7 @@ def test_the_data_hash_follows_documents_and_prompts(choice_task, tmp_path):
 # --- check_task: before anything is loaded --------------------------------------------------------------------------
 
 
-def test_check_reads_the_file_alone(choice_task):
+def test_check_reads_the_file_alone(choice_task: Path) -> None:
     """Neither torch nor transformers, datasets or lm-eval: a command line answers in a fraction of a second."""
     code = (
         "import sys; from trainers import tasks; file = tasks.check_task(sys.argv[1]); print(file.recipe, "
@@ -485,7 +539,9 @@ def test_check_reads_the_file_alone(choice_task):
         ),
     ],
 )
-def test_a_task_that_cannot_be_searched_is_refused_early(choice_task, tmp_path, changes, message):
+def test_a_task_that_cannot_be_searched_is_refused_early(
+    choice_task: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     config = yaml.safe_load(choice_task.read_text())
     path = choice_task.parent / f"{tmp_path.name}.yaml"
     path.write_text(yaml.safe_dump({**config, **changes}))
@@ -494,17 +550,19 @@ def test_a_task_that_cannot_be_searched_is_refused_early(choice_task, tmp_path, 
     assert "\n" not in str(error.value)
 
 
-def test_a_near_miss_of_a_harness_task_is_suggested():
+def test_a_near_miss_of_a_harness_task_is_suggested() -> None:
     with pytest.raises(StudyError, match=r"unknown task 'arc_eazy': choose .* did you mean 'arc_easy'\?"):
         tasks.check_task("arc_eazy")
 
 
-def test_a_harness_task_without_training_split_is_refused_without_network():
+def test_a_harness_task_without_training_split_is_refused_without_network() -> None:
     with pytest.raises(StudyError, match=r"'lambada_openai' \(lambada_openai\.yaml\) has no training split"):
         tasks.check_task("lambada_openai")
 
 
-def test_an_unreachable_data_set_is_named_with_the_way_to_fetch_it(monkeypatch, tmp_path):
+def test_an_unreachable_data_set_is_named_with_the_way_to_fetch_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     with pytest.raises(
@@ -513,7 +571,9 @@ def test_an_unreachable_data_set_is_named_with_the_way_to_fetch_it(monkeypatch, 
         tasks.check_task("arc_easy")
 
 
-def test_all_that_is_missing_is_said_at_once_and_the_hub_asked_once(monkeypatch, tmp_path):
+def test_all_that_is_missing_is_said_at_once_and_the_hub_asked_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     import huggingface_hub
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -542,7 +602,9 @@ def test_all_that_is_missing_is_said_at_once_and_the_hub_asked_once(monkeypatch,
     assert "fetch it with `curl -fL --create-dirs -o ~/.cache/lora-expert-search/addsub_test.json https://" in text
 
 
-def test_includes_and_variables_are_followed(choice_task, tmp_path, monkeypatch):
+def test_includes_and_variables_are_followed(
+    choice_task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("QUESTIONS", str(choice_task.parent))
     base = yaml.safe_load(choice_task.read_text())
     base["dataset_kwargs"]["data_files"] = {split: f"$QUESTIONS/{split}.jsonl" for split in ("train", "test")}
@@ -553,7 +615,7 @@ def test_includes_and_variables_are_followed(choice_task, tmp_path, monkeypatch)
     assert task.file.config["task"] == "mine"
 
 
-def test_functions_beside_a_task_file_are_used(tokenizer, tmp_path):
+def test_functions_beside_a_task_file_are_used(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     path = write_task(tmp_path, "shout", {"train": ROWS, "test": ROWS}, **CHOICE)
     path.write_text(path.read_text().replace("doc_to_text: '{{question}}?'", "doc_to_text: !function words.ask"))
     (tmp_path / "words.py").write_text("def ask(doc):\n    return doc['question'] * 2\n")
@@ -563,14 +625,14 @@ def test_functions_beside_a_task_file_are_used(tokenizer, tmp_path):
     assert [tokenizer.decode(row.input_ids) for row in rows] == ["abab y", "cdcd x"]
 
 
-def test_a_task_file_that_does_not_fit_its_data_is_named(tmp_path):
+def test_a_task_file_that_does_not_fit_its_data_is_named(tmp_path: Path) -> None:
     path = write_task(tmp_path, "misfit", {"train": ROWS, "test": ROWS}, **{**CHOICE, "doc_to_choice": "{{nothing}}"})
     with pytest.raises(StudyError, match=r"task '.*misfit\.yaml' \(misfit\.yaml\) cannot be built: ") as error:
         tasks.load_task(str(path))
     assert "\n" not in str(error.value)
 
 
-def test_an_accuracy_that_the_task_lacks_is_named_with_the_others(choice_task, copy_task):
+def test_an_accuracy_that_the_task_lacks_is_named_with_the_others(choice_task: Path, copy_task: Path) -> None:
     with pytest.raises(StudyError, match=r"'f1': choose from acc, acc_norm"):
         tasks.load_task(str(choice_task), metric="f1")
     with pytest.raises(StudyError, match="exact_match,letter, exact_match,whole"):
@@ -579,7 +641,7 @@ def test_an_accuracy_that_the_task_lacks_is_named_with_the_others(choice_task, c
 
 
 @pytest.mark.parametrize("name", sorted(tasks.EMBEDDED))
-def test_embedded_tasks_have_both_splits(name):
+def test_embedded_tasks_have_both_splits(name: str) -> None:
     task = tasks.load_task(name, limit=10)
     assert task.num_training > 100
     assert task.num_evaluation == 10
@@ -673,7 +735,7 @@ def offline(name: str, folder: Path) -> Path:
     return folder / "group.yaml"
 
 
-def known(name: str):
+def known(name: str) -> Any:
     """Its task files, whether their data can be reached or not."""
     from trainers.tasks import files as task_files
 
@@ -683,13 +745,13 @@ def known(name: str):
     return files
 
 
-def test_every_benchmark_file_is_tried():
+def test_every_benchmark_file_is_tried() -> None:
     groups = {"alphalora6", "commonsense8", "math4", "sieve3"}
     assert {*COLUMNS} | groups == {*tasks.BENCHMARKS}
 
 
 @pytest.mark.parametrize("name", sorted(COLUMNS))
-def test_a_benchmark_makes_its_rows_and_scores_its_answers(name, tmp_path):
+def test_a_benchmark_makes_its_rows_and_scores_its_answers(name: str, tmp_path: Path) -> None:
     _, trained, right, wrong = COLUMNS[name]
     task = tasks.load_task(str(offline(name, tmp_path)))
     assert task.training._pair(0, None) == trained
@@ -720,14 +782,14 @@ def test_a_benchmark_makes_its_rows_and_scores_its_answers(name, tmp_path):
         ("sieve3", "spider_match gsm8k hellaswag"),
     ],
 )
-def test_the_groups_of_the_papers(group, members):
+def test_the_groups_of_the_papers(group: str, members: str) -> None:
     files = known(group)
     assert [file.label for file in files] == members.split()
     if group == "sieve3":
         assert (files[1].config["num_fewshot"], files[2].metric) == (0, "acc_norm")
 
 
-def test_cola_differs_from_the_harness_in_the_metric_alone():
+def test_cola_differs_from_the_harness_in_the_metric_alone() -> None:
     (ours,), (theirs,) = known("cola_acc"), known("cola")
     differing = {key for key in {*ours.config, *theirs.config} if ours.config.get(key) != theirs.config.get(key)}
     assert differing == {"task", "tag", "metric_list", "should_decontaminate", "doc_to_decontamination_query"}
@@ -736,7 +798,7 @@ def test_cola_differs_from_the_harness_in_the_metric_alone():
 # --- real questions -------------------------------------------------------------------------------------------------
 
 
-def test_real_questions(model, tokenizer, tmp_path):
+def test_real_questions(model: Any, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The task file of this module's head over ARC-Easy's questions, where they are at hand."""
     folder = Path(os.environ.get("LORA_TASK_DATA", "data"))
     files = {split: str((folder / f"arc_easy_{split}.jsonl").absolute()) for split in ("train", "test")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +159,7 @@ def copy_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def write_task(folder: Path, name: str, splits: dict, **config: Any) -> Path:
+def write_task(folder: Path, name: str, splits: dict[str, Iterable[dict[str, Any]]], **config: Any) -> Path:
     """Writes a task file and its data, one JSON object a line, side by side."""
     for split, rows in splits.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -187,9 +187,9 @@ def _own_dataset_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     datasets.config.HF_DATASETS_CACHE = before
 
 
-def worker_setup(folder: Path, **changes: object) -> WorkerSetup:
+def worker_setup(folder: Path, **changes: Any) -> WorkerSetup:
     """Of a worker with the embedded MoE model; `folder` takes all that it writes."""
-    settings = {
+    settings: dict[str, Any] = {
         "model": "tiny-moe",
         "options": {},
         "task": "default",

@@ -100,7 +100,14 @@ def tokens(batch: int = 2, length: int = 24) -> Tensor:
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        return model(tokens()).logits
+        out: Tensor = model(tokens()).logits
+    return out
+
+
+def gradient(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that must have one."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def digest(model: Any) -> str:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from allocators.core.messages import Assignment, Finished, PackJob, Report, TaskJob, TrainJob, is_end
+from allocators.core.messages import Assignment, Finished, PackChosen, PackJob, Report, TaskJob, TrainJob, is_end
 from allocators.core.types import ExpertSelection, Outcome, Recipe, Trial
 from tests.trainers.conftest import worker_setup
 from trainers import storage
@@ -56,7 +56,9 @@ def test_the_base_alone_is_evaluated_as_an_adapter_that_was_not_trained(state: W
     base = state.untrained()
     hardly = state.train(*trial(state, steps=1, learning_rate=1e-12), report=lambda rung: True)
     assert base.accuracy == hardly.accuracy
-    assert base.stderr == hardly.rungs[-1].stderr > 0
+    assert base.stderr is not None
+    assert base.stderr == hardly.rungs[-1].stderr
+    assert base.stderr > 0
 
 
 def test_the_same_trial_twice_is_the_same_result(state: WorkerState) -> None:
@@ -92,7 +94,10 @@ def test_a_trial_stops_where_its_report_is_answered_with_no(state: WorkerState) 
 
 def test_a_signal_is_measured_once_for_everyone(state: WorkerState) -> None:
     first = state.measure("routing")
-    assert state.measure("routing").to_json() == first.to_json()
+    again = state.measure("routing")
+    assert first is not None
+    assert again is not None
+    assert again.to_json() == first.to_json()
     assert set(first.rows) == {str(layer) for layer in state.shape.moe_layers}
     tokens = {sum(row["count"]) for row in first.rows.values()}
     assert len(tokens) == 1, "every layer routes the same tokens"
@@ -226,6 +231,7 @@ def test_how_many_to_pack_is_measured_and_leaves_nothing_behind(fresh: WorkerSta
     before = weights_hash(fresh.model)
     asked, params = trial(fresh)
     ((_, answer),), _ = packed(fresh, [Assignment("pack", PackJob(asked, params))], slots=8)
+    assert isinstance(answer, PackChosen)
     assert answer.pack in (1, 2, 4)
     assert "a step takes" in answer.why
     assert weights_hash(fresh.model) == before

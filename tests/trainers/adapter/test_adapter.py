@@ -309,7 +309,12 @@ def test_weights_that_are_not_those_of_the_allocation_are_refused_without_a_mode
 def tiny_llama() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, initializer_range=0.15, **sizes)).eval()
 
@@ -333,7 +338,8 @@ def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A base, its digest, folders of three adapters, and the logits that each gives alone (None: the base)."""
     model = MODELS[request.param]()
     shape = shape_of_model(model)
-    folders, expected = {}, {None: logits(model)}
+    folders: dict[str, Path] = {}
+    expected: dict[str | None, Tensor] = {None: logits(model)}
     for seed, allocation in enumerate(some_allocations(shape)):
         lora = LoraSettings(rank=2 + seed, lora_alpha=4.0, balance_coef=0.1)
         adapter = attach(model, allocation, shape=shape, lora=lora)

@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,7 @@ from tests.trainers.reference import (
     experts_loop,
     fill,
     from_peft,
+    gradient,
     logits,
     peft_factors,
     shape_of_model,
@@ -45,7 +47,7 @@ from trainers.adapter.expert_lora import ExpertLora, experts_forward, weight_sta
 
 families = pytest.mark.parametrize("family", FAMILIES)
 SELECTIONS = {"some": some_experts, "every": every_expert, "none": lambda shape: ExpertSelection({})}
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 def attached(model: Any, selection: ExpertSelection | None = None, **changes: Any) -> Any:
@@ -126,10 +128,9 @@ def test_forward_and_gradients_are_those_of_the_summed_weights(family: str, sele
     expected.backward(weight)
     torch.testing.assert_close(out, expected, **CLOSE)
     for name, parameter in adapter.named_parameters():
-        size = factors[name].grad.abs().max()
-        torch.testing.assert_close(
-            parameter.grad / size, factors[name].grad / size, **CLOSE, msg=lambda m, n=name: n + m
-        )
+        wanted = gradient(factors[name])
+        size = wanted.abs().max()
+        torch.testing.assert_close(gradient(parameter) / size, wanted / size, **CLOSE, msg=partial("{}{}".format, name))
 
 
 def expert_layer(
@@ -245,10 +246,10 @@ def test_peft_gives_the_same_where_both_can_say_it() -> None:
     mine.backward(weight)
     theirs.backward(weight)
     torch.testing.assert_close(mine, theirs, **CLOSE)
-    gradients = share_first_factor({name: p.grad for name, p in adapter.named_parameters()})
+    gradients = share_first_factor({name: gradient(p) for name, p in adapter.named_parameters()})
     for stack, (a, b) in pairs.items():
-        for name, gradient in from_peft(stack, a.grad, b.grad, rank=4).items():
-            torch.testing.assert_close(gradients[name], gradient, **CLOSE)
+        for name, theirs in from_peft(stack, gradient(a), gradient(b), rank=4).items():
+            torch.testing.assert_close(gradients[name], theirs, **CLOSE)
 
 
 # --- what must not change ---
@@ -347,8 +348,8 @@ def test_experts_that_cannot_learn_from_this_batch_are_not_accused() -> None:
     model(tokens()).logits[-1, -1].pow(2).sum().backward()  # in the last layer only the last token counts
     handle.remove()
     adapter.check_gradients()
-    gradient = dict(adapter.named_parameters())["model.layers.1.mlp.experts.down_proj.lora_B"].grad
-    assert set(gradient.flatten(1).any(dim=1).nonzero().flatten().tolist()) == used
+    grad = gradient(dict(adapter.named_parameters())["model.layers.1.mlp.experts.down_proj.lora_B"])
+    assert set(grad.flatten(1).any(dim=1).nonzero().flatten().tolist()) == used
     assert len(used) == 2
 
 
@@ -417,9 +418,10 @@ def test_dropout_acts_on_the_input_of_lora_alone(monkeypatch: pytest.MonkeyPatch
     row = 0
     for position, (expert, token) in enumerate(zip(route.ids_S.tolist(), route.token_S.tolist(), strict=True)):
 
-        def linear(x: Tensor, frozen: Tensor, name: str, mask: Tensor, expert: int = expert) -> Tensor:
+        def linear(x: Tensor, frozen: Tensor, name: str, mask: Tensor | None, expert: int = expert) -> Tensor:
             if expert not in lora.ids:
                 return frozen @ x
+            assert mask is not None
             a, b = (factor[lora.ids.index(expert)] for factor in lora.pairs[name])
             return frozen @ x + 0.5 * (b @ (a @ (x * mask / 0.75)))
 
@@ -458,6 +460,7 @@ def test_dropout_of_experts_zeroes_a_share() -> None:
     module, lora = expert_layer(3, (0, 2), rank=2, dropout=0.25)
     torch.manual_seed(0)
     kept = lora.kept(lora.route(torch.tensor([[0, 1], [2, 0]] * 100)), 100)
+    assert kept is not None
     assert kept.shape == (300, 100)
     assert 0.74 < kept.float().mean() < 0.76
     module.eval()
@@ -497,8 +500,8 @@ def test_gradient_checkpointing_changes_no_gradient(family: str, dropout: float)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     actual = gradients(model, adapter)
     adapter.check_gradients()
-    for name, gradient in expected.items():
-        torch.testing.assert_close(actual[name], gradient, rtol=1e-6, atol=1e-7)
+    for name, wanted in expected.items():
+        torch.testing.assert_close(actual[name], wanted, rtol=1e-6, atol=1e-7)
 
 
 @families
@@ -518,10 +521,10 @@ def test_bf16_trains_fp32_factors(family: str, how: str) -> None:
         rough = gradients(model, adapter)
     adapter.check_gradients()
     similar = 0
-    for name, gradient in rough.items():
-        assert gradient.dtype == torch.float32
-        assert gradient.isfinite().all()
-        similar += F.cosine_similarity(gradient.flatten(), exact[name].flatten(), dim=0).item() > 0.9
+    for name, grad in rough.items():
+        assert grad.dtype == torch.float32
+        assert grad.isfinite().all()
+        similar += F.cosine_similarity(grad.flatten(), exact[name].flatten(), dim=0).item() > 0.9
     assert similar >= 0.8 * len(rough)  # bf16 sends some tokens to other experts: not every gradient can agree
 
 
@@ -531,7 +534,19 @@ def test_bf16_trains_fp32_factors(family: str, how: str) -> None:
 class Launches(TorchDispatchMode):
     """ATen calls that compute or copy (views and allocations left out), and rows given to grouped_mm."""
 
-    FREE = ("view", "reshape", "transpose", "t", "expand", "slice", "select", "detach", "alias", "unsqueeze", "squeeze")
+    FREE: tuple[str, ...] = (
+        "view",
+        "reshape",
+        "transpose",
+        "t",
+        "expand",
+        "slice",
+        "select",
+        "detach",
+        "alias",
+        "unsqueeze",
+        "squeeze",
+    )
     FREE += (
         "empty",
         "empty_like",
@@ -544,13 +559,14 @@ class Launches(TorchDispatchMode):
         "_reshape_alias",
     )
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> Launches:
         self.calls: Counter[str] = Counter()
         self.rows: list[int] = []
-        return super().__enter__()
+        super().__enter__()
+        return self
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.overloadpacket.__name__
         if name not in self.FREE:
@@ -560,7 +576,9 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches(num_experts: int, chosen: tuple[int, ...], *, every_row: bool = False, index: Tensor | None = None) -> int:
+def launches(
+    num_experts: int, chosen: tuple[int, ...], *, every_row: bool = False, index: Tensor | None = None
+) -> Launches:
     module, lora = expert_layer(num_experts, chosen, rank=3)
     lora.stop_watching()
     lora.every_row |= every_row

@@ -24,6 +24,7 @@ from allocators.core.errors import InfeasibleError, StudyError, TrialError
 from allocators.core.types import ExpertCounts, Gating, LoraSettings, ModelShape, ModuleShape
 from tests import GOLDEN
 from tests.benchmarks.lora_moe import Ours, count, train, variants
+from tests.trainers.reference import gradient
 from trainers import adapter as adapters
 from trainers.adapter import lora_moe
 
@@ -77,12 +78,12 @@ def leaves(
 
 
 def stacked(a: Sequence[Tensor], b: Sequence[Tensor], router: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.cat([*a, router]), torch.cat(b, dim=1)
+    return torch.cat([*a, router]), torch.cat([*b], dim=1)
 
 
 def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     assert got.shape == want.shape
-    assert (got - want).abs().max() <= tolerance * max(1.0, want.abs().max())
+    assert (got - want).abs().max() <= tolerance * max(1.0, want.abs().max().item())
 
 
 @settings(max_examples=40, deadline=None)
@@ -131,6 +132,7 @@ def test_gradcheck_with_the_balance_loss(hydra: bool, dropout: float) -> None:
         y, logits = lora_moe.lora_moe_linear(
             x, weight, bias, down, up, rank=2, top_k=4 if hydra else 2, scale=1.5, dropout=dropout, want_logits=True
         )
+        assert logits is not None
         return y, lora_moe.balance_loss(logits, top_k=2)
 
     assert torch.autograd.gradcheck(function, (x, down, up))
@@ -139,10 +141,11 @@ def test_gradcheck_with_the_balance_loss(hydra: bool, dropout: float) -> None:
 def test_three_dimensional_input_is_the_flat_one() -> None:
     x, weight, bias, a, b, router, _ = leaves(False, 3, 2, 5, 4, 6, seed=1)
     down, up = stacked(a, b, router)
-    kwargs = {"rank": 2, "top_k": 2, "scale": 2.0}
+    kwargs: dict[str, Any] = {"rank": 2, "top_k": 2, "scale": 2.0}
     flat, _ = lora_moe.lora_moe_linear(x, weight, bias, down, up, **kwargs)
     deep, logits = lora_moe.lora_moe_linear(x.view(2, 3, 5), weight, bias, down, up, **kwargs, want_logits=True)
     assert torch.equal(deep.flatten(0, 1), flat)
+    assert logits is not None
     assert logits.shape == (6, 3)
 
 
@@ -152,8 +155,8 @@ def test_one_expert_has_gate_one_and_a_router_without_gradient() -> None:
     y, _ = lora_moe.lora_moe_linear(x, weight, bias, down, up, rank=3, top_k=2, scale=2.0)
     close(y, F.linear(x, weight, bias) + 2.0 * x @ a[0].T @ b[0].T)
     y.backward(dy)
-    assert torch.equal(down.grad[3:], torch.zeros(1, 7))
-    assert down.grad[:3].abs().min() > 0
+    assert torch.equal(gradient(down)[3:], torch.zeros(1, 7))
+    assert gradient(down)[:3].abs().min() > 0
 
 
 def test_the_frozen_input_of_the_first_layer_costs_no_gradient() -> None:
@@ -175,8 +178,9 @@ def test_bf16_base_with_fp32_adapter(hydra: bool) -> None:
         x16, low[1], low[2], down, up, rank=4, top_k=top_k, scale=2.0, want_logits=True
     )
     y.backward(low[3])
-    assert y.dtype == x16.grad.dtype == torch.bfloat16
-    assert down.grad.dtype == up.grad.dtype == logits.dtype == torch.float32
+    assert logits is not None
+    assert y.dtype == gradient(x16).dtype == torch.bfloat16
+    assert gradient(down).dtype == gradient(up).dtype == logits.dtype == torch.float32
 
     down32, up32 = (t.detach().bfloat16().float().requires_grad_() for t in (down, up))
     x32 = x16.detach().float().requires_grad_()
@@ -184,8 +188,10 @@ def test_bf16_base_with_fp32_adapter(hydra: bool) -> None:
         x32, low[1].float(), low[2].float(), down32, up32, rank=4, top_k=top_k, scale=2.0, want_logits=True
     )
     exact.backward(low[3].float())
+    assert logits32 is not None
     assert (logits - logits32).abs().max() < 0.02  # bf16 keeps 8 bits of numbers around 1
-    for got, want in ((y, exact), (down.grad, down32.grad), (up.grad, up32.grad), (x16.grad, x32.grad)):
+    gradients = [(gradient(t), gradient(t32)) for t, t32 in ((down, down32), (up, up32), (x16, x32))]
+    for got, want in ((y, exact), *gradients):
         # A token whose second and third expert nearly tie may go elsewhere in bf16: compare norms, not maxima.
         assert (got.float() - want).norm() < (0.02 if hydra else 0.15) * want.norm()
 
@@ -234,7 +240,7 @@ def test_a_favoured_expert_costs_more() -> None:
 @pytest.mark.parametrize(("name", "forward", "backward"), [("routed", 9, 12), ("hydra", 6, 13)])
 def test_launches_do_not_grow_with_the_number_of_experts(name: str, forward: int, backward: int) -> None:
     for n in (3, 8, 16):
-        layer = variants(32, n, device="cpu")[name]
+        layer: Any = variants(32, n, device="cpu")[name]
         counts = count(layer, torch.randn(64, 32), parameters=[layer.weight, *layer.parameters()])
         assert counts.forward <= forward
         assert counts.backward <= backward
@@ -243,7 +249,7 @@ def test_launches_do_not_grow_with_the_number_of_experts(name: str, forward: int
 
 def test_saves_rank_space_and_gates_only() -> None:
     tokens, d, n, r = 512, 256, 8, 8
-    layers = variants(d, n, device="cpu")
+    layers: dict[str, Any] = variants(d, n, device="cpu")
     x = torch.randn(tokens, d)
     saved = {k: count(v, x, parameters=[v.weight, *v.parameters()]).saved_bytes for k, v in layers.items()}
     assert saved["routed"] == 4 * tokens * (n * r + n + n)
@@ -280,8 +286,10 @@ class Layer(nn.Module):
             self.add_module(name, nn.Linear(i, o, bias=name == "q_proj"))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.o_proj(torch.tanh(self.q_proj(x)) * self.v_proj(x).cumsum(1))
-        return x + self.down_proj(F.silu(self.up_proj(x)))
+        maps: dict[str, Any] = dict(self.named_children())
+        x = x + maps["o_proj"](torch.tanh(maps["q_proj"](x)) * maps["v_proj"](x).cumsum(1))
+        out: Tensor = x + maps["down_proj"](F.silu(maps["up_proj"](x)))
+        return out
 
 
 class Body(nn.Module):
@@ -292,7 +300,7 @@ class Body(nn.Module):
         self.checkpoint: bool | None = None  # or use_reentrant
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        x = self.embed(input_ids)
+        x: Tensor = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x) if self.checkpoint is None else checkpoint(layer, x, use_reentrant=self.checkpoint)
         return x
@@ -314,7 +322,8 @@ class Tiny(nn.Module):
         return self.model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self.head(self.model(input_ids, attention_mask=attention_mask))
+        out: Tensor = self.head(self.model(input_ids, attention_mask=attention_mask))
+        return out
 
 
 SHAPE = ModelShape(
@@ -404,11 +413,11 @@ def test_whole_model_equals_the_reference(gating: Gating) -> None:
     got = loss_of(model)
     got.backward()
     adapter.check_gradients()
-    grads = {name: p.grad for name, p in adapter.named_parameters()}
+    grads = {name: gradient(p) for name, p in adapter.named_parameters()}
     state = adapter.state_dict()
     adapter.detach()
 
-    params = {}
+    params: dict[str, Tensor] = {}
     for path, n in MIXED.items():
         module = model.get_submodule(path)
         down, up = (state[f"{path}.{part}"].clone().requires_grad_() for part in ("down", "up"))
@@ -425,7 +434,7 @@ def test_whole_model_equals_the_reference(gating: Gating) -> None:
     want.backward()
     close(got, want)
     for name, p in params.items():
-        close(grads[name], p.grad)
+        close(grads[name], gradient(p))
 
 
 @pytest.mark.parametrize("balance", ["layer", "module"])
@@ -434,21 +443,22 @@ def test_balance_loss_of_a_model(balance: str) -> None:
     adapter = attach(model, balance_coef=0.5, seed=0)
     adapter.balance = balance
     grow(adapter)
-    inputs = {}
+    inputs: dict[str, Tensor] = {}
     hooks = [
         model.get_submodule(path).register_forward_pre_hook(lambda m, args, path=path: inputs.update({path: args[0]}))
         for path in MIXED
     ]
     loss_of(model)
-    [hook.remove() for hook in hooks]
+    for hook in hooks:
+        hook.remove()
     got = adapter.extra_loss()
 
-    pools = {}
+    pools: dict[tuple[str, int], list[Tensor]] = {}
     for path, n in MIXED.items():
         probs = torch.softmax(inputs[path][MASK.bool()] @ adapter.state_dict()[f"{path}.down"][-n:].T, -1)
         layer = path.split(".")[2]
         pools.setdefault((layer if balance == "layer" else path, n), []).append(probs)
-    want = 0.0
+    want = torch.zeros(())
     for (_, n), members in pools.items():
         probs = torch.cat(members)
         picks = [e for row in probs.tolist() for e in sorted(range(n), key=lambda e: -row[e])[:2]]
@@ -649,7 +659,7 @@ def test_the_training_loop_runs_it(gating: Gating, tokenizer: PreTrainedTokenize
     from trainers.tasks import load_task
 
     torch.manual_seed(0)
-    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, pad_token_id=1, **sizes)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     shape = shape_from_config(config, name="llama")

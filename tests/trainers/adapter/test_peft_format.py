@@ -33,7 +33,7 @@ from trainers.adapter import attach, read, save
 from trainers.adapter.files import Saved
 from trainers.adapter.peft_format import refusal, write
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 SELECTIONS = {"some": some_experts, "every": every_expert, "none": lambda shape: ExpertSelection({})}
 
 
@@ -86,7 +86,7 @@ def test_any_modules_with_one_expert_each(
 ) -> None:
     paths = [m.path for m in shape_of_model(llama).modules]
     chosen = data.draw(st.lists(st.sampled_from(paths), min_size=1, unique=True))
-    gating = data.draw(st.sampled_from(["routed", "hydra"]))
+    gating: Gating = data.draw(st.sampled_from(["routed", "hydra"]))
     folder = tmp_path_factory.mktemp("dense")
     counts = ExpertCounts(dict.fromkeys(chosen, 1), gating)
     saved, expected = saved_adapter(llama, counts, folder / "ours", lora_dropout=0.25)

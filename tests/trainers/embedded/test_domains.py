@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,7 @@ from trainers.embedded import domains
 TASKS = Path(domains.__file__).parent / "tasks"
 
 
-def committed(name: str, split: str) -> list[dict]:
+def committed(name: str, split: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (TASKS / f"tiny_{name}_{split}.jsonl").read_text().splitlines()]
 
 
@@ -29,7 +31,7 @@ def test_equal_seeds_give_equal_text_of_known_characters(name: str, seed: int) -
 
 
 # Each answer again, from the example's text alone and by another route than the generator's.
-CHECKS = {
+CHECKS: dict[str, Callable[..., str]] = {
     "add": lambda a, b: str(int(a) - -int(b)),
     "sub": lambda a, b: str(int(a) + -int(b)),
     "max": lambda *numbers: sorted(numbers, key=int)[-1],

@@ -24,7 +24,8 @@ def named(folder: Path) -> str:
 
 @pytest.fixture(scope="module", params=COMMITTED, ids=named)
 def folder(request: pytest.FixtureRequest) -> Path:
-    return request.param
+    path: Path = request.param
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,7 @@ def test_an_interrupted_pretraining_ends_with_the_same_weights(tmp_path: Path) -
         if line.startswith("step 5/"):
             raise Interrupted
 
-    often = {"report_every": 1, "checkpoint_every": 2}
+    often: dict[str, Any] = {"report_every": 1, "checkpoint_every": 2}
     whole = pretrain.pretrain(SMALL, tmp_path / "whole", **often)
     with pytest.raises(Interrupted):
         pretrain.pretrain(SMALL, tmp_path / "halves", **often, show=stop)

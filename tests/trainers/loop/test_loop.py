@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import torch
@@ -120,7 +120,9 @@ def test_rungs_by_hand() -> None:
     warmup=st.floats(0, 1),
     schedule=st.sampled_from(["cosine", "linear", "constant"]),
 )
-def test_the_rate_rises_then_falls_and_stays_in_bounds(steps: int, warmup: float, schedule: str) -> None:
+def test_the_rate_rises_then_falls_and_stays_in_bounds(
+    steps: int, warmup: float, schedule: Literal["cosine", "linear", "constant"]
+) -> None:
     recipe = replace(RECIPE, warmup_ratio=warmup, schedule=schedule)
     rates = [plan.learning_rate(recipe, step, steps) for step in range(steps)]
     peak = round(warmup * steps)
@@ -243,10 +245,13 @@ def test_a_killed_run_goes_on_exactly(
 
     with pytest.raises(Killed):
         run(task, recipe=DROPOUT, tokenizer=tokenizer, on_rung=die, checkpoint=place)
-    reported = []
-    resumed, others = run(
-        task, recipe=DROPOUT, tokenizer=tokenizer, on_rung=lambda rung: reported.append(rung) or True, checkpoint=place
-    )
+    reported: list[Rung] = []
+
+    def note(rung: Rung) -> bool:
+        reported.append(rung)
+        return True
+
+    resumed, others = run(task, recipe=DROPOUT, tokenizer=tokenizer, on_rung=note, checkpoint=place)
     assert resumed.losses == whole.losses
     assert without_seconds(resumed.rungs) == without_seconds(whole.rungs)
     assert all(torch.equal(others[name], tensors[name]) for name in tensors)
@@ -305,8 +310,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_an_accuracy(
     task: AnyTask, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     recipe = replace(RECIPE, learning_rate=1e30, warmup_ratio=0.0, steps=40, max_grad_norm=0.0)
-    rungs = []
-    result, _ = run(task, recipe=recipe, tokenizer=tokenizer, on_rung=lambda r: rungs.append(r) or True, evaluations=1)
+    rungs: list[Rung] = []
+
+    def note(rung: Rung) -> bool:
+        rungs.append(rung)
+        return True
+
+    result, _ = run(task, recipe=recipe, tokenizer=tokenizer, on_rung=note, evaluations=1)
     assert result.status == "diverged"
     assert result.accuracy is None
     assert len(result.losses) <= 2 * loop.CHECK_EVERY
@@ -383,7 +393,7 @@ class Operations(TorchDispatchMode):
         self.waits = waits
 
     def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func.__name__.split(".")[0]
         if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"):
@@ -399,7 +409,7 @@ class Methods(TorchFunctionMode):
         self.waits = waits
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if (name := getattr(func, "__name__", "")) in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__"):
             self.waits.append(name)
@@ -499,8 +509,13 @@ def test_no_step_waits_for_a_real_gpu(
 
 def test_the_next_step_is_on_its_way_while_one_computes() -> None:
     """Each step's rows are asked for once, before the step that needs them, and in order."""
-    asked = []
-    feed = Feed(lambda step: asked.append(step) or [], torch.device("cpu"))
+    asked: list[int] = []
+
+    def ask(step: int) -> list[Any]:
+        asked.append(step)
+        return []
+
+    feed = Feed(ask, torch.device("cpu"))
     for step in (3, 4, 5):  # a run that goes on from a checkpoint
         feed.take(step)
         feed.fetch(step + 1)

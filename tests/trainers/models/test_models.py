@@ -23,7 +23,7 @@ from allocators.core.types import ExpertCounts, ExpertSelection, Gating, LoraSet
 from allocators.signals import sensitivity
 from tests import ROOT
 from tests.trainers.conftest import char_tokenizer
-from tests.trainers.reference import fill, logits, tokens
+from tests.trainers.reference import fill, gradient, logits, tokens
 from trainers import adapter as adapters
 from trainers import loop, models, tasks
 from trainers.models import options, smollm2
@@ -307,8 +307,13 @@ def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_bias": True, "initializer_range": 0.1}
+    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "initializer_range": 0.1,
+    }
     folder = tmp_path_factory.mktemp("tiny-llama")
     LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=1, eos_token_id=2)).save_pretrained(folder)
     char_tokenizer().save_pretrained(folder)
@@ -319,7 +324,7 @@ def with_unpacked_weights(name: str, quantized: Any) -> Any:
     """The model in float32 with the values that the packed weights stand for."""
     from bitsandbytes.functional import dequantize_4bit
 
-    plain = models.load(name).model
+    plain: Any = models.load(name).model
     for path, module in quantized.named_modules():
         if is_quantized(module):
             plain.get_submodule(path).weight.copy_(dequantize_4bit(module.weight.data, module.weight.quant_state))
@@ -341,11 +346,11 @@ def test_experts_on_packed_weights_are_those_on_the_weights_they_stand_for(llama
         fill(adapter)
         out = model(tokens()).logits
         out.square().mean().backward()
-        answers.append((out.detach(), [p.grad for p in adapter.parameters()]))
+        answers.append((out.detach(), [gradient(p) for p in adapter.parameters()]))
     (mine, gradients), (theirs, expected) = answers
     torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
-    for gradient, reference in zip(gradients, expected, strict=True):
-        torch.testing.assert_close(gradient, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
+    for actual, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, reference, rtol=1e-3, atol=1e-3 * reference.abs().max().item())
 
 
 @quantised
@@ -468,7 +473,7 @@ def test_the_packaged_model_is_converted_once_and_answers(cache: Path, monkeypat
     code = "from trainers import models; print(models.config_of('smollm2-135m')['num_hidden_layers'])"
     command = [sys.executable, "-c", code]
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     both = [subprocess.Popen(command, cwd=ROOT, env=environment, **pipes) for _ in range(2)]
     told = [process.communicate() for process in both]
     assert [out for out, _ in told] == ["30\n", "30\n"]
@@ -476,10 +481,11 @@ def test_the_packaged_model_is_converted_once_and_answers(cache: Path, monkeypat
     assert not list(cache.glob("**/*.partial"))
     monkeypatch.setattr(smollm2, "_file", None)  # from here on nothing is converted
     loaded = models.load("smollm2-135m", dtype="bfloat16")
+    model: Any = loaded.model
     weights = models.folder_of("smollm2-135m") / "model.safetensors"
     assert weights.stat().st_size == pytest.approx(269e6, rel=0.01)
     ids = loaded.tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
-        answer = loaded.model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]
+        answer = model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1]
     assert loaded.tokenizer.decode(answer) == " Paris"
     assert len(loaded.tokenizer("12345").input_ids) == 5  # digits one by one, as SmolLM2 was trained

@@ -72,7 +72,7 @@ def train(
 
 def everything(moe: str, dense: str, choice: str, copy: str, *, shard: bool) -> dict[str, Any]:
     """All that has to be equal, of one worker; everything it needs is in files."""
-    results = {}
+    results: dict[str, Any] = {}
     # 7 documents in batches of 2 requests: 8 passes for the first worker, 6 for the second
     choose, generate = tasks.load_task(choice, limit=7, batch_size=2), tasks.load_task(copy, limit=5, batch_size=1)
     for name, folder, allocation in (("moe", moe, selection), ("dense", dense, counts)):
@@ -154,7 +154,7 @@ def out_of_memory(rank: int, moe: str, dense: str, choice: str, copy: str) -> st
 
 @pytest.fixture(scope="module")
 def arguments(model_folder: Path, dense_folder: Path, choice_task: Path, copy_task: Path) -> Arguments:
-    return tuple(str(path) for path in (model_folder, dense_folder, choice_task, copy_task))
+    return str(model_folder), str(dense_folder), str(choice_task), str(copy_task)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from allocators.core.errors import OutOfMemoryError, StudyError, TrialError
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, Gating, Recipe, Rung
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
+from tests.trainers.reference import gradient
 from trainers import loop, packing, tasks
 from trainers.adapter import Adapter, attach
 from trainers.packing.pack import Pack
@@ -76,7 +78,7 @@ def dropped(members: Iterable[Spec]) -> tuple[Spec, ...]:
     return tuple((a, replace(r, lora_dropout=0.1 * (n + 1)), s) for n, (a, r, s) in enumerate(members))
 
 
-KINDS = {
+KINDS: dict[str, Sequence[Spec]] = {
     "routed": ROUTED,
     "hydra": HYDRA,
     "mixed": (ROUTED[0], HYDRA[1], ROUTED[2], HYDRA[0]),
@@ -120,7 +122,7 @@ class Story:
     ) -> None:
         self.specs, self.model = members, model_for(members[0][0])
         self.packed = packing.PackedRun(self.model, task, tokenizer=tokenizer, device="cpu", evaluations=evaluations)
-        self.members = {}
+        self.members: dict[int, packing.Member] = {}
 
     def join(self, *numbers: int, on_rung: Callable[[Rung], bool] = yes, checkpoint: Path | None = None) -> Story:
         for n in numbers:
@@ -137,8 +139,14 @@ class Story:
             count -= 1
         return self
 
+    def result(self, number: int) -> loop.Result:
+        """Of a member that has ended without an error."""
+        result = self.members[number].result
+        assert result is not None
+        return result
 
-KNOWN = {}  # what several tests compare with
+
+KNOWN: dict[str, tuple[loop.Result, dict[str, Tensor]]] = {}  # what several tests compare with
 
 
 def alone(
@@ -176,6 +184,7 @@ def agree(
 ) -> None:
     assert member.error is None
     result = member.result
+    assert result is not None
     assert result.losses == pytest.approx(expected.losses, rel=rtol)
     assert (result.status, result.tokens) == (expected.status, expected.tokens)
     assert [r.step for r in result.rungs] == [r.step for r in expected.rungs]
@@ -208,7 +217,7 @@ def test_one_in_a_pack_is_one_alone(task: AnyTask, tokenizer: PreTrainedTokenize
         story = Story([spec], task, tokenizer, evaluations=3).join(0).steps()
         expected, tensors = alone(spec, task, tokenizer, evaluations=3)
         agree(story.members[0], expected, tensors)
-        assert [rung.accuracy for rung in story.members[0].result.rungs] == [rung.accuracy for rung in expected.rungs]
+        assert [rung.accuracy for rung in story.result(0).rungs] == [rung.accuracy for rung in expected.rungs]
 
 
 @pytest.mark.parametrize("specs", [ROUTED, CHOSEN], ids=["routed", "chosen"])
@@ -223,7 +232,7 @@ def test_who_joins_later_and_who_leaves_early_changes_nothing(
     story.steps()
     for n, spec in enumerate(specs[:3]):
         agree(story.members[n], *alone(spec, task, tokenizer, evaluations=2, on_rung=lambda _, n=n: n != 1))
-    assert story.members[1].result.status == "stopped"
+    assert story.result(1).status == "stopped"
     assert not hasattr(story.model, "lora_adapter")
 
 
@@ -236,7 +245,7 @@ def test_nan_stays_where_it_arose(task: AnyTask, tokenizer: PreTrainedTokenizerB
         for parameter in story.members[0].adapter.parameters():
             parameter.fill_(torch.nan)
     story.steps()
-    assert (story.members[0].result.status, story.members[0].result.accuracy) == ("diverged", None)
+    assert (story.result(0).status, story.result(0).accuracy) == ("diverged", None)
     for n, spec in enumerate(specs[1:], start=1):
         agree(story.members[n], *alone(spec, task, tokenizer))
         assert all(p.isfinite().all() for p in story.members[n].adapter.parameters())
@@ -255,13 +264,19 @@ def test_what_began_alone_goes_on_packed_and_the_reverse(
             raise Killed
         return True
 
-    specs, seen = dropped(CHOSEN[:2]), []
+    specs = dropped(CHOSEN[:2])
+    seen: list[int] = []
+
+    def note(rung: Rung) -> bool:
+        seen.append(rung.step)
+        return True
+
     expected, tensors = alone(specs[0], task, tokenizer, evaluations=2)
     if first == "alone":
         with pytest.raises(Killed):
             alone(specs[0], task, tokenizer, evaluations=2, on_rung=die, checkpoint=tmp_path / "0")
         story = Story(specs, task, tokenizer, evaluations=2)
-        story.join(0, checkpoint=tmp_path, on_rung=lambda rung: seen.append(rung.step) or True).join(1).steps()
+        story.join(0, checkpoint=tmp_path, on_rung=note).join(1).steps()
         assert seen == [8, 15]
         agree(story.members[0], expected, tensors)
     else:
@@ -275,10 +290,15 @@ def test_what_began_alone_goes_on_packed_and_the_reverse(
 
 
 def test_rungs_are_those_of_the_member_alone(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
-    rungs = {}
+    rungs: dict[int, list[Rung]] = {n: [] for n in range(3)}
+
+    def note(n: int, rung: Rung) -> bool:
+        rungs[n].append(rung)
+        return True
+
     story = Story(CHOSEN, task, tokenizer, evaluations=2)
     for n in range(3):
-        story.join(n, on_rung=lambda rung, n=n: rungs.setdefault(n, []).append(rung) or True)
+        story.join(n, on_rung=partial(note, n))
     story.steps()
     for n in range(3):
         expected, _ = alone(CHOSEN[n], task, tokenizer, evaluations=2)
@@ -293,12 +313,13 @@ def test_seconds_are_shares(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -
 
     began = time.monotonic()
     story = Story(ROUTED, task, tokenizer, evaluations=2).join(0, 1, 2).steps()
-    assert 0 < sum(member.result.seconds for member in story.members.values()) <= time.monotonic() - began
+    assert 0 < sum(story.result(n).seconds for n in story.members) <= time.monotonic() - began
 
 
 def test_memory_that_does_not_suffice_gives_everyone_back(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     story = Story(ROUTED, task, tokenizer).join(0, 1).steps(3)
-    story.members[1].adapter.extra_loss = lambda real: torch.empty(10**15).sum()  # 4 PB: the allocator refuses
+    adapter: Any = story.members[1].adapter
+    adapter.extra_loss = lambda real: torch.empty(10**15).sum()  # 4 PB: the allocator refuses
     with pytest.raises(OutOfMemoryError, match=r"2 training\(s\) in a pack"):
         story.packed.step()
     assert not story.packed.members
@@ -357,14 +378,14 @@ def test_gradients_are_those_of_one_step() -> None:
     left, right = torch.randn(len(one), one.size(1), 3), torch.randn(len(one), 3, one.size(2))
     for passes in (2, 1):
         for tensor in pack.buffers.written:
-            tensor.grad.fill_(torch.nan)
+            gradient(tensor).fill_(torch.nan)
         pack.buffers.load()
         for _ in range(passes):
             pack.buffers.add_gradient(one, left, right)
         pack.buffers.unload()
         torch.testing.assert_close(one.grad, passes * torch.bmm(left, right))
-        assert not none.grad.any()
-    assert all(parameter.grad.isfinite().all() for adapter in adapters for parameter in adapter.parameters())
+        assert not gradient(none).any()
+    assert all(gradient(parameter).isfinite().all() for adapter in adapters for parameter in adapter.parameters())
 
 
 # --- layers below the first adapter -----------------------------------------------------------------------------------
@@ -379,7 +400,7 @@ UPPER = (
 
 def rows_by_layer(story: Story) -> dict[int, list[int]]:
     """Rows that went through each layer's attention, in the order of the passes."""
-    seen = {number: [] for number in range(3)}
+    seen: dict[int, list[int]] = {number: [] for number in range(3)}
     for number, layer in enumerate(story.model.model.layers):
         layer.self_attn.register_forward_pre_hook(
             lambda module, args, kwargs, number=number: seen[number].append(kwargs["hidden_states"].size(0)),

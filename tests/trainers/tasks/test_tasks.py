@@ -21,6 +21,7 @@ import yaml
 from allocators.core.errors import StudyError
 from tests.trainers.conftest import char_tokenizer, write_task
 from trainers import tasks
+from trainers.tasks.evaluation import Share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,6 +46,26 @@ def changed(path: Path, folder: Path, **changes: Any) -> Path:
     target = folder / f"{config['task']}.yaml"
     target.write_text(yaml.safe_dump(config))
     return target
+
+
+def single(file: Path, **options: Any) -> tasks.Task:
+    """The task of a file that holds one."""
+    task = tasks.load_task(str(file), **options)
+    assert isinstance(task, tasks.Task)
+    return task
+
+
+def share_of(task: tasks.Task) -> Share:
+    """What a prepared task evaluates on this worker."""
+    assert task._prepared is not None
+    return task._prepared
+
+
+def tokens_of(task: tasks.Task) -> list[Any]:
+    """Requests of a prepared task whose answers are scored, as lm-eval tokenises them."""
+    tokens = share_of(task).tokens
+    assert tokens is not None
+    return tokens
 
 
 @pytest.fixture
@@ -165,7 +186,7 @@ def test_fewshot_and_chat_are_those_of_lm_eval(
     # Training sees the conversation that an evaluation without examples would have.
     row = task.training_rows(chatty, 128)[0]
     prompt, answer = (
-        chatty.decode(ids) for ids in (row.input_ids[: row.labels_start], row.input_ids[row.labels_start :])
+        str(chatty.decode(ids)) for ids in (row.input_ids[: row.labels_start], row.input_ids[row.labels_start :])
     )
     assert prompt.endswith("assistant:") == (chat and kind != "prefixed")
     assert answer.startswith(" ") == (not chat or kind == "prefixed")
@@ -176,9 +197,9 @@ def test_another_fewshot_seed_draws_other_examples_as_in_lm_eval(
 ) -> None:
     prompts = []
     for seed in (1234, 5):
-        task = tasks.load_task(str(choice_task), num_fewshot=1, fewshot_seed=seed, limit=8)
+        task = single(choice_task, num_fewshot=1, fewshot_seed=seed, limit=8)
         task.prepare(tokenizer)
-        prompts.append([pair for pair, *_ in task._prepared.tokens])
+        prompts.append([pair for pair, *_ in tokens_of(task)])
     assert prompts[0] != prompts[1]
     theirs = by_lm_eval([choice_task], model, tokenizer, limit=8, num_fewshot=1, fewshot_random_seed=5)
     assert task.evaluate(model).correct == theirs[2]
@@ -188,7 +209,7 @@ def test_a_task_whose_file_says_zero_stays_without_examples(
     choice_task: Path, model: Any, tokenizer: PreTrainedTokenizerBase, by_lm_eval: Callable[..., Any], tmp_path: Path
 ) -> None:
     path = changed(choice_task, tmp_path, num_fewshot=0)
-    task = tasks.load_task(str(path), num_fewshot=3)
+    task = single(path, num_fewshot=3)
     assert task.num_fewshot == 0
     task.prepare(tokenizer)
     assert task.evaluate(model).correct == by_lm_eval([path], model, tokenizer, num_fewshot=3)[2]
@@ -214,7 +235,8 @@ def test_several_tasks_are_each_as_lm_eval_has_them(
     choice_task: Path, model: Any, chatty: PreTrainedTokenizerBase, by_lm_eval: Callable[..., Any], tmp_path: Path
 ) -> None:
     other = changed(choice_task, tmp_path, task="again", doc_to_text="say {{question}}:")
-    for options in ({}, {"num_fewshot": 1}, {"num_fewshot": 2, "chat_template": True}):
+    every_options: list[dict[str, Any]] = [{}, {"num_fewshot": 1}, {"num_fewshot": 2, "chat_template": True}]
+    for options in every_options:
         mixture = tasks.load_task(f"[{choice_task}, {other}]", limit=13, **options)
         mixture.prepare(chatty)
         ours = mixture.evaluate(model)
@@ -286,7 +308,7 @@ def test_workers_of_a_mixture_share_its_questions(
     asked = []
     for rank in range(2):
         mixture.prepare(tokenizer, rank=rank, world_size=2)
-        asked += [(part.label, doc) for part in mixture.parts for doc in part._prepared.documents]
+        asked += [(part.label, doc) for part in mixture.parts for doc in share_of(part).documents]
     assert sorted(asked) == sorted([("choice", i) for i in range(30)] + [("copy", i) for i in range(12)])
 
 
@@ -405,14 +427,14 @@ def test_paths_of_a_list_are_found_from_another_folder(choice_task: Path, monkey
 
 
 def test_shares_of_several_workers_are_the_whole(choice_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    task = tasks.load_task(str(choice_task))
+    task = single(choice_task)
     task.prepare(tokenizer)
-    whole = task._prepared.tokens
+    whole = tokens_of(task)
     shares = []
     for rank in range(3):
         task.prepare(tokenizer, rank=rank, world_size=3)
-        shares += task._prepared.tokens
-        assert len(task._prepared.documents) == 10
+        shares += tokens_of(task)
+        assert len(share_of(task).documents) == 10
     assert sorted(map(str, shares)) == sorted(map(str, whole))
 
 
@@ -582,9 +604,12 @@ def test_all_that_is_missing_is_said_at_once_and_the_hub_asked_once(
     (tmp_path / "openai___gsm8k" / "main").mkdir(parents=True)  # cached
     (tmp_path / "allenai___ai2_arc" / "ARC-Easy").mkdir(parents=True)  # cached, but not the other subset
     asked, real = [], huggingface_hub.HfApi.dataset_info
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "dataset_info", lambda *words, **more: asked.append(words[1]) or real(*words, **more)
-    )
+
+    def noted(*words: Any, **more: Any) -> Any:
+        asked.append(words[1])
+        return real(*words, **more)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", noted)
     with pytest.raises(StudyError) as error:
         tasks.check_task("math4,arc_challenge")
     text = str(error.value)
@@ -610,7 +635,7 @@ def test_includes_and_variables_are_followed(
     base["dataset_kwargs"]["data_files"] = {split: f"$QUESTIONS/{split}.jsonl" for split in ("train", "test")}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
     (tmp_path / "mine.yaml").write_text("include: base.yaml\ntask: mine\n")
-    task = tasks.load_task(str(tmp_path / "mine.yaml"))
+    task = single(tmp_path / "mine.yaml")
     assert task.num_training == 48
     assert task.file.config["task"] == "mine"
 
@@ -725,9 +750,13 @@ def offline(name: str, folder: Path) -> Path:
     for file, one in (("own", row), ("metamath", METAMATH)):
         (folder / f"{file}.jsonl").write_text(2 * (json.dumps(one) + "\n"))
     (file,) = known(name)
-    local = {"dataset_path": "json", "dataset_name": None}
+    local: dict[str, Any] = {"dataset_path": "json", "dataset_name": None}
     splits = {file.config.get("training_split"), file.evaluation_split} - {None}
-    entry = {"task": name, **local, "dataset_kwargs": {"data_files": dict.fromkeys(splits, str(folder / "own.jsonl"))}}
+    entry: dict[str, Any] = {
+        "task": name,
+        **local,
+        "dataset_kwargs": {"data_files": dict.fromkeys(splits, str(folder / "own.jsonl"))},
+    }
     if block := file.config["metadata"].get("training"):
         files = {block["training_split"]: str(folder / "metamath.jsonl")}
         entry["metadata"] = {"training": {**block, **local, "dataset_kwargs": {"data_files": files}}}
@@ -753,19 +782,20 @@ def test_every_benchmark_file_is_tried() -> None:
 @pytest.mark.parametrize("name", sorted(COLUMNS))
 def test_a_benchmark_makes_its_rows_and_scores_its_answers(name: str, tmp_path: Path) -> None:
     _, trained, right, wrong = COLUMNS[name]
-    task = tasks.load_task(str(offline(name, tmp_path)))
+    task = single(offline(name, tmp_path))
     assert task.training._pair(0, None) == trained
     if right is None:
         assert task.metric == "acc"
         return
+    harness: Any = task._task
     scores = []
     for answer in (right, wrong):
-        task._task.build_all_requests()
-        (instance, *_) = task._task.instances
+        harness.build_all_requests()
+        (instance, *_) = harness.instances
         instance.resps = [answer]
-        for ensemble in task._task._filters:
+        for ensemble in harness._filters:
             ensemble.apply([instance])
-        metrics = task._task.process_results(instance.doc, [instance.filtered_resps[task._filter]])
+        metrics = harness.process_results(instance.doc, [instance.filtered_resps[task._filter]])
         scores.append(float(metrics[task._metric]))
     assert scores == [1.0, 0.0]
 
@@ -816,6 +846,6 @@ def test_real_questions(model: Any, tokenizer: PreTrainedTokenizerBase, tmp_path
     task = tasks.load_task(str(path), limit=20)
     assert (task.num_training, task.num_evaluation) == (2251, 20)
     rows = task.training_rows(tokenizer, 64)
-    assert tokenizer.decode(rows[0].input_ids).endswith(": a bacterial population in the bloodstream")
+    assert str(tokenizer.decode(rows[0].input_ids)).endswith(": a bacterial population in the bloodstream")
     task.prepare(tokenizer)
     assert 0 <= task.evaluate(model).accuracy <= 1

@@ -34,10 +34,11 @@ class _Loader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise yaml.YAMLError(f"{twice[0]} is given twice")
-        return super().construct_mapping(node, deep)
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
-def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+def _text(_: _Loader, node: yaml.ScalarNode) -> str:
     return node.value if node.style is None else Quoted(node.value)
 
 

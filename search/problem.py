@@ -10,13 +10,15 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from allocators.core import plugins, words
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError, unknown
 from allocators.core.types import Allocation, ModelShape, Point, Signal, SignalKind, Trial
 from allocators.core.words import Value
 from search.config import make_recipe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Problem:
 
     @property
     def suggest(self) -> Callable[[Any, ModelShape], Point]:
-        return self.space.suggest
+        suggest: Callable[[Any, ModelShape], Point] = self.space.suggest
+        return suggest
 
     def ask(self, trial: Any) -> tuple[Point, dict[str, Any]]:
         """The point that the space suggests on a trial, pinned knobs given, and its parameters."""
@@ -132,7 +135,8 @@ class PinnedTrial:
 
     def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
         if name not in self._pins:
-            return self._keep(name, self._trial.suggest_float(name, low, high, **options))
+            suggested: float = self._trial.suggest_float(name, low, high, **options)
+            return self._keep(name, suggested)
         value = _number(self._pins[name])
         if value is None or not math.isfinite(value):
             raise StudyError(
@@ -142,7 +146,8 @@ class PinnedTrial:
 
     def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
         if name not in self._pins:
-            return self._keep(name, self._trial.suggest_int(name, low, high, **options))
+            suggested: int = self._trial.suggest_int(name, low, high, **options)
+            return self._keep(name, suggested)
         value = _number(self._pins[name])
         if not isinstance(value, int):
             raise StudyError(
@@ -150,7 +155,7 @@ class PinnedTrial:
             )
         return self._keep(name, value)
 
-    def _keep(self, name: str, value: Any) -> Any:
+    def _keep(self, name: str, value: T) -> T:
         self.params[name] = value
         return value
 

@@ -308,7 +308,7 @@ class Conductor:
 
     def _on_answered(self, point: Answered) -> None:
         self._records.append_answered(point.params, reason=point.reason, digest=point.digest, message=point.message)
-        self._progress.answered(point.reason, point.message)
+        self._progress.answered(point.reason)
 
     def _drop_adapters_of(self, digest: str) -> None:
         """After a result: looks at its point and at those that were on the front before it came."""

@@ -21,7 +21,8 @@ def lora_recipe(trial: Any, *, low: int, high: int, step: int) -> dict[str, Any]
 def total_experts(trial: Any, shape: ModelShape) -> int:
     """T from one to eight experts a layer, in steps of half a layer: 80, 160 and 224 lie on it for 32 layers."""
     low, step = shape.num_layers, max(1, shape.num_layers // 2)
-    return trial.suggest_int("total_experts", low, low + 7 * low // step * step, step=step)
+    total: int = trial.suggest_int("total_experts", low, low + 7 * low // step * step, step=step)
+    return total
 
 
 def dense_knobs(trial: Any, allocator: str, shape: ModelShape) -> dict[str, Any]:

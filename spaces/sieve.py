@@ -23,6 +23,7 @@ Starting points: none, all, random 25 %, hot 25 % (the paper's setting), all wit
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
@@ -64,4 +65,4 @@ def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
 def _step(shape: ModelShape) -> float:
     """1/16, or coarser where a layer has fewer than 16 experts: a power of two, so that the grid is exact."""
     fewest = min(16, *(shape.experts_in(layer) for layer in shape.moe_layers))
-    return 1 / 2 ** (fewest.bit_length() - 1)
+    return math.ldexp(1.0, 1 - fewest.bit_length())

@@ -42,7 +42,7 @@ def exists(location: Location) -> bool:
 
     filesystem, path = _filesystem(location)
     try:
-        return filesystem.get_file_info(path).type != FileType.NotFound
+        return bool(filesystem.get_file_info(path).type != FileType.NotFound)
     except OSError as error:
         raise _unreachable("read", location, error) from error
 
@@ -181,7 +181,8 @@ def _filesystem(location: Location) -> tuple[FileSystem, str]:
     from pyarrow.fs import FileSystem
 
     try:
-        return FileSystem.from_uri(os.fspath(location))
+        resolved: tuple[FileSystem, str] = FileSystem.from_uri(os.fspath(location))
+        return resolved
     except (ArrowInvalid, OSError) as error:
         raise _unreachable("open", location, error) from error
 

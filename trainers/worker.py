@@ -71,10 +71,12 @@ class QueueClient:
         self._get(self._queue.start.remote(self._group))
 
     def take(self, *, wait: bool = True) -> Assignment | Literal["empty", "closed"]:
-        return self._get(self._queue.take.remote(self._group, wait=wait))
+        assignment: Assignment | Literal["empty", "closed"] = self._get(self._queue.take.remote(self._group, wait=wait))
+        return assignment
 
     def report(self, job_id: str, report: Report) -> bool:
-        return self._get(self._queue.report.remote(self._group, job_id, report))
+        goes_on: bool = self._get(self._queue.report.remote(self._group, job_id, report))
+        return goes_on
 
     def progress(self, job_id: str) -> Callable[[int, int, str], None]:
         return _now_and_then(partial(self._pass_on, job_id))
@@ -157,7 +159,8 @@ class _GroupMember:
     def _report(self, job_id: str, report: Report | None) -> bool:
         """Whether the job goes on, as the queue told rank 0."""
         go_on = self._queue.report(job_id, report) if self._ranks.leads and report is not None else None
-        return self._ranks.shared(go_on)
+        goes_on: bool = self._ranks.shared(go_on)
+        return goes_on
 
 
 def _now_and_then(

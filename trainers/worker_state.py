@@ -102,7 +102,7 @@ class WorkerState:
         )
         if (chance := self.task.chance) is not None:
             self.versions["chance"] = f"{chance:.3g}"
-        self.progress: Callable[[int, int, str], None] = lambda done, total, what: None
+        self.progress: Callable[[int, int, str], None] = lambda *_: None
 
     # --- questions ----------------------------------------------------------------------------------------------------
 
@@ -190,7 +190,7 @@ class WorkerState:
                 packed.detach()
                 adapter = self.attach(replace(trial, recipe=endless, seed=seed), trainable_params)
                 adapter.detach()
-                packed.join(adapter, endless, seed=seed, on_rung=lambda rung: True)
+                packed.join(adapter, endless, seed=seed, on_rung=lambda _: True)
                 seconds.append(packing.seconds_of_a_step(packed))
                 memory.append(_memory_used(self.device))
         except OutOfMemoryError as error:

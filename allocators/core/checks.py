@@ -33,10 +33,11 @@ def whole(value: Any, what: str, *, low: int = 0, high: int = MOST) -> int:
 
 def number(value: Any, what: str, *, low: float = -LARGEST, high: float = LARGEST) -> float:
     """A finite int or float; an int stays one."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or (isinstance(value, float) and not math.isfinite(value)) or not low <= value <= high:
-        raise _expected(what, f"a number from {low:g} to {high:g}", value)
-    return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        finite = isinstance(value, int) or math.isfinite(value)
+        if finite and low <= value <= high:
+            return value
+    raise _expected(what, f"a number from {low:g} to {high:g}", value)
 
 
 def optional_number(value: Any, what: str, *, low: float = -LARGEST, high: float = LARGEST) -> float | None:

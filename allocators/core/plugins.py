@@ -126,7 +126,8 @@ def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Ma
         raise StudyError(
             f"{plugin_name(module)} needs the {module.NEEDS} signal of {shape.name}, and none was measured"
         )
-    return module.allocate(signal, shape, **knobs)
+    allocation: Allocation = module.allocate(signal, shape, **knobs)
+    return allocation
 
 
 def plugin_name(module: ModuleType) -> str:

@@ -35,11 +35,11 @@ class Family:
     """
 
     defaults: Config
-    num_experts: Callable[[Config, int], int] = lambda c, layer: 0
+    num_experts: Callable[[Config, int], int] = lambda *_: 0
     expert_width: str = "intermediate_size"
     moe_block: str = "mlp"
     router: str = "gate"
-    shared: Callable[[Config], list[tuple[str, int, int]]] = lambda c: []
+    shared: Callable[[Config], list[tuple[str, int, int]]] = lambda _: []
     latent: bool = False
 
 
@@ -132,8 +132,9 @@ def _deepseek_experts(c: Config, layer: int) -> int:
     return c["n_routed_experts"] if layer >= c["first_k_dense_replace"] else 0
 
 
-def _local_experts(c: Config, layer: int) -> int:
-    return c["num_local_experts"]
+def _local_experts(c: Config, _: int) -> int:
+    num_experts: int = c["num_local_experts"]
+    return num_experts
 
 
 def _deepseek_shared(c: Config) -> list[tuple[str, int, int]]:
@@ -164,7 +165,7 @@ _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 _OPTIONAL = ("num_key_value_heads", "head_dim", "q_lora_rank", "mlp_only_layers")  # None is a value
 
 FAMILIES: dict[str, Family] = {
-    "olmoe": Family(_sizes(2048, 2048, 16, 16, None, num_experts=64), lambda c, layer: c["num_experts"]),
+    "olmoe": Family(_sizes(2048, 2048, 16, 16, None, num_experts=64), lambda c, _: c["num_experts"]),
     "qwen2_moe": Family(
         _sizes(
             2048,

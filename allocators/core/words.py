@@ -233,7 +233,8 @@ def help_of(settings: Any, *, only: Collection[str] | None = None, width: int = 
 
 def _limits(f: Field[Any]) -> Limits:
     """Of a field that is not made by `key`: none."""
-    return f.metadata.get("limits", Limits())
+    limits: Limits = f.metadata.get("limits", Limits())
+    return limits
 
 
 def _head(f: Field[Any]) -> str:

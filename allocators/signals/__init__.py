@@ -85,7 +85,8 @@ def measurement_of(kind: str, source: Source) -> Measurement:
     """What a signal's numbers depend on, and how to measure them. Raises StudyError for an unknown kind."""
     if kind not in kinds():
         raise unknown("signal", kind, kinds())
-    return importlib.import_module(f"allocators.signals.{kind}").measurement_of(source)
+    measurement: Measurement = importlib.import_module(f"allocators.signals.{kind}").measurement_of(source)
+    return measurement
 
 
 def measured(

@@ -83,7 +83,7 @@ def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, proven
     keep_T: list[Tensor] = []  # the running batch's real tokens, for the hooks
 
     def hook_of(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             _, index_Tk, weight_Tk = arguments
             keep_Tk = keep_T[0][:, None].expand_as(index_Tk)
             ids = index_Tk.reshape(-1)
@@ -147,10 +147,10 @@ def _in_fp32(base: Any) -> Iterator[None]:
         return
     lent: dict[nn.Parameter, Tensor] = {}
 
-    def embed(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+    def embed(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
         return output.float()
 
-    def borrow(module: nn.Module, arguments: Any) -> None:
+    def borrow(module: nn.Module, _arguments: Any) -> None:
         for parameter in module.parameters():
             if parameter.dtype in half:
                 lent[parameter] = parameter.data

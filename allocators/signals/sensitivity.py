@@ -250,7 +250,7 @@ def losses(model: nn.Module, batch: Mapping[str, Tensor], *, generator: torch.Ge
         raise StudyError("a sample has no completion token to take a loss on: leave it out or raise max_length")
     picked_C = where_BS.flatten().nonzero().squeeze(1)
 
-    def pick(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def pick(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (args[0].flatten(0, -2)[picked_C].unsqueeze(0), *args[1:])
 
     hook = model.get_output_embeddings().register_forward_pre_hook(pick)  # type: ignore[operator]
@@ -397,7 +397,8 @@ class _TappedExperts(torch.autograd.Function):
 
 def _tapped_experts_forward(module: Any, hidden_TI: Tensor, index_Tk: Tensor, weight_Tk: Tensor) -> Tensor:
     """Stands in for the experts' forward: what transformers' grouped_mm does, rows sorted by expert, then by sample."""
-    return vars(module)["sensitivity"].forward(hidden_TI, index_Tk, weight_Tk)
+    out_TI: Tensor = vars(module)["sensitivity"].forward(hidden_TI, index_Tk, weight_Tk)
+    return out_TI
 
 
 class _ExpertsTap:
@@ -419,7 +420,9 @@ class _ExpertsTap:
         def linear(x_PI: Tensor, stack: str) -> Tensor:
             weight = getattr(module, stack)
             weight_EIO = weight if module.is_transposed else weight.mT
-            y_PO = _TappedExperts.apply(x_PI, weight_EIO, ends_E, partial(self._tap, stack, segment_P, weight_EIO))
+            y_PO: Tensor = _TappedExperts.apply(
+                x_PI, weight_EIO, ends_E, partial(self._tap, stack, segment_P, weight_EIO)
+            )
             if module.has_bias:
                 y_PO = y_PO + getattr(module, f"{stack}_bias")[segment_P // samples]
             return y_PO
@@ -519,14 +522,16 @@ class _Blocks:
                 undo.callback(vars(module).pop, "sensitivity")
             # Nothing below the first block is trainable: without this no backward pass would reach it.
             embeddings = self.model.get_input_embeddings()
-            undo.callback(embeddings.register_forward_hook(lambda m, args, out: out.requires_grad_()).remove)
+            undo.callback(embeddings.register_forward_hook(lambda _m, _args, out: out.requires_grad_()).remove)
             yield
 
     def _linear(self, path: str, module: Any, measure: Measure, x: Tensor) -> Tensor:
         tap = partial(self._tap, path, module, measure)
         if module.weight.is_floating_point():
-            return _TappedLinear.apply(x, module.weight, module.bias, tap)
-        return _TappedOutput.apply(type(module).forward(module, x), x, tap)
+            y: Tensor = _TappedLinear.apply(x, module.weight, module.bias, tap)
+        else:
+            y = _TappedOutput.apply(type(module).forward(module, x), x, tap)
+        return y
 
     def _tap(self, path: str, module: Any, measure: Measure, x: Tensor, dy: Tensor) -> None:
         assert path not in self.scores, f"{path} ran twice in one forward pass: its gradients would have to be added"

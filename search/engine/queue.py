@@ -103,7 +103,7 @@ class JobQueue:
             del self.held[group][job_id]
         await self.reports[job_id].put(report)
         if isinstance(job, TrainJob) and job.asks and not end and job_id not in self.cancelled:
-            answer = asyncio.get_running_loop().create_future()
+            answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
             self.asking[job_id] = (group, answer)
             return await answer
         return job_id not in self.cancelled

@@ -176,7 +176,7 @@ class RayWorkers:
         ray.get(self._queue.limit.remote(self._groups.pack))
         return f"packs of {self._groups.pack}: {answer.why}"
 
-    def _ask(self, question: Question, on_progress: OnProgress = lambda done, total, what: None) -> Answer:
+    def _ask(self, question: Question, on_progress: OnProgress = lambda *_: None) -> Answer:
         """Gives a question to whichever group is free first and waits for its answer.
 
         Raises StudyError when the workers cannot answer it.
@@ -185,7 +185,8 @@ class RayWorkers:
         job_id = f"ask-{self._asked}"
         ray.get(self._queue.submit.remote(job_id, question))
         while True:
-            match ray.get(self._queue.next_report.remote(job_id)):
+            report: Progressed | Failed | Answer = ray.get(self._queue.next_report.remote(job_id))
+            match report:
                 case Progressed(done, total, what):
                     on_progress(done, total, what)
                 case Failed(reason):

@@ -212,7 +212,8 @@ def _logits(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.get_input_embeddings().num_embeddings, (2, 16), generator=generator)
     with torch.no_grad():
-        return model(tokens.to(model.device)).logits.float()
+        logits_2SV: Tensor = model(tokens.to(model.device)).logits.float()
+        return logits_2SV
 
 
 def _compare(conversion: Conversion, what: str, logits: Tensor, expected: Tensor, *, exact: bool) -> None:

@@ -51,11 +51,13 @@ class Card:
 
     @property
     def base(self) -> str:
-        return portable(self.run.trial.model)
+        model: str = portable(self.run.trial.model)
+        return model
 
     @property
     def task(self) -> str:
-        return portable(self.run.trial.task)
+        task: str = portable(self.run.trial.task)
+        return task
 
 
 def markdown(card: Card) -> str:

@@ -91,7 +91,8 @@ def features(trial: Trial, shape: ModelShape, signals: Mapping[str, Signal]) -> 
 def expected_improvement(mean: Array, std: Array, height: Array | float) -> Array:
     """E[max(Y - height, 0)] for Y ~ N(mean, std²): std · (z·Φ(z) + φ(z)) with z = (mean - height) / std; std > 0."""
     z = (mean - height) / std
-    return std * np.maximum(z * ndtr(z) + np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi), 0.0)
+    improvement: Array = std * np.maximum(z * ndtr(z) + np.exp(-0.5 * z * z) / math.sqrt(2 * math.pi), 0.0)
+    return improvement
 
 
 def expected_hypervolume_improvement(
@@ -116,7 +117,8 @@ def expected_hypervolume_improvement(
     left_K = np.concatenate(([-np.inf], cost_N[inside]))[rises]
     height_K, right_K = heights[rises], np.append(left_K[1:], most)
     width_MK = np.clip(right_K - np.maximum(left_K, cost_M[:, None]), 0.0, None)
-    return (width_MK * expected_improvement(mean_M[:, None], std_M[:, None], height_K)).sum(axis=1)
+    gain_M: Array = (width_MK * expected_improvement(mean_M[:, None], std_M[:, None], height_K)).sum(axis=1)
+    return gain_M
 
 
 class AccuracyModel:
@@ -211,10 +213,12 @@ class _Drawing:
     def suggest_float(
         self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
     ) -> float:
-        return self._take(name, FloatDistribution(low, high, log, step))
+        value: float = self._take(name, FloatDistribution(low, high, log, step))
+        return value
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        return self._take(name, IntDistribution(low, high, log, step))
+        value: int = self._take(name, IntDistribution(low, high, log, step))
+        return value
 
     def _take(self, name: str, distribution: Any) -> Any:
         if name not in self.params:
@@ -415,7 +419,7 @@ def _steps(distribution: BaseDistribution) -> int:
     return round((distribution.high - distribution.low) / distribution.step) + 1
 
 
-def _unit(distribution: BaseDistribution, value: Any) -> float:
+def _unit(distribution: BaseDistribution, value: float) -> float:
     """Where a value of an ordered parameter lies between its bounds, in [0, 1]; logarithmic where the parameter is."""
     assert isinstance(distribution, (FloatDistribution, IntDistribution))
     low, high = float(distribution.low), float(distribution.high)

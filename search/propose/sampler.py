@@ -85,7 +85,7 @@ class Proposer:
         sampler: str = "ehvi",
         known: Sequence[tuple[Outcome, Mapping[str, Any]]] = (),
         unfinished: Iterable[Proposal] = (),
-        answered: Callable[[Answered], None] = lambda point: None,
+        answered: Callable[[Answered], None] = lambda _: None,
     ) -> None:
         import optuna
 

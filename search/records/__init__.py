@@ -114,12 +114,14 @@ class Records:
 
     @property
     def name(self) -> str:
-        return self.header["name"]
+        name: str = self.header["name"]
+        return name
 
     @property
     def seed(self) -> int:
         """The study's own seed; a run with another one repeats a point."""
-        return self.header["identity"].get("seed", 0)
+        seed: int = self.header["identity"].get("seed", 0)
+        return seed
 
     @cached_property
     def untrained(self) -> Mapping[str, Any] | None:

@@ -28,7 +28,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     Raises StudyError where there is none, or it is damaged.
     """
     try:
-        header = json.loads(read_bytes(folder, HEADER))
+        header: dict[str, Any] = json.loads(read_bytes(folder, HEADER))
         check(header)
     except OSError as error:
         raise StudyError(

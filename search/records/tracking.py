@@ -192,7 +192,8 @@ class Tracker:
             self._client.update_run(parent.info.run_id, status="RUNNING")
         # A key of the command line that may change between reruns (trials=…) keeps its first value.
         self._log_params(parent.info.run_id, flattened(self._params), parent.data.params)
-        return parent.info.run_id
+        run_id: str = parent.info.run_id
+        return run_id
 
     def _search(self, condition: str) -> Iterator[MlflowRun]:
         token = None

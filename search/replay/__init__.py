@@ -106,7 +106,7 @@ def load(name: str) -> Table:
         about = json.loads((content.schema.metadata or {})[METADATA])
         if about["format"] != FORMAT:
             raise StudyError(f"{file} has format {about['format']}, this version reads {FORMAT}: export it again")
-        rows = [_row(line, about) for line in content.to_pylist()]
+        rows = [_row(line) for line in content.to_pylist()]
     except (ArrowException, OSError, KeyError, ValueError, TypeError) as error:
         raise StudyError(
             f"{file} is no table of recorded trainings ({type(error).__name__}): make one with "
@@ -116,7 +116,7 @@ def load(name: str) -> Table:
     return Table(file.stem, about, {row.outcome.digest: row for row in rows})
 
 
-def _row(line: Mapping[str, Any], about: Mapping[str, Any]) -> Row:
+def _row(line: Mapping[str, Any]) -> Row:
     params = {k.removeprefix("param."): v for k, v in line.items() if k.startswith("param.") and v is not None}
     outcome = Outcome(
         Trial.from_json(json.loads(line["trial"])),

@@ -2,7 +2,7 @@
 
     with Progress(total=16, time_budget=600, done=records.finished.values()) as progress:
         progress.started(outcome); progress.rung(digest, rung); progress.finished(outcome)
-        progress.answered("duplicate", "same allocation"); progress.message("workers are up")
+        progress.answered("duplicate"); progress.message("workers are up")
 
 In a terminal a live table; elsewhere (a file, CI) one line for every finished trial.
 """
@@ -130,7 +130,7 @@ class Progress:
         if self._live is None or outcome.status in ("diverged", "failed", "out_of_memory"):
             self._console.print(self._line(outcome, reused), soft_wrap=True)
 
-    def answered(self, reason: str, message: str = "") -> None:
+    def answered(self, reason: str) -> None:
         """A point that needed no training. Counted only: a sampler near its end repeats itself by the hundred."""
         self._answered[reason] += 1
 

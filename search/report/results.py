@@ -45,7 +45,8 @@ class Results:
     @property
     def seed(self) -> int:
         """The study's own seed; a run with another one repeats a point."""
-        return self.records.header["config"].get("seed", 0)
+        seed: int = self.records.header["config"].get("seed", 0)
+        return seed
 
     # --- points
 

@@ -105,7 +105,8 @@ def _about_published(records: Records, agreeing: Sequence[Mapping[str, Any]]) ->
 
 
 def _agrees(entry: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-    return entry["model"].lower() == _name(config["model"]).lower() and entry["task"] == _task(config)
+    model: str = entry["model"]
+    return model.lower() == _name(config["model"]).lower() and str(entry["task"]) == _task(config)
 
 
 def _name(model: str) -> str:

@@ -80,7 +80,7 @@ def signal_panels(signal: Signal, shape: ModelShape) -> list[Panel]:
     return [panel(signal, metric, shape) for metric in metrics]
 
 
-def _panel_by_expert(signal: Signal, metric: str, shape: ModelShape) -> Panel:
+def _panel_by_expert(signal: Signal, metric: str, _: ModelShape) -> Panel:
     keys = sorted(signal.rows, key=int)
     values = tuple(tuple(_shares(signal.metric(key, metric))) for key in keys)
     columns = tuple(str(i) for i in range(max(map(len, values))))

@@ -105,7 +105,7 @@ class Source:
         loaded.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
         return loaded
 
-    def _count(self, module: Any, args: Any, kwargs: Any) -> None:
+    def _count(self, _module: Any, _args: Any, kwargs: Any) -> None:
         """Every document passes the base model once, whatever is measured: progress that no signal has to report."""
         self.seen += len(kwargs["input_ids"])
         self.progress(self.seen, min(self.samples, self.task.num_training), "documents")

@@ -174,15 +174,18 @@ class ExpertStacks(ABC):
 
     def weight(self, stack: str) -> Tensor:
         """The frozen weights [E, I, O], as grouped_mm multiplies them from the right."""
-        weight = getattr(self.module, stack)
+        weight: Tensor = getattr(self.module, stack)
         return weight if self.module.is_transposed else weight.transpose(-2, -1)
 
     def gate(self, inner_SO: Tensor) -> Tensor:
-        return self.module._apply_gate(inner_SO) if self.module.has_gate else self.module.act_fn(inner_SO)
+        gate = self.module._apply_gate if self.module.has_gate else self.module.act_fn
+        hidden_SI: Tensor = gate(inner_SO)
+        return hidden_SI
 
     def bias(self, stack: str, route: Route) -> Tensor:
         """Of every row's expert, [S, O]."""
-        return getattr(self.module, f"{stack}_bias").index_select(0, route.ids_S)
+        bias_EO: Tensor = getattr(self.module, f"{stack}_bias")
+        return bias_EO.index_select(0, route.ids_S)
 
 
 class ExpertLora(ExpertStacks):
@@ -368,13 +371,14 @@ def experts_forward(module: Any, hidden_TI: Tensor, index_TK: Tensor, weight_TK:
     if lora is None:  # a layer without chosen experts
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-        return ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_TI, index_TK, weight_TK)
+        base_TI: Tensor = ALL_EXPERTS_FUNCTIONS["grouped_mm"](module, hidden_TI, index_TK, weight_TK)
+        return base_TI
     dtype = module.down_proj.dtype
     route = lora.route(index_TK)
     first, last = lora.stacks
     keep_first = lora.kept(route, hidden_TI.size(-1))
     keep_last = lora.kept(route, lora.weight(last).size(1))
-    out_TI = _Experts.apply(
+    out_TI: Tensor = _Experts.apply(
         hidden_TI.to(dtype),
         weight_TK,
         *lora.factors(first, dtype),

@@ -77,7 +77,8 @@ def put_on_linear(module: Any, add: Add) -> Callable[[], None]:
             # what bitsandbytes returns may be a view, which must not be written to
             return add(out.clone() if packed else out, args[0])
 
-        return module.register_forward_hook(hook).remove
+        take_off: Callable[[], None] = module.register_forward_hook(hook).remove
+        return take_off
     # An instance attribute hides the parameter from the router's forward, and from nothing else.
     return put_attribute(module, "weight", _RouterWeight(module, add))
 
@@ -128,7 +129,8 @@ class _RouterWeight:
         if func is not F.linear:  # anything else would compute on W alone and lose the adapter silently
             raise StudyError(f"LoRA on a router supports F.linear(x, weight), this router calls {func.__name__}")
         x, self, *bias = args
-        return self.add(F.linear(x, self.weight, *bias, **(kwargs or {})), x)
+        y: Tensor = self.add(F.linear(x, self.weight, *bias, **(kwargs or {})), x)
+        return y
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ class Blocks(Experts):
     top_k: int
 
     def columns(self, part_TC: Tensor) -> Tensor:
-        return part_TC.unflatten(-1, (-1, self.rank))
+        part_TNR: Tensor = part_TC.unflatten(-1, (-1, self.rank))
+        return part_TNR
 
     def spread(self, gates_TN: Tensor) -> Tensor:
         return gates_TN.unsqueeze(-1)
@@ -280,7 +281,10 @@ def lora_moe_linear(
         keep = kept_inputs(*x.shape, dropout=dropout, device=x.device).flatten(0, -2)
         scale = scale_of_kept(scale, dropout)
     experts = Blocks(up_OC.shape[1] // rank, rank, top_k)
-    return _LoraMoeLinear.apply(x, base, weight_OI, bias_O, down_DI, up_OC, keep, experts, scale, want_logits)
+    answer: tuple[Tensor, Tensor | None] = _LoraMoeLinear.apply(
+        x, base, weight_OI, bias_O, down_DI, up_OC, keep, experts, scale, want_logits
+    )
+    return answer
 
 
 def balance_loss(logits_TN: Tensor, *, top_k: int, real_T: Tensor | None = None) -> Tensor:
@@ -391,7 +395,7 @@ class LoraMoeAdapter(Adapter):
 
         self._put_attribute(module, "forward", forward)
 
-    def _begin_forward(self, body: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _begin_forward(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._logits.clear()
         self._mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
         self._collecting = True

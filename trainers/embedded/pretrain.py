@@ -124,7 +124,8 @@ def build_model(recipe: Pretraining) -> PreTrainedModel:
     config = AutoConfig.for_model(recipe.architecture, **recipe.common, **recipe.sizes)
     with torch.random.fork_rng(devices=[]):  # the caller's random state stays as it was
         torch.manual_seed(recipe.seed)
-        return AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 _IDS = {token: i for i, token in enumerate(VOCABULARY)}

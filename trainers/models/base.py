@@ -46,7 +46,8 @@ def config_of(name: str) -> dict[str, Any]:
     Raises StudyError when the name is no embedded or packaged model, no model folder and no id that the hub or its
     cache knows.
     """
-    return json.loads(config_file(name).read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads(config_file(name).read_text(encoding="utf-8"))
+    return config
 
 
 def identity_of(name: str) -> str:

@@ -48,7 +48,8 @@ def without_weights(folder: Path, name: str, trust_remote_code: bool) -> PreTrai
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=not trust_remote_code, **trust)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **trust)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **trust)
+            return model
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
         hint = "; trust_remote_code=true runs it" if "custom code" in reason else ""

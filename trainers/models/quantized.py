@@ -74,7 +74,8 @@ def scale_bytes(module: nn.Module) -> int:
     """Bytes of what is no parameter of a quantised layer: scales of its blocks or rows, and the scales of those."""
     weight = getattr(module, "weight", None)
     if (state := getattr(weight, "quant_state", None)) is not None:
-        return state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+        num_bytes: int = state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+        return num_bytes
     scales = getattr(weight, "SCB", None)  # moves at the first forward pass
     scales = getattr(getattr(module, "state", None), "SCB", None) if scales is None else scales
     return 0 if scales is None else scales.nbytes

@@ -46,7 +46,8 @@ class Loaded:
         """Memory of all weights as they are now: packed where they are quantised, with the scales that go with them."""
         from trainers.models.quantized import scale_bytes
 
-        return self.model.get_memory_footprint() + sum(scale_bytes(module) for module in self.model.modules())
+        parameter_bytes: int = self.model.get_memory_footprint()
+        return parameter_bytes + sum(scale_bytes(module) for module in self.model.modules())
 
 
 def load(

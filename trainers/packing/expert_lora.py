@@ -60,7 +60,8 @@ class PackedLinear(Part):
         self.seen = True
         x_KTI = x.reshape(len(self.members), -1, x.size(-1)).to(out.dtype)
         keep = self.passes.kept(self.members, x.size(-1))
-        return _AddLora.apply(out, x_KTI, self.a_KRI, self.b_KOR, keep, self)
+        y: Tensor = _AddLora.apply(out, x_KTI, self.a_KRI, self.b_KOR, keep, self)
+        return y
 
 
 class _AddLora(torch.autograd.Function):

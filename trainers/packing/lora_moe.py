@@ -123,6 +123,7 @@ class PackedLoraMoe(Part):
         self.seen = True
         keep = self.passes.kept(self.members, x.size(-1))
         weight, bias = self.module.weight, self.module.bias
+        y: Tensor
         y, logits_PTN = _PackedLoraMoeLinear.apply(x, weight, bias, self.down_PDI, self.up_POC, keep, self)
         for p, adapter in self.balanced:
             adapter.collect(self.path, logits_PTN[p, :, : adapter.allocation.counts[self.path]])

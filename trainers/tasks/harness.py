@@ -93,6 +93,7 @@ def build(config: Mapping[str, Any]) -> HarnessTask:
     """The task of a config, its documents loaded. Raises whatever the user's functions and data raise."""
     from lm_eval.tasks import TaskManager
 
+    task: HarnessTask
     (task,) = TaskManager(include_defaults=False).load([dict(config)])["tasks"].values()
     return task
 
@@ -161,7 +162,8 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     """lm-eval's own model class around a resident model; keep it, as its constructor ties weights anew."""
     from lm_eval.models.huggingface import HFLM
 
-    return HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    language_model: LanguageModel = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    return language_model
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[Tokens]:

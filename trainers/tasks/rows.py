@@ -108,9 +108,9 @@ class TrainingData:
             apply_chat_template=messages is not None,
             chat_template=messages,
         )
-        if not isinstance(requests, list):
-            return requests.args[:2]
-        return requests[self._right_choice(doc, index)].args[:2]
+        request = requests[self._right_choice(doc, index)] if isinstance(requests, list) else requests
+        prompt, answer, *_ = request.args
+        return prompt, answer
 
     def _written_answer(self, doc: Document) -> str:
         """The text that a model should generate; the first of several."""
@@ -141,4 +141,5 @@ class TrainingData:
         if tokenizer.eos_token_id is not None:
             return [tokenizer.eos_token_id]
         until = self.task.config.generation_kwargs["until"]
-        return tokenizer.encode(until if isinstance(until, str) else until[0], add_special_tokens=False)
+        ids: list[int] = tokenizer.encode(until if isinstance(until, str) else until[0], add_special_tokens=False)
+        return ids

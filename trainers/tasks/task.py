@@ -94,7 +94,8 @@ class Task:
 
     @property
     def num_fewshot(self) -> int:
-        return self._task.config.num_fewshot
+        num_fewshot: int = self._task.config.num_fewshot
+        return num_fewshot
 
     @property
     def metric(self) -> str:

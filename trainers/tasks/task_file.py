@@ -61,7 +61,8 @@ class TaskFile:
 
     @property
     def evaluation_split(self) -> str:
-        return self.config.get("test_split") or self.config["validation_split"]
+        split: str = self.config.get("test_split") or self.config["validation_split"]
+        return split
 
 
 def training_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -159,7 +159,8 @@ def _kept(file: Path, key: str) -> dict[str, dict[str, list[float]]]:
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["key"] == key:
-            return kept["rows"]
+            rows: dict[str, dict[str, list[float]]] = kept["rows"]
+            return rows
         reason = "belongs to another measurement"
     except FileNotFoundError:
         return {}

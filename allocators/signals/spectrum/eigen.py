@@ -59,18 +59,20 @@ def eigenvalues(weight: Tensor) -> Vector:
     if not size:
         return np.empty(0)
     extreme = not 1e-12 < size < 1e12  # squares would leave fp32
-    lam = (_on_cuda if W.is_cuda else _on_cpu)(W / size if extreme else W)
+    lam: Vector = (_on_cuda if W.is_cuda else _on_cpu)(W / size if extreme else W)
     return lam * size**2 if extreme else lam
 
 
 def _drop_zeros(lam: Vector) -> Vector:
-    return lam[lam > lam.size * np.finfo(np.float64).eps * lam[-1]]
+    kept: Vector = lam[lam > lam.size * np.finfo(np.float64).eps * lam[-1]]
+    return kept
 
 
 def _on_cuda(W: Tensor) -> Vector:
     def solve(W: Tensor) -> Vector:
         gram = W.T @ W if W.shape[0] >= W.shape[1] else W @ W.T
-        return torch.linalg.eigvalsh(gram).double().cpu().numpy()
+        lam: Vector = torch.linalg.eigvalsh(gram).double().cpu().numpy()
+        return lam
 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "ieee"  # TF32 has ten bits: NOISE would be a thousand times larger
@@ -96,7 +98,7 @@ def _through_lapack(A: NDArray[Any]) -> Vector:
     """Half the Gram matrix (syrk), and the tridiagonal form that the refinement needs."""
     if min(A.shape) > SMALL:
         form = _tridiagonal(_gram(A, blas.ssyrk))
-        lam = lapack.ssterf(form.diagonal, form.beside)[0].astype(np.float64)
+        lam: Vector = lapack.ssterf(form.diagonal, form.beside)[0].astype(np.float64)
         delta = NOISE * lam[-1]
         if lam[0] >= TRUSTED * delta:
             return lam
@@ -114,7 +116,8 @@ def _through_lapack(A: NDArray[Any]) -> Vector:
 
 def _gram(A: NDArray[Any], syrk: Callable[..., Any]) -> NDArray[Any]:
     """Lower half of AᵀA or AAᵀ, whichever is smaller. `A.T` of a C-ordered array is Fortran-ordered: no copy."""
-    return syrk(1.0, A.T, trans=A.shape[0] < A.shape[1], lower=True)
+    gram: NDArray[Any] = syrk(1.0, A.T, trans=A.shape[0] < A.shape[1], lower=True)
+    return gram
 
 
 class _Tridiagonal(NamedTuple):

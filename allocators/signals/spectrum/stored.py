@@ -38,7 +38,8 @@ def open_weights(weights: Weights) -> Callable[[str], Tensor]:
         with safe_open(
             file, framework="pt"
         ) as tensors:  # for each anew: what was read of a mapped shard counts as ours
-            return tensors.get_tensor(name)
+            tensor: Tensor = tensors.get_tensor(name)
+            return tensor
 
     return read
 
@@ -49,7 +50,8 @@ def _tensors(file_of: Callable[[str], Path | None], weights: str) -> Mapping[str
 
     index = file_of("model.safetensors.index.json")
     if index is not None:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return weight_map
     single = file_of("model.safetensors")
     if single is None:
         raise StudyError(

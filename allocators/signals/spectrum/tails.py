@@ -138,4 +138,5 @@ def _distances(ln: Vector, hill: Vector, starts: NDArray[np.intp], places: NDArr
     with np.errstate(over="ignore"):  # left of the start, where the value is not used
         beyond = np.exp((ln[place] - ln[start]) * (1 - hill[start]))
     gap = np.abs(1 - beyond - (place - start) / size)
-    return np.where(place >= start, gap, 0.0).max(axis=1)
+    distance: Vector = np.where(place >= start, gap, 0.0).max(axis=1)
+    return distance

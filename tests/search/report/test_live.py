@@ -37,7 +37,7 @@ def test_elsewhere_one_line_a_finished_trial() -> None:
             progress.finished(point_)
         for _ in range(300):
             progress.answered("duplicate")
-        progress.answered("infeasible", "no experts")
+        progress.answered("infeasible")
     lines = text(out).splitlines()
     assert lines[0] == "workers are up"
     assert len(lines) == 6

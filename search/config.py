@@ -332,6 +332,7 @@ class RunConfig:
 
     @property
     def study_name(self) -> str:
+        """The folder's name: `name`, or space, model and task (and the replayed table), joined by dashes."""
         if self.name:
             return self.name
         task = "-".join(Path(word).stem for word in task_files.words(self.task))
@@ -340,6 +341,7 @@ class RunConfig:
         return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part) for part in parts)
 
     def to_json(self) -> dict[str, Any]:
+        """Every key with its value, nested as the keys are."""
         return asdict(self)
 
     def identity(self) -> dict[str, Any]:

@@ -23,10 +23,15 @@ from allocators.core.types import Outcome, Trial
 
 
 class Scored(Protocol):
+    """What a front can be made of: outcomes and candidates have both numbers."""
+
     @property
-    def trainable_params(self) -> int: ...
+    def trainable_params(self) -> int:
+        """Its cost; less is better."""
+
     @property
-    def accuracy(self) -> float | None: ...
+    def accuracy(self) -> float | None:
+        """None where it was not evaluated: it is on no front."""
 
 
 P = TypeVar("P", bound=Scored)
@@ -110,10 +115,12 @@ class Candidate:
 
     @property
     def trainable_params(self) -> int:
+        """Parameters of one run; all runs of a point have the same number."""
         return self.runs[0].trainable_params
 
     @property
     def complete(self) -> tuple[Outcome, ...]:
+        """The runs that trained to their end and have an accuracy."""
         return _complete(self.runs)
 
     @property
@@ -208,9 +215,11 @@ class Points:
 
     @property
     def front(self) -> list[Candidate]:
+        """The points that no other point beats, ascending in parameters."""
         return [entry.candidate for entry in self._front]
 
     def is_on_front(self, candidate: Candidate) -> bool:
+        """Raises KeyError for a point that was not added."""
         entry = self._entries[candidate.point]
         place = bisect.bisect_left(self._front, entry)
         return place < len(self._front) and self._front[place] is entry

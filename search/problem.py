@@ -44,6 +44,7 @@ class Problem:
 
     @property
     def suggest(self) -> Callable[[Any, ModelShape], Point]:
+        """The space's own function from a trial to a point."""
         suggest: Callable[[Any, ModelShape], Point] = self.space.suggest
         return suggest
 
@@ -123,6 +124,7 @@ class PinnedTrial:
         self.params: dict[str, Any] = {}
 
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        """Raises StudyError where the pin is none of the choices, or may mean several."""
         if name not in self._pins:
             return self._keep(name, self._trial.suggest_categorical(name, choices))
         meant = words.matching(self._pins[name], choices)
@@ -134,6 +136,7 @@ class PinnedTrial:
         return self._keep(name, meant[0])
 
     def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
+        """Raises StudyError where the pin is no finite number; it may lie outside the bounds."""
         if name not in self._pins:
             suggested: float = self._trial.suggest_float(name, low, high, **options)
             return self._keep(name, suggested)
@@ -145,6 +148,7 @@ class PinnedTrial:
         return self._keep(name, float(value))
 
     def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
+        """Raises StudyError where the pin is no whole number; it may lie outside the bounds."""
         if name not in self._pins:
             suggested: int = self._trial.suggest_int(name, low, high, **options)
             return self._keep(name, suggested)

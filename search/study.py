@@ -270,6 +270,7 @@ class Conductor:
         return False
 
     def finished(self, outcome: Outcome) -> None:
+        """Records the outcome of a proposed training and tells proposer, halving, MLflow and live view."""
         self._finished(outcome, self._proposals.pop(outcome.digest).params)
 
     def _taken(self, proposal: Proposal) -> bool:
@@ -298,6 +299,7 @@ class Conductor:
             self._drop_adapters_of(outcome.digest)
 
     def lost(self, digest: str, reason: str) -> None:
+        """Records the training as failed, for the reason given."""
         proposal = self._proposals[digest]
         self.finished(Outcome(proposal.trial, "failed", proposal.trainable_params, message=reason))
 

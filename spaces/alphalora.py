@@ -34,10 +34,12 @@ ALLOCATORS = ("alphalora", "uniform", "random")
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """Allocator, its knobs and a recipe."""
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     return Point(allocator, dense_knobs(trial, allocator, shape), dense_recipe(trial, allocator))
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    """The controls, and AlphaLoRA with the paper's β."""
     points = controls(shape)
     return [*points, points[0] | {"allocator": "alphalora", "beta": 2.5, "metric": "hill"}]

@@ -76,6 +76,7 @@ COMPARISONS = (
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """One row: a number of experts a layer, a rule, and the metric of AlphaLoRA."""
     each = trial.suggest_categorical("experts_per_layer", list(LAYOUTS))
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     total = math.floor(each * shape.num_layers + 0.5)

@@ -35,11 +35,13 @@ ALLOCATORS = ("uniform", "random", "mola", "alphalora", "lora_smoe", "sensitivit
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """Allocator, its knobs and a recipe."""
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     return Point(allocator, dense_knobs(trial, allocator, shape), dense_recipe(trial, allocator))
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    """The controls, and one point of every other rule; rules that take a total have the controls'."""
     points = controls(shape)
     same_total = points[0]
     return [

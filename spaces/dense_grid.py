@@ -59,6 +59,7 @@ COMPARISONS = (
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """One row; each rule has a few values of its own knobs."""
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     knobs: dict[str, Any] = {}
     match allocator:

@@ -59,6 +59,7 @@ COMPARISONS = (
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """One row: a rule, and those of its knobs that the table varies."""
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     total = {"total_experts": total_or_default(shape, None)}
     match allocator:

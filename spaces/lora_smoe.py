@@ -31,10 +31,12 @@ ALLOCATORS = ("lora_smoe", "uniform", "random")
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """Allocator, its knobs and a recipe."""
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     return Point(allocator, dense_knobs(trial, allocator, shape), dense_recipe(trial, allocator))
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    """The controls, and LoRA-SMoE with both of its strategies."""
     kept = {"allocator": "lora_smoe", "retention": 0.6, "experts_per_block": 8}
     return [*controls(shape), kept | {"strategy": "S"}, kept | {"strategy": "U"}]

@@ -49,6 +49,7 @@ COMPARISONS = (
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """One row; lora_alpha is twice the rank."""
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     knobs = table_of_experts(trial, allocator, FRACTIONS)
     rank = trial.suggest_categorical("rank", [4, 16])

@@ -29,10 +29,12 @@ ALLOCATORS = ("mola", "uniform", "random")
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """Allocator, its knobs and a recipe."""
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     return Point(allocator, dense_knobs(trial, allocator, shape), dense_recipe(trial, allocator))
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    """The controls, and MoLA rising, falling, with more experts at both ends, and with more in the middle."""
     layouts = [{"allocator": "mola", "pattern": pattern} for pattern in ("2468", "8642", "8228", "2882")]
     return [*controls(shape), *layouts]

@@ -34,6 +34,7 @@ ALLOCATORS = ("sieve", "coverage", "greedy", "esft", "random", "all", "none")
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """Allocator, its knobs and a LoRA recipe; fractions lie on the grid that `_step` gives."""
     step = _step(shape)
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     knobs: dict[str, Any] = {}
@@ -53,6 +54,7 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    """No expert, every expert, and a quarter (one step, if that is more) at random and by MoE-Sieve."""
     quarter = max(_step(shape), 0.25)
     return [
         {"allocator": "none"},

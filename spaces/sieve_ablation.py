@@ -74,5 +74,6 @@ COMPARISONS = (
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """One row; the recipe is the study's."""
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     return Point(allocator, table_of_experts(trial, allocator, FRACTIONS))

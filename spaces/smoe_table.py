@@ -59,6 +59,7 @@ COMPARISONS = (
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
+    """One row; uniform has as many experts in all as LoRA-SMoE keeps."""
     retention = trial.suggest_categorical("retention", [0.6, 0.4, 0.8, 1.0])
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     if allocator == "uniform":

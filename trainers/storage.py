@@ -26,6 +26,7 @@ Location = str | os.PathLike[str]
 
 
 def is_uri(location: Location) -> bool:
+    """Whether pyarrow has to read it; what has no `://` is a path."""
     return "://" in os.fspath(location)
 
 

@@ -68,20 +68,25 @@ class QueueClient:
         self._group = group
 
     def start(self) -> None:
+        """Tells the queue that this group begins, or begins anew."""
         self._get(self._queue.start.remote(self._group))
 
     def take(self, *, wait: bool = True) -> Assignment | Literal["empty", "closed"]:
+        """The next job; waits for one unless `wait` is False."""
         assignment: Assignment | Literal["empty", "closed"] = self._get(self._queue.take.remote(self._group, wait=wait))
         return assignment
 
     def report(self, job_id: str, report: Report) -> bool:
+        """Whether the job goes on; waits for the answer where the conductor may pause."""
         goes_on: bool = self._get(self._queue.report.remote(self._group, job_id, report))
         return goes_on
 
     def progress(self, job_id: str) -> Callable[[int, int, str], None]:
+        """Reports how far a measurement is, twice a second at most."""
         return _now_and_then(partial(self._pass_on, job_id))
 
     def lost(self, reason: str) -> None:
+        """Tells the queue that this group ended for good."""
         self._get(self._queue.lost.remote(self._group, reason))
 
     def _pass_on(self, job_id: str, done: int, total: int, what: str) -> None:
@@ -97,6 +102,7 @@ class Ranks:
 
     @classmethod
     def of_this_worker(cls) -> Ranks:
+        """Asks Ray Train, inside a worker."""
         from ray.train import get_context
 
         context = get_context()

@@ -243,9 +243,11 @@ class WorkerState:
             self.clean_up()
 
     def started(self, trial: Trial, trainable_params: int) -> Outcome:
+        """The outcome of a training that has only begun."""
         return Outcome(trial, "started", trainable_params, versions=self.versions)
 
     def checkpoint(self, trial: Trial) -> str:
+        """The place of the trial's checkpoint."""
         from trainers import storage
 
         return storage.join(self.setup.checkpoints, trial.digest)
@@ -277,11 +279,13 @@ class WorkerState:
         return outcome
 
     def failed(self, started: Outcome, error: Exception) -> Outcome:
+        """The outcome of a training that raised: `out_of_memory` or `failed`, with the reason in words."""
         if isinstance(error, OutOfMemoryError):
             return started.updated(status="out_of_memory", message=str(error))
         return started.updated(status="failed", message=in_words(error))
 
     def clean_up(self) -> None:
+        """Collects garbage and returns unused memory, so that the next trial has it."""
         gc.collect()
         _return_memory(self.device)
 

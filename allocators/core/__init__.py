@@ -1,0 +1,1 @@
+"""Nouns of the toolkit, rounding, plug-ins and messages. Standard library only."""

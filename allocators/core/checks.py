@@ -26,6 +26,7 @@ def _expected(what: str, expected: str, value: object) -> ValueError:
 
 
 def whole(value: Any, what: str, *, low: int = 0, high: int = MOST) -> int:
+    """A whole number from `low` to `high`; true and false are none. Raises ValueError for anything else."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise _expected(what, f"a whole number from {low} to {high}", value)
     return value
@@ -41,6 +42,7 @@ def number(value: Any, what: str, *, low: float = -LARGEST, high: float = LARGES
 
 
 def optional_number(value: Any, what: str, *, low: float = -LARGEST, high: float = LARGEST) -> float | None:
+    """As `number`; None stays None."""
     return None if value is None else number(value, what, low=low, high=high)
 
 
@@ -61,12 +63,14 @@ def digest(value: Any) -> str:
 
 
 def mapping(value: Any, what: str) -> dict[str, Any]:
+    """A dict with the same items. Raises ValueError for what is no mapping or has a key that is no text."""
     if not isinstance(value, Mapping):
         raise _expected(what, "a mapping", value)
     return {text(key, f"a key of {what}"): item for key, item in value.items()}
 
 
 def sequence(value: Any, what: str) -> list[Any]:
+    """A list with the same items. Raises ValueError for what is neither a list nor a tuple."""
     if not isinstance(value, list | tuple):
         raise _expected(what, "a list", value)
     return list(value)

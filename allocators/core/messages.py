@@ -125,6 +125,8 @@ class UntrainedEvaluated:
 
 @dataclass(frozen=True)
 class SignalMeasured:
+    """The signal that a `SignalJob` asks for."""
+
     signal: Signal
 
 

@@ -88,6 +88,7 @@ class ModelShape:
 
     @property
     def is_moe(self) -> bool:
+        """Whether a layer has routed experts."""
         return any(m.role == "expert" for m in self.modules)
 
     def experts_in(self, layer: int) -> int:
@@ -100,17 +101,21 @@ class ModelShape:
         return sum(self.experts_in(layer) for layer in self.moe_layers)
 
     def of_role(self, *roles: Role) -> tuple[ModuleShape, ...]:
+        """The modules that have one of these roles, in the order of the layers."""
         return tuple(m for m in self.modules if m.role in roles)
 
     def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads: name, number of layers, and the fields of every module."""
         return {"name": self.name, "num_layers": self.num_layers, "modules": [asdict(m) for m in self.modules]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelShape:
+        """Raises KeyError or TypeError where a field is missing."""
         return cls(data["name"], tuple(ModuleShape(**m) for m in data["modules"]), data["num_layers"])
 
     @property
     def digest(self) -> str:
+        """Two shapes with the same digest have the same name and the same modules."""
         return digest_of(self.to_json())
 
 
@@ -161,6 +166,7 @@ class Signal:
             raise StudyError(f"{self.kind} signal has no '{name}' for '{key}': it has {possible}") from None
 
     def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads; rows are lists."""
         rows = {key: {m: list(v) for m, v in metrics.items()} for key, metrics in self.rows.items()}
         return {
             "kind": self.kind,
@@ -172,10 +178,12 @@ class Signal:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Signal:
+        """Raises KeyError where a field is missing."""
         return cls(data["kind"], data["rows"], data["axis"], data["unit"], data["provenance"])
 
     @property
     def digest(self) -> str:
+        """It changes with the rows and with the provenance."""
         return digest_of(self.to_json())
 
 
@@ -210,10 +218,12 @@ class ExpertSelection:
         return hash(tuple(self.experts.items()))
 
     def in_layer(self, layer: int) -> tuple[int, ...]:
+        """Ids of a layer's chosen experts, ascending; empty for a layer without any."""
         return self.experts.get(layer, ())
 
     @property
     def total_experts(self) -> int:
+        """The number of chosen experts, over all layers."""
         return sum(len(ids) for ids in self.experts.values())
 
     def check(self, shape: ModelShape) -> None:
@@ -239,10 +249,12 @@ class ExpertSelection:
         return total
 
     def to_json(self) -> dict[str, Any]:
+        """What `allocation_from_json` reads; JSON has texts as keys, so that layers become texts."""
         return {"kind": self.kind, "experts": {str(layer): list(ids) for layer, ids in self.experts.items()}}
 
     @property
     def digest(self) -> str:
+        """Two selections with the same digest choose the same experts."""
         return digest_of(self.to_json())
 
 
@@ -311,10 +323,12 @@ class ExpertCounts:
         return total
 
     def to_json(self) -> dict[str, Any]:
+        """What `allocation_from_json` reads."""
         return {"kind": self.kind, "gating": self.gating, "counts": dict(self.counts)}
 
     @property
     def digest(self) -> str:
+        """Two allocations with the same digest add the same experts with the same gating."""
         return digest_of(self.to_json())
 
 
@@ -435,10 +449,12 @@ class Recipe:
         return LoraSettings(**{f.name: getattr(self, f.name) for f in fields(LoraSettings)})
 
     def to_json(self) -> dict[str, Any]:
+        """Every field, defaults included."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        """Raises TypeError for a field that recipes do not have; one that is missing takes its default."""
         return cls(**data)
 
 
@@ -472,6 +488,7 @@ class Trial:
 
     @cached_property
     def digest(self) -> str:
+        """It covers allocation, recipe, model, task and seed: allocator and knobs say only where it came from."""
         return digest_of(
             {
                 "allocation": self.allocation.to_json(),
@@ -494,6 +511,7 @@ class Trial:
         return digest_of(what | {"allocation": self.allocation.to_json()})
 
     def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads, and the digest."""
         return {
             "digest": self.digest,
             "allocator": self.allocator,
@@ -549,6 +567,7 @@ class Rung:
     by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads; `by_task` is left out where there is one task."""
         data = asdict(self)
         return data if self.by_task else {name: value for name, value in data.items() if name != "by_task"}
 
@@ -604,6 +623,7 @@ class Outcome:
 
     @property
     def digest(self) -> str:
+        """The trial's digest."""
         return self.trial.digest
 
     @property
@@ -612,9 +632,11 @@ class Outcome:
         return self.rungs[-1].by_task if self.rungs and self.accuracy is not None else {}
 
     def updated(self, **changes: Any) -> Outcome:
+        """A copy with these fields changed."""
         return replace(self, **changes)
 
     def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads: a line of outcomes.jsonl has it."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trial"}
         data["rungs"] = [rung.to_json() for rung in self.rungs]
         data["versions"] = dict(self.versions)

@@ -47,33 +47,60 @@ class Source(Protocol):
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The base model's name."""
+
     @property
-    def identity(self) -> str: ...
+    def identity(self) -> str:
+        """The model's revision, or the hash of its weights as stored."""
+
     @property
-    def shape(self) -> ModelShape: ...
+    def shape(self) -> ModelShape:
+        """The model's sizes."""
+
     @property
-    def folder(self) -> Callable[[], Path] | None: ...
+    def folder(self) -> Callable[[], Path] | None:
+        """Gives the folder of the weights, fetched first where need be; None where there is no such folder."""
+
     @property
-    def device(self) -> Any: ...
+    def device(self) -> Any:
+        """The device of the resident model."""
+
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """The resident model's dtype as torch names it (`bfloat16`)."""
+
     @property
-    def model(self) -> Any: ...
+    def model(self) -> Any:
+        """The resident base model, in eval mode."""
+
     @property
-    def tokenizer(self) -> Any: ...
+    def tokenizer(self) -> Any:
+        """The tokenizer of the base model."""
+
     @property
-    def task_name(self) -> str: ...
+    def task_name(self) -> str:
+        """The name of the task that the documents come from."""
+
     @property
-    def task(self) -> Any: ...
+    def task(self) -> Any:
+        """The labelled documents, see trainers/tasks/."""
+
     @property
-    def samples(self) -> int: ...
+    def samples(self) -> int:
+        """The number of documents to measure on, at most."""
+
     @property
-    def seed(self) -> int: ...
+    def seed(self) -> int:
+        """The seed that draws the documents."""
+
     @property
-    def scratch(self) -> Path: ...
+    def scratch(self) -> Path:
+        """The folder for what a long measurement has so far."""
+
     @property
-    def progress(self) -> Callable[[int, int, str], None]: ...
+    def progress(self) -> Callable[[int, int, str], None]:
+        """Is called with (done, total, what) in the course of a long measurement."""
 
 
 def kinds() -> list[str]:

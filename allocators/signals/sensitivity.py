@@ -64,9 +64,12 @@ class Sample(Protocol):
     """One labelled document; tokens from `labels_start` on are the completion (trainers/tasks/)."""
 
     @property
-    def input_ids(self) -> list[int]: ...
+    def input_ids(self) -> list[int]:
+        """The tokens of the prompt and of the completion."""
+
     @property
-    def labels_start(self) -> int: ...
+    def labels_start(self) -> int:
+        """The number of tokens of the prompt."""
 
 
 def measurement_of(source: Source, *, score: Score = "sum_sq_grad") -> Measurement:

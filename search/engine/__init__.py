@@ -35,8 +35,11 @@ class StudyConductor(Protocol):
     def rung(self, digest: str, rung: Rung) -> bool:
         """An evaluation; False pauses the training until it is proposed again."""
 
-    def finished(self, outcome: Outcome) -> None: ...
-    def lost(self, digest: str, reason: str) -> None: ...
+    def finished(self, outcome: Outcome) -> None:
+        """A training has ended, in whatever way; the outcome's status says how."""
+
+    def lost(self, digest: str, reason: str) -> None:
+        """A training has ended without an outcome, for this reason: it counts as failed."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,14 @@ class Workers(Protocol):
     def describe(self) -> str:
         """How many there are and of what size, in one line."""
 
-    def facts(self) -> Facts: ...
+    def facts(self) -> Facts:
+        """What is trained on, as the first worker that is ready says."""
 
     def untrained(self) -> UntrainedEvaluated | None:
         """Accuracy of the base alone; None where it is not known."""
 
-    def measure(self, kind: SignalKind, on_progress: OnProgress) -> Signal: ...
+    def measure(self, kind: SignalKind, on_progress: OnProgress) -> Signal:
+        """Waits for the signal, measured or read from the cache."""
 
     def choose_pack(self, job: PackJob) -> str:
         """Packs as many trainings as a few timed steps of this one advise; says how many and why, empty if none is."""

@@ -27,6 +27,7 @@ class WorkerGroups:
         return self.groups * self.pack
 
     def describe(self) -> str:
+        """How many trials train at once, and on what, in one line."""
         devices = f"{self.gpus_per_worker:g} GPU" if self.gpus_per_worker else f"{self.cpus_per_worker} CPU"
         if self.pack > 1:
             return f"{self.groups} worker(s) that train up to {self.pack} trials in one pass, {devices} each"

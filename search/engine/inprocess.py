@@ -34,6 +34,7 @@ class InProcessWorkers:
         self._device = device
 
     def start(self) -> None:
+        """Loads the model and the task, and returns when both are there."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         import torch
@@ -42,32 +43,38 @@ class InProcessWorkers:
         self._state = WorkerState(self._setup, torch.device(device))
 
     def describe(self) -> str:
+        """Names the device."""
         return f"one trial at a time in this process, on {self._state.device}"
 
     def facts(self) -> Facts:
+        """The task in one line, and the versions that decide whether a training can be reused."""
         answer = self._state.answer(TaskJob())
         assert isinstance(answer, TaskDescribed)
         return Facts(answer.text, {key: answer.versions[key] for key in FACTS})
 
     def untrained(self) -> UntrainedEvaluated:
+        """Accuracy of the base alone, evaluated in this call."""
         return self._state.untrained()
 
     def measure(self, kind: SignalKind, on_progress: OnProgress) -> Signal:
+        """The signal, measured in this call or read from the cache."""
         self._state.progress = on_progress
         signal = self._state.measure(kind)
         assert signal is not None  # this worker leads: it is alone
         return signal
 
     def choose_pack(self, job: PackJob) -> str:
+        """Empty: this worker never packs."""
         return ""
 
     def search(self, conductor: StudyConductor, *, pausing: bool) -> None:
+        """Trains one proposal after the other; a pause ends a training until it is proposed again."""
         while (proposal := conductor.propose()) is not None:
             assert proposal != "wait", "nothing is under way that could be waited for"
             self._train(proposal, conductor)
 
     def close(self) -> None:
-        pass
+        """Does nothing: the model goes with this object."""
 
     def _train(self, proposal: Proposal, conductor: StudyConductor) -> None:
         digest, paused = proposal.trial.digest, False

@@ -35,6 +35,7 @@ class JobQueue:
         self.reason = ""
 
     async def submit(self, job_id: str, job: Job) -> None:
+        """A job waits for a worker; where none is left, it fails at once."""
         if not self.alive:
             await self._give_up(job_id, f"no worker is left: {self.reason}")
         else:
@@ -109,6 +110,7 @@ class JobQueue:
         return job_id not in self.cancelled
 
     async def next_report(self, job_id: str) -> Report:
+        """Waits for a job's next report; whoever asks for it after an evaluation lets the training go on."""
         if self.reports[job_id].empty():
             self._answer(job_id, True)
         report = await self.reports[job_id].get()
@@ -117,6 +119,7 @@ class JobQueue:
         return report
 
     async def cancel(self, job_id: str) -> None:
+        """The training ends at its next evaluation, or now if it waits at one for an answer."""
         if not self._answer(job_id, False):
             self.cancelled.add(job_id)
 

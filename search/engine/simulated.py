@@ -42,24 +42,30 @@ class SimulatedWorkers:
         self._reached: dict[str, float] = {}  # training -> tokens that it was trained for when it was paused
 
     def start(self) -> None:
-        pass
+        """Does nothing: the outcomes are there."""
 
     def describe(self) -> str:
+        """Names the table."""
         return f"nothing is trained: {self._workers} simulated workers read {self._source}"
 
     def facts(self) -> Facts:
+        """No task is described; `replayed` names the table and its rows."""
         return Facts("", {"replayed": self._mark})
 
     def untrained(self) -> UntrainedEvaluated | None:
+        """None: a table has only trainings."""
         return None
 
     def measure(self, kind: SignalKind, on_progress: OnProgress) -> Signal:
+        """Raises StudyError: signals come with the table."""
         raise StudyError(f"simulated workers measure nothing: {self._source} is asked with the signals in it")
 
     def choose_pack(self, job: PackJob) -> str:
+        """Empty: no training shares a pass."""
         return ""
 
     def search(self, conductor: StudyConductor, *, pausing: bool) -> None:
+        """Runs the trainings on a virtual clock that counts tokens: every worker trains as many in the same time."""
         over = False
         while not over or self._running:
             while not over and len(self._running) < self._workers:
@@ -74,6 +80,7 @@ class SimulatedWorkers:
                 self._pass_on(conductor)
 
     def close(self) -> None:
+        """Forgets the trainings under way."""
         self._running.clear()
 
     def _begin(self, proposal: Proposal) -> None:

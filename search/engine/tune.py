@@ -58,9 +58,11 @@ class StudySearcher(Searcher):
         self._study = study
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """True: the limit is kept here."""
         return True  # kept here: Tune's own limiter counts paused trials as if they had a worker
 
     def suggest(self, trial_id: str) -> Any:  # Any: Tune's signature leaves out its own FINISHED
+        """The next training's config; None: no new one now; FINISHED: there is nothing left to do."""
         state = _searches[self._study]
         if state.full:
             return None  # Tune asks again at its next step
@@ -78,6 +80,7 @@ class StudySearcher(Searcher):
         return {"job": TrainJob(proposal.trial, proposal.trainable_params, asks=state.pausing)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Hands the outcome to the conductor, or the reason why there is none."""
         state = _searches[self._study]
         digest = state.digests.pop(trial_id)
         if state.paused.pop(digest, None) is not None and not error:
@@ -91,13 +94,13 @@ class StudySearcher(Searcher):
                 state.conductor.lost(digest, "its Tune trial ended without a result")
 
     def save(self, checkpoint_path: str) -> None:  # our records are the truth; nothing here is worth a file
-        pass
+        """Does nothing."""
 
     def restore(self, checkpoint_path: str) -> None:
-        pass
+        """Does nothing: a study resumes from its own records."""
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
-        pass
+        """Does nothing, as `save`."""
 
 
 class StudyScheduler(TrialScheduler):
@@ -108,6 +111,7 @@ class StudyScheduler(TrialScheduler):
         self._study = study
 
     def on_trial_result(self, tune_controller: TuneController, trial: TuneTrial, result: dict[str, Any]) -> str:
+        """PAUSE where the conductor pauses the training at this evaluation, else CONTINUE."""
         state = _searches[self._study]
         digest, report = state.digests[trial.trial_id], result.get("report")
         if not isinstance(report, RungReached) or state.conductor.rung(digest, report.rung):
@@ -127,18 +131,19 @@ class StudyScheduler(TrialScheduler):
         return chosen
 
     def on_trial_add(self, tune_controller: TuneController, trial: TuneTrial) -> None:
-        pass
+        """Does nothing: the searcher has noted the trial."""
 
     def on_trial_error(self, tune_controller: TuneController, trial: TuneTrial) -> None:
-        pass
+        """Does nothing: the searcher hears of the error."""
 
     def on_trial_complete(self, tune_controller: TuneController, trial: TuneTrial, result: dict[str, Any]) -> None:
-        pass
+        """Does nothing: the searcher hears of the end."""
 
     def on_trial_remove(self, tune_controller: TuneController, trial: TuneTrial) -> None:
-        pass
+        """Does nothing."""
 
     def debug_string(self) -> str:
+        """What Tune's status shows of a scheduler."""
         return "as the study decides"
 
 
@@ -146,15 +151,18 @@ class TrialHandle(tune.Trainable):
     """What Tune sees of a trial. Trains nothing: submits, waits, cancels."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        """Takes the first trial of this process."""
         self.queue: Any = ray.get_actor(config["queue"], namespace=NAMESPACE)
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:  # with reuse_actors one process serves many trials
+        """Takes the next trial; True: it could be done without a new process."""
         self.job: TrainJob = new_config["job"]
         self.under_way = False
         return True
 
     def step(self) -> dict[str, Any]:
+        """Waits for the trial's next report; submits the trial first where it is not under way."""
         if not self.under_way:
             # Not in `setup`: Tune may start a new process for a trial, and give the trial to another one that became
             # free meanwhile. What is not submitted need not be cancelled under the other one's feet.
@@ -175,12 +183,14 @@ class TrialHandle(tune.Trainable):
             self.under_way = False
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Cancels the job where it is under way."""
         self._leave()  # Tune asks for one when it pauses a trial (and at its end); the workers keep the real ones
 
     def load_checkpoint(self, checkpoint: Any) -> None:
-        pass
+        """Does nothing: the workers go on from their own checkpoints."""
 
     def cleanup(self) -> None:
+        """Cancels the job where it is under way."""
         self._leave()
 
 

@@ -152,24 +152,29 @@ class RayWorkers:
             self._queue.lost.remote(group, reason)
 
     def describe(self) -> str:
+        """The number and size of the worker groups, and of the trials that each packs."""
         return f"starting workers: {self._groups.describe()}"
 
     def facts(self) -> Facts:
+        """The task in one line, and the versions that decide whether a training can be reused."""
         answer = self._ask(TaskJob())
         assert isinstance(answer, TaskDescribed)
         return Facts(answer.text, {key: answer.versions[key] for key in FACTS})
 
     def untrained(self) -> UntrainedEvaluated:
+        """Accuracy of the base alone."""
         answer = self._ask(UntrainedJob())
         assert isinstance(answer, UntrainedEvaluated)
         return answer
 
     def measure(self, kind: SignalKind, on_progress: OnProgress) -> Signal:
+        """The signal, measured by the group that is free first or read from the cache."""
         answer = self._ask(SignalJob(kind), on_progress)
         assert isinstance(answer, SignalMeasured)
         return answer.signal
 
     def choose_pack(self, job: PackJob) -> str:
+        """As many as the timed steps of a free group advise, and no more than were planned."""
         answer = self._ask(job)
         assert isinstance(answer, PackChosen)
         self._groups = replace(self._groups, pack=min(answer.pack, self._groups.pack))
@@ -195,6 +200,7 @@ class RayWorkers:
                     return answer
 
     def search(self, conductor: StudyConductor, *, pausing: bool) -> None:
+        """Ray Tune runs the trials; raises StudyError where it cannot."""
         slots = self._groups.slots
         tune.search(conductor, study=self._study, queue=self._queue_name, slots=slots, pausing=pausing)
 

@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def help_text() -> str:
+    """Usage, keys with their defaults, and the rest of this file's docstring."""
     lines = ["usage: python -m search.export STUDY to=FOLDER [key=value ...]", "", "keys (default):"]
     lines += words.help_of(Request)
     return "\n\n".join(["\n".join(lines), *(__doc__ or "").strip().split("\n\n")[2:]])

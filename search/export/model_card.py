@@ -51,11 +51,13 @@ class Card:
 
     @property
     def base(self) -> str:
+        """The base model, without a folder of this machine."""
         model: str = portable(self.run.trial.model)
         return model
 
     @property
     def task(self) -> str:
+        """The task, without a folder of this machine."""
         task: str = portable(self.run.trial.task)
         return task
 

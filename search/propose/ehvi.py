@@ -264,6 +264,7 @@ class EHVISampler(BaseSampler):
         self._chosen: _Candidate | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Chooses the point; Optuna asks for its parameters first, then for their values."""
         if study.directions != [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]:
             raise ValueError(f"EHVISampler maximises accuracy and minimises parameters, not {study.directions}")
         self._chosen = self._choose(study, trial.number)
@@ -272,6 +273,7 @@ class EHVISampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
+        """Values of the chosen point; empty before there is a model, when values are drawn one by one."""
         return dict(self._chosen.params) if self._chosen else {}
 
     def sample_independent(

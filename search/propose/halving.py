@@ -104,19 +104,22 @@ class NoHalving:
     paused: Mapping[str, int] = MappingProxyType({})
 
     def restore(self, key: str, accuracies: list[float | None], *, cost: int, finished: bool) -> bool:
+        """False: nothing is paused."""
         return False
 
     def reached(self, key: str, number: int, *, accuracy: float | None, cost: int) -> bool:
+        """True: every training goes on."""
         return True
 
     def next(self) -> str | None:
+        """None: nothing is paused."""
         return None
 
     def close(self) -> None:
-        pass
+        """Does nothing."""
 
     def drop(self, key: str) -> None:
-        pass
+        """Does nothing."""
 
 
 NO_HALVING = NoHalving()

@@ -114,6 +114,7 @@ class Records:
 
     @property
     def name(self) -> str:
+        """The study's name as its folder had it when it began."""
         name: str = self.header["name"]
         return name
 

@@ -182,9 +182,11 @@ class StudyFolder(Records):
         return storage.exists(storage.join(self.place, ADAPTERS, checks.digest(digest)))
 
     def drop_adapter(self, digest: str) -> None:
+        """Deletes a trained adapter in the study's own place, whatever path an outcome records."""
         self._delete(ADAPTERS, checks.digest(digest))
 
     def drop_checkpoint(self, digest: str) -> None:
+        """Deletes the checkpoint of a training that has ended; there may be none."""
         self._delete(CHECKPOINTS, checks.digest(digest))
 
     def drop_ray_notes(self) -> None:

@@ -51,6 +51,7 @@ class NoOtherStudies:
         return 0
 
     def take(self, trial: Trial, trainable_params: int) -> tuple[Outcome, str] | None:
+        """None: every trial is trained."""
         return None
 
 

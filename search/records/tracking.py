@@ -54,9 +54,12 @@ class Summary(Protocol):
     """What `report.write` returns: numbers of the whole study and the files that show it."""
 
     @property
-    def metrics(self) -> Mapping[str, float]: ...
+    def metrics(self) -> Mapping[str, float]:
+        """Numbers of the study, for the parent run."""
+
     @property
-    def files(self) -> Iterable[Path]: ...
+    def files(self) -> Iterable[Path]:
+        """Files that are logged with the parent run."""
 
 
 class Tracker:
@@ -140,13 +143,16 @@ class Tracker:
         self._safely(self._sync, records)
 
     def started(self, outcome: Outcome) -> None:
+        """Opens the trial's MLflow run, or goes on with the one that it has."""
         assert self._parent or self._down, "sync first: it finds or makes the parent run"
         self._safely(self._start, outcome)
 
     def rung(self, digest: str, rung: Rung) -> None:
+        """Logs an evaluation, once however often it comes."""
         self._safely(self._log_rungs, digest, [rung])
 
     def finished(self, outcome: Outcome) -> None:
+        """Logs the outcome and ends the trial's MLflow run."""
         self._safely(self._finish, outcome)
 
     def close(self, summary: Summary | None = None, *, status: RunStatus = "FINISHED") -> None:

@@ -72,6 +72,7 @@ class Table:
 
     @property
     def seeds(self) -> list[int]:
+        """The seeds that rows were trained with, ascending."""
         return sorted({row.outcome.trial.seed for row in self.rows.values()})
 
     @property

@@ -28,17 +28,21 @@ class TableProblem(Problem):
 
     @property
     def is_table(self) -> bool:
+        """False, also where the space is a table."""
         return False  # recorded as a grid of which every row was trained; now it is searched
 
     @property
     def needs(self) -> list[SignalKind]:
+        """No kind of signal."""
         return []  # it has the signals that the recording study measured
 
     def measured(self, signals: Mapping[str, Signal]) -> Problem:
+        """The same problem: there is nothing to add."""
         assert not signals
         return self
 
     def ask(self, trial: Any) -> tuple[Point, dict[str, Any]]:
+        """The point with every suggested value moved to the nearest one of the table, and its parameters."""
         pinned = PinnedTrial(_Nearest(trial, self.table.values), self.pins)
         return self.suggest(pinned, self.shape), pinned.params
 
@@ -48,6 +52,7 @@ class TableProblem(Problem):
         return with_its_seed.allocate(point, seed=self.seed if seed is None else seed)
 
     def resolve(self, point: Point) -> tuple[Trial, int]:
+        """Raises InfeasibleError, too, where the table has no row for the point."""
         trial, cost = super().resolve(point)
         if trial.digest not in self.table.rows:
             raise InfeasibleError(f"the table {self.table.name} has no row for this point at seed {trial.seed}")

@@ -44,6 +44,7 @@ class Report(Results):
 
     @property
     def files(self) -> list[Path]:
+        """Paths of what `write` writes."""
         return [self.records.folder / name for name in FILES]
 
 

@@ -100,14 +100,17 @@ class Progress:
             self.message(self._measuring)
 
     def measured(self) -> None:
+        """The measurement that was shown is over."""
         self._measuring = ""
 
     def started(self, outcome: Outcome) -> None:
+        """A training begins, or goes on after a pause; the clock of the remaining time starts with the first."""
         self._first_start = self._first_start or time.monotonic()
         self._running[outcome.digest] = (outcome, None)
         self._paused.discard(outcome.digest)
 
     def rung(self, digest: str, rung: Rung) -> None:
+        """Shows an evaluation; one of a training that is not running changes nothing."""
         if digest in self._running:
             self._running[digest] = (self._running[digest][0], rung)
 
@@ -143,6 +146,7 @@ class Progress:
         return self._trials + self._repeats
 
     def message(self, text: str) -> None:
+        """Prints a line above the table."""
         self._console.print(Text(text), soft_wrap=True)
 
     @property

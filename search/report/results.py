@@ -52,10 +52,12 @@ class Results:
 
     @cached_property
     def points(self) -> list[Candidate]:
+        """All finished trainings, grouped by point."""
         return candidates(self.records.finished.values())
 
     @cached_property
     def front(self) -> list[Candidate]:
+        """The points that no other point beats, ascending in parameters."""
         return front(self.points)
 
     @cached_property
@@ -65,6 +67,7 @@ class Results:
 
     @cached_property
     def knee(self) -> Candidate | None:
+        """The point of the front after which parameters buy less; None where the front has no bend."""
         return knee(self.points)
 
     @cached_property
@@ -89,6 +92,7 @@ class Results:
         return pooled(self.points)
 
     def difference(self, lower: Candidate, higher: Candidate) -> Difference:
+        """How sure it is that `higher` is more accurate than `lower`, with the study's noise between seeds."""
         return compare(lower, higher, noise=self.noise)
 
     @cached_property

@@ -116,6 +116,7 @@ class Difference:
 
     @property
     def reading(self) -> str:
+        """The verdict in words, as the report prints it."""
         if self.stderr is None:
             return "standard error unknown"
         return "inside the noise" if self.inside_noise else "more than noise"

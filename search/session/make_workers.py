@@ -27,6 +27,7 @@ class Locations:
 
     @classmethod
     def of(cls, config: RunConfig) -> Locations:
+        """With a URI as storage, records stay on this machine in `studies/`."""
         away = storage.is_uri(config.storage)
         base = Path("studies") if away else Path(config.storage).expanduser()
         folder = base.absolute() / config.study_name
@@ -39,10 +40,12 @@ class Locations:
 
     @property
     def adapters(self) -> str:
+        """The place of trained adapters, one folder a digest."""
         return storage.join(self.shared, "adapters")
 
     @property
     def checkpoints(self) -> str:
+        """The place of checkpoints, one folder a digest."""
         return storage.join(self.shared, "checkpoints")
 
     @property

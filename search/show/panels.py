@@ -39,10 +39,12 @@ class Panel:
 
     @property
     def title(self) -> str:
+        """Name, group, and whether the colours are logarithmic."""
         return f"{self.name}: {self.group}{', logarithmic colours' if self.logarithmic else ''}"
 
     @cached_property
     def highest(self) -> float:
+        """The upper end of the colours: `ceiling`, or the largest value where that is larger."""
         return max(self.ceiling, *map(max, self.values))
 
     @property
@@ -115,6 +117,7 @@ def answer_panels(shown: Shown) -> list[Panel]:
 
 
 def all_panels(shown: Shown) -> list[Panel]:
+    """The panels of the signals, then those of the allocators' answers."""
     measured = [panel for signal in shown.signals.values() for panel in signal_panels(signal, shown.shape)]
     return measured + answer_panels(shown)
 

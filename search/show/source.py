@@ -62,18 +62,21 @@ class Source:
         return signal, line + (f" after {seconds['loading']:.1f} s to load the model" if seconds.get("loading") else "")
 
     def folder(self) -> Path:
+        """The folder of the weights, fetched first where need be. Raises StudyError where there is none."""
         from trainers import models
 
         return models.folder_of(self.name)
 
     @cached_property
     def identity(self) -> str:
+        """The model's revision, or the hash of its weights."""
         from trainers import models
 
         return models.identity_of(self.name)
 
     @cached_property
     def device(self) -> str:
+        """`device=`, else a GPU where there is one. Raises StudyError for a device that does not exist."""
         import torch
 
         from trainers import models
@@ -84,6 +87,7 @@ class Source:
 
     @cached_property
     def dtype(self) -> str:
+        """The numbers that the model computes with, quantisation included."""
         from trainers import models
 
         asked = self._config
@@ -112,14 +116,17 @@ class Source:
 
     @property
     def model(self) -> Any:
+        """The base model, loaded when it is first read."""
         return self._loaded.model
 
     @property
     def tokenizer(self) -> Any:
+        """The tokenizer, loaded with the model."""
         return self._loaded.tokenizer
 
     @cached_property
     def task(self) -> Task | Mixture:
+        """The task, loaded when it is first read."""
         from trainers import tasks
 
         return tasks.load_task(self.task_name)

@@ -150,6 +150,7 @@ def _initials(panel: Panel) -> list[str]:
 
 
 def terminal_lines(panels: Sequence[Panel], width: int) -> Iterable[Text]:
+    """The heat maps side by side: heads, initials of the columns, then one line a layer."""
     from rich.text import Text
 
     label = _label(panels)

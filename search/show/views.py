@@ -52,6 +52,7 @@ class Shown:
 
     @property
     def title(self) -> str:
+        """Name, number of layers and, of an MoE model, of routed experts."""
         experts = f", {self.shape.total_experts:,} routed experts" if self.shape.is_moe else ""
         return f"{self.shape.name}: {self.shape.num_layers} layers{experts}"
 
@@ -107,6 +108,7 @@ def cells(answer: Answer, shown: Shown) -> tuple[str, ...]:
 
 
 def headings(shown: Shown) -> tuple[str, ...]:
+    """Heads of the table's columns; the last two are empty where there is nothing to show."""
     covers = "tokens covered (by layer)" if "routing" in shown.signals else ""
     share = f"of T = {shown.total_experts}" if shown.budget else ""
     return "allocator", "knobs", "experts", "by layer", f"parameters, rank {shown.rank}", share, covers

@@ -111,10 +111,12 @@ class Adapters:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names, in the order in which they were added."""
         return tuple(self._adapters)
 
     @property
     def active_adapter(self) -> str | None:
+        """None: the base runs alone."""
         return self._active
 
     def __getitem__(self, name: str) -> Adapter:

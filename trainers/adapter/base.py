@@ -115,9 +115,11 @@ class Adapter(ABC):
         return self._tensors[f"{path}.lora_A"], self._tensors[f"{path}.lora_B"]
 
     def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors, in the order of `named_parameters`."""
         return list(self._tensors.values())
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The trainable tensors by the names that they have in a file."""
         return list(self._tensors.items())
 
     @property
@@ -126,6 +128,7 @@ class Adapter(ABC):
         return sum(p.numel() for p in self._tensors.values())
 
     def state_dict(self) -> dict[str, Tensor]:
+        """The trainable tensors by name, detached; they share memory with the adapter's."""
         return {name: p.detach() for name, p in self._tensors.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -178,6 +178,7 @@ class ExpertStacks(ABC):
         return weight if self.module.is_transposed else weight.transpose(-2, -1)
 
     def gate(self, inner_SO: Tensor) -> Tensor:
+        """What the last projection takes, [S, I]: the activation, times the gate where the experts have one."""
         gate = self.module._apply_gate if self.module.has_gate else self.module.act_fn
         hidden_SI: Tensor = gate(inner_SO)
         return hidden_SI
@@ -241,15 +242,18 @@ class ExpertLora(ExpertStacks):
         return a_CRI.to(dtype), b_COR.to(dtype)
 
     def scale_of(self, route: Route, keep_QI: Tensor | None) -> float:
+        """The factor of B·A·x; larger where inputs are dropped, so that the mean stays."""
         return self.scale if keep_QI is None else scale_of_kept(self.scale, self.dropout)
 
     def kept(self, route: Route, num_features: int) -> Tensor | None:
+        """Which inputs stay, [Q, I]; None: all of them."""
         if not (self.dropout and self.module.training):
             return None
         num_rows = (route.token_S if route.rows_Q is None else route.rows_Q).size(0)
         return kept_rows(num_rows, num_features, dropout=self.dropout, device=self.device)
 
     def merge(self) -> None:
+        """Adds B·A to the chosen experts that this worker holds."""
         for stack, projections in self.stacks.items():
             for position, projection in enumerate(projections):
                 a_CRI, b_COR = self.pairs[projection]

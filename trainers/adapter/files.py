@@ -62,10 +62,12 @@ class Saved:
 
     @property
     def allocation(self) -> Allocation:
+        """Raises KeyError or ValueError where adapter.json names none."""
         return allocation_from_json(self.config["allocation"])
 
     @property
     def shape(self) -> ModelShape:
+        """The shape of the model that the adapter was trained on."""
         return ModelShape.from_json(self.config["shape"])
 
     @property

@@ -118,16 +118,20 @@ class Blocks(Experts):
     top_k: int
 
     def columns(self, part_TC: Tensor) -> Tensor:
+        """A view [T, N, R]; in hydra [T, 1, R]."""
         part_TNR: Tensor = part_TC.unflatten(-1, (-1, self.rank))
         return part_TNR
 
     def spread(self, gates_TN: Tensor) -> Tensor:
+        """A view [T, N, 1]."""
         return gates_TN.unsqueeze(-1)
 
     def sums(self, product: Tensor, dtype: torch.dtype) -> Tensor:
+        """Sums over the last axis, accumulated in `dtype`."""
         return product.sum(-1, dtype=dtype)
 
     def flat(self, product: Tensor) -> Tensor:
+        """A view [T, C]."""
         return product.flatten(-2)
 
 
@@ -339,6 +343,7 @@ class LoraMoeAdapter(Adapter):
 
     @property
     def settings(self) -> dict[str, Any]:
+        """Those of every adapter, and the seed that drew the fresh tensors."""
         return {**super().settings, "seed": self.seed}
 
     @property

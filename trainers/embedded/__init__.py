@@ -1,0 +1,1 @@
+"""Models, tasks and benchmarks that come with the package, and the programs that made them."""

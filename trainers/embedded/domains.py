@@ -47,16 +47,19 @@ def letters(rng: Random, low: int, high: int, alphabet: str = LETTERS) -> str:
 
 
 def add(rng: Random) -> str:
+    """Sum of two numbers below 100."""
     a, b = rng.randrange(100), rng.randrange(100)
     return f"add {a} {b} > {a + b}"
 
 
 def subtract(rng: Random) -> str:
+    """Difference of two numbers below 100, never negative."""
     b, a = sorted((rng.randrange(100), rng.randrange(100)))
     return f"sub {a} {b} > {a - b}"
 
 
 def maximum(rng: Random) -> str:
+    """The largest of two to four numbers below 100."""
     numbers = [rng.randrange(100) for _ in range(rng.randint(2, 4))]
     return f"max {' '.join(map(str, numbers))} > {max(numbers)}"
 
@@ -89,16 +92,19 @@ def replace(rng: Random) -> str:
 
 
 def upper(rng: Random) -> str:
+    """A word of 3 to 8 letters in capitals."""
     word = letters(rng, 3, 8)
     return f"upper {word} > {word.upper()}"
 
 
 def reverse(rng: Random) -> str:
+    """A word of 3 to 7 letters, read backwards."""
     word = letters(rng, 3, 7)
     return f"rev {word} > {word[::-1]}"
 
 
 def sort(rng: Random) -> str:
+    """The letters of a word, 3 to 7, in the order of the alphabet."""
     word = letters(rng, 3, 7)
     return f"sort {word} > {''.join(sorted(word))}"
 
@@ -267,6 +273,7 @@ class Request:
 
 
 def main(arguments: list[str]) -> None:
+    """Writes the data of the tasks into their folder; without one, prints examples."""
     if words.asks_for_help(arguments):
         print("\n".join(["usage: python -m trainers.embedded.domains [tasks=FOLDER]", *words.help_of(Request)]))
         return

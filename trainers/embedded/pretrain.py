@@ -173,6 +173,7 @@ def _show(line: str) -> None:
 
 
 def optimiser_of(model: PreTrainedModel, recipe: Pretraining) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only."""
     import torch
 
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -374,6 +375,7 @@ class Request:
 
 
 def main(arguments: list[str]) -> None:
+    """Trains one model, or says what the keys are."""
     if words.asks_for_help(arguments):
         print("\n".join(["usage: python -m trainers.pretrain [key=value ...]", *words.help_of(Request)]))
         return

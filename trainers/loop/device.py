@@ -29,6 +29,7 @@ def seed_dropout(device: torch.device, seed: int, step: int, rank: int) -> None:
 
 
 def dropout_seed(seed: int, step: int, rank: int = 0) -> int:
+    """One of 2⁶³ seeds, from a hash: neighbouring steps and ranks draw independently."""
     return int.from_bytes(sha256(f"{seed}/{step}/{rank}".encode()).digest()[:8], "big") >> 1
 
 
@@ -40,4 +41,5 @@ def give_memory_back(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch says so, of a GPU or of the CPU, where it raises a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)

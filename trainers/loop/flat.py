@@ -42,6 +42,7 @@ class FlatBuffers:
         self.installed = True
 
     def clear(self) -> None:
+        """Sets all gradients to zero, in place."""
         self.gradients.zero_()
 
     def clip(self, max_norm: float) -> None:

@@ -53,9 +53,11 @@ class Past:
     diverged: bool = False
 
     def elapsed(self) -> float:
+        """Seconds of training, those before a resume included."""
         return self.seconds + (0.0 if self.began is None else time.monotonic() - self.began)
 
     def add(self, losses: Sequence[float]) -> None:
+        """Takes in the losses of steps, in order; notes whether the run has diverged."""
         factor, offset = EXPLODED
         for loss in losses:
             self.losses.append(loss)
@@ -63,6 +65,7 @@ class Past:
             self.diverged |= not math.isfinite(loss) or self.exploded >= PATIENCE
 
     def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads; `seconds` are those up to now."""
         return {
             "losses": self.losses,
             "rungs": [rung.to_json() for rung in self.rungs],
@@ -73,4 +76,5 @@ class Past:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Past:
+        """The clock goes on from now."""
         return cls(**{**data, "rungs": [Rung.from_json(rung) for rung in data["rungs"]]})

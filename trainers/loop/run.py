@@ -34,11 +34,14 @@ OUT_OF_MEMORY, OTHER_FAILURE = 1.0, 1e6  # what a worker that failed adds to a n
 class Trainable(Protocol):
     """What a run asks of an adapter: `trainers.adapter.Adapter`, or any other that holds trainable tensors."""
 
-    def parameters(self) -> list[nn.Parameter]: ...
+    def parameters(self) -> list[nn.Parameter]:
+        """The trainable tensors, in a fixed order."""
 
-    def named_parameters(self) -> list[tuple[str, nn.Parameter]]: ...
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """The same with the names that checkpoints have."""
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copies tensors of a checkpoint into the trainable ones."""
 
     def extra_loss(self, real_BS: Tensor | None) -> Tensor | None:
         """Added to the training loss; `real_BS` is nonzero where there is a token and not padding."""
@@ -106,6 +109,7 @@ class TrainingRun:
         return len(self.past.losses) + self.unseen
 
     def go(self, on_rung: Callable[[Rung], bool]) -> Result:
+        """Trains to the end, or until the run diverges or `on_rung` returns False."""
         result = self.begin(on_rung)
         self.model.train()
         while result is None:
@@ -247,6 +251,7 @@ class TrainingRun:
         return bool(torch.stack([p.detach().isfinite().all() for p in self.adapter.parameters()]).all())
 
     def evaluate(self, step: int) -> Rung:
+        """The evaluation at a step; its loss is the mean since the last one."""
         evaluation = self.task.evaluate(self.model)
         since = self.past.rungs[-1].step if self.past.rungs else 0
         losses = self.past.losses[since:]

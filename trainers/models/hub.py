@@ -22,6 +22,7 @@ class NotFoundError(Exception):
 
 
 def is_hub_id(name: str) -> bool:
+    """Whether it is written as one; the hub is not asked."""
     return bool(_HUB_ID.fullmatch(name))
 
 

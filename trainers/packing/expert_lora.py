@@ -54,9 +54,11 @@ class PackedLinear(Part):
         self.scale_K11 = torch.tensor(scales, device=buffers.device).view(-1, 1, 1)
 
     def put(self) -> Callable[[], None]:
+        """Hooks the adapters in; what it returns takes them out."""
         return put_on_linear(self.module, self.add)
 
     def add(self, out: Tensor, x: Tensor) -> Tensor:
+        """Adds every member's LoRA to the layer's output for its rows."""
         self.seen = True
         x_KTI = x.reshape(len(self.members), -1, x.size(-1)).to(out.dtype)
         keep = self.passes.kept(self.members, x.size(-1))
@@ -134,6 +136,7 @@ class PackedExperts(ExpertStacks, Part):
         self.tensors = {stack: self._side_by_side(stack, loras, most, buffers) for stack in self.stacks}
 
     def put(self) -> Callable[[], None]:
+        """Hooks the adapters in; what it returns takes them out."""
         return put_attribute(self.module, "lora", self)
 
     def _side_by_side(
@@ -155,6 +158,7 @@ class PackedExperts(ExpertStacks, Part):
         return a, b
 
     def route(self, index_TJ: Tensor) -> Route:
+        """Sorts rows by expert; those that a member adapts also by (member, expert)."""
         self.seen = True
         ids_S, order_S, inverse_S, token_S, ends_E = self.sort(index_TJ, stable=self.drops)
         member_S = token_S // (index_TJ.size(0) // self.passes.num_members)
@@ -167,10 +171,12 @@ class PackedExperts(ExpertStacks, Part):
         return Route(ids_S, order_S, inverse_S, token_S, ends_E, rows_S[:num_rows], ends_C, scale_Q1)
 
     def factors(self, stack: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A [C, R, I] and B [C, O, R] of all members, in `dtype`; ranks are filled up with zeros."""
         a_CRI, b_COR = self.tensors[stack]
         return a_CRI.to(dtype), b_COR.to(dtype)
 
     def scale_of(self, route: Route, keep_QI: Tensor | None) -> Tensor:
+        """Of every adapted row, [Q, 1]: each member has its own scale."""
         assert route.scale_Q1 is not None
         return route.scale_Q1
 

@@ -61,15 +61,19 @@ class PackedExperts(Experts):
             self.dropped_K = _beyond(picks, self.top_k).to(device)
 
     def columns(self, part_TC: Tensor) -> Tensor:
+        """The same tensor."""
         return part_TC
 
     def spread(self, gates_TN: Tensor) -> Tensor:
+        """[P, T, C], by a product with a matrix of scales and zeros: members have different ranks."""
         return torch.bmm(gates_TN, self.spread_PNC.to(gates_TN.dtype))
 
     def sums(self, product: Tensor, dtype: torch.dtype) -> Tensor:
+        """[P, T, N], by the transpose of the same matrix."""
         return torch.bmm(product.to(dtype), self.spread_PNC.to(dtype).mT)
 
     def flat(self, product: Tensor) -> Tensor:
+        """The same tensor."""
         return product
 
     def logit_gradient(self, dgates_TN: Tensor, gates_TN: Tensor) -> Tensor:
@@ -117,9 +121,11 @@ class PackedLoraMoe(Part):
         self.buffers.place(self.up_POC, (p, slice(None), columns), up_OC)
 
     def put(self) -> Callable[[], None]:
+        """Hooks the experts in; what it returns takes them out."""
         return put_attribute(self.module, "forward", self.forward)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Stands in for the layer's forward, and hands router logits to members with a balance loss."""
         self.seen = True
         keep = self.passes.kept(self.members, x.size(-1))
         weight, bias = self.module.weight, self.module.bias

@@ -55,6 +55,7 @@ class Pack:
                 self._undo.append(put())
 
     def detach(self) -> None:
+        """Takes all hooks out, the last one first; a second call does nothing."""
         while self._undo:
             self._undo.pop()()
 

@@ -65,16 +65,19 @@ class Member(TrainingRun):
         self.past.began = None
 
     def begin(self, on_rung: Callable[[Rung], bool]) -> Result | None:
+        """Begins as a run alone does; from here on the packed run counts the seconds."""
         result = super().begin(on_rung)
         self.past.began = None  # seconds are shares, see `PackedRun.step`
         self.flat.install()
         return result
 
     def micro_batches(self) -> list[list[Row]]:
+        """The rows of the next step, split as those of a run alone."""
         size = self.recipe.micro_batch_size
         return share_of(self.batch(self.step), rank=0, world_size=1, micro_batch_size=size)
 
     def forget_gradients(self) -> None:
+        """Drops the gradients of this member's tensors."""
         for parameter in self.adapter.parameters():
             parameter.grad = None
 

@@ -39,6 +39,7 @@ class Passes:
 
     @property
     def num_members(self) -> int:
+        """The number of runs that share a pass."""
         return len(self.loras)
 
     def scale_of(self, member: int) -> float:
@@ -46,6 +47,7 @@ class Passes:
         return scale_of_kept(self.loras[member].scale, self.loras[member].lora_dropout)
 
     def drops(self, members: Sequence[int]) -> bool:
+        """Whether any of these members drops inputs."""
         return any(self.loras[k].lora_dropout for k in members)
 
     def kept(self, members: Sequence[int], num_features: int) -> Tensor | None:

@@ -33,6 +33,7 @@ class SharedLayers:
         ]
 
     def before(self, number: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Inputs of layer `number`: equal rows once, from layer `first` on every row; None: unchanged."""
         if number == 0:
             self._begin((args, kwargs))
         if self.rows_U is None:

@@ -83,6 +83,7 @@ class Share:
         return cls(tokenizer, rank, world_size, asked, tokens, documents)
 
     def fits(self, tokenizer: PreTrainedTokenizerBase, rank: int, world_size: int) -> bool:
+        """Whether it was made for this tokenizer and this worker."""
         return self.tokenizer is tokenizer and (self.rank, self.world_size) == (rank, world_size)
 
 

@@ -38,7 +38,8 @@ class Request(Protocol):
     filtered_resps: dict[str, Any]
 
     @property
-    def args(self) -> tuple[Any, ...]: ...
+    def args(self) -> tuple[Any, ...]:
+        """What the model is asked with: a prompt and a continuation, or a prompt and settings of generation."""
 
 
 class HarnessTask(Protocol):
@@ -49,34 +50,72 @@ class HarnessTask(Protocol):
     instances: list[Any]
 
     @property
-    def config(self) -> Any: ...
+    def config(self) -> Any:
+        """The settings of the task's YAML."""
+
     @property
-    def eval_docs(self) -> Sequence[Document]: ...
-    def training_docs(self) -> Sequence[Document]: ...
-    def doc_to_prefix(self, doc: Document) -> str | None: ...
-    def doc_to_text(self, doc: Document) -> Any: ...
-    def doc_to_target(self, doc: Document) -> Any: ...
-    def doc_to_choice(self, doc: Document) -> list[str]: ...
-    def fewshot_context(self, doc: Document, num_fewshot: int, **options: Any) -> str: ...
-    def construct_requests(self, doc: Document, ctx: str, **options: Any) -> Any: ...
-    def process_results(self, doc: Document, results: Any) -> Mapping[str, Any]: ...
-    def aggregation(self) -> Mapping[str, Callable[..., float]]: ...
-    def higher_is_better(self) -> Mapping[str, bool]: ...
-    def dump_config(self) -> dict[str, Any]: ...
-    def set_config(self, key: str, value: Any) -> None: ...
-    def set_fewshot_seed(self, seed: int) -> None: ...
+    def eval_docs(self) -> Sequence[Document]:
+        """Documents of the test split, or of the validation split where there is no test split."""
+
+    def training_docs(self) -> Sequence[Document]:
+        """Documents of the training split."""
+
+    def doc_to_prefix(self, doc: Document) -> str | None:
+        """What the answer begins with; None or empty: nothing."""
+
+    def doc_to_text(self, doc: Document) -> Any:
+        """The prompt; the number of the right choice where a document has several prompts."""
+
+    def doc_to_target(self, doc: Document) -> Any:
+        """The right answer: a text, or the number of a choice."""
+
+    def doc_to_choice(self, doc: Document) -> list[str]:
+        """The texts to choose from."""
+
+    def fewshot_context(self, doc: Document, num_fewshot: int, **options: Any) -> str:
+        """The prompt with so many solved examples before it."""
+
+    def construct_requests(self, doc: Document, ctx: str, **options: Any) -> Any:
+        """One request, or a list with one for each choice."""
+
+    def process_results(self, doc: Document, results: Any) -> Mapping[str, Any]:
+        """The score of a document by metric."""
+
+    def aggregation(self) -> Mapping[str, Callable[..., float]]:
+        """By metric, what makes one number of all scores."""
+
+    def higher_is_better(self) -> Mapping[str, bool]:
+        """By metric, whether more is better."""
+
+    def dump_config(self) -> dict[str, Any]:
+        """The settings of the task as plain values."""
+
+    def set_config(self, key: str, value: Any) -> None:
+        """Changes one setting."""
+
+    def set_fewshot_seed(self, seed: int) -> None:
+        """Sets the seed that draws the solved examples."""
 
 
 class LanguageModel(Protocol):
     """What is used of lm-eval's `HFLM`: a model and its tokenizer, asked as lm-eval asks them."""
 
     @property
-    def model(self) -> PreTrainedModel: ...
+    def model(self) -> PreTrainedModel:
+        """The resident model itself."""
+
     @property
-    def max_length(self) -> int: ...
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str: ...
-    def generate_until(self, requests: list[Request], disable_tqdm: bool = False) -> list[str]: ...
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]: ...
+    def max_length(self) -> int:
+        """The largest number of tokens that the model takes at once."""
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The text of a conversation."""
+
+    def generate_until(self, requests: list[Request], disable_tqdm: bool = False) -> list[str]:
+        """The generated text for each request."""
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        """For each request, the log-likelihood of its continuation and whether it is the greedy one."""
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

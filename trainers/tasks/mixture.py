@@ -54,10 +54,12 @@ class Mixture:
 
     @property
     def num_training(self) -> int:
+        """The number of training documents over all tasks; those that several tasks share count once."""
         return sum(part.num_training for part in self.datasets)
 
     @property
     def num_evaluation(self) -> int:
+        """The number of questions over all tasks."""
         return sum(part.num_evaluation for part in self.parts)
 
     @property
@@ -67,6 +69,7 @@ class Mixture:
         return None if None in chances else sum(chance or 0.0 for chance in chances) / len(chances)
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises StudyError as a single task does."""
         self.parts[0].check_tokenizer(tokenizer)
 
     def training_rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:

@@ -31,6 +31,7 @@ class Row:
 
     @property
     def completion_tokens(self) -> int:
+        """The number of tokens that carry a loss."""
         return len(self.input_ids) - self.labels_start
 
 
@@ -63,6 +64,7 @@ class TrainingData:
 
     @property
     def documents(self) -> list[Document]:
+        """The documents that are trained on, in their order."""
         return [self._all[i] for i in self._chosen]
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:

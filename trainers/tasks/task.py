@@ -94,6 +94,7 @@ class Task:
 
     @property
     def num_fewshot(self) -> int:
+        """The number of solved examples before each question."""
         num_fewshot: int = self._task.config.num_fewshot
         return num_fewshot
 
@@ -108,6 +109,7 @@ class Task:
         return harness.possible_metrics(self._task)
 
     def has_metric(self, metric: str) -> bool:
+        """Whether the task is scored so; a filter's name (`exact_match,strict`) may be left out."""
         return any(metric in (one, one.partition(",")[0]) for one in self.metrics)
 
     @functools.cached_property
@@ -133,6 +135,7 @@ class Task:
 
     @property
     def parts(self) -> tuple[Task, ...]:
+        """The task itself; a mixture has several."""
         return (self,)
 
     @property
@@ -142,10 +145,12 @@ class Task:
 
     @property
     def num_training(self) -> int:
+        """The number of training documents."""
         return len(self.training)
 
     @property
     def num_evaluation(self) -> int:
+        """The number of questions, `limit` of them at most."""
         total = len(self._task.eval_docs)
         return min(total, self.limit) if self.limit else total
 

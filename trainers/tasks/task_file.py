@@ -61,6 +61,7 @@ class TaskFile:
 
     @property
     def evaluation_split(self) -> str:
+        """The test split, or the validation split where the file names no other."""
         split: str = self.config.get("test_split") or self.config["validation_split"]
         return split
 
@@ -88,6 +89,7 @@ def training_key(file: TaskFile) -> str:
 
 
 def metadata_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Empty where the file has no metadata, or no mapping as such."""
     metadata = config.get("metadata")
     return metadata if isinstance(metadata, Mapping) else {}
 
@@ -122,5 +124,6 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
+    """Type and first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"

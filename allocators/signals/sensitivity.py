@@ -304,7 +304,7 @@ def _curvature(
 # --- per-sample scores from inputs and output gradients ---------------------------------------------------------------
 
 
-def squared_norms(a_NSI: Tensor, g_NSO: Tensor, weight_EOI: Tensor, ids_N: Tensor) -> Tensor:
+def squared_norms(a_NSI: Tensor, g_NSO: Tensor, *_weights: Tensor) -> Tensor:
     """‖G_nᵀ A_n‖² of every segment, [N]; fp32 or better.
 
     Of the two forms the one with fewer multiplications, S·(I+O) or I·O a position: their times have just that ratio.

@@ -140,14 +140,14 @@ def read(name: str, text: str, kind: Any) -> Any:
 def _whole(name: str, text: str) -> int:
     try:
         if _WHOLE.fullmatch(text.strip()):
-            return int(text)
+            return int(text.strip())
     except ValueError:  # Python reads 4,300 digits at most
         pass
     raise StudyError(f"{name} must be a whole number, got '{shown(text)}'")
 
 
 def _number(name: str, text: str) -> float:
-    value = float(text) if _NUMBER.fullmatch(text.strip()) else math.nan
+    value = float(text.strip()) if _NUMBER.fullmatch(text.strip()) else math.nan
     if not math.isfinite(value):
         raise StudyError(f"{name} must be a finite number, got '{shown(text)}'")
     return value
@@ -167,9 +167,10 @@ def read_value(text: str) -> Value:
     """
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
-    if not _NUMBER.fullmatch(text.strip()) or _PADDED.fullmatch(text.strip()) or not math.isfinite(float(text)):
+    bare = text.strip()  # it takes off more than `float` and `int` do
+    if not _NUMBER.fullmatch(bare) or _PADDED.fullmatch(bare) or not math.isfinite(float(bare)):
         return text
-    return int(text) if _WHOLE.fullmatch(text.strip()) else float(text)
+    return int(bare) if _WHOLE.fullmatch(bare) else float(bare)
 
 
 def read_list(text: str) -> list[str]:

@@ -86,6 +86,11 @@ def test_a_list_is_read_as_it_was_written(items):
     assert words.read_list(words.write_list(items)) == items
 
 
+def test_what_python_calls_blank_is_no_part_of_a_number() -> None:
+    assert words.read_value("0\x1f") == 0
+    assert words.parse(["rank=8\x1f", "share=.5\x1f"], Settings) == Settings(rank=8, share=0.5)
+
+
 @given(st.text())
 def test_any_text_is_a_value(text):
     value = words.read_value(text)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from allocators.core import words
+from allocators.core.checks import is_folder_name
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import Recipe
 from allocators.core.words import Value
@@ -140,6 +141,7 @@ class RunConfig:
         decides="proposals",
         where="search",
         least=0,
+        most=2**32 - 1,  # numpy's generators, which samplers draw with, take no more
     )
     max_trainable_params: int = _key(
         0,
@@ -449,6 +451,8 @@ def _without_brackets(task: str) -> str:
 def check(config: RunConfig) -> None:
     """Raises StudyError for a value that cannot work."""
     words.check(config)
+    if config.name and not is_folder_name(config.name):
+        raise StudyError(f"name={words.shown(config.name)} must be that of one folder below storage, without a slash")
     if config.workers == "process" and (reason := _needs_ray(config)):
         raise StudyError(f"workers=process and {reason} do not go together: leave one of them out")
     if config.scheduler != "none" and config.evaluations < 2:

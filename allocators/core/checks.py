@@ -113,3 +113,8 @@ def like(value: Any, example: Any, what: str) -> Any:
         if name in example:
             like(item, example[name], f"{what}.{name}")
     return known
+
+
+def is_folder_name(name: str) -> bool:
+    """Whether it is the name of one folder in another, and nothing that leads elsewhere."""
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable()

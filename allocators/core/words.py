@@ -46,11 +46,13 @@ class Limits:
     """What a key allows.
 
     least     smallest number
+    most      largest number
     unset     a number below `least` that stands for "as the program decides"
     choices   the possible values; none: any
     """
 
     least: float | None = None
+    most: float = math.inf
     unset: float | None = None
     choices: tuple[str, ...] = ()
 
@@ -60,12 +62,13 @@ def key(
     meaning: str,
     *,
     least: float | None = None,
+    most: float = math.inf,
     unset: float | None = None,
     choices: Sequence[str] = (),
     **facts: Any,
 ) -> Any:
     """A field of a command's dataclass: its default, its line in the help, what it allows, and further `facts`."""
-    metadata = {"help": meaning, "limits": Limits(least, unset, tuple(choices)), **facts}
+    metadata = {"help": meaning, "limits": Limits(least, most, unset, tuple(choices)), **facts}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -211,11 +214,13 @@ def check(settings: Any) -> None:
         value, limits = getattr(settings, f.name), _limits(f)
         if limits.choices and value not in limits.choices:
             raise unknown(f.name, str(value), [choice for choice in limits.choices if choice])
-        if limits.least is None or value == limits.unset:
+        if limits.unset is not None and value == limits.unset:
             continue
-        if not limits.least <= value < math.inf:
+        if limits.least is not None and not limits.least <= value < math.inf:
             auto = "" if limits.unset is None else f" (or {limits.unset:g}, the default)"
             raise StudyError(f"{f.name} must be at least {limits.least:g}, got {value}{auto}")
+        if limits.most < math.inf and value > limits.most:
+            raise StudyError(f"{f.name} must be at most {limits.most}, got {shown(str(value))}")
 
 
 def help_of(settings: Any, *, only: Collection[str] | None = None, width: int = 110) -> list[str]:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         if not given or words.asks_for_help(given):
-            print(help_text())
+            print(help_text(), file=sys.stdout if given else sys.stderr)
             return 0 if given else 2
         folder, request = parse(given)
         for line in write(folder, request):

@@ -64,7 +64,7 @@ def check(header: Mapping[str, Any]) -> None:
 
 def _check_name(name: Any) -> None:
     """A study's name becomes the last part of paths and URIs."""
-    if checks.text(name, "name") in ("", ".", "..") or "/" in name or not name.isprintable():
+    if not checks.is_folder_name(checks.text(name, "name")):
         raise ValueError(f"name must be that of a folder, got {ascii(name)[:60]}")
 
 

@@ -84,8 +84,8 @@ def _saving(name: str, save: Callable[[Path], object]) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         save(file)
-    except OSError as error:
-        raise StudyError(f"'{name}' cannot be written: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: no format that matplotlib draws
+        raise StudyError(f"'{name}' cannot be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 if __name__ == "__main__":

@@ -129,8 +129,9 @@ def _answer(request: Request) -> None:
     try:
         Path(request.plot).parent.mkdir(parents=True, exist_ok=True)
         _draw(rows, values, request)
-    except OSError as error:
-        raise StudyError(f"the plot cannot be written to '{request.plot}': {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: no format that matplotlib draws
+        reason = getattr(error, "strerror", None) or error
+        raise StudyError(f"the plot cannot be written to '{request.plot}': {reason}") from error
     print(f"plot: {request.plot}")
 
 

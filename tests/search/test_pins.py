@@ -81,7 +81,7 @@ def test_any_number_survives_the_printed_command(number: float, whole: int) -> N
 
 @given(TEXTS, st.lists(TEXTS.map(str.strip).filter(bool), max_size=3))
 def test_any_text_survives_the_printed_command(text: str, plugins_: list[str]) -> None:
-    config = RunConfig(name=text, model=text, storage=text, metric=text, plugins=plugins_)
+    config = RunConfig(model=text, storage=text, metric=text, plugins=plugins_)
     assert printed_and_parsed(config) == config
 
 

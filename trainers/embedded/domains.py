@@ -299,4 +299,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except StudyError as error:
-        sys.exit(str(error))
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -22,6 +22,7 @@ class Settings:
     loud: bool = words.key(False, "says more")
     sizes: tuple[int, ...] = words.key((1, 2), "of the matrices")
     plain: int = 3
+    places: int = words.key(2, "after the point", most=9)
 
 
 def test_its_examples_run():
@@ -40,6 +41,7 @@ def test_values_are_read_by_the_type_of_their_key():
     ("given_words", "said"),
     [
         (["rank=0"], "rank must be at least 1, got 0"),
+        (["places=10"], "places must be at most 9, got 10"),
         (["rank=8.0"], "rank must be a whole number, got '8.0'"),
         (["rank=٣"], "rank must be a whole number"),
         (["share=inf"], "share must be a finite number, got 'inf'"),
@@ -65,7 +67,7 @@ def test_words_without_a_key_are_kept_where_a_command_takes_them():
 
 def test_help_shows_defaults_choices_and_meanings():
     lines = words.help_of(Settings)
-    assert len(lines) == 7
+    assert len(lines) == 8
     text = "\n".join(lines)
     for part in (
         "rank (8)",

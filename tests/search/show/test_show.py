@@ -560,3 +560,11 @@ def test_progress_counts_documents(tmp_path: Path, kind: str) -> None:
     assert {(total, what) for _, total, what in told} == {(20, "documents")}
     done = [done for done, _, _ in told]
     assert (done, done[-1]) == (sorted(set(done)), 20)
+
+
+def test_a_picture_of_no_known_format_is_one_line(dense_files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    picture = Path(dense_files[0]).with_name("picture.txt")
+    assert show.main([f"signal={','.join(dense_files)}", f"png={picture}"]) == 2
+    err = capsys.readouterr().err
+    assert "'txt' is not supported" in err
+    assert err.count("error: ") == 1

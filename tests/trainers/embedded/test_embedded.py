@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
+from tests import ROOT
 from trainers.embedded import domains, pretrain
 
 COMMITTED = [folder for folder in sorted(pretrain.EMBEDDED.iterdir()) if (folder / "config.json").exists()]
@@ -166,3 +169,11 @@ def test_a_checkpoint_of_another_recipe_is_refused(tmp_path: Path) -> None:
 def test_a_wrong_word_gets_one_line(word: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
         pretrain.main([word])
+
+
+@pytest.mark.parametrize("door", ["trainers.pretrain", "trainers.embedded.domains"])
+def test_a_wrong_word_is_one_line_and_exit_code_2(door: str) -> None:
+    done = subprocess.run([sys.executable, "-m", door, "nope=1"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: unknown key 'nope'")
+    assert done.stderr.count("\n") == 1

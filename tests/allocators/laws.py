@@ -7,9 +7,11 @@ from hypothesis import strategies as st
 from allocators.core.types import ExpertSelection, ModelShape, Signal
 from tests.allocators.models import moe_shape, routing
 
+Case = tuple[Signal, ModelShape]
+
 
 @st.composite
-def measured(draw, *, distinct: bool = False) -> tuple[Signal, ModelShape]:
+def measured(draw: st.DrawFn, *, distinct: bool = False) -> Case:
     """A shape of 1–3 MoE layers of 2–9 experts (perhaps behind a dense layer) and a routing of it.
 
     distinct   no two experts of a layer have the same count (and none has zero tokens), so that no tie rule is needed

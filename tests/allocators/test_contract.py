@@ -10,12 +10,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from allocators.core import plugins
 from allocators.core.errors import StudyError
-from allocators.core.types import ExpertCounts, ExpertSelection, Signal, allocation_from_json
+from allocators.core.types import ExpertCounts, ExpertSelection, ModelShape, Signal, allocation_from_json
 from tests import ROOT
 from tests.allocators.models import dense_shape, moe_shape, routing
 
@@ -23,11 +24,11 @@ NAMES = plugins.names("allocators")
 SHAPES = {"moe": moe_shape(layers=3, experts=8, dense_first=1), "dense": dense_shape(layers=4)}
 
 
-def shapes_for(module):
+def shapes_for(module: ModuleType) -> list[ModelShape]:
     return [shape for shape in SHAPES.values() if plugins.fits(module, shape)]
 
 
-def signal_for(module, shape, *, seed=0):
+def signal_for(module: ModuleType, shape: ModelShape, *, seed: int = 0) -> Signal | None:
     """A signal the allocator reads; dense signals have every metric of their kind, one value a row."""
     if module.NEEDS is None:
         return None
@@ -46,7 +47,7 @@ def signal_for(module, shape, *, seed=0):
 
 @pytest.mark.parametrize("name", NAMES)
 class TestEveryAllocator:
-    def test_declares_what_it_is(self, name):
+    def test_declares_what_it_is(self, name: str) -> None:
         module = plugins.load("allocators", name)
         plugins.check_allocator(module)
         assert isinstance(module.FIXED_COST, bool)
@@ -54,13 +55,13 @@ class TestEveryAllocator:
         assert f"allocator={name}" in module.__doc__, "the docstring opens with what it is for, then how to run it"
         assert module.allocate.__doc__
 
-    def test_every_knob_has_a_default_and_is_in_the_docstring(self, name):
+    def test_every_knob_has_a_default_and_is_in_the_docstring(self, name: str) -> None:
         module = plugins.load("allocators", name)
         for knob, default in plugins.knobs_of(module).items():
             assert default is not inspect.Parameter.empty, knob
             assert knob in module.allocate.__doc__, knob
 
-    def test_answers_with_what_its_base_needs(self, name):
+    def test_answers_with_what_its_base_needs(self, name: str) -> None:
         module = plugins.load("allocators", name)
         assert shapes_for(module)
         for shape in shapes_for(module):
@@ -69,7 +70,7 @@ class TestEveryAllocator:
             allocation.check(shape)
             assert allocation_from_json(json.loads(json.dumps(allocation.to_json()))) == allocation
 
-    def test_is_a_pure_function(self, name):
+    def test_is_a_pure_function(self, name: str) -> None:
         module = plugins.load("allocators", name)
         for shape in shapes_for(module):
             signal = signal_for(module, shape)
@@ -78,7 +79,7 @@ class TestEveryAllocator:
             assert once.digest == again.digest
             assert before == (signal.digest if signal else None)
 
-    def test_keeps_the_promise_of_a_fixed_cost(self, name):
+    def test_keeps_the_promise_of_a_fixed_cost(self, name: str) -> None:
         module = plugins.load("allocators", name)
         for shape in shapes_for(module):
             costs = {
@@ -88,13 +89,13 @@ class TestEveryAllocator:
             assert not module.FIXED_COST or len(costs) == 1
             assert module.FIXED_COST or module.NEEDS is not None
 
-    def test_a_misspelt_knob_is_named(self, name):
+    def test_a_misspelt_knob_is_named(self, name: str) -> None:
         module = plugins.load("allocators", name)
         shape = shapes_for(module)[0]
         with pytest.raises(StudyError, match="experts_keptt"):
             plugins.call(module, signal_for(module, shape), shape, {"experts_keptt": 1})
 
-    def test_the_other_kind_of_model_is_refused_in_one_line(self, name):
+    def test_the_other_kind_of_model_is_refused_in_one_line(self, name: str) -> None:
         module = plugins.load("allocators", name)
         for shape in SHAPES.values():
             if not plugins.fits(module, shape):
@@ -102,7 +103,7 @@ class TestEveryAllocator:
                     plugins.call(module, signal_for(module, shapes_for(module)[0]), shape, {})
 
 
-def test_no_allocator_and_nothing_of_the_core_loads_torch_or_numpy():
+def test_no_allocator_and_nothing_of_the_core_loads_torch_or_numpy() -> None:
     modules = ["allocators", *(f"allocators.{Path(f).stem}" for f in sorted(ROOT.glob("allocators/*.py")))]
     modules += [f"allocators.core.{f.stem}" for f in sorted(ROOT.glob("allocators/core/*.py"))]
     heavy = ("torch", "numpy", "ray", "transformers", "mlflow", "rich")

@@ -6,7 +6,10 @@ import itertools
 import json
 import random
 import warnings
+from collections.abc import Sequence
 from fractions import Fraction
+from types import ModuleType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,7 +20,7 @@ from allocators.core import plugins
 from allocators.core.errors import InfeasibleError, StudyError, ToolkitWarning
 from allocators.core.layers import layer_values, on_layers
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ModelShape, ModuleShape, Signal
+from allocators.core.types import ExpertCounts, ModelShape, ModuleShape, Signal, SignalKind
 from tests import GOLDEN
 from tests.allocators.models import dense_shape
 
@@ -27,7 +30,9 @@ LLAMA_7B = shape_from_config(
 )  # the sizes of LLaMA-7B are the config class's defaults
 
 
-def by_layer(values, shape, *, metric="hill", kind="spectrum") -> Signal:
+def by_layer(
+    values: Sequence[float], shape: ModelShape, *, metric: str = "hill", kind: SignalKind = "spectrum"
+) -> Signal:
     """A signal whose modules scatter around the layer's value, so that a mean is needed to see it."""
     rows = {}
     for layer, value in enumerate(values):
@@ -38,12 +43,12 @@ def by_layer(values, shape, *, metric="hill", kind="spectrum") -> Signal:
     return Signal(kind, rows, "module", "1", {})
 
 
-def exactly(values, shape, **kwargs) -> Signal:
+def exactly(values: Sequence[float], shape: ModelShape, **kwargs: Any) -> Signal:
     metric, kind = kwargs.get("metric", "hill"), kwargs.get("kind", "spectrum")
     return Signal(kind, {m.path: {metric: (values[m.layer],)} for m in shape.modules}, "module", "1", {})
 
 
-def votes_signal(shape, by_dataset) -> Signal:
+def votes_signal(shape: ModelShape, by_dataset: Sequence[Sequence[float]]) -> Signal:
     """`by_dataset[d][b]`: score of block b on data set d."""
     rows = {m.path: {"sum_sq_grad": tuple(d[b] for d in by_dataset)} for b, m in enumerate(shape.modules)}
     return Signal("sensitivity", rows, "dataset", "1", {})
@@ -61,7 +66,7 @@ def layers_of(allocation: ExpertCounts, shape: ModelShape) -> list[int]:
 # ------------------------------------------------------------------------------------------------ the layer's value
 
 
-def test_a_layer_is_the_plain_mean_of_its_seven_modules():
+def test_a_layer_is_the_plain_mean_of_its_seven_modules() -> None:
     shape, published = LLAMA_7B, PUBLISHED["spectrum"]["llama_7b"]
     names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     assert [m.name for m in shape.modules[:7]] == list(names)
@@ -70,7 +75,7 @@ def test_a_layer_is_the_plain_mean_of_its_seven_modules():
     assert layer_values(signal, shape, metric="hill") == pytest.approx(published["layer_mean"], abs=2e-6)
 
 
-def test_a_module_that_was_not_measured_is_named():
+def test_a_module_that_was_not_measured_is_named() -> None:
     shape = dense_shape(layers=2)
     signal = Signal("spectrum", {shape.modules[0].path: {"hill": (2.0,)}}, "module", "1", {})
     with pytest.raises(StudyError, match=r"no 'hill' for 'model\.layers\.0\.self_attn\.k_proj'"):
@@ -81,14 +86,14 @@ def test_a_module_that_was_not_measured_is_named():
 
 
 @given(st.integers(1, 40), st.integers(0, 300))
-def test_uniform_sums_to_the_total_and_differs_by_at_most_one(layers, extra):
+def test_uniform_sums_to_the_total_and_differs_by_at_most_one(layers: int, extra: int) -> None:
     shape = dense_shape(layers=layers)
     counts = layers_of(uniform.allocate(None, shape, total_experts=layers + extra), shape)
     assert sum(counts) == layers + extra
     assert max(counts) - min(counts) <= 1
 
 
-def test_uniform_by_number_and_by_total_are_one_allocation():
+def test_uniform_by_number_and_by_total_are_one_allocation() -> None:
     shape = dense_shape(layers=32)
     assert uniform.allocate(None, shape, experts_per_layer=5) == uniform.allocate(None, shape, total_experts=160)
     assert uniform.allocate(None, shape) == uniform.allocate(None, shape, experts_per_layer=5)
@@ -103,7 +108,7 @@ def test_uniform_by_number_and_by_total_are_one_allocation():
         ({"total_experts": 0, "min_experts": 0}, "at least one"),
     ],
 )
-def test_uniform_refuses(knobs, message):
+def test_uniform_refuses(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(InfeasibleError, match=message):
         uniform.allocate(None, dense_shape(layers=32), **knobs)
 
@@ -112,7 +117,7 @@ def test_uniform_refuses(knobs, message):
 
 
 @pytest.mark.parametrize(("pattern", "layers"), [("2468", 32), ("8228", 28)])
-def test_mola_layouts(pattern, layers):
+def test_mola_layouts(pattern: str, layers: int) -> None:
     shape = dense_shape(layers=layers)
     assert (
         layers_of(mola.allocate(None, shape, pattern=pattern), shape)
@@ -121,7 +126,7 @@ def test_mola_layouts(pattern, layers):
 
 
 @given(st.lists(st.integers(0, 12), min_size=2, max_size=8).filter(any), st.integers(0, 30))
-def test_mola_gives_consecutive_groups_of_nearly_one_size(numbers, extra):
+def test_mola_gives_consecutive_groups_of_nearly_one_size(numbers: list[int], extra: int) -> None:
     shape = dense_shape(layers=len(numbers) + extra)
     counts = layers_of(mola.allocate(None, shape, pattern="-".join(map(str, numbers))), shape)
     # read the groups back: some split into consecutive groups of sizes that differ by at most one gives the pattern
@@ -137,7 +142,7 @@ def test_mola_gives_consecutive_groups_of_nearly_one_size(numbers, extra):
     assert (shape.num_layers, larger) in reachable
 
 
-def test_mola_reads_digits_dashes_and_numbers():
+def test_mola_reads_digits_dashes_and_numbers() -> None:
     shape = dense_shape(layers=4)
     assert layers_of(mola.allocate(None, shape, pattern="4-6-8-10"), shape) == [4, 6, 8, 10]
     assert layers_of(mola.allocate(None, shape, pattern=2468), shape) == [2, 4, 6, 8]
@@ -146,7 +151,7 @@ def test_mola_reads_digits_dashes_and_numbers():
 
 
 @pytest.mark.parametrize("pattern", ["", "24x8", "2-", "-2", "2--4", "2,4", "24688", "0000", -2468, None])
-def test_mola_refuses(pattern):
+def test_mola_refuses(pattern: Any) -> None:
     with pytest.raises(InfeasibleError):
         mola.allocate(None, dense_shape(layers=4), pattern=pattern)
 
@@ -159,7 +164,9 @@ def test_mola_refuses(pattern):
 @pytest.mark.parametrize(
     ("module", "kind", "metric"), [(alphalora, "spectrum", "hill"), (sensitivity, "sensitivity", "sum_sq_grad")]
 )
-def test_mapping_by_hand(case, rounding, column, module, kind, metric):
+def test_mapping_by_hand(
+    case: dict[str, Any], rounding: str, column: str, module: ModuleType, kind: SignalKind, metric: str
+) -> None:
     shape = dense_shape(layers=len(case["v"]))
     signal = exactly(case["v"], shape, metric=metric, kind=kind)
     allocation = module.allocate(
@@ -168,7 +175,7 @@ def test_mapping_by_hand(case, rounding, column, module, kind, metric):
     assert layers_of(allocation, shape) == case[column]
 
 
-def test_mistral_7b_from_a_metric_vector():
+def test_mistral_7b_from_a_metric_vector() -> None:
     case = PUBLISHED["allocation"]["mistral_7b"]
     shape = shape_from_config({"model_type": "mistral"}, name="mistral-7b")
     for signal in (exactly(case["v"], shape), by_layer(case["v"], shape)):
@@ -179,7 +186,7 @@ def test_mistral_7b_from_a_metric_vector():
 
 
 @pytest.mark.parametrize("setting", PUBLISHED["spectrum"]["llama_7b"]["derived_alloc"])
-def test_llama_7b_from_its_published_spectrum(setting):
+def test_llama_7b_from_its_published_spectrum(setting: str) -> None:
     """With all seven values of every layer given, as measured: mean, equation 6 and equation 7 together."""
     published, shape = PUBLISHED["spectrum"]["llama_7b"], LLAMA_7B
     total, beta = (float(part.split("=")[1]) for part in setting.split(","))
@@ -196,7 +203,7 @@ def test_llama_7b_from_its_published_spectrum(setting):
     assert sum(published["derived_alloc"][setting]) == total
 
 
-def test_llama_7b_has_the_published_number_of_parameters():
+def test_llama_7b_has_the_published_number_of_parameters() -> None:
     values = PUBLISHED["spectrum"]["llama_7b"]["layer_mean"]
     for total in (160, 128):
         expected = PUBLISHED["parameters"]["llama_7b_r8"][f"T={total}"]
@@ -209,10 +216,12 @@ def test_llama_7b_has_the_published_number_of_parameters():
 
 
 @given(st.lists(st.floats(1.1, 9), min_size=2, max_size=12), st.integers(0, 60), st.sampled_from([1.0, 2.5, 3.0]))
-def test_alphalora_sums_to_the_total_and_a_heavier_tail_never_gets_more(values, extra, beta):
+def test_alphalora_sums_to_the_total_and_a_heavier_tail_never_gets_more(
+    values: Sequence[float], extra: int, beta: float
+) -> None:
     shape = dense_shape(layers=len(values))
     total = len(values) + extra
-    knobs = {"total_experts": total, "beta": beta}
+    knobs: dict[str, Any] = {"total_experts": total, "beta": beta}
     counts = layers_of(alphalora.allocate(exactly(values, shape), shape, rounding="largest_remainder", **knobs), shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ToolkitWarning)
@@ -223,21 +232,21 @@ def test_alphalora_sums_to_the_total_and_a_heavier_tail_never_gets_more(values, 
     assert [n for _, n in sorted(zip(values, counts, strict=True))] == sorted(counts)
 
 
-def test_beta_zero_is_uniform():
+def test_beta_zero_is_uniform() -> None:
     shape = dense_shape(layers=7)
     signal = exactly([3.0, 1.5, 2.0, 9.0, 4.0, 4.0, 2.5], shape)
     ours = alphalora.allocate(signal, shape, total_experts=24, beta=0.0, rounding="largest_remainder")
     assert ours == uniform.allocate(None, shape, total_experts=24)
 
 
-def test_a_correction_that_runs_away_is_warned_about_by_whoever_called():
+def test_a_correction_that_runs_away_is_warned_about_by_whoever_called() -> None:
     values = [1.0, 1.0, 1.0, 1.0, 10.0]  # 0.357 a layer: equation 6 gives four zeros, all four raised to the floor
     shape = dense_shape(layers=5)
     with pytest.warns(ToolkitWarning, match="largest_remainder"):
         alphalora.allocate(exactly(values, shape), shape, total_experts=5, beta=1.0)
 
 
-def test_a_negative_metric_is_refused_with_the_reason():
+def test_a_negative_metric_is_refused_with_the_reason() -> None:
     shape = dense_shape(layers=4)
     signal = exactly([1.0, -0.5, 1.0, 1.0], shape, metric="alpha_hat")
     with pytest.raises(InfeasibleError, match=r"alpha_hat of layer 1 of dense is -0\.5.*not negative.*metric=hill"):
@@ -255,19 +264,19 @@ def test_a_negative_metric_is_refused_with_the_reason():
     ],
 )
 @pytest.mark.parametrize(("module", "metric"), [(alphalora, "hill"), (sensitivity, "sum_sq_grad")])
-def test_equation_6_refuses(module, metric, knobs, message):
+def test_equation_6_refuses(module: ModuleType, metric: str, knobs: dict[str, Any], message: str) -> None:
     shape = dense_shape(layers=32)
     with pytest.raises(InfeasibleError, match=message):
         module.allocate(exactly([2.0] * 32, shape, metric=metric), shape, **knobs)
 
 
-def test_an_unknown_metric_names_those_that_were_measured():
+def test_an_unknown_metric_names_those_that_were_measured() -> None:
     shape = dense_shape(layers=2)
     with pytest.raises(StudyError, match=r"no 'hil' .* metrics \['hill'\]"):
         alphalora.allocate(exactly([2.0, 3.0], shape), shape, metric="hil")
 
 
-def test_sensitivity_is_the_mean_over_modules_and_data_sets():
+def test_sensitivity_is_the_mean_over_modules_and_data_sets() -> None:
     shape = dense_shape(layers=2)
     rows = {m.path: {"sum_sq_grad": (1.0, 3.0) if m.layer == 0 else (5.0, 7.0)} for m in shape.modules}
     signal = Signal("sensitivity", rows, "dataset", "1", {})
@@ -275,7 +284,7 @@ def test_sensitivity_is_the_mean_over_modules_and_data_sets():
     assert layers_of(sensitivity.allocate(signal, shape, total_experts=8), shape) == [2, 6]
 
 
-def test_no_expert_at_all_is_refused():
+def test_no_expert_at_all_is_refused() -> None:
     with pytest.raises(InfeasibleError, match="at least one"):
         on_layers([0, 0], dense_shape(layers=2))
 
@@ -283,7 +292,7 @@ def test_no_expert_at_all_is_refused():
 # -------------------------------------------------------------------------------------------------------- lora_smoe
 
 
-def percentile(scores, percent: Fraction) -> Fraction:
+def percentile(scores: Sequence[float], percent: Fraction) -> Fraction:
     """By linear interpolation, in exact numbers."""
     ordered = sorted(map(Fraction, scores))
     place = percent / 100 * (len(ordered) - 1)
@@ -297,13 +306,13 @@ def percentile(scores, percent: Fraction) -> Fraction:
     st.lists(st.integers(0, 30), min_size=1, max_size=40),
     st.integers(1, 100),
 )
-def test_kept_is_strictly_above_the_percentile(scores, percent_kept):
+def test_kept_is_strictly_above_the_percentile(scores: Sequence[int], percent_kept: int) -> None:
     threshold = percentile(scores, Fraction(100 - percent_kept))
     expected = [s > threshold for s in scores]
     assert lora_smoe.above_percentile(scores, percent_kept / 100) == expected
 
 
-def test_votes_by_hand():
+def test_votes_by_hand() -> None:
     case = PUBLISHED["allocation"]["lora_smoe"]["vote_example"]
     assert [float(percentile(s, Fraction(40))) for s in case["scores_by_dataset"]] == case["thresholds"]
     modules = tuple(ModuleShape(f"model.layers.{i}.mlp.up_proj", i, 4, 4) for i in range(5))
@@ -330,7 +339,7 @@ def qwen_attention() -> ModelShape:
 
 
 @given(st.integers(1, 8), st.integers(0, 2**32))
-def test_the_votes_sum_to_data_sets_times_blocks_kept(num_datasets, seed):
+def test_the_votes_sum_to_data_sets_times_blocks_kept(num_datasets: int, seed: int) -> None:
     """Distinct scores: every data set keeps n − 1 − floor((1−retention)(n−1)) blocks, 86 of the published 144."""
     shape = qwen_attention()
     rng = random.Random(seed)
@@ -340,7 +349,7 @@ def test_the_votes_sum_to_data_sets_times_blocks_kept(num_datasets, seed):
     assert max(allocation.counts.values()) <= num_datasets
 
 
-def test_the_published_table_keeps_the_law_of_the_votes():
+def test_the_published_table_keeps_the_law_of_the_votes() -> None:
     published = PUBLISHED["allocation"]["lora_smoe"]
     table = published["published_expert_num_qwen2.5-3b_attention"]
     shape = qwen_attention()
@@ -356,7 +365,7 @@ def test_the_published_table_keeps_the_law_of_the_votes():
 
 
 @given(st.integers(0, 2**32), st.integers(1, 5), st.integers(1, 3))
-def test_strategies_rank_within_their_groups(seed, num_datasets, layers):
+def test_strategies_rank_within_their_groups(seed: int, num_datasets: int, layers: int) -> None:
     """S ranks attention and MLP apart: multiplying every MLP score changes S nothing and gives U to the MLP."""
     shape, rng = dense_shape(layers=layers), random.Random(seed)
     scores = [rng.sample(range(1, 1000), len(shape.modules)) for _ in range(num_datasets)]
@@ -367,7 +376,7 @@ def test_strategies_rank_within_their_groups(seed, num_datasets, layers):
     assert {p.split(".")[3] for p in together.counts} == {"mlp"}
 
 
-def test_with_one_data_set_every_kept_block_gets_experts_per_block():
+def test_with_one_data_set_every_kept_block_gets_experts_per_block() -> None:
     shape = dense_shape(layers=2)
     signal = votes_signal(shape, [range(len(shape.modules))])
     allocation = lora_smoe.allocate(signal, shape, experts_per_block=4)
@@ -384,24 +393,24 @@ def test_with_one_data_set_every_kept_block_gets_experts_per_block():
         ({"strategy": "u"}, "did you mean 'U'"),
     ],
 )
-def test_lora_smoe_refuses(knobs, message):
+def test_lora_smoe_refuses(knobs: dict[str, Any], message: str) -> None:
     shape = dense_shape(layers=2)
     with pytest.raises(InfeasibleError, match=message):
         lora_smoe.allocate(votes_signal(shape, [range(14)]), shape, **knobs)
 
 
-def test_equal_scores_keep_nothing_and_say_so():
+def test_equal_scores_keep_nothing_and_say_so() -> None:
     shape = dense_shape(layers=2)
     with pytest.raises(InfeasibleError, match="keeps no block"):
         lora_smoe.allocate(votes_signal(shape, [[1.0] * 14]), shape)
 
 
-def test_data_sets_must_be_the_same_in_every_row():
+def test_data_sets_must_be_the_same_in_every_row() -> None:
     shape = dense_shape(layers=1)
     rows = {m.path: {"sum_sq_grad": (1.0,) * (1 + (i == 3))} for i, m in enumerate(shape.modules)}
     with pytest.raises(StudyError, match="one value a data set"):
         lora_smoe.allocate(Signal("sensitivity", rows, "dataset", "1", {}), shape)
 
 
-def test_all_five_are_found_by_name():
+def test_all_five_are_found_by_name() -> None:
     assert {"uniform", "mola", "alphalora", "lora_smoe", "sensitivity"} <= set(plugins.names("allocators"))

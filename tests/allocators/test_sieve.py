@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,8 +12,9 @@ from hypothesis import strategies as st
 
 from allocators import sieve
 from allocators.core.errors import InfeasibleError, StudyError
+from allocators.core.ranking import Score
 from tests import GOLDEN
-from tests.allocators.laws import inside, measured, permuted
+from tests.allocators.laws import Case, inside, measured, permuted
 from tests.allocators.models import moe_shape, routing
 
 PUBLISHED = json.loads((GOLDEN / "allocation.json").read_text())["moe_sieve"]
@@ -19,7 +22,7 @@ scores = st.sampled_from(["count", "mass"])
 
 
 @given(measured(), st.integers(1, 9), scores)
-def test_keeps_that_many_and_none_better_is_left_out(case, kept, score):
+def test_keeps_that_many_and_none_better_is_left_out(case: Case, kept: int, score: Score) -> None:
     signal, shape = case
     kept = min(kept, shape.experts_in(shape.moe_layers[0]))
     chosen = sieve.allocate(signal, shape, experts_kept=kept, score=score)
@@ -32,14 +35,14 @@ def test_keeps_that_many_and_none_better_is_left_out(case, kept, score):
 
 
 @given(measured(), st.floats(0.5, 1), st.floats(0.5, 1), scores)
-def test_a_larger_fraction_keeps_the_smaller_ones_choice(case, a, b, score):
+def test_a_larger_fraction_keeps_the_smaller_ones_choice(case: Case, a: float, b: float, score: Score) -> None:
     signal, shape = case
     small, large = (sieve.allocate(signal, shape, fraction=f, score=score) for f in sorted((a, b)))
     assert inside(small, large)
 
 
 @given(measured(distinct=True), st.integers(1, 2), st.data())
-def test_names_of_experts_do_not_matter(case, kept, data):
+def test_names_of_experts_do_not_matter(case: Case, kept: int, data: st.DataObject) -> None:
     signal, shape = case
     orders = {n: data.draw(st.permutations(range(shape.experts_in(n)))) for n in shape.moe_layers}
     chosen = sieve.allocate(signal, shape, experts_kept=kept)
@@ -49,7 +52,7 @@ def test_names_of_experts_do_not_matter(case, kept, data):
 
 
 @given(measured(), st.integers(2, 100))
-def test_more_tokens_in_the_same_proportions_change_nothing(case, factor):
+def test_more_tokens_in_the_same_proportions_change_nothing(case: Case, factor: int) -> None:
     signal, shape = case
     scaled = {n: [factor * c for c in signal.metric(n, "count")] for n in shape.moe_layers}
     assert sieve.allocate(routing(shape, scaled), shape, experts_kept=1) == sieve.allocate(
@@ -58,7 +61,7 @@ def test_more_tokens_in_the_same_proportions_change_nothing(case, factor):
 
 
 @pytest.mark.parametrize("case", PUBLISHED, ids=lambda c: f"{c['counts']}-{c['fraction']}")
-def test_golden(case):
+def test_golden(case: dict[str, Any]) -> None:
     shape = moe_shape(layers=1, experts=len(case["counts"]))
     signal = routing(shape, {0: case["counts"]})
     if isinstance(case["selected"], str):
@@ -70,7 +73,7 @@ def test_golden(case):
         assert list(sieve.allocate(signal, shape, fraction=case["fraction"]).in_layer(0)) == case["selected"]
 
 
-def test_by_hand():
+def test_by_hand() -> None:
     """Six experts: half of them by tokens are 1, 4, 5; by gate weight 0, 1, 4."""
     shape = moe_shape(layers=1, experts=6)
     signal = routing(shape, {0: [1, 9, 2, 2, 5, 6]}, {0: [4, 4, 0.5, 0.5, 4, 1]})
@@ -79,7 +82,7 @@ def test_by_hand():
     assert sieve.allocate(signal, shape, experts_kept=3) == sieve.allocate(signal, shape, fraction=0.5)
 
 
-def test_a_quarter_unless_told():
+def test_a_quarter_unless_told() -> None:
     shape = moe_shape(experts=8)
     signal = routing(shape)
     assert sieve.allocate(signal, shape) == sieve.allocate(signal, shape, fraction=0.25)
@@ -97,13 +100,13 @@ def test_a_quarter_unless_told():
         ({"score": "counts"}, "score must be one of count, mass, got 'counts'; did you mean 'count'"),
     ],
 )
-def test_bad_knobs(knobs, message):
+def test_bad_knobs(knobs: dict[str, Any], message: str) -> None:
     shape = moe_shape(experts=8)
     with pytest.raises(InfeasibleError, match=message):
         sieve.allocate(routing(shape), shape, **knobs)
 
 
-def test_a_routing_of_another_model_is_refused():
+def test_a_routing_of_another_model_is_refused() -> None:
     with pytest.raises(StudyError, match="measured on another model"):
         sieve.allocate(routing(moe_shape(experts=4)), moe_shape(experts=8))
     with pytest.raises(StudyError, match="no 'count' for '2'"):
@@ -111,7 +114,7 @@ def test_a_routing_of_another_model_is_refused():
 
 
 @pytest.mark.parametrize("counts", [[0, 0, 0, 0], [1, float("nan"), 1, 1], [1, -1, 1, 1]])
-def test_a_useless_routing_is_refused(counts):
+def test_a_useless_routing_is_refused(counts: Sequence[float]) -> None:
     shape = moe_shape(layers=1, experts=4)
     with pytest.raises(StudyError, match="routing signal of layer 0 holds no usable count"):
         sieve.allocate(routing(shape, {0: counts}, {0: [1, 1, 1, 1]}), shape)

@@ -61,7 +61,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 os.environ |= {"RAY_AUTH_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 os.environ |= {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
@@ -72,6 +72,9 @@ from allocators.core.types import ExpertSelection, ModelShape, Outcome, Trial
 from tests.benchmarks import search_tables
 from tests.benchmarks.trial_overhead import CpuWatch, make_trials, warm
 from trainers.worker_state import WorkerSetup
+
+if TYPE_CHECKING:
+    from search.replay.problem import TableProblem
 
 FOLDER = search_tables.BUILD / "end_to_end"
 PLAIN, DEDUPED, OURS, HALVED = "nsga2+repeats", "nsga2", "ehvi", "ehvi+halving"
@@ -210,7 +213,8 @@ class PeftAdapter:
     @property
     def num_trained(self) -> int:
         """Parameters that can leave their start."""
-        return sum(p.numel() for _, p in self._named) - self._idle
+        in_adapter: int = sum(p.numel() for _, p in self._named)
+        return in_adapter - self._idle
 
     def parameters(self) -> list[Any]:
         return [p for _, p in self._named]
@@ -232,14 +236,14 @@ def peft_adapter(model: Any, shape: ModelShape, trial: Trial) -> Iterator[PeftAd
     from peft import LoraConfig, get_peft_model
 
     assert isinstance(trial.allocation, ExpertSelection)
-    masked = {}
+    masked: dict[str, tuple[tuple[int, ...], int]] = {}
     for module in shape.of_role("expert"):
         if ids := trial.allocation.in_layer(module.layer):
             experts = module.path.rpartition(".")[0]
             masked |= {f"{experts}.{stack}": (ids, module.num_experts) for stack in ("gate_up_proj", "down_proj")}
     config = LoraConfig(
         r=trial.recipe.rank,
-        lora_alpha=trial.recipe.lora_alpha,
+        lora_alpha=trial.recipe.lora_alpha,  # type: ignore[arg-type]  # PEFT only divides it by the rank
         target_modules=[module.path for module in shape.of_role("attention")],
         target_parameters=[f"{module.path}.weight" for module in shape.of_role("router", "shared_expert")] + [*masked],
     )
@@ -288,8 +292,8 @@ def train_with_peft(base: Any, shape: ModelShape, task: Any, trial: Trial, folde
     with peft_adapter(base.model, shape, trial) as adapter:
         result = loop.train(
             base.model,
-            adapter,
-            ByLmEval(task),
+            adapter,  # type: ignore[arg-type]  # nothing is loaded from a checkpoint
+            ByLmEval(task),  # type: ignore[arg-type]
             trial.recipe,
             seed=trial.seed,
             tokenizer=base.tokenizer,
@@ -354,7 +358,7 @@ class Resident:
         setup = self._state.setup
         with tempfile.TemporaryDirectory() as folder:
             self._state.setup = replace(setup, checkpoints=folder, evaluations=3 if way == "curve" else 1)
-            self._state.task = ByLmEval(self._task) if way == "lm-eval" else self._task
+            self._state.task = cast(Any, ByLmEval(self._task)) if way == "lm-eval" else self._task
             wall, cpu = time.perf_counter(), time.process_time()
             if way == "peft":
                 train_with_peft(self._state, self._state.shape, self._task, known[0][0], folder)
@@ -460,7 +464,7 @@ def spaced(rows: Sequence[tuple[str, int]], count: int) -> list[tuple[str, int]]
 class Recorded:
     """What a search against the table asks of it: the problem of one seed, and its rows (trial, parameters)."""
 
-    problem: Any
+    problem: TableProblem
     rows: list[tuple[str, int]]
 
     @property
@@ -800,8 +804,10 @@ def main(arguments: Sequence[str]) -> None:
             fewer = replayed[PLAIN] / replayed[OURS]
             times = ""
             if settings.costs:
-                wall, cpu = (fewer * product({name: rows[name][unit] for name in COSTS}) for unit in ("wall", "cpu"))
-                times = f": {wall:.1f} × less wall clock, {cpu:.1f} × fewer CPU-seconds"
+                less_wall, less_cpu = (
+                    fewer * product({name: rows[name][unit] for name in COSTS}) for unit in ("wall", "cpu")
+                )
+                times = f": {less_wall:.1f} × less wall clock, {less_cpu:.1f} × fewer CPU-seconds"
             print(
                 f"replayed with the same seed they need {replayed[PLAIN]:.0f} and {replayed[OURS]:.0f} trainings, "
                 f"{fewer:.2f} × fewer{times}"

@@ -73,7 +73,8 @@ def compare(name: str, settings: Settings) -> dict[str, Any]:
     prepared = task._prepared
     assert prepared is not None
     assert prepared.tokens is not None, f"task={settings.task} generates text: nothing here is scored"
-    requests, lm = prepared.tokens, task._lm_around(model, loaded.tokenizer)
+    requests = prepared.tokens
+    lm: Any = task._lm_around(model, loaded.tokenizer)
     sides: dict[str, Callable[[], Any]] = {
         "theirs": lambda: lm._loglikelihood_tokens(requests, disable_tqdm=True),
         "ours": lambda: scoring.loglikelihoods(model, requests, max_length=lm.max_length, batch_size=batch_size),

@@ -35,6 +35,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def route_counts(model: Any, embeddings: Tensor) -> list[Tensor]:
     """Rows per expert [E] of each layer."""
     counts: list[Tensor] = []
 
-    def hook(_: Any, args: tuple) -> None:
+    def hook(_: Any, args: tuple[Any, ...]) -> None:
         counts.append(torch.bincount(args[1].flatten(), minlength=EXPERTS))
 
     handles = [layer.mlp.experts.register_forward_pre_hook(hook) for layer in model.model.layers]
@@ -168,6 +169,8 @@ def agreement(model: Any, shape: ModelShape, embeddings: Tensor, rank: int) -> t
         weight = torch.randn(expected.shape, generator=generator).to(expected)
         expected.backward(weight)
         for stack, (a, b) in pairs.items():
+            assert a.grad is not None
+            assert b.grad is not None
             theirs |= {n: g.clone() for n, g in from_peft(stack, a.grad, b.grad, rank=rank).items()}
     with ours(model, shape, every_expert(shape), rank) as adapter:
         adapter.load_state_dict(factors)
@@ -210,18 +213,18 @@ def main(argv: list[str]) -> None:
             "peft_grouped": lambda: peft(model, settings.rank, "grouped_mm"),
             "peft_eager": lambda: peft(model, settings.rank, "eager"),
             "ours_all": lambda: ours(model, experts_only, everything, settings.rank),
-            "ours_hot": lambda hot=hot: ours(model, experts_only, hot, settings.rank),
-            "ours_full": lambda hot=hot: ours(model, shape, hot, settings.rank),
+            "ours_hot": partial(ours, model, experts_only, hot, settings.rank),
+            "ours_full": partial(ours, model, shape, hot, settings.rank),
         }
         rows = embeddings.detach().flatten(0, 1).requires_grad_(True)
         with torch.no_grad():
             _, picked_weight, picked = model.model.layers[0].mlp.gate(rows)
         picked_weight.requires_grad_(True)
 
-        def layer(rows=rows, picked=picked, picked_weight=picked_weight) -> Tensor:
+        def layer(rows: Tensor = rows, picked: Tensor = picked, picked_weight: Tensor = picked_weight) -> Any:
             return model.model.layers[0].mlp.experts(rows, picked, picked_weight)
 
-        def step(embeddings=embeddings) -> Tensor:
+        def step(embeddings: Tensor = embeddings) -> Any:
             return model(inputs_embeds=embeddings).logits
 
         print(f"\n{num_tokens} tokens; the hot 25 % of experts take {share:.0%} of the rows")

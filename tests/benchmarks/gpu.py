@@ -249,7 +249,7 @@ def loops(model: Any, paths: Sequence[str], kind: Any) -> Iterator[tuple[Any, An
             with torch.device(module.weight.device):
                 layer = kind(module.weight, EXPERTS)
 
-            def forward(x: Tensor, layer: nn.Module = layer) -> Tensor:
+            def forward(x: Tensor, layer: nn.Module = layer) -> Any:
                 with torch.autocast(x.device.type, x.dtype, enabled=x.dtype != torch.float32):  # factors stay fp32
                     return layer(x.flatten(0, -2)).unflatten(0, x.shape[:-1])
 

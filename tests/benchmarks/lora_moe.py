@@ -41,6 +41,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,14 +111,16 @@ class Ours(nn.Module):
     def __init__(self, loop: MolaLoop | HydraLoop) -> None:
         super().__init__()
         self.weight = loop.weight
-        a = [loop.lora_a] if isinstance(loop, HydraLoop) else list(loop.lora_a)
+        a = [loop.lora_a] if isinstance(loop, HydraLoop) else loop.lora_a
         self.top_k = len(loop.lora_b) if isinstance(loop, HydraLoop) else TOP_K
-        self.down = nn.Parameter(torch.cat([m.weight for m in (*a, loop.router)]).detach().float())
-        self.up = nn.Parameter(torch.cat([m.weight for m in loop.lora_b], dim=1).detach().float())
+        self.down = nn.Parameter(torch.cat([m.get_parameter("weight") for m in (*a, loop.router)]).detach().float())
+        self.up = nn.Parameter(torch.cat([m.get_parameter("weight") for m in loop.lora_b], dim=1).detach().float())
 
     def forward(self, x: Tensor) -> Tensor:
-        kwargs = {"rank": RANK, "top_k": self.top_k, "scale": SCALE}
-        return lora_moe_linear(x, self.weight, None, self.down, self.up, **kwargs)[0]
+        return lora_moe_linear(x, self.weight, None, self.down, self.up, rank=RANK, top_k=self.top_k, scale=SCALE)[0]
+
+
+Layer = MolaLoop | HydraLoop | Ours
 
 
 # --- counting --------------------------------------------------------------------------------------------------------
@@ -144,7 +147,9 @@ class Launches(TorchDispatchMode):
         self.names: list[str] = []
         self.syncs = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         name = func.name().removeprefix("aten::").partition(".")[0]
         self.syncs += name in _SYNC
         if not func.is_view and name not in _NO_LAUNCH and name not in _SYNC - {"nonzero"}:
@@ -185,19 +190,20 @@ def count(function: Callable[[Tensor], Tensor], x: Tensor, *, parameters: list[T
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
-def variants(d: int, num_experts: int, *, device: str, dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+def variants(d: int, num_experts: int, *, device: str, dtype: torch.dtype = torch.float32) -> dict[str, Layer]:
     torch.manual_seed(0)
     weight = (torch.randn(d, d) / d**0.5).to(device, dtype)
     mola, hydra = (loop(weight, num_experts).to(device, dtype) for loop in (MolaLoop, HydraLoop))
     for loop in (mola, hydra):  # a B that is not zero, as in the middle of a training
         for b in loop.lora_b:
-            nn.init.normal_(b.weight, std=0.02)
+            nn.init.normal_(b.get_parameter("weight"), std=0.02)
     return {"mola": mola, "hydra_loop": hydra, "routed": Ours(mola), "hydra": Ours(hydra)}
 
 
 def times(functions: dict[str, Callable[[Tensor], Tensor]], x0: Tensor, *, repeats: int) -> dict[str, float]:
     """Median seconds of forward + backward; one call of each per round, so that a busy moment hits all of them."""
-    grad, seconds = torch.randn_like(x0), {name: [] for name in functions}
+    grad = torch.randn_like(x0)
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
     for round_ in range(repeats + 1):
         for name, function in functions.items():
             x = x0.detach().requires_grad_()
@@ -208,7 +214,7 @@ def times(functions: dict[str, Callable[[Tensor], Tensor]], x0: Tensor, *, repea
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def train(layer: nn.Module, *, device: str, steps: int = 30) -> list[float]:
+def train(layer: Layer, *, device: str, steps: int = 30) -> list[float]:
     """Losses of AdamW on a fixed target; the same data in the same order for every layer."""
     generator = torch.Generator().manual_seed(1)
     d = layer.weight.shape[0]
@@ -259,7 +265,7 @@ def main(argv: list[str]) -> None:
             layers = variants(d, n, device=device, dtype=dtype)
             x = torch.randn(TOKENS, d).to(device, dtype)
             weight = layers["routed"].weight
-            t = times({"frozen": lambda x, w=weight: F.linear(x, w), **layers}, x, repeats=repeats)
+            t = times({"frozen": partial(F.linear, weight=weight), **layers}, x, repeats=repeats)
             rel = {name: t[name] / t["frozen"] for name in layers}
             ratios |= {f"{name}_d{d}_N{n}": round(value, 3) for name, value in rel.items()}
             ratios[f"routed_vs_mola_d{d}_N{n}"] = round(t["mola"] / t["routed"], 3)

@@ -98,7 +98,7 @@ class Tokenizer:
 def build(case: str, settings: Settings) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig, OlmoeConfig
 
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": 256,
         "num_hidden_layers": settings.layers,
         "num_attention_heads": settings.hidden // 64,
@@ -178,7 +178,13 @@ def runs(model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows,
 def packed_run(
     model: Any, adapters: list[Adapter], recipes: list[Recipe], task: Rows, device: Any, *, one_seed: bool = False
 ) -> packing.PackedRun:
-    joint = packing.PackedRun(model, task, tokenizer=Tokenizer, device=device, evaluations=1)
+    joint = packing.PackedRun(
+        model,
+        task,  # type: ignore[arg-type]
+        tokenizer=Tokenizer,
+        device=device,
+        evaluations=1,
+    )
     for k, (adapter, recipe) in enumerate(zip(adapters, recipes, strict=True)):
         joint.join(adapter, recipe, seed=0 if one_seed else k, on_rung=lambda rung: True)
     return joint
@@ -191,20 +197,25 @@ def step(run: TrainingRun) -> None:
         run._look()
 
 
+def adapter_of(run: TrainingRun) -> Adapter:
+    assert isinstance(run.adapter, Adapter)
+    return run.adapter
+
+
 def one_after_another(runs: list[TrainingRun], steps: int) -> None:
     for run in runs:
-        run.adapter.reattach()
+        adapter_of(run).reattach()
         for _ in range(steps):
             step(run)
-        run.adapter.detach()
+        adapter_of(run).detach()
 
 
 def in_turns(runs: list[TrainingRun], steps: int) -> None:
     for _ in range(steps):
         for run in runs:
-            run.adapter.reattach()
+            adapter_of(run).reattach()
             step(run)
-            run.adapter.detach()
+            adapter_of(run).detach()
 
 
 def measure(case: str, model: Any, tokens: int, settings: Settings) -> tuple[dict[str, float], float]:
@@ -309,7 +320,8 @@ def _ties(together: Any, alone: Any, member: int) -> list[float]:
     own = slice(member * len(logits_TE), (member + 1) * len(logits_TE))
     other_T = (experts_TK.sort().values != together[1][own].sort().values).any(dim=1)
     best = logits_TE[other_T].topk(experts_TK.size(1) + 1).values
-    return (best[:, -2] - best[:, -1]).tolist()
+    gaps: list[float] = (best[:, -2] - best[:, -1]).tolist()
+    return gaps
 
 
 def fit(seconds: dict[int, float]) -> tuple[float, float]:

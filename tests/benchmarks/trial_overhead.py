@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from allocators.core.types import Outcome, Rung
 from trainers.worker_state import WorkerSetup
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -85,7 +86,7 @@ class CpuWatch(threading.Thread):
             self._own += time.thread_time() - began
             return sum(self._last.values()) - self._own
 
-    def __reduce__(self):  # Tune pickles its callbacks; the copy is never asked
+    def __reduce__(self) -> tuple[Any, ...]:  # Tune pickles its callbacks; the copy is never asked
         return (CpuWatch, ())
 
     def stop(self) -> None:
@@ -131,19 +132,19 @@ def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
     waiting = [Proposal(trial, cost, {}) for trial, cost in trials]
 
     class Conductor:
-        def propose(self):
+        def propose(self) -> Proposal | None:
             return waiting.pop(0) if waiting else None
 
-        def rung(self, digest, rung):
+        def rung(self, digest: str, rung: Rung) -> bool:
             return True
 
-        def finished(self, outcome):
+        def finished(self, outcome: Outcome) -> None:
             assert outcome.status == "complete", outcome.message
             clock.arrived.append(time.monotonic())
             clock.trained.append(outcome.seconds)
             clock.cpu.append(watch.seconds())
 
-        def lost(self, digest, reason):
+        def lost(self, digest: str, reason: str) -> None:
             raise RuntimeError(reason)
 
     workers = RayWorkers(
@@ -193,7 +194,9 @@ def cold(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
     clock = Clock(time.monotonic(), [], [], [])
 
     class Watch(tune.Callback):
-        def on_trial_complete(self, iteration, trials, trial, **info):  # Tune's own signature
+        def on_trial_complete(  # Tune's own signature
+            self, iteration: int, trials: list[Any], trial: Any, **info: Any
+        ) -> None:
             answer = json.loads(Path(trial.config["case"]["answer"]).read_text())
             assert answer["status"] == "complete"
             clock.arrived.append(time.monotonic())

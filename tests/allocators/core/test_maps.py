@@ -14,7 +14,7 @@ from tests.allocators.models import dense_shape, moe_shape
 
 
 @given(st.integers(0, 2), st.integers(0, 999))
-def test_a_selection_is_read_back_from_its_map(dense_first, seed):
+def test_a_selection_is_read_back_from_its_map(dense_first: int, seed: int) -> None:
     shape = moe_shape(layers=4, experts=8, dense_first=dense_first)
     draw = random.Random(seed)
     chosen = ExpertSelection({layer: tuple(draw.sample(range(8), draw.randint(0, 8))) for layer in shape.moe_layers})
@@ -29,7 +29,7 @@ def test_a_selection_is_read_back_from_its_map(dense_first, seed):
 
 
 @given(st.integers(0, 999))
-def test_counts_are_read_back_from_their_map(seed):
+def test_counts_are_read_back_from_their_map(seed: int) -> None:
     shape = dense_shape(layers=3)
     draw = random.Random(seed)
     counts = ExpertCounts({m.path: draw.randint(0, 4) for m in shape.modules})
@@ -40,7 +40,7 @@ def test_counts_are_read_back_from_their_map(seed):
     assert (drawn.across, AllocationMap.empty(shape).places) == ("layer", [[0, 1, 2]] * 7)
 
 
-def test_by_hand():
+def test_by_hand() -> None:
     modules = (
         ModuleShape("layers.0.a", 0, 4, 4),
         ModuleShape("layers.1.a", 1, 4, 4),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, fields
+from typing import Any
 
 import pytest
 
@@ -10,20 +11,20 @@ from allocators.core.errors import StudyError
 from allocators.core.types import LoraSettings, Recipe, canonical_json
 
 
-def test_every_lora_setting_is_one_of_the_recipe_with_the_same_default():
+def test_every_lora_setting_is_one_of_the_recipe_with_the_same_default() -> None:
     recipe = {f.name: f for f in fields(Recipe)}
     for setting in fields(LoraSettings):
         assert recipe[setting.name].type == setting.type
         assert setting.default in (MISSING, recipe[setting.name].default)
 
 
-def test_the_lora_part_of_a_recipe_has_its_values():
+def test_the_lora_part_of_a_recipe_has_its_values() -> None:
     recipe = Recipe(rank=4, lora_alpha=6.0, lora_dropout=0.1, top_k=3, balance_coef=0.01, steps=5)
     assert recipe.lora == LoraSettings(rank=4, lora_alpha=6.0, lora_dropout=0.1, top_k=3, balance_coef=0.01)
     assert recipe.lora.scale == 1.5
 
 
-def test_the_json_of_a_recipe_is_flat():
+def test_the_json_of_a_recipe_is_flat() -> None:
     """Trials are named by it: studies that were begun with other versions would not be gone on with."""
     assert canonical_json(Recipe().to_json()) == (
         '{"balance_coef":0.0,"batch_size":16,"epochs":1.0,"learning_rate":0.0003,"lora_alpha":16.0,"lora_dropout":0.0,'
@@ -37,7 +38,7 @@ def test_the_json_of_a_recipe_is_flat():
     ("setting", "message"),
     [({"rank": 0}, "rank must be at least 1"), ({"lora_dropout": 1.0}, "lora_dropout"), ({"top_k": 0}, "top_k")],
 )
-def test_impossible_lora_settings_are_refused_in_both(setting, message):
+def test_impossible_lora_settings_are_refused_in_both(setting: dict[str, Any], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         Recipe(**setting)
     with pytest.raises(StudyError, match=message):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,7 +50,7 @@ LLAMA_7B = {  # huggingface.co/huggyllama/llama-7b; no num_key_value_heads: as m
 }
 
 
-def built(family: str) -> dict[str, tuple]:
+def built(family: str) -> dict[str, tuple[int, int, int, str]]:
     """(in, out, experts, role) of every module that LoRA can go on, read from the model transformers builds."""
     import torch
 
@@ -75,7 +77,7 @@ def built(family: str) -> dict[str, tuple]:
 
 
 @pytest.mark.parametrize("family", sorted(tiny.MOE | tiny.DENSE))
-def test_equals_what_transformers_builds(family):
+def test_equals_what_transformers_builds(family: str) -> None:
     shape = shape_from_config(tiny.config(family), name=family)
     mine = {m.path: (m.in_features, m.out_features, m.num_experts, m.role) for m in shape.modules}
     assert mine == built(family)
@@ -84,12 +86,12 @@ def test_equals_what_transformers_builds(family):
     assert shape.is_moe == (family in tiny.MOE)
 
 
-def test_every_family_is_compared():
+def test_every_family_is_compared() -> None:
     assert set(FAMILIES) == set(tiny.MOE | tiny.DENSE)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_defaults_are_those_of_transformers(family):
+def test_defaults_are_those_of_transformers(family: str) -> None:
     """What config.json leaves out means what transformers takes it to mean; no weights are built."""
     from transformers import AutoConfig
 
@@ -99,14 +101,14 @@ def test_defaults_are_those_of_transformers(family):
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_the_saved_config_says_the_same_as_the_object(family, tmp_path):
+def test_the_saved_config_says_the_same_as_the_object(family: str, tmp_path: Path) -> None:
     config = tiny.config(family)
     config.save_pretrained(tmp_path)
     on_disk = json.loads((tmp_path / "config.json").read_text())
     assert shape_from_config(on_disk, name="x") == shape_from_config(config, name="x")
 
 
-def test_dense_layers_of_moe_models():
+def test_dense_layers_of_moe_models() -> None:
     assert shape_from_config(tiny.config("qwen2_moe"), name="x").moe_layers == (1,)  # every second layer
     assert shape_from_config(tiny.config("qwen3_moe"), name="x").moe_layers == (0, 2)  # layer 1 is listed as dense
     deepseek = shape_from_config(tiny.config("deepseek_v3"), name="x")
@@ -114,7 +116,7 @@ def test_dense_layers_of_moe_models():
     assert {m.layer for m in deepseek.of_role("mlp")} == {0}
 
 
-def test_published_counts_of_olmoe():
+def test_published_counts_of_olmoe() -> None:
     shape = shape_from_config(OLMOE_1B_7B, name="OLMoE-1B-7B")
     golden = PUBLISHED["olmoe_1b_7b_r32"]
     assert all_experts.allocate(None, shape).trainable_params(shape, rank=32) == golden["all 64 experts"] == 311_459_840
@@ -123,7 +125,7 @@ def test_published_counts_of_olmoe():
         assert hot.trainable_params(shape, rank=32) == golden["hot 16"] == 84_967_424
 
 
-def test_published_reduction_of_qwen15_moe():
+def test_published_reduction_of_qwen15_moe() -> None:
     """MoE-Sieve: 70.3 % fewer parameters at the hot quarter."""
     shape = shape_from_config(QWEN15_MOE_A27B, name="Qwen1.5-MoE-A2.7B")
     full = all_experts.allocate(None, shape).trainable_params(shape, rank=32)
@@ -132,19 +134,19 @@ def test_published_reduction_of_qwen15_moe():
 
 
 @pytest.mark.parametrize("total", [160, 128])
-def test_published_counts_of_llama_7b(total):
+def test_published_counts_of_llama_7b(total: int) -> None:
     shape = shape_from_config(LLAMA_7B, name="llama-7b")
     counts = ExpertCounts({m.path: total // 32 for m in shape.of_role("attention", "mlp")})
     assert counts.trainable_params(shape, rank=8) == PUBLISHED["llama_7b_r8"][f"T={total}"]
 
 
-def test_published_count_of_one_hydra_module():
+def test_published_count_of_one_hydra_module() -> None:
     shape = ModelShape("one", (ModuleShape("m", 0, 4, 6),), 1)
     assert ExpertCounts({"m": 3}, gating="hydra").trainable_params(shape, rank=2) == 56
     assert PUBLISHED["hydralora in=4 out=6 r=2 E=3"] == 56
 
 
-def test_unknown_family_says_what_is_possible():
+def test_unknown_family_says_what_is_possible() -> None:
     with pytest.raises(StudyError, match=r"m has model_type 'gemma3', .*granitemoe, .*did you mean 'gemma"):
         shape_from_config({"model_type": "gemma3"}, name="m")
     with pytest.raises(StudyError, match="model_type 'None'"):
@@ -152,6 +154,6 @@ def test_unknown_family_says_what_is_possible():
 
 
 @pytest.mark.parametrize("bad", ["4096", None, -1, 1.5, True])
-def test_sizes_are_whole_numbers(bad):
+def test_sizes_are_whole_numbers(bad: Any) -> None:
     with pytest.raises(StudyError, match="config of m has hidden_size="):
         shape_from_config({"model_type": "llama", "hidden_size": bad}, name="m")

@@ -25,11 +25,11 @@ class Settings:
     places: int = words.key(2, "after the point", most=9)
 
 
-def test_its_examples_run():
+def test_its_examples_run() -> None:
     assert doctest.testmod(words).failed == 0
 
 
-def test_values_are_read_by_the_type_of_their_key():
+def test_values_are_read_by_the_type_of_their_key() -> None:
     read = words.parse(
         ["name= 1e3", "rank=1_6", "share=.5", "score=mass", "loud=True", "sizes=[3, 4]", "plain=5"], Settings
     )
@@ -54,18 +54,18 @@ def test_values_are_read_by_the_type_of_their_key():
         (["rank=3", "rank=3"], "rank is given twice: leave one of them out"),
     ],
 )
-def test_a_mistake_is_one_line(given_words, said):
+def test_a_mistake_is_one_line(given_words: list[str], said: str) -> None:
     with pytest.raises(StudyError) as error:
         words.parse(given_words, Settings)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_words_without_a_key_are_kept_where_a_command_takes_them():
+def test_words_without_a_key_are_kept_where_a_command_takes_them() -> None:
     assert words.split(["export", "studies/a=b", "to=x=y"]) == (["export", "studies/a=b"], [("to", "x=y")])
 
 
-def test_help_shows_defaults_choices_and_meanings():
+def test_help_shows_defaults_choices_and_meanings() -> None:
     lines = words.help_of(Settings)
     assert len(lines) == 8
     text = "\n".join(lines)
@@ -84,7 +84,7 @@ def test_help_shows_defaults_choices_and_meanings():
 
 
 @given(st.lists(st.text(max_size=8).map(str.strip).filter(bool), max_size=4))
-def test_a_list_is_read_as_it_was_written(items):
+def test_a_list_is_read_as_it_was_written(items: list[str]) -> None:
     assert words.read_list(words.write_list(items)) == items
 
 
@@ -94,7 +94,7 @@ def test_what_python_calls_blank_is_no_part_of_a_number() -> None:
 
 
 @given(st.text())
-def test_any_text_is_a_value(text):
+def test_any_text_is_a_value(text: str) -> None:
     value = words.read_value(text)
     assert value is None or isinstance(value, str | int | float)
     words.read_list(text)

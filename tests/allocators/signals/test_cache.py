@@ -8,7 +8,9 @@ import os
 import signal as signals
 import time
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,8 +23,11 @@ from allocators.signals.cache import cached, peek
 PROVENANCE = {"model": "m", "weights": "abc", "samples": 4, "seed": 0}
 
 
-def made(provenance=PROVENANCE) -> Signal:
-    rows = {"0": {"count": (3, 1), "mass": (2.25, 1e-05)}, "1": {"count": (0, 4), "mass": (0, 1 / 3)}}
+def made(provenance: Mapping[str, Any] = PROVENANCE) -> Signal:
+    rows: dict[str, dict[str, tuple[float, ...]]] = {
+        "0": {"count": (3, 1), "mass": (2.25, 1e-05)},
+        "1": {"count": (0, 4), "mass": (0, 1 / 3)},
+    }
     return Signal("routing", rows, "expert", "tokens", provenance)
 
 
@@ -35,7 +40,7 @@ def only_file(folder: Path) -> Path:
     return file
 
 
-def test_measured_once_then_read(tmp_path):
+def test_measured_once_then_read(tmp_path: Path) -> None:
     assert peek("routing", PROVENANCE, folder=tmp_path) is None
     first = cached("routing", PROVENANCE, folder=tmp_path / "new" / "folder", measure=made)
     again = cached("routing", PROVENANCE, folder=tmp_path / "new" / "folder", measure=never)
@@ -44,7 +49,7 @@ def test_measured_once_then_read(tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"weights": "abd"}, {"samples": 5}, {"more": None}])
-def test_other_provenance_is_another_file(tmp_path, change):
+def test_other_provenance_is_another_file(tmp_path: Path, change: dict[str, Any]) -> None:
     cached("routing", PROVENANCE, folder=tmp_path, measure=made)
     other = PROVENANCE | change
     assert peek("routing", other, folder=tmp_path) is None
@@ -54,7 +59,7 @@ def test_other_provenance_is_another_file(tmp_path, change):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(data=st.data())
-def test_a_damaged_byte_or_a_cut_is_never_believed(tmp_path, data):
+def test_a_damaged_byte_or_a_cut_is_never_believed(tmp_path: Path, data: st.DataObject) -> None:
     cached("routing", PROVENANCE, folder=tmp_path, measure=made, warn=lambda message: None)
     file = only_file(tmp_path)
     good = file.read_bytes()
@@ -71,14 +76,14 @@ def test_a_damaged_byte_or_a_cut_is_never_believed(tmp_path, data):
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "{}", '{"checksum": 1, "signal": null}', "\xff\xfe"])
-def test_other_content_is_damage(tmp_path, text):
+def test_other_content_is_damage(tmp_path: Path, text: str) -> None:
     cached("routing", PROVENANCE, folder=tmp_path, measure=made)
     only_file(tmp_path).write_bytes(text.encode("latin-1"))
     with pytest.warns(ToolkitWarning, match="is damaged .* measuring the routing signal again"):
         assert cached("routing", PROVENANCE, folder=tmp_path, measure=made) == made()
 
 
-def test_a_renamed_file_is_damage(tmp_path):
+def test_a_renamed_file_is_damage(tmp_path: Path) -> None:
     other = PROVENANCE | {"seed": 7}
     cached("routing", PROVENANCE, folder=tmp_path, measure=made)
     mine = only_file(tmp_path)
@@ -101,7 +106,7 @@ def _ask(folder: Path, results: Path) -> None:
     (results / str(os.getpid())).write_text(cached("routing", PROVENANCE, folder=folder, measure=measure).digest)
 
 
-def test_many_processes_measure_once(tmp_path):
+def test_many_processes_measure_once(tmp_path: Path) -> None:
     results = tmp_path / "results"
     results.mkdir()
     spawn = multiprocessing.get_context("spawn")
@@ -116,11 +121,14 @@ def test_many_processes_measure_once(tmp_path):
 
 
 def _die_in_mid_write(folder: Path) -> None:
-    os.fsync = lambda descriptor: os.kill(os.getpid(), signals.SIGKILL)  # all written, nothing moved into place
+    def die(fd: object) -> None:  # all written, nothing moved into place
+        os.kill(os.getpid(), signals.SIGKILL)
+
+    os.fsync = die
     cached("routing", PROVENANCE, folder=folder, measure=made)
 
 
-def test_killed_in_mid_write_leaves_no_damaged_file(tmp_path):
+def test_killed_in_mid_write_leaves_no_damaged_file(tmp_path: Path) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_die_in_mid_write, args=(tmp_path,))
     process.start()
     process.join(60)
@@ -132,18 +140,18 @@ def test_killed_in_mid_write_leaves_no_damaged_file(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_failed_measurement_leaves_nothing_and_frees_the_lock(tmp_path):
+def test_a_failed_measurement_leaves_nothing_and_frees_the_lock(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="measured again"):
         cached("routing", PROVENANCE, folder=tmp_path, measure=never)
     assert cached("routing", PROVENANCE, folder=tmp_path, measure=made) == made()
 
 
-def test_an_unwritable_folder_is_one_line(tmp_path):
+def test_an_unwritable_folder_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StudyError, match="signals cannot be kept in"):
         cached("routing", PROVENANCE, folder=tmp_path / "file", measure=never)
 
 
-def test_the_file_is_json_anyone_can_read(tmp_path):
+def test_the_file_is_json_anyone_can_read(tmp_path: Path) -> None:
     cached("routing", PROVENANCE, folder=tmp_path, measure=made)
     assert json.loads(only_file(tmp_path).read_text())["signal"]["rows"]["1"]["mass"] == [0.0, 1 / 3]

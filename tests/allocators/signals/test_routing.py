@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,11 +17,11 @@ from tests.allocators import tiny
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18, 19], [20, 21], [22, 23, 24, 25, 26, 27]]
 
 
-def signal_of(model, *, prompts=PROMPTS, batch_size=16) -> Signal:
+def signal_of(model: Any, *, prompts: Sequence[Sequence[int]] = PROMPTS, batch_size: int = 16) -> Signal:
     return measure(model, pad(prompts, pad_token_id=0, batch_size=batch_size), provenance={"test": True})
 
 
-def recount(model, prompts) -> dict[int, tuple[list[int], list[float]]]:
+def recount(model: Any, prompts: Sequence[Sequence[int]]) -> dict[int, tuple[list[int], list[float]]]:
     """One prompt at a time, no padding, one token and one choice at a time, from what each router returns."""
     config, seen = model.config, {}
     for name, module in model.named_modules():
@@ -26,7 +29,7 @@ def recount(model, prompts) -> dict[int, tuple[list[int], list[float]]]:
             layer = int(name.split(".")[2])
             seen[layer] = ([0] * module.num_experts, [0.0] * module.num_experts)
 
-            def look(router, arguments, output, layer=layer):
+            def look(router: Any, arguments: Any, output: Any, layer: int = layer) -> None:
                 logits = output[0].double()
                 count, mass = seen[layer]
                 if config.model_type.startswith("deepseek"):  # groups and sigmoids: take its own word for the choice
@@ -49,7 +52,7 @@ def recount(model, prompts) -> dict[int, tuple[list[int], list[float]]]:
 
 
 @pytest.mark.parametrize("family", sorted(tiny.MOE))
-def test_equals_an_obvious_recount(family):
+def test_equals_an_obvious_recount(family: str) -> None:
     signal = signal_of(tiny.model(family))
     expected = recount(tiny.model(family), PROMPTS)
     assert set(signal.rows) == {str(n) for n in expected}
@@ -59,7 +62,7 @@ def test_equals_an_obvious_recount(family):
 
 
 @pytest.mark.parametrize("family", sorted(tiny.MOE))
-def test_rows_fit_the_shape_and_every_pick_is_counted(family):
+def test_rows_fit_the_shape_and_every_pick_is_counted(family: str) -> None:
     model = tiny.model(family)
     shape, signal = shape_from_config(model.config, name=family), signal_of(model)
     assert set(signal.rows) == {str(n) for n in shape.moe_layers}
@@ -81,7 +84,7 @@ def close(a: Signal, b: Signal) -> bool:
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen3_moe", "gpt_oss"])
-def test_padding_and_batch_size_change_nothing(family):
+def test_padding_and_batch_size_change_nothing(family: str) -> None:
     model = tiny.model(family)
     whole = signal_of(model)
     assert close(whole, signal_of(model, batch_size=1))
@@ -96,7 +99,7 @@ def test_padding_and_batch_size_change_nothing(family):
     assert close(whole, measure(model, left, provenance={"test": True}))
 
 
-def test_twice_the_data_is_twice_the_tokens():
+def test_twice_the_data_is_twice_the_tokens() -> None:
     model = tiny.model("olmoe")
     once, twice = signal_of(model), signal_of(model, prompts=PROMPTS * 2)
     for layer in once.rows:
@@ -106,7 +109,7 @@ def test_twice_the_data_is_twice_the_tokens():
 @pytest.mark.parametrize(
     ("family", "dtype"), [*((family, torch.bfloat16) for family in sorted(tiny.MOE)), ("olmoe", torch.float16)]
 )
-def test_half_precision_models_are_measured_in_fp32(family, dtype):
+def test_half_precision_models_are_measured_in_fp32(family: str, dtype: torch.dtype) -> None:
     """Equal, to the last bit, to the routing of the fp32 model that holds the same rounded weights."""
     half = tiny.model(family).to(dtype)
     before = {name: p.data_ptr() for name, p in half.named_parameters()}
@@ -116,7 +119,7 @@ def test_half_precision_models_are_measured_in_fp32(family, dtype):
     assert measured == signal_of(half.float())
 
 
-def test_bf16_alone_would_route_elsewhere():
+def test_bf16_alone_would_route_elsewhere() -> None:
     """Why: the same recount on the bf16 model's own routers moves tokens."""
     half = tiny.model("olmoe").bfloat16()
     prompts = [[(7 * i + j) % 38 + 2 for j in range(24)] for i in range(16)]
@@ -125,7 +128,7 @@ def test_bf16_alone_would_route_elsewhere():
     assert any(tuple(moved[n][0]) != exact.metric(n, "count") for n in moved)
 
 
-def test_the_model_comes_back_as_it_was():
+def test_the_model_comes_back_as_it_was() -> None:
     model = tiny.model("olmoe")
     model.train()
     model.model.layers[1].eval()
@@ -138,7 +141,7 @@ def test_the_model_comes_back_as_it_was():
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
-def test_a_failing_batch_leaves_no_hook_and_no_cast_weight_behind():
+def test_a_failing_batch_leaves_no_hook_and_no_cast_weight_behind() -> None:
     model = tiny.model("olmoe").bfloat16()
     mask = torch.ones(1, 3, dtype=torch.long)
     too_large = [{"input_ids": torch.tensor([[1, 2, 10**6]]), "attention_mask": mask}]
@@ -151,17 +154,17 @@ def test_a_failing_batch_leaves_no_hook_and_no_cast_weight_behind():
     assert sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules()) == 1
 
 
-def test_a_dense_model_has_no_routing():
+def test_a_dense_model_has_no_routing() -> None:
     with pytest.raises(StudyError, match="LlamaForCausalLM has no routed experts"):
         signal_of(tiny.model("llama"))
 
 
-def test_no_tokens_is_an_error():
+def test_no_tokens_is_an_error() -> None:
     with pytest.raises(StudyError, match="at least one sample"):
         signal_of(tiny.model("olmoe"), prompts=[])
 
 
-def test_pad_keeps_every_prompt_and_little_padding():
+def test_pad_keeps_every_prompt_and_little_padding() -> None:
     batches = list(pad(PROMPTS, pad_token_id=99, batch_size=2))
     assert [tuple(b["input_ids"].shape) for b in batches] == [(2, 7), (2, 5), (1, 2)]
     rows = [row[mask.bool()].tolist() for b in batches for row, mask in zip(*b.values(), strict=True)]

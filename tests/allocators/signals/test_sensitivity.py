@@ -5,17 +5,21 @@ python -m pytest tests/allocators/signals/test_sensitivity.py
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.errors import StudyError
 from allocators.core.shapes import shape_from_config
+from allocators.core.types import ModelShape
 from allocators.signals import sensitivity
 from tests.allocators import tiny
 
@@ -28,7 +32,7 @@ class Row:
     labels_start: int
 
 
-def rows_of_many_lengths(seed=0, count=7):
+def rows_of_many_lengths(seed: int = 0, count: int = 7) -> list[Row]:
     generator = torch.Generator().manual_seed(seed)
     lengths = [int(torch.randint(4, 20, (), generator=generator)) for _ in range(count)]
     return [
@@ -40,17 +44,17 @@ def rows_of_many_lengths(seed=0, count=7):
 ROWS = rows_of_many_lengths()
 
 
-def batches(rows=ROWS, batch_size=3):
+def batches(rows: Sequence[Row] = ROWS, batch_size: int = 3) -> Iterator[dict[str, Tensor]]:
     return sensitivity.pad(rows, pad_token_id=0, batch_size=batch_size)
 
 
-def shape_for(model):
+def shape_for(model: Any) -> ModelShape:
     return shape_from_config(model.config, name="tiny")
 
 
-def block_views(model, tensor_of):
+def block_views(model: Any, tensor_of: Callable[[Any], Tensor]) -> dict[str, Tensor]:
     """Every block's slice of `tensor_of(parameter)`, by the name of its row."""
-    values = {}
+    values: dict[str, Tensor] = {}
     for spec in shape_for(model).modules:
         if spec.role == "expert":
             parent, _, name = spec.path.rpartition(".")
@@ -68,7 +72,7 @@ def block_views(model, tensor_of):
     return values
 
 
-def one_sample_loop(model, row, *, labels=None):
+def one_sample_loop(model: Any, row: Row, *, labels: Tensor | None = None) -> dict[str, Tensor]:
     """The obvious way: this sample alone, the model's own loss, a gradient for every weight."""
     for p in model.parameters():
         p.requires_grad_(True).grad = None
@@ -81,7 +85,7 @@ def one_sample_loop(model, row, *, labels=None):
     return grads
 
 
-def check_equal(got, want, tolerance=1e-4):
+def check_equal(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float = 1e-4) -> None:
     """Relative to each block; blocks whose gradient is all but zero, relative to the largest."""
     assert got.keys() == want.keys()
     largest = max(float(v.abs().max()) for v in want.values())
@@ -95,7 +99,7 @@ def check_equal(got, want, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_one_sample_loop(family):
+def test_equals_the_one_sample_loop(family: str) -> None:
     model = tiny.model(family)
     got = sensitivity.per_sample(model, batches(), shape=shape_for(model))
     loops = [one_sample_loop(model, row) for row in ROWS]
@@ -103,7 +107,7 @@ def test_equals_the_one_sample_loop(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe", "gpt_oss"])
-def test_weight_grad_equals_the_one_sample_loop(family):
+def test_weight_grad_equals_the_one_sample_loop(family: str) -> None:
     model = tiny.model(family)
     got = sensitivity.per_sample(model, batches(), score="weight_grad", shape=shape_for(model))
     weights = block_views(model, lambda p: p.detach())
@@ -111,7 +115,7 @@ def test_weight_grad_equals_the_one_sample_loop(family):
     check_equal(got, {n: torch.stack([(g[n] * weights[n]).abs().sum() for g in loops]) for n in weights})
 
 
-def test_fisher_is_the_squared_gradient_of_labels_drawn_from_the_model():
+def test_fisher_is_the_squared_gradient_of_labels_drawn_from_the_model() -> None:
     model = tiny.model("llama")
     rows = [Row([5, 9, 4], 2)]  # one completion token: what it is drawn as is easily listed
     values = [sensitivity.per_sample(model, batches(rows), score="fisher", seed=seed) for seed in range(150)]
@@ -131,7 +135,7 @@ def test_fisher_is_the_squared_gradient_of_labels_drawn_from_the_model():
 
 
 @pytest.mark.parametrize("family", ["llama", "olmoe", "gpt_oss"])
-def test_hutchinson_is_the_curvature_along_the_signs(family):
+def test_hutchinson_is_the_curvature_along_the_signs(family: str) -> None:
     """z·Hz of a block is the slope of z·gradient along all signs: central differences, in fp64 but for the norms."""
     model = tiny.model(family).double()
     got = sensitivity.per_sample(model, batches(ROWS[:1]), score="hutchinson", seed=4)
@@ -153,7 +157,7 @@ def test_hutchinson_is_the_curvature_along_the_signs(family):
         assert abs(got[name].item() - want[name].sum()) < 1e-3 * want[name].abs().sum() + 1e-9, name
 
 
-def test_hutchinson_averages_to_the_trace_of_the_hessian():
+def test_hutchinson_averages_to_the_trace_of_the_hessian() -> None:
     model = tiny.model("llama").double()
     module = model.model.layers[2].self_attn.v_proj
     row, probes = Row([5, 9, 4, 7], 2), 200
@@ -163,7 +167,7 @@ def test_hutchinson_averages_to_the_trace_of_the_hessian():
     ]
     draws = torch.stack([v["model.layers.2.self_attn.v_proj"][0] for v in values])
 
-    def loss_of(weight):
+    def loss_of(weight: Tensor) -> Any:
         args = {"input_ids": torch.tensor([row.input_ids]), "labels": torch.tensor([[-100, -100, 4, 7]])}
         return torch.func.functional_call(model, {"model.layers.2.self_attn.v_proj.weight": weight}, (), args).loss
 
@@ -181,7 +185,7 @@ def test_hutchinson_averages_to_the_trace_of_the_hessian():
     seed=st.integers(0, 100),
 )
 @settings(max_examples=40, deadline=None)
-def test_both_forms_are_the_squared_norm(segments, positions, inputs, outputs, seed):
+def test_both_forms_are_the_squared_norm(segments: int, positions: int, inputs: int, outputs: int, seed: int) -> None:
     torch.manual_seed(seed)
     a, g = torch.randn(segments, positions, inputs), torch.randn(segments, positions, outputs)
     want = torch.stack([(g[n].T @ a[n]).square().sum() for n in range(segments)])
@@ -198,29 +202,29 @@ def test_both_forms_are_the_squared_norm(segments, positions, inputs, outputs, s
 
 @given(counts=st.lists(st.integers(0, 40), min_size=1, max_size=20))
 @settings(max_examples=40, deadline=None)
-def test_segments_hold_every_row_once(counts):
-    counts = torch.tensor(counts)
-    starts = counts.cumsum(0) - counts
+def test_segments_hold_every_row_once(counts: list[int]) -> None:
+    counts_N = torch.tensor(counts)
+    starts = counts_N.cumsum(0) - counts_N
     seen = []
-    for ids, rows, valid in sensitivity._segments(starts, counts):
+    for ids, rows, valid in sensitivity._segments(starts, counts_N):
         for n, number in enumerate(ids.tolist()):
             mine = rows[n][valid[n]].tolist()
-            assert mine == list(range(starts[number], starts[number] + counts[number]))
+            assert mine == list(range(starts[number], starts[number] + counts_N[number]))
             assert 2 * len(mine) > rows.shape[1]
             seen += mine
-    assert sorted(seen) == list(range(int(counts.sum())))
+    assert sorted(seen) == list(range(int(counts_N.sum())))
 
 
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
-def test_batching_padding_and_recomputation_change_nothing(family):
+def test_batching_padding_and_recomputation_change_nothing(family: str) -> None:
     model = tiny.model(family)
     alone = sensitivity.per_sample(model, batches(batch_size=1))
-    for kwargs in ({"batch_size": 7}, {"batch_size": 2, "recompute": True}):
-        recompute = kwargs.pop("recompute", False)
-        check_equal(sensitivity.per_sample(model, batches(**kwargs), recompute=recompute), alone, tolerance=1e-5)
+    for batch_size, recompute in ((7, False), (2, True)):
+        again = sensitivity.per_sample(model, batches(batch_size=batch_size), recompute=recompute)
+        check_equal(again, alone, tolerance=1e-5)
 
 
-def test_checkpointing_switched_on_by_the_user_changes_nothing():
+def test_checkpointing_switched_on_by_the_user_changes_nothing() -> None:
     model = tiny.model("llama")
     want = sensitivity.per_sample(model, batches())
     model.train()
@@ -233,7 +237,7 @@ def test_checkpointing_switched_on_by_the_user_changes_nothing():
 
 @pytest.mark.parametrize("score", sensitivity.SCORES)
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
-def test_leaves_the_model_as_it_was(family, score):
+def test_leaves_the_model_as_it_was(family: str, score: sensitivity.Score) -> None:
     model = tiny.model(family).train()
     asking = [p for i, p in enumerate(model.parameters()) if i % 2]
     for p in model.parameters():
@@ -253,15 +257,17 @@ def test_leaves_the_model_as_it_was(family, score):
     )
 
 
-def test_no_weight_gradient_is_made_where_samples_are_short():
+def test_no_weight_gradient_is_made_where_samples_are_short() -> None:
     model = tiny.model("llama")
     sizes = {tuple(p.shape) for n, p in model.named_parameters() if "layers" in n and p.dim() == 2}
     made = []
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and not func.is_view and tuple(out.shape[-2:]) in sizes:
+            if isinstance(out, Tensor) and not func.is_view and tuple(out.shape[-2:]) in sizes:
                 made.append(tuple(out.shape))
             return out
 
@@ -272,7 +278,7 @@ def test_no_weight_gradient_is_made_where_samples_are_short():
 
 
 @pytest.mark.parametrize("family", ["llama", "olmoe"])
-def test_bf16_weights_are_measured_with_fp32_sums(family):
+def test_bf16_weights_are_measured_with_fp32_sums(family: str) -> None:
     model = tiny.model(family).bfloat16()
     got = sensitivity.per_sample(model, batches(batch_size=1))
     loops = [one_sample_loop(model, row) for row in ROWS]
@@ -287,7 +293,7 @@ def test_bf16_weights_are_measured_with_fp32_sums(family):
     assert torch.allclose(measured.double(), exact, rtol=1e-5)
 
 
-def test_an_expert_that_saw_nothing_scores_zero_and_its_row_exists():
+def test_an_expert_that_saw_nothing_scores_zero_and_its_row_exists() -> None:
     model = tiny.model("olmoe")
     signal = sensitivity.measure(model, batches([Row([3, 4], 1)]), provenance={"a": 1})
     rows = [signal.metric(f"model.layers.0.mlp.experts.up_proj.{e}", "sum_sq_grad")[0] for e in range(8)]
@@ -295,7 +301,7 @@ def test_an_expert_that_saw_nothing_scores_zero_and_its_row_exists():
     assert len(signal.rows) == 3 * (4 + 3 * 8)
 
 
-def test_signal_sums_over_samples():
+def test_signal_sums_over_samples() -> None:
     model = tiny.model("llama")
     signal = sensitivity.measure(model, batches(), provenance={"model": "x"})
     values = sensitivity.per_sample(model, batches())
@@ -305,7 +311,7 @@ def test_signal_sums_over_samples():
         assert signal.metric(name, "sum_sq_grad") == (pytest.approx(float(row.sum())),)
 
 
-def test_samples_come_back_in_the_order_they_were_given():
+def test_samples_come_back_in_the_order_they_were_given() -> None:
     model = tiny.model("llama")
     name = "model.layers.0.mlp.down_proj"
     together = sensitivity.per_sample(model, batches())[name]
@@ -313,7 +319,7 @@ def test_samples_come_back_in_the_order_they_were_given():
         assert sensitivity.per_sample(model, batches([row]))[name][0] == pytest.approx(float(together[i]), rel=1e-4)
 
 
-def test_combining_data_sets():
+def test_combining_data_sets() -> None:
     model = tiny.model("llama")
     common = {"model": "x", "score": "sum_sq_grad", "samples": 3}
     parts = [
@@ -335,10 +341,10 @@ def test_combining_data_sets():
         sensitivity.combine([parts[0], other])
 
 
-def test_refusals():
+def test_refusals() -> None:
     model = tiny.model("llama")
     with pytest.raises(StudyError, match="did you mean 'fisher'"):
-        sensitivity.measure(model, batches(), score="fischer", provenance={})
+        sensitivity.measure(model, batches(), score="fischer", provenance={})  # type: ignore[arg-type]  # refused
     with pytest.raises(StudyError, match="at least one"):
         sensitivity.measure(model, [], provenance={})
     with pytest.raises(StudyError, match="no completion token"):
@@ -349,7 +355,7 @@ def test_refusals():
         sensitivity.measure(model, batches(), provenance={})
 
 
-def test_losses_are_the_models_own():
+def test_losses_are_the_models_own() -> None:
     for family in ("gemma2", "olmoe"):  # gemma2 caps its logits after the head
         model = tiny.model(family)
         for batch in batches():
@@ -361,7 +367,7 @@ def test_losses_are_the_models_own():
                     assert got[i].item() == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-5)
 
 
-def test_plan_names_everything_the_numbers_depend_on():
+def test_plan_names_everything_the_numbers_depend_on() -> None:
     model = tiny.model("llama")
     task = SimpleNamespace(data_hash="abc", num_training=len(ROWS), training_rows=lambda tokenizer, max_length: ROWS)
     task.datasets = (task,)
@@ -386,7 +392,7 @@ def test_plan_names_everything_the_numbers_depend_on():
     assert sensitivity.measurement_of(SimpleNamespace(**vars(source) | {"samples": 99}))[0]["samples"] == len(ROWS)
 
 
-def test_several_data_sets_have_a_value_each_on_as_many_samples():
+def test_several_data_sets_have_a_value_each_on_as_many_samples() -> None:
     few, many = ROWS[:2], ROWS
     one, two = (
         SimpleNamespace(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ from allocators.core.shapes import shape_from_config
 from allocators.signals import spectrum
 from allocators.signals.routing import measure, pad
 from tests.allocators import tiny
+from tests.allocators.models import moe_shape
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 
@@ -25,7 +29,7 @@ class Tokenizer:
 class Documents:
     data_hash = "abc"
 
-    def prompts(self, tokenizer, samples, seed):
+    def prompts(self, tokenizer: Any, samples: int, seed: int) -> list[list[int]]:
         return PROMPTS[:samples]
 
 
@@ -33,7 +37,8 @@ class Source:
     """A model and a task that count how often they are asked for."""
 
     name, identity, task_name, samples, seed = "tiny", "sha", "documents", 2, 0
-    dtype = "float32"
+    device, dtype, folder = "cpu", "float32", None
+    shape, scratch = moe_shape(), Path()
     tokenizer, task = Tokenizer(), Documents()
 
     def __init__(self) -> None:
@@ -44,12 +49,12 @@ class Source:
         self.heard.append((done, total, what))
 
     @property
-    def model(self):
+    def model(self) -> Any:
         self.loads += 1
         return tiny.model("olmoe")
 
 
-def test_measures_once_and_needs_no_model_after(tmp_path):
+def test_measures_once_and_needs_no_model_after(tmp_path: Path) -> None:
     source = Source()
     first = signals.measured("routing", source, folder=tmp_path)
     assert source.loads == 1
@@ -60,11 +65,11 @@ def test_measures_once_and_needs_no_model_after(tmp_path):
     assert first == direct
 
 
-def test_what_surrounds_a_measurement_is_entered_only_where_one_is_made(tmp_path):
+def test_what_surrounds_a_measurement_is_entered_only_where_one_is_made(tmp_path: Path) -> None:
     entered = []
 
     @contextmanager
-    def during():
+    def during() -> Iterator[None]:
         entered.append("in")
         yield
         entered.append("out")
@@ -77,7 +82,7 @@ def test_what_surrounds_a_measurement_is_entered_only_where_one_is_made(tmp_path
 @pytest.mark.parametrize(
     "change", [{"identity": "other"}, {"samples": 3}, {"seed": 1}, {"task_name": "t"}, {"dtype": "bfloat16"}]
 )
-def test_whatever_the_numbers_depend_on_measures_again(tmp_path, change):
+def test_whatever_the_numbers_depend_on_measures_again(tmp_path: Path, change: dict[str, Any]) -> None:
     source = Source()
     signals.measured("routing", source, folder=tmp_path)
     for attribute, value in change.items():
@@ -86,21 +91,28 @@ def test_whatever_the_numbers_depend_on_measures_again(tmp_path, change):
     assert source.loads == 2
 
 
-def test_an_unknown_kind_is_named(tmp_path):
+def test_an_unknown_kind_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"unknown signal 'rooting': choose from .*did you mean 'routing'"):
         signals.measured("rooting", Source(), folder=tmp_path)
     with pytest.raises(StudyError, match="unknown signal 'cache'"):
         signals.measured("cache", Source(), folder=tmp_path)
 
 
-def dense_source(model, folder, scratch, *, dtype="float32", progress=lambda *what: None):
+def dense_source(
+    model: Any,
+    folder: Callable[[], Path] | None,
+    scratch: Path,
+    *,
+    dtype: str = "float32",
+    progress: Callable[[int, int, str], None] = lambda *what: None,
+) -> Any:
     return SimpleNamespace(
         name="dense", identity="sha", model=model, shape=shape_from_config(model.config, name="dense"), folder=folder,
         device="cpu", dtype=dtype, scratch=scratch, progress=progress,
     )  # fmt: skip
 
 
-def test_the_spectrum_is_that_of_the_stored_weights_whatever_is_resident(tmp_path):
+def test_the_spectrum_is_that_of_the_stored_weights_whatever_is_resident(tmp_path: Path) -> None:
     """A float32 checkpoint on a device that rounds it: one cache file, and in it the numbers of the checkpoint."""
     model = tiny.model("llama")
     model.save_pretrained(tmp_path / "model")
@@ -120,7 +132,7 @@ def test_the_spectrum_is_that_of_the_stored_weights_whatever_is_resident(tmp_pat
     assert len(list((tmp_path / "signals").glob("spectrum-*.json"))) == 1
 
 
-def test_weights_that_are_stored_nowhere_are_told_apart_by_their_dtype(tmp_path):
+def test_weights_that_are_stored_nowhere_are_told_apart_by_their_dtype(tmp_path: Path) -> None:
     model = tiny.model("llama")
     exact = signals.measured("spectrum", dense_source(model, None, tmp_path), folder=tmp_path)
     half = dense_source(tiny.model("llama").bfloat16(), None, tmp_path, dtype="bfloat16")
@@ -129,11 +141,11 @@ def test_weights_that_are_stored_nowhere_are_told_apart_by_their_dtype(tmp_path)
     assert len(list(tmp_path.glob("spectrum-*.json"))) == 2
 
 
-def test_a_spectrum_that_was_cut_off_goes_on(tmp_path):
+def test_a_spectrum_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     model = tiny.model("llama")
     model.save_pretrained(tmp_path / "model")
 
-    def cut_off(done, total, what):
+    def cut_off(done: int, total: int, what: str) -> None:
         if done == 5:
             raise KeyboardInterrupt
 

@@ -6,26 +6,31 @@ import json
 import math
 import random
 import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.torch import save_file
 from scipy.linalg import blas, lapack
+from torch import Tensor
 
 from allocators import alphalora
 from allocators.core.errors import StudyError, ToolkitWarning
 from allocators.core.layers import layer_values
 from allocators.core.shapes import shape_from_config
+from allocators.core.types import ModelShape, ModuleShape, Signal
 from allocators.signals import spectrum
 from allocators.signals.cache import cached
 from allocators.signals.spectrum import eigen, measure
 from allocators.signals.spectrum.eigen import eigenvalues
-from allocators.signals.spectrum.tails import XMIN_RULES, alpha_hat, fit_tail, stable_rank
+from allocators.signals.spectrum.tails import XMIN_RULES, XminRule, alpha_hat, fit_tail, stable_rank
 from tests import GOLDEN, ROOT
 from tests.allocators.models import dense_shape, moe_shape
 
@@ -36,7 +41,7 @@ seeds = st.integers(0, 2**32 - 1)
 rules = st.sampled_from(XMIN_RULES)
 
 
-def random_spectrum(seed: int) -> np.ndarray:
+def random_spectrum(seed: int) -> NDArray[Any]:
     """Heavy, light or bent, of 3 to 300 eigenvalues."""
     rng = np.random.default_rng(seed)
     size = int(rng.integers(3, 300))
@@ -44,7 +49,7 @@ def random_spectrum(seed: int) -> np.ndarray:
     return lam if rng.random() < 0.5 else np.exp(rng.normal(0, rng.uniform(0.1, 2), size))
 
 
-def hill_of(lam, rule="published") -> float:
+def hill_of(lam: Sequence[float] | NDArray[Any], rule: XminRule = "published") -> float:
     return fit_tail(lam, xmin_rule=rule).hill
 
 
@@ -53,7 +58,7 @@ def hill_of(lam, rule="published") -> float:
 
 @pytest.mark.parametrize("rule", XMIN_RULES)
 @pytest.mark.parametrize("case", PUBLISHED["spectra"], ids=lambda case: case["name"])
-def test_golden_tails(case, rule):
+def test_golden_tails(case: dict[str, Any], rule: XminRule) -> None:
     tail, expected = fit_tail(case["eigenvalues"], xmin_rule=rule), case[rule]
     assert tail.index == expected["i"]
     assert tail.xmin == pytest.approx(expected["xmin"], rel=1e-12)
@@ -62,7 +67,7 @@ def test_golden_tails(case, rule):
 
 
 @pytest.mark.parametrize("case", PUBLISHED["spectra"], ids=lambda case: case["name"])
-def test_golden_metrics(case):
+def test_golden_metrics(case: dict[str, Any]) -> None:
     assert stable_rank(case["eigenvalues"]) == pytest.approx(case["stable_rank"], abs=1e-8)
     assert alpha_hat(case["eigenvalues"], hill=fit_tail(case["eigenvalues"]).hill) == pytest.approx(
         case["alpha_hat"], abs=1e-8
@@ -70,7 +75,7 @@ def test_golden_metrics(case):
 
 
 @pytest.mark.parametrize("case", PUBLISHED["hill"])
-def test_the_scripts_count_one_more_than_equation_5(case):
+def test_the_scripts_count_one_more_than_equation_5(case: dict[str, Any]) -> None:
     k = case["paper_k"]
     ours = fit_tail(case["eigenvalues"], xmin_rule="published")
     assert len(case["eigenvalues"]) - ours.index == case["code_tail_n"] == k + 1
@@ -78,7 +83,7 @@ def test_the_scripts_count_one_more_than_equation_5(case):
     assert (ours.hill - 1) == pytest.approx((k + 1) / k * (case["alpha_paper_eq5"] - 1))
 
 
-def by_loop(eigenvalues, rule) -> tuple[int, float] | None:
+def by_loop(eigenvalues: Sequence[float] | NDArray[Any], rule: XminRule) -> tuple[int, float] | None:
     """The published rule and its repair as their formulas stand, one candidate and one eigenvalue at a time."""
     lam = sorted(float(x) for x in eigenvalues)
     x = np.log10(lam)
@@ -101,15 +106,16 @@ def by_loop(eigenvalues, rule) -> tuple[int, float] | None:
 
 
 @given(seeds, st.sampled_from(["published", "window"]))
-def test_equals_a_loop_over_candidates(seed, rule):
+def test_equals_a_loop_over_candidates(seed: int, rule: XminRule) -> None:
     lam = random_spectrum(seed)
-    index, hill = by_loop(lam, rule)
-    tail = fit_tail(lam, xmin_rule=rule)
+    expected, tail = by_loop(lam, rule), fit_tail(lam, xmin_rule=rule)
+    assert expected is not None
+    index, hill = expected
     assert (tail.index, tail.hill) == (index, pytest.approx(hill, rel=1e-9))
 
 
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=80), st.sampled_from(["published", "window"]))
-def test_equals_the_loop_where_values_repeat(values, rule):
+def test_equals_the_loop_where_values_repeat(values: list[float], rule: XminRule) -> None:
     assume(len(set(values)) > 1)
     expected = by_loop(values, rule)
     if expected is None:
@@ -120,14 +126,14 @@ def test_equals_the_loop_where_values_repeat(values, rule):
 
 
 @given(seeds, st.sampled_from(["window", "peak", "median"]), st.floats(1e-6, 1e6))
-def test_scale_changes_nothing_but_xmin(seed, rule, factor):
+def test_scale_changes_nothing_but_xmin(seed: int, rule: XminRule, factor: float) -> None:
     lam = random_spectrum(seed)
     tail, scaled = fit_tail(lam, xmin_rule=rule), fit_tail(lam * factor, xmin_rule=rule)
     assert (scaled.index, scaled.hill) == (tail.index, pytest.approx(tail.hill, rel=1e-9))
     assert scaled.xmin == pytest.approx(tail.xmin * factor, rel=1e-12)
 
 
-def test_the_published_rule_feels_the_scale():
+def test_the_published_rule_feels_the_scale() -> None:
     """Its lower bound is log10(0.95·x2): at 0.1 times the scale it cuts off a tail that it admits at 100 times."""
     lam = np.r_[(1 - (np.arange(100) + 0.5) / 100) ** -1.0, np.linspace(30, 30.5, 12)]
     small, large = (fit_tail(lam * factor, xmin_rule="published") for factor in (0.1, 100))
@@ -136,7 +142,7 @@ def test_the_published_rule_feels_the_scale():
 
 
 @given(seeds, rules)
-def test_order_and_zeros_change_nothing(seed, rule):
+def test_order_and_zeros_change_nothing(seed: int, rule: XminRule) -> None:
     lam = random_spectrum(seed)
     mixed = [*lam, *[0.0] * (seed % 4)]
     random.Random(seed).shuffle(mixed)
@@ -146,7 +152,7 @@ def test_order_and_zeros_change_nothing(seed, rule):
 
 @pytest.mark.parametrize("alpha", [1.5, 2.0, 3.0, 4.5, 7.0])
 @pytest.mark.parametrize("size", [100, 1000])
-def test_an_exact_power_law_is_recovered_within_its_standard_error(alpha, size):
+def test_an_exact_power_law_is_recovered_within_its_standard_error(alpha: float, size: int) -> None:
     share_above = 1 - (np.arange(size) + 0.5) / size
     lam = share_above ** (-1 / (alpha - 1))
     for rule in XMIN_RULES:
@@ -156,14 +162,14 @@ def test_an_exact_power_law_is_recovered_within_its_standard_error(alpha, size):
 
 @settings(max_examples=25)
 @given(seeds, st.floats(1.5, 5))
-def test_a_sampled_power_law_is_recovered_within_five_standard_errors(seed, alpha):
+def test_a_sampled_power_law_is_recovered_within_five_standard_errors(seed: int, alpha: float) -> None:
     lam = np.random.default_rng(seed).pareto(alpha - 1, 2000) + 1
     tail = fit_tail(lam, xmin_rule="median")
     assert tail.hill == pytest.approx(alpha, abs=5 * (alpha - 1) / math.sqrt(1000))
 
 
 @given(seeds)
-def test_stable_rank_lies_between_one_and_the_size(seed):
+def test_stable_rank_lies_between_one_and_the_size(seed: int) -> None:
     lam = random_spectrum(seed)
     assert 1 <= stable_rank(lam) <= len(lam)
 
@@ -180,43 +186,44 @@ def test_stable_rank_lies_between_one_and_the_size(seed):
         ([-1.0, 2.0], "not negative"),
     ],
 )
-def test_what_has_no_tail_is_refused(lam, message):
+def test_what_has_no_tail_is_refused(lam: list[float], message: str) -> None:
     with pytest.raises(StudyError, match=message):
         fit_tail(lam)
 
 
-def test_smallest_spectra_that_have_one():
+def test_smallest_spectra_that_have_one() -> None:
     assert hill_of([1.0, math.e]) == pytest.approx(1 + 2 / 1)
     assert hill_of([math.e, 1.0], "peak") == pytest.approx(1 + 2 / 1)
     with pytest.raises(StudyError, match=r"'median' finds no tail in 2 eigenvalues: try published, window, peak"):
         fit_tail([1.0, math.e], xmin_rule="median")
     with pytest.raises(StudyError, match="did you mean 'published'"):
-        fit_tail([1.0, 2.0], xmin_rule="publish")
+        fit_tail([1.0, 2.0], xmin_rule="publish")  # type: ignore[arg-type]  # refused
 
 
 # ------------------------------------------------------------------------------------------------------ from W to λ
 
 
-def exact(W: torch.Tensor) -> np.ndarray:
+def exact(W: Tensor) -> NDArray[Any]:
     return np.sort(np.linalg.svd(W.numpy().astype(np.float64), compute_uv=False)) ** 2
 
 
-def with_singular_values(values, rows: int, columns: int, *, seed: int = 0) -> torch.Tensor:
+def with_singular_values(values: NDArray[Any], rows: int, columns: int, *, seed: int = 0) -> Tensor:
     rng = np.random.default_rng(seed)
     left = np.linalg.qr(rng.normal(size=(rows, len(values))))[0]
     right = np.linalg.qr(rng.normal(size=(columns, len(values))))[0]
     return torch.from_numpy((left * values) @ right.T).float()
 
 
-def square(seed: int, size: int = 200) -> torch.Tensor:
+def square(seed: int, size: int = 200) -> Tensor:
     """Half of them heavy-tailed, as trained attention weights are."""
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(size, size, generator=generator) / size**0.5
-    return W * torch.rand(size, generator=generator) ** -0.4 if seed % 2 else W
+    heavy: Tensor = W * torch.rand(size, generator=generator) ** -0.4
+    return heavy if seed % 2 else W
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (2, 3), (40, 40), (130, 500), (500, 130), (200, 200)])
-def test_eigenvalues_are_the_squared_singular_values(shape):
+def test_eigenvalues_are_the_squared_singular_values(shape: tuple[int, int]) -> None:
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.bfloat16, 1e-3)):
         W = torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
         assert eigenvalues(W) == pytest.approx(exact(W.float()), rel=tolerance)
@@ -225,7 +232,7 @@ def test_eigenvalues_are_the_squared_singular_values(shape):
 
 @settings(max_examples=12, deadline=None)
 @given(seeds)
-def test_permuting_rows_and_columns_changes_nothing(seed):
+def test_permuting_rows_and_columns_changes_nothing(seed: int) -> None:
     W = square(seed)
     generator = torch.Generator().manual_seed(seed)
     moved = W[torch.randperm(200, generator=generator)][:, torch.randperm(200, generator=generator)]
@@ -234,19 +241,20 @@ def test_permuting_rows_and_columns_changes_nothing(seed):
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-4, 1e4, 1e30])
-def test_scaling_the_weights_scales_the_eigenvalues(factor):
+def test_scaling_the_weights_scales_the_eigenvalues(factor: float) -> None:
     W = square(1)
     assert eigenvalues(W * factor) == pytest.approx(eigenvalues(W) * factor**2, rel=0.02)
     assert hill_of(eigenvalues(W * factor), "window") == pytest.approx(hill_of(eigenvalues(W), "window"), abs=1e-3)
 
 
-def plain_fp32(W: torch.Tensor) -> np.ndarray:
-    lam = torch.linalg.eigvalsh(W.T @ W).double().numpy()
-    return lam[lam > 0]
+def plain_fp32(W: Tensor) -> NDArray[Any]:
+    lam: NDArray[Any] = torch.linalg.eigvalsh(W.T @ W).double().numpy()
+    positive: NDArray[Any] = lam[lam > 0]
+    return positive
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_fp32_errs_by_less_than_the_bound_where_it_matters(seed):
+def test_fp32_errs_by_less_than_the_bound_where_it_matters(seed: int) -> None:
     W = square(seed, size=400)
     form = eigen._tridiagonal(eigen._gram(W.numpy(), blas.ssyrk))
     lam, expected = lapack.ssterf(form.diagonal, form.beside)[0], exact(W)
@@ -255,7 +263,7 @@ def test_fp32_errs_by_less_than_the_bound_where_it_matters(seed):
     assert abs(lam - expected)[low].max() < eigen.NOISE * expected[-1]
 
 
-def test_square_matrices_need_more_than_fp32_and_get_it():
+def test_square_matrices_need_more_than_fp32_and_get_it() -> None:
     """The criterion of the file's head: without it the histogram starts at rounding noise and `hill` jumps."""
     ours, plain = [], []
     for seed in range(16):
@@ -268,7 +276,7 @@ def test_square_matrices_need_more_than_fp32_and_get_it():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_eigenvalues_are_right_where_the_result_needs_them(seed):
+def test_eigenvalues_are_right_where_the_result_needs_them(seed: int) -> None:
     """The smallest, where the histogram begins, and all that a tail may hold; those between, by a bin or less."""
     W = square(seed, size=300)
     lam, expected = eigenvalues(W), exact(W)
@@ -280,16 +288,16 @@ def test_eigenvalues_are_right_where_the_result_needs_them(seed):
     assert error.max() < 1 / eigen.RESOLVED
 
 
-def routes(monkeypatch) -> list[str]:
+def routes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which computations were done, in order."""
     seen: list[str] = []
     gram, refined = eigen._gram, eigen._refined
 
-    def spy_gram(A, syrk):
+    def spy_gram(A: NDArray[Any], syrk: Any) -> NDArray[Any]:
         seen.append(str(A.dtype))
         return gram(A, syrk)
 
-    def spy_refined(*arguments):
+    def spy_refined(*arguments: Any) -> Any:
         seen.append("refined")
         return refined(*arguments)
 
@@ -324,7 +332,9 @@ BULK = np.linspace(0.2, 1, 200)
         "small matrix",
     ],
 )
-def test_fp64_is_used_where_the_result_asks_for_it(monkeypatch, values, rows, expected):
+def test_fp64_is_used_where_the_result_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, values: Any, rows: int, expected: list[str]
+) -> None:
     seen = routes(monkeypatch)
     W = with_singular_values(values, rows, len(values))
     lam = eigenvalues(W)
@@ -334,8 +344,8 @@ def test_fp64_is_used_where_the_result_asks_for_it(monkeypatch, values, rows, ex
         assert hill_of(lam, rule) == pytest.approx(hill_of(exact(W), rule), rel=1e-3)
 
 
-def test_a_refinement_that_lapack_gives_up_on_is_done_in_fp64(monkeypatch):
-    def give_up(*arguments):
+def test_a_refinement_that_lapack_gives_up_on_is_done_in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    def give_up(*arguments: Any) -> None:
         raise np.linalg.LinAlgError
 
     monkeypatch.setattr(eigen, "_refined", give_up)
@@ -343,7 +353,7 @@ def test_a_refinement_that_lapack_gives_up_on_is_done_in_fp64(monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [1, 5, 150, 190, 199])
-def test_zeros_are_dropped_whatever_the_rounding(rank):
+def test_zeros_are_dropped_whatever_the_rounding(rank: int) -> None:
     """Whole numbers: the products are exact, so the rank is."""
     generator = torch.Generator().manual_seed(rank)
     W = (
@@ -358,7 +368,7 @@ def test_zeros_are_dropped_whatever_the_rounding(rank):
 @pytest.mark.parametrize("smallest", [1e-3, 1e-4, 1e-5, 3e-6])
 @pytest.mark.parametrize("count", [1, 8, 20])
 @pytest.mark.parametrize("diagonal", [True, False])
-def test_equal_eigenvalues(smallest, count, diagonal):
+def test_equal_eigenvalues(smallest: float, count: int, diagonal: bool) -> None:
     """Clusters at both ends: rounding makes some of the small ones negative, by more than usual."""
     values = np.r_[np.full(count, smallest), np.ones(200 - count)]
     W = torch.diag(torch.from_numpy(values).float()) if diagonal else with_singular_values(values, 200, 200, seed=count)
@@ -367,7 +377,7 @@ def test_equal_eigenvalues(smallest, count, diagonal):
     assert lam[0] == pytest.approx(exact(W)[0], rel=1e-2)
 
 
-def test_zero_empty_and_broken_matrices():
+def test_zero_empty_and_broken_matrices() -> None:
     assert eigenvalues(torch.zeros(300, 200)).size == 0
     assert eigenvalues(torch.zeros(0, 5)).size == 0
     assert stable_rank(eigenvalues(torch.zeros(3, 3))) == 0.0
@@ -379,11 +389,16 @@ def test_zero_empty_and_broken_matrices():
             eigenvalues(W)
 
 
-def test_the_cuda_route_keeps_the_same_criterion(monkeypatch):
+def test_the_cuda_route_keeps_the_same_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its arithmetic is plain torch: run here on the CPU, with the device's precision switch put back."""
     asked: list[torch.dtype] = []
     eigvalsh = torch.linalg.eigvalsh
-    monkeypatch.setattr(torch.linalg, "eigvalsh", lambda G: (asked.append(G.dtype), eigvalsh(G))[1])
+
+    def spy(G: Tensor) -> Any:
+        asked.append(G.dtype)
+        return eigvalsh(G)
+
+    monkeypatch.setattr(torch.linalg, "eigvalsh", spy)
     before = torch.backends.cuda.matmul.fp32_precision
     well, ill = with_singular_values(np.linspace(0.2, 1, 50), 50, 90), square(0)
     assert eigen._on_cuda(well) == pytest.approx(exact(well), rel=1e-4)
@@ -394,7 +409,7 @@ def test_the_cuda_route_keeps_the_same_criterion(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_cuda_and_cpu_agree():
+def test_cuda_and_cpu_agree() -> None:
     for W in (square(0), square(1), with_singular_values(np.linspace(0.2, 1, 200), 700, 200)):
         assert hill_of(eigenvalues(W.cuda())) == pytest.approx(hill_of(eigenvalues(W)), abs=1e-3)
 
@@ -402,7 +417,7 @@ def test_cuda_and_cpu_agree():
 # ----------------------------------------------------------------------------------------------------- the signal
 
 
-def weights_of(shape, *, seed: int = 0, dtype=torch.float32) -> dict[str, torch.Tensor]:
+def weights_of(shape: ModelShape, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
         f"{m.path}.weight": (torch.randn(m.out_features, m.in_features, generator=generator) / 4).to(dtype)
@@ -410,7 +425,7 @@ def weights_of(shape, *, seed: int = 0, dtype=torch.float32) -> dict[str, torch.
     }
 
 
-def save(folder: Path, tensors, *, shards: int = 1) -> Path:
+def save(folder: Path, tensors: dict[str, Tensor], *, shards: int = 1) -> Path:
     folder.mkdir(exist_ok=True)
     if shards == 1:
         save_file(tensors, folder / "model.safetensors")
@@ -426,7 +441,7 @@ def save(folder: Path, tensors, *, shards: int = 1) -> Path:
 SHAPE = dense_shape(layers=3, hidden=24, width=40)
 
 
-def test_rows_are_the_metrics_of_each_matrix(tmp_path):
+def test_rows_are_the_metrics_of_each_matrix(tmp_path: Path) -> None:
     tensors = weights_of(SHAPE)
     signal = measure(save(tmp_path, tensors), SHAPE, provenance={"test": True})
     assert set(signal.rows) == {m.path for m in SHAPE.modules}
@@ -452,10 +467,10 @@ def test_rows_are_the_metrics_of_each_matrix(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_one_file_shards_other_prefixes_and_a_resident_model_agree(tmp_path, dtype):
+def test_one_file_shards_other_prefixes_and_a_resident_model_agree(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = weights_of(SHAPE, dtype=dtype)
 
-    def of(source):
+    def of(source: Any) -> Mapping[str, Any]:
         return measure(source, SHAPE, provenance={}).rows
 
     expected = of(save(tmp_path / "one", tensors))
@@ -476,12 +491,12 @@ def test_one_file_shards_other_prefixes_and_a_resident_model_agree(tmp_path, dty
     assert of(resident) == expected
 
 
-def test_one_matrix_is_in_memory_at_a_time(tmp_path, monkeypatch):
+def test_one_matrix_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path, weights_of(SHAPE, dtype=torch.bfloat16), shards=2)
-    read: list[weakref.ref] = []
+    read: list[weakref.ref[Tensor]] = []
     checked = spectrum._checked
 
-    def spy(weight, module):
+    def spy(weight: Tensor, module: ModuleShape) -> Tensor:
         assert not any(earlier() is not None for earlier in read)
         read.append(weakref.ref(weight))
         return checked(weight, module)
@@ -491,14 +506,14 @@ def test_one_matrix_is_in_memory_at_a_time(tmp_path, monkeypatch):
     assert len(read) == len(SHAPE.modules)
 
 
-def test_the_embedded_moe_model_is_measured_on_its_attention_only():
+def test_the_embedded_moe_model_is_measured_on_its_attention_only() -> None:
     shape = shape_from_config(json.loads((TINY_MOE / "config.json").read_text()), name="tiny-moe")
     signal = measure(TINY_MOE, shape, provenance={})
     assert set(signal.rows) == {m.path for m in shape.of_role("attention")}
     assert all(values[0] > 1 for row in signal.rows.values() for name, values in row.items() if "hill" in name)
 
 
-def test_modules_are_chosen_by_name_or_path(tmp_path):
+def test_modules_are_chosen_by_name_or_path(tmp_path: Path) -> None:
     folder = save(tmp_path, weights_of(SHAPE))
     path = SHAPE.modules[5].path
     signal = measure(folder, SHAPE, provenance={}, modules=["q_proj", path])
@@ -513,12 +528,12 @@ def test_modules_are_chosen_by_name_or_path(tmp_path):
         ("q_pro", "choose from k_proj, o_proj, q_proj, v_proj.*did you mean 'q_proj'"),
     ],
 )
-def test_modules_without_a_spectrum_are_refused(tmp_path, asked, message):
+def test_modules_without_a_spectrum_are_refused(tmp_path: Path, asked: str, message: str) -> None:
     with pytest.raises(StudyError, match=message):
         measure(tmp_path, moe_shape(), provenance={}, modules=[asked])
 
 
-def test_a_dead_matrix_keeps_its_row_and_is_named(tmp_path):
+def test_a_dead_matrix_keeps_its_row_and_is_named(tmp_path: Path) -> None:
     tensors = weights_of(SHAPE)
     dead = SHAPE.modules[3].path
     tensors[f"{dead}.weight"].zero_()
@@ -531,38 +546,38 @@ def test_a_dead_matrix_keeps_its_row_and_is_named(tmp_path):
 
 
 class TestWeightsThatCannotBeRead:
-    def refused(self, source, message):
+    def refused(self, source: Any, message: str) -> None:
         with pytest.raises(StudyError, match=message) as error:
             measure(source, SHAPE, provenance={})
         assert "\n" not in str(error.value)
 
-    def test_no_weights_in_the_folder(self, tmp_path):
+    def test_no_weights_in_the_folder(self, tmp_path: Path) -> None:
         self.refused(tmp_path, r"no model\.safetensors for")
 
-    def test_no_such_model(self):
+    def test_no_such_model(self) -> None:
         self.refused("no-such/model", "no-such/model")
 
-    def test_no_name_of_a_model(self):
+    def test_no_name_of_a_model(self) -> None:
         self.refused("no/such/model", "no/such/model")
 
-    def test_a_missing_matrix(self, tmp_path):
+    def test_a_missing_matrix(self, tmp_path: Path) -> None:
         tensors = weights_of(SHAPE)
         del tensors["model.layers.1.mlp.up_proj.weight"]
         self.refused(save(tmp_path, tensors), r"0 tensors for model\.layers\.1\.mlp\.up_proj\.weight.*it holds 20")
 
-    def test_a_missing_shard(self, tmp_path):
+    def test_a_missing_shard(self, tmp_path: Path) -> None:
         folder = save(tmp_path, weights_of(SHAPE), shards=3)
         (folder / "model-00002-of-00003.safetensors").unlink()
         self.refused(folder, "lacks the shard model-00002-of-00003")
 
-    def test_sizes_of_another_model(self, tmp_path):
+    def test_sizes_of_another_model(self, tmp_path: Path) -> None:
         self.refused(save(tmp_path, weights_of(dense_shape(layers=3, hidden=8))), "where the config says")
 
-    def test_quantised_weights(self, tmp_path):
+    def test_quantised_weights(self, tmp_path: Path) -> None:
         tensors = {name: t.to(torch.float8_e4m3fn) for name, t in weights_of(SHAPE).items()}
         self.refused(save(tmp_path, tensors), "not quantised")
 
-    def test_weights_with_a_nan(self, tmp_path):
+    def test_weights_with_a_nan(self, tmp_path: Path) -> None:
         tensors = weights_of(SHAPE)
         tensors["model.layers.2.self_attn.o_proj.weight"][0, 0] = math.nan
         self.refused(save(tmp_path, tensors), r"model\.layers\.2\.self_attn\.o_proj: the weights are not finite")
@@ -572,23 +587,29 @@ class Interrupted(Exception):
     pass
 
 
-def stop_after(count: int):
-    def progress(done, total, path):
+def stop_after(count: int) -> Callable[[int, int, str], None]:
+    def progress(done: int, total: int, path: str) -> None:
         if done == count:
             raise Interrupted
 
     return progress
 
 
-def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypatch):
+def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, resume = save(tmp_path / "model", weights_of(SHAPE)), tmp_path / "partial.json"
     whole = measure(folder, SHAPE, provenance={"a": 1})
     with pytest.raises(Interrupted):
         measure(folder, SHAPE, provenance={"a": 1}, resume=resume, progress=stop_after(8))
     assert [f.name for f in tmp_path.iterdir() if f.is_file()] == ["partial.json"]
-    seen, calls = [], []
+    seen: list[tuple[int, int]] = []
+    calls: list[int] = []
     compute = spectrum.eigenvalues
-    monkeypatch.setattr(spectrum, "eigenvalues", lambda weight: (calls.append(1), compute(weight))[1])
+
+    def spy(weight: Tensor) -> NDArray[Any]:
+        calls.append(1)
+        return compute(weight)
+
+    monkeypatch.setattr(spectrum, "eigenvalues", spy)
     again = measure(
         folder, SHAPE, provenance={"a": 1}, resume=resume, progress=lambda done, total, path: seen.append((done, total))
     )
@@ -599,7 +620,7 @@ def test_an_interrupted_measurement_goes_on_where_it_stopped(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("damage", ["of another measurement", "cut short"])
-def test_a_partial_file_that_does_not_fit_is_named_and_begun_anew(tmp_path, damage):
+def test_a_partial_file_that_does_not_fit_is_named_and_begun_anew(tmp_path: Path, damage: str) -> None:
     folder, resume = save(tmp_path / "model", weights_of(SHAPE)), tmp_path / "partial.json"
     with pytest.raises(Interrupted):
         measure(folder, SHAPE, provenance={"weights": "old"}, resume=resume, progress=stop_after(3))
@@ -610,12 +631,12 @@ def test_a_partial_file_that_does_not_fit_is_named_and_begun_anew(tmp_path, dama
     assert signal.digest == measure(folder, SHAPE, provenance={"weights": "new"}).digest
 
 
-def test_is_measured_once_for_all_who_ask(tmp_path):
+def test_is_measured_once_for_all_who_ask(tmp_path: Path) -> None:
     folder = save(tmp_path / "model", weights_of(SHAPE))
     provenance = spectrum.provenance_of("mine", "sha256:0")
     calls = []
 
-    def run():
+    def run() -> Signal:
         calls.append(1)
         return measure(folder, SHAPE, provenance=provenance, resume=tmp_path / "partial.json")
 
@@ -624,7 +645,7 @@ def test_is_measured_once_for_all_who_ask(tmp_path):
     assert len(calls) == 1
 
 
-def test_the_plan_of_a_model_that_lies_in_no_folder(tmp_path):
+def test_the_plan_of_a_model_that_lies_in_no_folder(tmp_path: Path) -> None:
     from tests.allocators import tiny
 
     model = tiny.model("llama")

@@ -36,7 +36,6 @@ class Source:
         self.samples, self.seed = config.samples, config.seed
         self.scratch = Path(config.cache)
         self.loading_seconds = 0.0
-        self.seen = 0
         self._config = config
 
     def measured(self, kind: str) -> tuple[Signal, str]:
@@ -47,7 +46,7 @@ class Source:
 
         @contextmanager
         def watched() -> Iterator[None]:
-            begun, loading, self.seen = time.monotonic(), self.loading_seconds, 0
+            begun, loading = time.monotonic(), self.loading_seconds
             with _bar(kind) as self.progress, warnings.catch_warnings(record=True) as raised:
                 warnings.simplefilter("always", ToolkitWarning)
                 yield
@@ -106,13 +105,7 @@ class Source:
         begun = time.monotonic()
         loaded = models.load(self.name, device=self.device, **load_arguments(vars(asked)))
         self.loading_seconds = time.monotonic() - begun
-        loaded.model.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
         return loaded
-
-    def _count(self, _module: Any, _args: Any, kwargs: Any) -> None:
-        """Every document passes the base model once, whatever is measured: progress that no signal has to report."""
-        self.seen += len(kwargs["input_ids"])
-        self.progress(self.seen, min(self.samples, self.task.num_training), "documents")
 
     @property
     def model(self) -> Any:

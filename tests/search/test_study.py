@@ -42,8 +42,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def run(storage: Path, log: Path, *more: str) -> subprocess.Popen[bytes]:
+    own = [word for word in WORDS if not any(word.partition("=")[0] == other.partition("=")[0] for other in more)]
     with log.open("w") as output:
-        command = [sys.executable, "-m", "search.run", *WORDS, f"storage={storage}", *more]
+        command = [sys.executable, "-m", "search.run", *own, f"storage={storage}", *more]
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | {"COLUMNS": "150"})
 
 

@@ -551,13 +551,13 @@ def test_end_to_end_on_the_embedded_model(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["routing", "sensitivity"])
-def test_progress_counts_documents(tmp_path: Path, kind: str) -> None:
+def test_progress_counts_samples_once(tmp_path: Path, kind: str) -> None:
     config = ShowConfig(samples=20, cache=str(tmp_path))
     source = Source(config, shape_from_config(models.config_of("tiny-moe"), name="tiny-moe"))
     told = []
     source.progress = lambda *what: told.append(what)
     signals.measurement_of(kind, source).measure()
-    assert {(total, what) for _, total, what in told} == {(20, "documents")}
+    assert {(total, what) for _, total, what in told} == {(20, "samples")}
     done = [done for done, _, _ in told]
     assert (done, done[-1]) == (sorted(set(done)), 20)
 

@@ -356,8 +356,9 @@ class RunConfig:
 
     def without(self, where: Where) -> RunConfig:
         """The same with the keys of one part of the program at their defaults."""
-        defaults: dict[str, Any] = {key: getattr(RunConfig(), key) for key in keys(where=where)}
-        return replace(self, **defaults)
+        defaults = RunConfig()
+        settings: dict[str, Any] = {key: getattr(defaults, key) for key in keys(where=where)}
+        return replace(self, **settings)
 
     def command(self) -> str:
         """The command line that makes this study, quoted for a shell."""

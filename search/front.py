@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
 
-from allocators.core.types import Outcome, Trial
+from allocators.core.types import Outcome
 
 
 class Scored(Protocol):
@@ -111,7 +111,7 @@ class Candidate:
     @cached_property
     def point(self) -> str:
         """The digest that its runs share."""
-        return point_of(self.runs[0].trial)
+        return self.runs[0].trial.point
 
     @property
     def trainable_params(self) -> int:
@@ -147,11 +147,6 @@ class Candidate:
         return sorted(self.runs, key=lambda run: (run.status != "complete", -(run.accuracy or 0.0)))
 
 
-def point_of(trial: Trial) -> str:
-    """Digest of all but the seed: the trials of one point share it."""
-    return trial.point
-
-
 def candidates(outcomes: Iterable[Outcome]) -> list[Candidate]:
     """Groups outcomes that differ in the seed only, in order of appearance.
 
@@ -159,7 +154,7 @@ def candidates(outcomes: Iterable[Outcome]) -> list[Candidate]:
     """
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        groups.setdefault(point_of(outcome.trial), []).append(outcome)
+        groups.setdefault(outcome.trial.point, []).append(outcome)
     return [_candidate(tuple(runs)) for runs in groups.values()]
 
 
@@ -227,7 +222,7 @@ class Points:
     def add(self, outcome: Outcome) -> Candidate:
         """Takes in a training, in the place of an earlier result of it; returns its point as it is now."""
         self.discard(outcome.digest)
-        point = point_of(outcome.trial)
+        point = outcome.trial.point
         self.outcomes[outcome.digest] = outcome
         self._added[outcome.digest] = (point, next(self._numbers))
         self._runs.setdefault(point, {})[outcome.digest] = outcome

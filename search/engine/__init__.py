@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from allocators.core.messages import PackJob, UntrainedEvaluated
+from allocators.core.messages import PackJob, TaskDescribed, UntrainedEvaluated
 from allocators.core.types import Outcome, Rung, Signal, SignalKind
 from search.problem import Proposal
+from search.records.reuse import FACTS
 
 # Read by libraries when they are imported; a user's own settings stay.
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -52,6 +53,11 @@ class Facts:
 
     task: str
     versions: Mapping[str, str]
+
+    @classmethod
+    def of(cls, described: TaskDescribed) -> Facts:
+        """Of what a worker answers to a `TaskJob`."""
+        return cls(described.text, {name: described.versions[name] for name in FACTS})
 
 
 class Workers(Protocol):

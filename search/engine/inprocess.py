@@ -16,7 +16,6 @@ from allocators.core.messages import PackJob, TaskDescribed, TaskJob, UntrainedE
 from allocators.core.types import Rung, Signal, SignalKind
 from search.engine import ENVIRONMENT, Facts, OnProgress, StudyConductor
 from search.problem import Proposal
-from search.records.reuse import FACTS
 from trainers.worker_state import WorkerSetup, WorkerState
 
 
@@ -50,7 +49,7 @@ class InProcessWorkers:
         """The task in one line, and the versions that decide whether a training can be reused."""
         answer = self._state.answer(TaskJob())
         assert isinstance(answer, TaskDescribed)
-        return Facts(answer.text, {key: answer.versions[key] for key in FACTS})
+        return Facts.of(answer)
 
     def untrained(self) -> UntrainedEvaluated:
         """Accuracy of the base alone, evaluated in this call."""

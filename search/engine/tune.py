@@ -58,8 +58,8 @@ class StudySearcher(Searcher):
         self._study = study
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """True: the limit is kept here."""
-        return True  # kept here: Tune's own limiter counts paused trials as if they had a worker
+        """True: the limit is kept here, because Tune's own counts paused trials as if they had a worker."""
+        return True
 
     def suggest(self, trial_id: str) -> Any:  # Any: Tune's signature leaves out its own FINISHED
         """The next training's config; None: no new one now; FINISHED: there is nothing left to do."""

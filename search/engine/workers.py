@@ -45,7 +45,6 @@ from allocators.core.types import Signal, SignalKind
 from search.engine import Facts, OnProgress, StudyConductor, tune
 from search.engine.groups import Resources
 from search.engine.queue import JobQueue
-from search.records.reuse import FACTS
 from trainers.worker_state import WorkerSetup
 
 # Seconds that the workers of one trial wait for the first of them, which waits for a trial or measures a signal:
@@ -159,7 +158,7 @@ class RayWorkers:
         """The task in one line, and the versions that decide whether a training can be reused."""
         answer = self._ask(TaskJob())
         assert isinstance(answer, TaskDescribed)
-        return Facts(answer.text, {key: answer.versions[key] for key in FACTS})
+        return Facts.of(answer)
 
     def untrained(self) -> UntrainedEvaluated:
         """Accuracy of the base alone."""

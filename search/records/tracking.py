@@ -36,7 +36,6 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED, Outcome, Rung
-from search.front import point_of
 from search.records import Records, flattened
 from search.records.redact import redacted
 from search.text import human
@@ -220,7 +219,7 @@ class Tracker:
         child = self._children.get(outcome.digest)
         if child is None:
             tags = {MLFLOW_PARENT_RUN_ID: self._parent, "study_id": self._study_id, "digest": outcome.digest}
-            tags["point"] = point_of(trial)  # the seeds of one point share it
+            tags["point"] = trial.point  # the seeds of one point share it
             name = f"{trial.allocator or 'trial'} {human(outcome.trainable_params)} {outcome.digest[:6]}"
             run = self._client.create_run(self._experiment.experiment_id, tags=tags | self._tags, run_name=name)
             child = self._children[outcome.digest] = _Child(run.info.run_id)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from allocators.core.types import Recipe, Trial
-from search.front import Candidate, point_of
+from search.front import Candidate
 from search.report.sections import Section
 
 FEWEST = 20  # points below which a forest tells chance
@@ -69,7 +69,7 @@ def importance(points: Sequence[Candidate]) -> Importance | None:
 
     None for fewer than 20 points with an accuracy, or where accuracy or the settings are all the same.
     """
-    measured = sorted((c for c in points if c.accuracy is not None), key=lambda c: point_of(c.runs[0].trial))
+    measured = sorted((c for c in points if c.accuracy is not None), key=lambda c: c.point)
     accuracies = [c.accuracy or 0.0 for c in measured]
     if len(measured) < FEWEST or len(set(accuracies)) == 1:
         return None

@@ -77,7 +77,6 @@ from allocators.core.errors import BudgetError, InfeasibleError, StudyError, Too
 from allocators.core.types import canonical_json, digest_of
 from search import replay
 from search.config import RunConfig
-from search.front import point_of
 from search.propose.ehvi import EHVISampler, Known, resolver
 from search.propose.halving import NO_HALVING, Halving
 from search.propose.sampler import EXHAUSTED, PATIENCE, Proposer
@@ -467,9 +466,9 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
     accuracies: dict[str, list[float]] = {}
     for outcome in (outcomes if mean else mine).values():
         if outcome.accuracy is not None:
-            accuracies.setdefault(point_of(outcome.trial), []).append(outcome.accuracy)
+            accuracies.setdefault(outcome.trial.point, []).append(outcome.accuracy)
     judged = {
-        key: (statistics.fmean(accuracies[point_of(outcome.trial)]), float(np.log(outcome.trainable_params)))
+        key: (statistics.fmean(accuracies[outcome.trial.point]), float(np.log(outcome.trainable_params)))
         for key, outcome in mine.items()
         if outcome.accuracy is not None
     }

@@ -41,7 +41,7 @@ def table_problem(**changes: Any) -> Problem:
 
 def accuracy_of(outcome: Outcome) -> float:
     """Better with more experts, with noise between points and between seeds: the search's pick is often a lucky one."""
-    point, run = random.Random(pareto.point_of(outcome.trial)), random.Random(outcome.digest)
+    point, run = random.Random(outcome.trial.point), random.Random(outcome.digest)
     share = outcome.trial.allocation.total_experts / 48
     return round(min(max(0.4 + 0.2 * share + point.gauss(0, 0.05) + run.gauss(0, 0.08), 0), 1), 4)
 
@@ -117,7 +117,7 @@ def made(folder: Path, started: Outcome) -> str:
 def seeds_by_point(records: Records) -> dict[str, list[int]]:
     seeds_of = defaultdict(list)
     for outcome in records.finished.values():
-        seeds_of[pareto.point_of(outcome.trial)].append(outcome.trial.seed)
+        seeds_of[outcome.trial.point].append(outcome.trial.seed)
     return seeds_of
 
 

@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from search.front import Candidate, candidates, point_of
+from search.front import Candidate, candidates
 from search.report.uncertainty import compare, equivalence, paired, pooled, rank_correlation, selection_bias
 from tests.search.studies import QUESTIONS, outcome, selection
 
@@ -139,7 +139,7 @@ def test_rank_correlation() -> None:
 
 def test_a_rule_that_draws_anew_for_every_seed_is_one_point() -> None:
     trials = [outcome(selection(4, seed=seed), seed=seed, allocator="random").trial for seed in range(2)]
-    assert point_of(trials[0]) != point_of(trials[1])
+    assert trials[0].point != trials[1].point
     drawn = [t.__class__(t.allocation, t.recipe, t.model, t.task, t.seed, "random", {"draw": "each"}) for t in trials]
-    assert point_of(drawn[0]) == point_of(drawn[1])
+    assert drawn[0].point == drawn[1].point
     assert drawn[0].digest == trials[0].digest

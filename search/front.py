@@ -1,4 +1,4 @@
-"""The front of accuracy against trainable parameters: who is on it, how much it covers, where it bends.
+"""The front of accuracy against trainable parameters: which points are on it, how much it covers, where it bends.
 
     python -m search.report studies/demo        # prints what these functions find in a study
 

@@ -119,7 +119,9 @@ class WorkerState:
         return self.sharded
 
     def answer(self, question: Question, *, leads: bool = True, shared: Shared = lambda value: value) -> Answer | None:
-        """All workers call this where the question `needs_all`, else the first alone; None for all but the first.
+        """All workers call this where the question `needs_all`, else the first alone.
+
+        None from the others where a signal is asked for.
 
         shared   as in `measure`, where the question `needs_all`
         """

@@ -2,8 +2,8 @@
 
     rank = checks.whole(data["rank"], "rank", low=1)
 
-Each function returns the value unchanged, or raises ValueError that names it and says what was expected. Standard
-library only.
+Each check returns the value (of lists and mappings a copy), or raises ValueError that names it and says what was
+expected; `is_folder_name` only answers. Standard library only.
 """
 
 from __future__ import annotations

@@ -483,7 +483,7 @@ class Trial:
     model: str
     task: str
     seed: int
-    allocator: str = ""  # who proposed it and with which knobs: for the record, not part of the digest
+    allocator: str = ""  # what proposed it and with which knobs: for the record, not part of the digest
     knobs: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -529,7 +529,8 @@ class Trial:
 
         Its name is computed from what it holds: a digest that is written beside it is only checked to be one.
         """
-        checks.digest(data.get("digest", _NO_DIGEST))
+        if "digest" in data:
+            checks.digest(data["digest"])
         return cls(
             allocation_from_json(checks.mapping(data["allocation"], "allocation")),
             Recipe.from_json(checks.like(data["recipe"], _EXAMPLE_RECIPE, "recipe")),
@@ -541,7 +542,6 @@ class Trial:
         )
 
 
-_NO_DIGEST = "0" * 16
 _EXAMPLE_RECIPE = Recipe().to_json()
 
 

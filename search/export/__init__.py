@@ -19,6 +19,7 @@ from search.config import RunConfig, keys
 from search.export.formats import FORMATS, Conversion
 from search.export.model_card import PROJECT, Card, markdown
 from search.front import Candidate
+from search.records.files import ADAPTERS, refuse_links_out
 from search.records.redact import portable_command
 from search.report import Report
 from search.text import accuracy_text, human, run_id
@@ -70,13 +71,18 @@ def _ids(report: Report) -> str:
 
 
 def locate(report: Report, run: Outcome) -> str:
-    """Where a run's adapter lies. Raises StudyError that says how to get it where there is none any more."""
-    where = report.adapter_folder(run)
+    """Where a run's adapter lies.
+
+    Raises StudyError that says how to get it where there is none any more, or names the link that leads out of the
+    study folder to it.
+    """
+    where = report.records.adapter_of(run)
     if where is not None and storage.exists(where):
         return where
     name = f"run {run_id(run)} of {report.records.folder}"
     if not run.adapter:
         raise StudyError(f"{name} has no adapter: it is {run.status.replace('_', ' ')}{_because(run)}")
+    refuse_links_out(report.records.folder / ADAPTERS / run.digest, report.records.folder)
     loadable = (report.loadable(candidate) for candidate in report.points if run in candidate.runs)
     kept = next((other for other, _ in filter(None, loadable)), None)
     raise StudyError(

@@ -21,6 +21,7 @@ from allocators.core.errors import StudyError
 from allocators.core.types import Outcome
 from search.config import load_arguments
 from search.records.redact import portable
+from search.report.words import base_code, load_code
 from trainers import models
 
 if TYPE_CHECKING:  # a request that cannot work is refused without torch
@@ -81,12 +82,6 @@ class Conversion:
             raise StudyError(f"the base model is needed for format={self.format}: {error}") from error
 
     @property
-    def loading(self) -> str:
-        """Python that loads the base with this project."""
-        arguments = "".join(f", {key}={value!r}" for key, value in load_arguments(self.settings).items())
-        return f"models.load({json.dumps(portable(self.base))}{arguments}).model"
-
-    @property
     def quoted(self) -> str:
         """The export's name as Python."""
         return json.dumps(self.name)
@@ -98,9 +93,7 @@ def write_adapter(conversion: Conversion) -> str:
     shutil.copyfile(conversion.source / "adapter.safetensors", conversion.target / "adapter.safetensors")
     text = json.dumps(portable(saved.config), indent=1) + "\n"
     (conversion.target / "adapter.json").write_text(text, encoding="utf-8")
-    return (
-        f"from trainers import adapter, models\nmodel = {conversion.loading}\nadapter.load(model, {conversion.quoted})"
-    )
+    return load_code(portable(conversion.base), conversion.name, settings=conversion.settings)
 
 
 def write_merged(conversion: Conversion) -> str:
@@ -178,7 +171,7 @@ def _load_with_peft(conversion: Conversion, revision: str | None) -> str:
     """Python that puts PEFT's files on the base, by transformers alone where the base is one of the hub's."""
     library, base = "from trainers import models", f"models.load({json.dumps(portable(conversion.base))}).model"
     if conversion.settings.get("quantization"):
-        base = conversion.loading
+        base = base_code(portable(conversion.base), conversion.settings)
     elif conversion.is_hub:
         library = "from transformers import AutoModelForCausalLM"
         base = f"AutoModelForCausalLM.from_pretrained({json.dumps(conversion.base)}, revision={revision!r})"

@@ -16,8 +16,11 @@ Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
 `params` is the sampler's flat dictionary of the point. The last line of a digest wins. A driver that is killed in
 mid-write leaves a torn last line, which is dropped; a damaged line elsewhere is named and skipped.
 
-A folder may come from anybody: every value is checked when it is read, and no recorded path is ever followed. Whether
-an adapter was saved is on record, where it lies follows from its digest: a copy of a study has its own adapters.
+A folder may come from anybody: every value is checked when it is read, and no path that a line records is followed.
+Whether an adapter was saved is on record, where it lies follows from its digest: a copy of a study has adapters of its
+own.
+One recorded location is followed, the header's `storage` where it is a URI: adapters are read there, by digest; nothing
+is written or deleted by it.
 """
 
 from __future__ import annotations
@@ -114,7 +117,7 @@ class Records:
 
     @property
     def name(self) -> str:
-        """The study's name as its folder had it when it began."""
+        """The name that its folder had when it was last opened for writing."""
         name: str = self.header["name"]
         return name
 

@@ -58,16 +58,22 @@ def read_bytes(folder: Path, *names: str) -> bytes:
 
 def has_links_out(path: Path, folder: Path) -> bool:
     """Whether the path, or anything below it, is a link that leads out of the study folder."""
-    return leads_out(path, folder) or any(leads_out(link, folder) for link in _links(path))
+    return any(leads_out(link, folder) for link in (path, *_links(path)))
+
+
+def refuse_links_out(path: Path, folder: Path) -> None:
+    """Raises StudyError where the path, or anything below it, is a link that leads out of the study folder."""
+    for link in (path, *_links(path)):
+        if leads_out(link, folder):
+            raise _refused(link, folder)
 
 
 def refuse_links(folder: Path) -> None:
     """Raises StudyError where something that a study writes or deletes is a link that leads out of its folder."""
     for name in WRITTEN:
         path = inside(folder, name)
-        for link in _links(path) if name in (ADAPTERS, CHECKPOINTS, SIGNALS) else ():
-            if leads_out(link, folder):
-                raise _refused(link, folder)
+        if name != RAY:  # links below it may lead anywhere: they are removed as links, and never followed
+            refuse_links_out(path, folder)
 
 
 def _links(path: Path) -> Iterator[Path]:

@@ -111,7 +111,7 @@ class OtherStudies:
             if other not in self._followed:
                 self._followed[other] = self._follow(other)
             if (followed := self._followed[other]) is not None:
-                with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                with contextlib.suppress(FileNotFoundError, StudyError):  # deleted, or made a link, since it was listed
                     yield followed.update()
 
     def _follow(self, folder: Path) -> Followed | None:
@@ -134,12 +134,13 @@ class Followed:
 
     def __init__(self, folder: Path) -> None:
         self.records = Records(folder, read_header(folder))
-        self._lines = plain_file(folder, LINES) if (folder / LINES).exists() else folder / LINES
+        with contextlib.suppress(FileNotFoundError):  # its first line may not be written yet
+            plain_file(folder, LINES)
         self._read = 0
 
     def update(self) -> Records:
-        """The records as of now. Raises OSError where the folder is gone."""
-        with self._lines.open("rb") as file:
+        """The records as of now. Raises OSError where the folder is gone, StudyError where its lines lie outside."""
+        with plain_file(self.records.folder, LINES).open("rb") as file:
             file.seek(self._read)
             whole, newline, _ = file.read().rpartition(b"\n")
         self._read += len(whole + newline)

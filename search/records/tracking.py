@@ -130,9 +130,8 @@ class Tracker:
     @property
     def browse(self) -> str:
         """What to type or open to see the runs."""
-        known = self.uri.partition(":")[0].partition("+")[0] in DATABASES
         where = str(redacted(self.uri))
-        return f"mlflow ui --backend-store-uri {shlex.quote(where)}" if known else where
+        return f"mlflow ui --backend-store-uri {shlex.quote(where)}" if _is_database(self.uri) else where
 
     def sync(self, records: Records) -> None:
         """Makes the runs say what the records say: looks them up by their tags and adds what is missing."""
@@ -329,11 +328,15 @@ class _Child:
         return child
 
 
+def _is_database(uri: str) -> bool:
+    """Whether runs lie in a database and not behind a server; the driver may be named: `postgresql+psycopg2://`."""
+    return uri.partition(":")[0].partition("+")[0] in DATABASES
+
+
 def _experiment(client: MlflowClient, name: str, uri: str, folder: Path) -> Experiment:
     if (known := client.get_experiment_by_name(name)) is not None:
         return known
-    scheme = uri.partition(":")[0].partition("+")[0]
-    artifacts = (folder / "mlflow-artifacts" / name).as_uri() if scheme in DATABASES else None
+    artifacts = (folder / "mlflow-artifacts" / name).as_uri() if _is_database(uri) else None
     return client.get_experiment(client.create_experiment(name, artifact_location=artifacts))
 
 

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from allocators.core.types import Outcome
-from search.front import Candidate, candidates, front, knee
+from search.front import Candidate, knee
 from search.records import Records
 from search.report import attribution, gains
 from search.report.sections import is_table
@@ -42,23 +42,17 @@ class Results:
         ]
         return ", ".join([self.records.name, *facts])
 
-    @property
-    def seed(self) -> int:
-        """The study's own seed; a run with another one repeats a point."""
-        seed: int = self.records.header["config"].get("seed", 0)
-        return seed
-
     # --- points
 
     @cached_property
     def points(self) -> list[Candidate]:
         """All finished trainings, grouped by point."""
-        return candidates(self.records.finished.values())
+        return list(self.records.points)
 
     @cached_property
     def front(self) -> list[Candidate]:
         """The points that no other point beats, ascending in parameters."""
-        return front(self.points)
+        return self.records.points.front
 
     @cached_property
     def winners(self) -> set[str]:
@@ -68,7 +62,7 @@ class Results:
     @cached_property
     def knee(self) -> Candidate | None:
         """The point of the front after which parameters buy less; None where the front has no bend."""
-        return knee(self.points)
+        return knee(self.front)
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -104,7 +98,7 @@ class Results:
     @cached_property
     def bias(self) -> Bias | None:
         """What was picked at one seed against fresh seeds of the same points; None in a table, where nothing is."""
-        return None if is_table(self.records) else selection_bias(self.points, seed=self.seed)
+        return None if is_table(self.records) else selection_bias(self.points, seed=self.records.seed)
 
     @cached_property
     def early_ranks(self) -> tuple[float | None, int]:

@@ -236,11 +236,11 @@ def _done(results: Results) -> list[str]:
         return []
     asked = config.get("trials")
     if asked and is_table(records):  # there a row that is known is done; in a search `trials` are trained
-        asked -= sum(records.finished[digest].trial.seed == results.seed for digest in records.reused)
+        asked -= sum(records.finished[digest].trial.seed == records.seed for digest in records.reused)
     statuses = Counter(outcome.status.replace("_", " ") for outcome in finished)
     kinds = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
     # a study of an earlier version has no repeats, whatever its runs' seeds
-    repeats = sum(outcome.trial.seed != results.seed for outcome in finished) if "seeds" in config else 0
+    repeats = sum(outcome.trial.seed != records.seed for outcome in finished) if "seeds" in config else 0
     own = f"{len(finished) - repeats}{f' of {asked}' if asked else ''} runs are finished"
     return [f"{own}{f', and {repeats} repeats with other seeds' if repeats else ''}: {kinds}."]
 
@@ -276,12 +276,17 @@ def how_to_load(results: Results) -> list[str]:
 
 def load_code(model: str, adapter: str, *, settings: Mapping[str, object]) -> str:
     """The lines of Python that put a trained adapter on its model, loaded with the study's `settings`."""
-    arguments = "".join(f", {key}={value!r}" for key, value in load_arguments(settings).items())
     return (
         f"from trainers import adapter, models\n"
-        f"model = models.load({json.dumps(model)}{arguments}).model\n"
+        f"model = {base_code(model, settings)}\n"
         f"adapter.load(model, {json.dumps(adapter)})"
     )
+
+
+def base_code(model: str, settings: Mapping[str, object]) -> str:
+    """Python that loads the base as a study with these settings did."""
+    arguments = "".join(f", {key}={value!r}" for key, value in load_arguments(settings).items())
+    return f"models.load({json.dumps(model)}{arguments}).model"
 
 
 def export_command(folder: Path, run: Outcome | None = None) -> str:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from allocators.core import words
 from allocators.core.errors import StudyError, ToolkitError
-from allocators.signals import sensitivity
 from allocators.signals.sensitivity import MAX_LENGTH, SCORES, Score, drawn, pad, per_sample
 from search.records.redact import redacted
 
@@ -101,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     try:
         if words.asks_for_help(given):
-            print("\n".join([sensitivity.__doc__ or "", *words.help_of(Request)]))
+            print("\n".join([__doc__ or "", *words.help_of(Request)]))
             return 0
         _answer(parse(given))
     except ToolkitError as error:

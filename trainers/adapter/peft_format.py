@@ -1,8 +1,7 @@
 """PEFT's form of an adapter, where PEFT can express it: a folder that `PeftModel.from_pretrained(base, folder)` loads.
 
     from trainers import adapter, models
-    from trainers import storage
-from trainers.adapter import peft_format
+    from trainers.adapter import peft_format
 
     model = models.load("tiny-moe", dtype="float32").model
     written = peft_format.write(model, adapter.read("best"), "for-peft", base="tiny-moe")

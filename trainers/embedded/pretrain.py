@@ -152,12 +152,9 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], *, top_k: int) -> torc
     """
     import torch
 
-    losses = []
-    for logits in router_logits:
-        probabilities = logits.float().softmax(-1)
-        picks = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(top_k).indices, 1.0 / top_k)
-        losses.append(logits.shape[1] * (picks.mean(0) * probabilities.mean(0)).sum())
-    return torch.stack(losses).mean()
+    from trainers.adapter import lora_moe
+
+    return torch.stack([lora_moe.balance_loss(logits, top_k=top_k) for logits in router_logits]).mean()
 
 
 def learning_rate_at(step: int, recipe: Pretraining) -> float:

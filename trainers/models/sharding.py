@@ -17,7 +17,7 @@ everything that runs the model is done by all workers together, pass by pass:
 - a step has as many passes on a worker as on the one with most rows; those without rows run on two tokens that no loss
   is taken on (trainers/loop/)
 - in an evaluation, where workers have different numbers of passes, those that are done go on until all are (`in_step`)
-- signals that run the model are measured by every worker on the same documents (trainers/worker.py)
+- signals that run the model are measured by every worker on the same documents (trainers/worker_state.py)
 
 Adapters are tensors outside of the model's parameters, so each worker has all of them, as without sharding, and their
 gradients are summed as there. What reads weights outside of a pass finds this worker's rows only: `local_rows`.
@@ -124,10 +124,11 @@ def sampled(parameters: Iterable[Tensor], samples: int) -> Tensor:
 
 @contextmanager
 def in_step(model: Any) -> Iterator[None]:
-    """Inside, workers may run different numbers of passes: who is done runs passes on one token until all are.
+    """Inside, workers may run different numbers of passes: those that are done run passes on one token until all are.
 
-    Before each pass the workers count who still has work. An error between two passes is raised when all are done, one
-    within a pass at once: the others then wait in it for ever, and only the end of this process can tell them.
+    Before each pass the workers count those that still have work. An error between two passes is raised when all are
+    done, one within a pass at once: the others then wait in it for ever, and only the end of this process can tell
+    them.
     """
     if not is_sharded(model):
         yield

@@ -51,8 +51,12 @@ class Pack:
     def attach(self) -> None:
         """Hooks in; nothing where they are in already."""
         if not self._undo:
-            for put in self._puts:
-                self._undo.append(put())
+            try:
+                for put in self._puts:
+                    self._undo.append(put())
+            except BaseException:  # half hooked in, the base would be neither itself nor the pack's
+                self.detach()
+                raise
 
     def detach(self) -> None:
         """Takes all hooks out, the last one first; a second call does nothing."""

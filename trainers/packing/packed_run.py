@@ -62,7 +62,6 @@ class Member(TrainingRun):
         self.result: Result | None = None
         self.error: Exception | None = None
         self.most = 1  # members in a step of its, itself included
-        self.past.began = None
 
     def begin(self, on_rung: Callable[[Rung], bool]) -> Result | None:
         """Begins as a run alone does; from here on the packed run counts the seconds."""
@@ -177,14 +176,12 @@ class PackedRun:
             member.forget_gradients()
         return ended
 
-    def end_all(self) -> list[Member]:
-        """Ends every member's training, as far as it is; the base is as it was. Returns the members that there were."""
+    def end_all(self) -> None:
+        """Ends every member's training, as far as it is; the base is as it was."""
         before = self.members
         self._change([])
-        self.model.eval()
         for member in before:
             member.forget_gradients()
-        return before
 
     def detach(self) -> None:
         """Takes the hooks out until the next step: the model is the base alone."""

@@ -31,14 +31,8 @@ if TYPE_CHECKING:
 
 # What prompts and scores depend on besides the documents.
 _HASHED = (
-    "output_type",
-    "doc_to_text",
-    "doc_to_target",
-    "doc_to_choice",
+    *PROMPT,
     "process_results",
-    "description",
-    "gen_prefix",
-    "target_delimiter",
     "fewshot_delimiter",
     "num_fewshot",
     "metric_list",

@@ -1,6 +1,6 @@
-"""results.html: one file that works offline, from `page.html`, `page.css`, `page.js` and the study's data as JSON.
+"""report.html: one file that works offline, from `page.html`, `page.css`, `page.js` and the study's data as JSON.
 
-Path("results.html").write_text(html(results, words=[...], sections=[...]))
+Path("report.html").write_text(html(results, words=[...], sections=[...]))
 """
 
 from __future__ import annotations

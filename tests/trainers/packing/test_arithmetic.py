@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -100,3 +101,24 @@ def test_adapters_of_two_kinds_are_refused() -> None:
     )
     with pytest.raises(StudyError, match="cannot share a pass"):
         Pack(tiny_olmoe(), [chosen, adapter_of(2, 2, 1, "routed")])
+
+
+def test_a_pack_that_cannot_hook_in_leaves_the_base_as_it_was() -> None:
+    adapter = adapter_of(2, 2, 1, "routed")
+    adapter.detach()
+    for parameter in adapter.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    pack = Pack(adapter.model, [adapter])
+
+    def refuse() -> Callable[[], None]:
+        raise StudyError("no")
+
+    pack._puts.append(refuse)
+    with pytest.raises(StudyError, match="no"):
+        pack.attach()
+    assert not hasattr(adapter.model, "lora_adapter")
+    assert all("forward" not in vars(module) for module in adapter.model.modules())
+    pack._puts.pop()
+    pack.attach()
+    assert any("forward" in vars(module) for module in adapter.model.modules())
+    pack.detach()

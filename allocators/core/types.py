@@ -9,7 +9,8 @@ Read this file first. Standard library only; every value is immutable, has a JSO
     Recipe       LoRA and optimiser settings of one training run; `.lora` is the part that adapters are built from
     Point        what a space proposes: allocator, knobs, recipe settings
     Trial        allocation + recipe + model + task + seed: one training run, named by its digest
-    Rung         one evaluation on the way
+    Rung         one evaluation on the way, on the split that selects
+    Score        an evaluation on the test split, which the search never sees
     Outcome      what became of a trial
 
 Trainable parameters are counted here and nowhere else; adapters are tested to hold exactly as many.
@@ -448,6 +449,17 @@ class Recipe:
         """The settings that an adapter is built from."""
         return LoraSettings(**{f.name: getattr(self, f.name) for f in fields(LoraSettings)})
 
+    @property
+    def scaled_rate(self) -> float:
+        """learning_rate · lora_alpha: how fast an adapter's ΔW moves, whatever its rank.
+
+        ΔW = (lora_alpha/r)·B·A is a sum of r terms, and Adam moves each entry of B by learning_rate a step, so that a
+        step moves ΔW by about learning_rate·lora_alpha. The best scaled rate therefore hardly depends on the rank
+        (Schulman and Thinking Machines Lab 2025, "LoRA Without Regret"). At one scaled rate a larger alpha moves A less
+        and B as before, as LoRA+ does with two learning rates (Hayou et al. 2024, arXiv:2402.12354).
+        """
+        return self.learning_rate * self.lora_alpha
+
     def to_json(self) -> dict[str, Any]:
         """Every field, defaults included."""
         return asdict(self)
@@ -551,9 +563,11 @@ class Rung:
 
     step       optimiser steps so far
     tokens     trained tokens so far, padding excluded
-    accuracy   None where it is not finite
+    accuracy   on the split that selects (`select_on=`); None where it is not finite
     stderr     standard error of the accuracy over the questions; None where it is not known
-    loss       mean training loss since the rung before; None where it is not finite
+    loss       mean training loss since the rung before, nats a token; None where it is not finite
+    eval_loss  mean loss of the right answers to the same questions, nats a token; None where it is not known, as where
+               the model writes its answers, or not finite
     seconds    wall clock so far
     by_task    of several tasks: `{"arc_easy": {"accuracy", "stderr"}}`; accuracy is the mean of theirs
     """
@@ -563,6 +577,7 @@ class Rung:
     accuracy: float | None
     stderr: float | None = None
     loss: float | None = None
+    eval_loss: float | None = None
     seconds: float = 0.0
     by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -584,14 +599,47 @@ class Rung:
         checks.optional_number(rung.accuracy, "accuracy")
         checks.optional_number(rung.stderr, "stderr", low=0)
         checks.optional_number(rung.loss, "loss", low=-_MOST_LOSS, high=_MOST_LOSS)
+        checks.optional_number(rung.eval_loss, "eval_loss", low=-_MOST_LOSS, high=_MOST_LOSS)
         checks.number(rung.seconds, "seconds", low=0)
-        for label, of_task in checks.mapping(rung.by_task, "by_task").items():
-            checks.number(of_task["accuracy"], f"accuracy of {label}")
-            checks.number(of_task["stderr"], f"stderr of {label}", low=0)
+        _check_by_task(rung.by_task)
         return rung
 
 
 _MOST_LOSS = 1e300  # a loss on its way to infinity is a fact, and is only drawn
+
+
+def _check_by_task(by_task: Any) -> None:
+    for label, of_task in checks.mapping(by_task, "by_task").items():
+        checks.number(of_task["accuracy"], f"accuracy of {label}")
+        checks.number(of_task["stderr"], f"stderr of {label}", low=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """An evaluation on the test split.
+
+    accuracy, stderr   over the questions of the split; of several tasks the mean of theirs and its standard error
+    by_task            of several tasks: `{"arc_easy": {"accuracy", "stderr"}}`
+    """
+
+    accuracy: float
+    stderr: float
+    by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `from_json` reads; `by_task` is left out where there is one task."""
+        data = asdict(self)
+        return data if self.by_task else {name: value for name, value in data.items() if name != "by_task"}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Score:
+        """Raises KeyError, TypeError or ValueError where it is no score. Keys of other versions are left out."""
+        score = cls(data["accuracy"], data["stderr"], data.get("by_task") or {})
+        checks.number(score.accuracy, "accuracy of the test split")
+        checks.number(score.stderr, "stderr of the test split", low=0)
+        _check_by_task(score.by_task)
+        return score
+
 
 Status = Literal["started", "complete", "stopped", "diverged", "failed", "out_of_memory"]
 FINISHED: tuple[Status, ...] = ("complete", "stopped", "diverged", "failed", "out_of_memory")
@@ -602,6 +650,7 @@ class Outcome:
     """What became of a trial. `accuracy` is None unless the run reached an evaluation; it is never NaN.
 
     rungs       one an evaluation, in the order of their steps
+    test        of the trained adapter on the test split; None where it was not evaluated there
     seconds     wall clock of training and evaluation on the worker
     tokens      trained tokens, padding excluded
     adapter     where the trained adapter was saved, "" where none was; records keep that there is one, not where
@@ -620,6 +669,7 @@ class Outcome:
     message: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     pack: int = 1
+    test: Score | None = None
 
     @property
     def digest(self) -> str:
@@ -639,6 +689,7 @@ class Outcome:
         """What `from_json` reads: a line of outcomes.jsonl has it."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trial"}
         data["rungs"] = [rung.to_json() for rung in self.rungs]
+        data["test"] = self.test.to_json() if self.test else None
         data["versions"] = dict(self.versions)
         return {"trial": self.trial.to_json(), **data}
 
@@ -648,6 +699,7 @@ class Outcome:
         known = {f.name for f in fields(cls)}
         rest = {k: v for k, v in data.items() if k in known and k != "trial"}
         rest["rungs"] = tuple(Rung.from_json(rung) for rung in checks.sequence(rest.get("rungs", ()), "rungs"))
+        rest["test"] = Score.from_json(rest["test"]) if rest.get("test") else None
         outcome = cls(Trial.from_json(data["trial"]), **rest)
         if outcome.status not in ("started", *FINISHED):
             raise ValueError(f"status must be started or {', '.join(FINISHED)}, got {ascii(outcome.status)[:60]}")

@@ -35,6 +35,7 @@ from trainers.tasks import files as task_files
 
 SAMPLERS = ("ehvi", "tpe", "nsga2", "random")
 SCHEDULERS = ("none", "pareto_halving")
+SIGNALS = ("accuracy", "loss", "eval_loss")  # of an evaluation on the way, which trainings can be ranked by
 PROGRAM = ("python", "-m", "search.run")
 
 # What a key decides:
@@ -167,7 +168,7 @@ class RunConfig:
     scheduler: str = _key(
         "none",
         "who stops trainings early. Halving pauses every training at an evaluation (after a "
-        "share 1/eta, 1/eta², ... of all evaluations) and goes on with the best 1/eta by accuracy there and trainable "
+        "share 1/eta, 1/eta², ... of all evaluations) and goes on with the best 1/eta by rank_by there and trainable "
         "parameters; trials counts what is started, the front has what ran to its end",
         decides="proposals",
         where="search",
@@ -179,6 +180,22 @@ class RunConfig:
         decides="proposals",
         where="search",
         least=2,
+    )
+    rank_by: str = _key(
+        "accuracy",
+        "scheduler=pareto_halving: what trainings are ranked by at a rung; eval_loss is the loss of the right answers "
+        "(accuracy, where the task's model writes its answers), loss that of training",
+        decides="proposals",
+        where="search",
+        choices=SIGNALS,
+    )
+    first_rung: int = _key(
+        1,
+        "scheduler=pareto_halving: the evaluation from which on trainings may pause; 0: the first of them pauses none "
+        "before eight complete trainings have shown that it ranks as the end does",
+        decides="proposals",
+        where="search",
+        least=0,
     )
     evaluations: int = _key(
         3,
@@ -460,6 +477,11 @@ def check(config: RunConfig) -> None:
         raise StudyError(
             f"scheduler={config.scheduler} compares trainings before their end, and evaluations={config.evaluations} "
             "is at the end: set it to 2 or more"
+        )
+    if config.scheduler != "none" and config.first_rung >= config.evaluations:
+        raise StudyError(
+            f"first_rung={config.first_rung} must be before the end, which is at evaluation {config.evaluations}: "
+            "lower it, or raise evaluations"
         )
     _check_workers(config)
     _seconds(config.time_budget)

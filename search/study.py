@@ -19,6 +19,7 @@ from typing import Any, Literal
 from allocators.core.types import FINISHED, Outcome, Rung
 from search import front as pareto
 from search.problem import Problem, Proposal
+from search.propose import early
 from search.propose.halving import NO_HALVING, Halving, NoHalving
 from search.propose.sampler import Answered, Proposer, table_rows
 from search.records import Records
@@ -84,6 +85,7 @@ class Conductor:
     keep          "front": adapters of points that left the front are deleted; "all": none is
     halving       pauses trainings at rungs; those that were not gone on with in the end are `stopped`. Repeats with
                   other seeds run to their end
+    rank_by       what halving ranks trainings by at a rung, beside their parameters
     others        trainings of other studies, whose results are taken instead of training again
     """
 
@@ -100,6 +102,7 @@ class Conductor:
         trials: int,
         seeds: int = 1,
         halving: Halving | NoHalving = NO_HALVING,
+        rank_by: str = "accuracy",
         others: OtherStudies | NoOtherStudies = NO_OTHER_STUDIES,
     ) -> None:
         self._problem = problem
@@ -111,6 +114,7 @@ class Conductor:
         self._trials = trials
         self._seeds = seeds
         self._halving = halving
+        self._rank_by = rank_by
         self._others = others
         self._proposals: dict[str, Proposal] = {}
         here = records.outcomes.keys() - records.reused.keys()
@@ -228,9 +232,13 @@ class Conductor:
         """Takes a training of an earlier run in; whether it is paused."""
         if not self._is_own(outcome):
             return False
-        accuracies = [rung.accuracy for rung in outcome.rungs]
-        finished = outcome.status in FINISHED
-        return self._halving.restore(outcome.digest, accuracies, cost=outcome.trainable_params, finished=finished)
+        return self._halving.restore(
+            outcome.digest,
+            [early.merit(rung, self._rank_by) for rung in outcome.rungs],
+            cost=outcome.trainable_params,
+            finished=outcome.status in FINISHED,
+            accuracy=_at_the_end(outcome),
+        )
 
     def _rows(self) -> Iterator[Proposal]:
         """What is missing of a table."""
@@ -263,8 +271,8 @@ class Conductor:
         self._progress.rung(digest, rung)
         outcome = self._records.outcomes[digest]
         number = sum(known.step <= rung.step for known in outcome.rungs)
-        cost = outcome.trainable_params
-        if not self._is_own(outcome) or self._halving.reached(digest, number, accuracy=rung.accuracy, cost=cost):
+        merit, cost = early.merit(rung, self._rank_by), outcome.trainable_params
+        if not self._is_own(outcome) or self._halving.reached(digest, number, merit=merit, cost=cost):
             return True
         self._progress.paused(digest)
         return False
@@ -289,7 +297,7 @@ class Conductor:
         if reused:
             self._repeats.discard(outcome.digest)
         self._records.drop_checkpoint(outcome.digest)
-        self._halving.drop(outcome.digest)
+        self._halving.ended(outcome.digest, accuracy=_at_the_end(outcome) if self._is_own(outcome) else None)
         if not self._problem.is_table:
             self._proposer.tell(outcome)
             self._expect()
@@ -334,3 +342,8 @@ class Conductor:
             for run in runs:
                 if run is not kept:
                     self._records.drop_adapter(run.digest)
+
+
+def _at_the_end(outcome: Outcome) -> float | None:
+    """Accuracy of a training that is complete: one that was stopped has no end to compare with."""
+    return outcome.accuracy if outcome.status == "complete" else None

@@ -4,11 +4,12 @@
 
 Successive halving in its asynchronous form (Li et al. 2020, ASHA: promotion, nobody waits for a rung to fill), with the
 ranking of Schmucker et al. 2021 (MO-ASHA: non-dominated sorting) and two differences. Trainable parameters are exact
-and known, so accuracy alone changes from rung to rung; and inside a front, where all are equally good, the one whose
-loss would cost most hypervolume comes first, which keeps a rung from protecting every cheap point that is only cheap.
-Ranking within strata of like size instead was slower on recorded trainings, however the strata were cut. State only:
-no Ray (`engine/tune.py` obeys it), no clock, no random numbers. What it decided can be told from the evaluations on
-record, so a study that was cut off goes on with `restore`.
+and known, so the other objective alone changes from rung to rung: the *merit* there, a value that the caller gives, of
+which more is better (`early.merit`: accuracy, or minus a loss). And inside a front, where all are equally good, the one
+whose loss would cost most hypervolume comes first, which keeps a rung from protecting every cheap point that is only
+cheap. Ranking within strata of like size instead was slower on recorded trainings, however the strata were cut. State
+only: no Ray (`engine/tune.py` obeys it), no clock, no random numbers. What it decided can be told from the evaluations
+on record, so a study that was cut off goes on with `restore`.
 """
 
 from __future__ import annotations
@@ -18,33 +19,50 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from allocators.core.types import Outcome
+from search.propose.early import rank_correlation
 
-Members = Mapping[str, tuple[int, float | None]]  # by digest: trainable parameters, accuracy at the rung
+Members = Mapping[str, tuple[int, float | None]]  # by digest: trainable parameters, merit at the rung
 
 BEYOND = 0.1  # of a front's extent: how far behind its worst corner the hypervolume is measured from
+SHOWN_BY = 8  # trainings that have to end before their first rung is known to rank as the end does
+AGREES = 0.5  # rank correlation of the first rung with the end from which on trainings pause there
+WATCHED = 0  # as `first_rung`: the first rung pauses nothing before it is known to agree
 
 
-def rungs(evaluations: int, eta: int) -> tuple[int, ...]:
+def rungs(evaluations: int, eta: int, first_rung: int = 1) -> tuple[int, ...]:
     """After which evaluations a training may pause: a share 1/η, 1/η², ... of them, rounded up, the first is the last.
+
+    None of them is before `first_rung`; where none is left, it is one itself.
 
     >>> rungs(4, 2), rungs(3, 2), rungs(9, 3), rungs(3, 3), rungs(1, 3)
     ((1, 2), (1, 2), (1, 3), (1,), ())
+    >>> rungs(4, 2, 2), rungs(9, 3, 2), rungs(3, 3, 2), rungs(3, 3, 3)
+    ((2,), (3,), (2,), ())
     """
     found, share = set(), evaluations
     while share > 1:
         share = math.ceil(share / eta)
         found.add(share)
-    return tuple(sorted(found))
+    later = {rung for rung in found if rung >= first_rung}
+    if not later and first_rung < evaluations:
+        later = {first_rung}
+    return tuple(sorted(later))
+
+
+def second_rung(evaluations: int, eta: int) -> int:
+    """The rung after the first, or what lies half-way to the end where there is one rung only."""
+    first, *later = rungs(evaluations, eta)
+    return later[0] if later else (first + evaluations + 1) // 2
 
 
 def ordered(members: Members) -> list[str]:
     """Best first: by non-dominated front, in a front by hypervolume contribution, then by name. Any order may be given.
 
-    The contribution of a point is the area that only it dominates, of log parameters and accuracy as shares of the
+    The contribution of a point is the area that only it dominates, of log parameters and merit as shares of the
     front's extent, measured from a corner that lies BEYOND its worst. Of points that are equal in both objectives the
-    first by name has it and the others none. A training without a finite accuracy comes after all that have one.
+    first by name has it and the others none. A training without a finite merit comes after all that have one.
     """
-    valid = {key: (cost, acc) for key, (cost, acc) in members.items() if acc is not None and math.isfinite(acc)}
+    valid = {key: (cost, merit) for key, (cost, merit) in members.items() if merit is not None and math.isfinite(merit)}
     names: dict[tuple[int, float], list[str]] = {}
     for key in sorted(valid):
         names.setdefault(valid[key], []).append(key)
@@ -72,10 +90,10 @@ def _contributions(front: list[tuple[int, float]]) -> list[float]:
     """Hypervolume that each point of a front adds to the others."""
     import moocore
 
-    costs, accuracies = [math.log(max(cost, 1)) for cost, _ in front], [accuracy for _, accuracy in front]
+    costs, merits = [math.log(max(cost, 1)) for cost, _ in front], [merit for _, merit in front]
     rows = [
-        [(max(costs) - cost) / (_extent(costs) or 1.0), (acc - min(accuracies)) / (_extent(accuracies) or 1.0)]
-        for cost, acc in zip(costs, accuracies, strict=True)
+        [(max(costs) - cost) / (_extent(costs) or 1.0), (merit - min(merits)) / (_extent(merits) or 1.0)]
+        for cost, merit in zip(costs, merits, strict=True)
     ]
     return [float(part) for part in moocore.hv_contributions(rows, [-BEYOND, -BEYOND], maximise=True)]
 
@@ -103,11 +121,13 @@ class NoHalving:
 
     paused: Mapping[str, int] = MappingProxyType({})
 
-    def restore(self, key: str, accuracies: list[float | None], *, cost: int, finished: bool) -> bool:
+    def restore(
+        self, key: str, merits: list[float | None], *, cost: int, finished: bool, accuracy: float | None = None
+    ) -> bool:
         """False: nothing is paused."""
         return False
 
-    def reached(self, key: str, number: int, *, accuracy: float | None, cost: int) -> bool:
+    def reached(self, key: str, number: int, *, merit: float | None, cost: int) -> bool:
         """True: every training goes on."""
         return True
 
@@ -118,7 +138,7 @@ class NoHalving:
     def close(self) -> None:
         """Does nothing."""
 
-    def drop(self, key: str) -> None:
+    def ended(self, key: str, *, accuracy: float | None) -> None:
         """Does nothing."""
 
 
@@ -130,35 +150,48 @@ class Halving:
 
     evaluations   of a whole training, equally spaced in its tokens; after which of them one may pause: `rungs`
     eta           η: the part that goes on is 1/η, rounded down while trainings may still arrive
+    first_rung    the evaluation from which on trainings may pause; WATCHED: the first rung pauses none while fewer than
+                  eight trainings are complete, or while its merits rank them unlike their accuracies at the end do
+                  (Spearman's correlation below AGREES); until then trainings pause at the second rung alone
     paused        training -> the rung it waits at
     """
 
-    def __init__(self, *, evaluations: int, eta: int) -> None:
+    def __init__(self, *, evaluations: int, eta: int, first_rung: int = 1) -> None:
+        at = rungs(evaluations, eta, max(first_rung, 1))
+        self._watched: int | None = None
+        if first_rung == WATCHED and at and second_rung(evaluations, eta) < evaluations:
+            self._watched = at[0]
+            at = tuple(sorted({*at, second_rung(evaluations, eta)}))
         self._eta = eta
-        self._at: dict[int, dict[str, tuple[int, float | None]]] = {rung: {} for rung in rungs(evaluations, eta)}
+        self._at: dict[int, dict[str, tuple[int, float | None]]] = {rung: {} for rung in at}
         self._promoted: dict[int, set[str]] = {rung: set() for rung in self._at}
+        self._ends: dict[str, float] = {}
         self._closed = False
         self.paused: dict[str, int] = {}
 
-    def restore(self, key: str, accuracies: list[float | None], *, cost: int, finished: bool) -> bool:
-        """Takes in a training of an earlier run by its evaluations so far; says whether it is paused now.
+    def restore(
+        self, key: str, merits: list[float | None], *, cost: int, finished: bool, accuracy: float | None = None
+    ) -> bool:
+        """Takes in a training of an earlier run by its merits so far; says whether it is paused now.
 
-        One that finished is a rival and nothing else, wherever it ended.
+        One that finished is a rival and nothing else, wherever it ended. `accuracy` is that of a complete one.
         """
         for rung in self._at:
-            if len(accuracies) >= rung:
-                self._at[rung][key] = (cost, accuracies[rung - 1])
-            if len(accuracies) > rung:
+            if len(merits) >= rung:
+                self._at[rung][key] = (cost, merits[rung - 1])
+            if len(merits) > rung:
                 self._promoted[rung].add(key)
-        if not finished and len(accuracies) in self._at:
-            self.paused[key] = len(accuracies)
+        if finished:
+            self.ended(key, accuracy=accuracy)
+        elif len(merits) in self._at:
+            self.paused[key] = len(merits)
         return key in self.paused
 
-    def reached(self, key: str, number: int, *, accuracy: float | None, cost: int) -> bool:
+    def reached(self, key: str, number: int, *, merit: float | None, cost: int) -> bool:
         """A training has its evaluation `number` (from 1): whether it goes on at once, else it is paused."""
         if number not in self._at or key in self._promoted[number]:  # what goes on reports its old rungs again
             return True
-        self._at[number][key] = (cost, accuracy)
+        self._at[number][key] = (cost, merit)
         if key in self._promotable(number):
             self._promoted[number].add(key)
             return True
@@ -179,17 +212,28 @@ class Halving:
         """No training will be started any more: 1/η is rounded up, so that a small search ends with some whole ones."""
         self._closed = True
 
-    def drop(self, key: str) -> None:
-        """A training has ended; it stays a rival at the rungs it reached."""
+    def ended(self, key: str, *, accuracy: float | None) -> None:
+        """A training has ended; it stays a rival at the rungs it reached. `accuracy` is None unless it is complete."""
         self.paused.pop(key, None)
+        if accuracy is not None:
+            self._ends[key] = accuracy
 
     def _promotable(self, rung: int) -> list[str]:
         """Those that are to go on or went on, best first."""
         members = self._at[rung]
-        count = len(members) / self._eta
+        count = float(len(members))
+        if rung != self._watched or self._agrees(rung):
+            count /= self._eta
         best = ordered(members)[: math.ceil(count) if self._closed else math.floor(count)]
         return [key for key in best if _is_finite(members[key][1])]
 
+    def _agrees(self, rung: int) -> bool:
+        """Whether trainings that are complete were ranked at this rung as they are at the end."""
+        merits = {key: merit for key, (_, merit) in self._at[rung].items() if merit is not None}
+        pairs = [(merits[key], accuracy) for key, accuracy in self._ends.items() if key in merits]
+        correlation = rank_correlation(pairs, fewest=SHOWN_BY)
+        return correlation is not None and correlation >= AGREES
 
-def _is_finite(accuracy: float | None) -> bool:
-    return accuracy is not None and math.isfinite(accuracy)
+
+def _is_finite(merit: float | None) -> bool:
+    return merit is not None and math.isfinite(merit)

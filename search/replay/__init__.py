@@ -9,7 +9,7 @@ A table has one row for every training that ended by itself (complete, diverged,
     param.NAME        the sampler's parameters of the point; null where its branch of the space has no such parameter
     seed, study_seed  of the training; of its study, which is what allocators that draw were given
     status, accuracy, stderr, trainable_params, tokens, seconds, message
-    rungs             list of {step, tokens, accuracy, stderr, loss, seconds}
+    rungs             list of {step, tokens, accuracy, stderr, loss, eval_loss, seconds}; older tables have no eval_loss
     digest, trial     the training's name, and its allocation, recipe, model and task as JSON
     versions          of the libraries and the device, as JSON
 
@@ -183,7 +183,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
 
 
 def _line(outcome: Outcome, params: Mapping[str, Any], study_seed: int) -> dict[str, Any]:
-    measured = ("step", "tokens", "accuracy", "stderr", "loss", "seconds")
+    measured = ("step", "tokens", "accuracy", "stderr", "loss", "eval_loss", "seconds")
     rungs = [{name: getattr(rung, name) for name in measured} for rung in outcome.rungs]
     return {f"param.{name}": value for name, value in params.items()} | {
         "seed": outcome.trial.seed,

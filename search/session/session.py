@@ -15,7 +15,7 @@ from search.config import RunConfig
 from search.engine import Workers
 from search.engine.memory import PeakMemory
 from search.problem import Problem
-from search.propose.halving import NO_HALVING, Halving
+from search.propose.halving import NO_HALVING, Halving, NoHalving
 from search.records.files import UNTRAINED, write_atomically
 from search.records.folder import StudyFolder
 from search.records.reuse import NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
@@ -107,7 +107,8 @@ class Session:
                 keep=config.keep,
                 trials=config.trials,
                 seeds=config.seeds,
-                halving=Halving(evaluations=config.evaluations, eta=config.eta) if self._pausing else NO_HALVING,
+                halving=self._halving,
+                rank_by=config.rank_by,
                 others=others,
             )
             workers.search(conductor, pausing=self._pausing)
@@ -118,6 +119,14 @@ class Session:
     @property
     def _pausing(self) -> bool:
         return self.config.scheduler != "none"
+
+    @property
+    def _halving(self) -> Halving | NoHalving:
+        """A new one, which has learnt nothing yet."""
+        if not self._pausing:
+            return NO_HALVING
+        config = self.config
+        return Halving(evaluations=config.evaluations, eta=config.eta, first_rung=config.first_rung)
 
     def _progress(self) -> Progress:
         return Progress(

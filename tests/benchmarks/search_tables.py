@@ -136,7 +136,7 @@ class Table:
 class Scheduler(Protocol):
     """Early stopping, as the simulation asks it. A paused training keeps its state and no worker."""
 
-    def reached(self, key: str, number: int, *, accuracy: float | None, cost: int) -> bool:
+    def reached(self, key: str, number: int, *, merit: float | None, cost: int) -> bool:
         """A training has its evaluation `number`: whether it goes on at once, else it is paused."""
 
     def next(self) -> str | None:
@@ -293,7 +293,7 @@ def simulate(
             if covered.add(asker.rows[run]) >= until:
                 break
             asker.tell(run, rung.quality)
-        elif scheduler.reached(run, rung.number, accuracy=rung.quality, cost=asker.costs[run]):
+        elif scheduler.reached(run, rung.number, merit=rung.quality, cost=asker.costs[run]):
             go_on(run)
         fill()
     return {"finished": finished, "seconds": asker.seconds / max(len(asker.rows), 1)}

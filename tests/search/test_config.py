@@ -128,6 +128,7 @@ def test_every_key_says_what_it_decides_and_which_part_of_the_program_takes_it()
 def test_what_follows_from_the_table_is_what_was_kept_by_hand() -> None:
     """A key that moves from one list to another resumes, reuses or replays other studies than before."""
     proposals = {"space", "seed", "plugins", "recipe", "pins", "calibration_samples", "scheduler", "eta"}
+    proposals |= {"rank_by", "first_rung"}
     results = {"model", "task", "evaluations", "limit", "replay", "training_limit", "metric", "num_fewshot"}
     results |= {"fewshot_seed", "chat_template", "dtype", "attn", "quantization", "trust_remote_code"}
     assert set(RunConfig().identity()) == proposals | results

@@ -21,7 +21,16 @@ from hypothesis import strategies as st
 from allocators.core.types import Outcome
 from search.config import parse
 from search.front import candidates, front
-from search.propose.halving import BEYOND, NO_HALVING, Halving, ordered, rungs, tokens_saved
+from search.propose.halving import (
+    BEYOND,
+    NO_HALVING,
+    WATCHED,
+    Halving,
+    ordered,
+    rungs,
+    second_rung,
+    tokens_saved,
+)
 from search.propose.sampler import Proposer
 from search.records import read
 from search.records.folder import StudyFolder
@@ -166,9 +175,9 @@ class Toy:
         while self.at[key] < self.evaluations:
             self.at[key] += 1
             self.log.append(f"{key}@{self.at[key]}")
-            if not self.halving.reached(key, self.at[key], accuracy=accuracy, cost=cost):
+            if not self.halving.reached(key, self.at[key], merit=accuracy, cost=cost):
                 return
-        self.halving.drop(key)
+        self.halving.ended(key, accuracy=accuracy)
 
     def run(self) -> Toy:
         for key in self.points:
@@ -265,13 +274,88 @@ def test_what_goes_on_from_its_checkpoint_reports_old_rungs_and_is_not_paused_th
     toy.train("a")
     toy.train("b")
     assert toy.halving.next() == "a"
-    assert toy.halving.reached("a", 1, accuracy=0.9, cost=10)
-    assert not toy.halving.reached("a", 2, accuracy=0.9, cost=10)
+    assert toy.halving.reached("a", 1, merit=0.9, cost=10)
+    assert not toy.halving.reached("a", 2, merit=0.9, cost=10)
+
+
+# --- from which rung on
+
+
+@given(st.integers(1, 60), st.integers(2, 5), st.integers(1, 60))
+def test_no_rung_is_before_the_first_that_may_pause(evaluations: int, eta: int, first: int) -> None:
+    found = rungs(evaluations, eta, first)
+    assert all(first <= rung < evaluations for rung in found)
+    assert bool(found) == (first < evaluations)
+    assert set(found) <= {*rungs(evaluations, eta), first}
+
+
+def test_a_second_rung_lies_between_the_first_and_the_end() -> None:
+    assert [second_rung(n, eta) for n, eta in ((3, 3), (4, 2), (9, 3), (2, 2))] == [2, 2, 3, 2]
+    assert second_rung(2, 2) == 2, "the end: there is none"
+
+
+def train_whole(halving: Halving, key: str, *, merits: Sequence[float], accuracy: float, cost: int = 10) -> int:
+    """Until it is paused or complete; after how many evaluations."""
+    for number, merit in enumerate(merits, start=1):
+        if not halving.reached(key, number, merit=merit, cost=cost):
+            return number
+    halving.ended(key, accuracy=accuracy)
+    return len(merits)
+
+
+@pytest.mark.parametrize(("agrees", "stops"), [(True, 1), (False, 2)])
+def test_the_first_rung_pauses_once_it_is_known_to_rank_as_the_end_does(agrees: bool, stops: int) -> None:
+    """Better and better trainings, so that none is paused at the second rung; then a bad one."""
+    halving, finals = Halving(evaluations=3, eta=2, first_rung=WATCHED), [0.1 * n for n in range(1, 10)]
+    for n, final in enumerate(finals):
+        first = final if agrees else -final
+        reached = train_whole(halving, f"t{n}", merits=(first, final, final), accuracy=final)
+        assert reached == (2 if n == 0 else 3), "of one training none goes on from the second rung"
+    assert train_whole(halving, "bad", merits=(-2.0, 0.01, 0.01), accuracy=0.01) == stops
+
+
+def test_what_waits_at_a_rung_that_is_not_believed_any_more_goes_on() -> None:
+    halving = Halving(evaluations=3, eta=2, first_rung=WATCHED)
+    for n in range(8):
+        halving.restore(f"t{n}", [n / 10] * 3, cost=10, finished=True, accuracy=n / 10)
+    assert train_whole(halving, "low", merits=(-1.0,), accuracy=0.0) == 1
+    assert halving.next() is None
+    for n in range(8, 16):
+        halving.restore(f"t{n}", [n / 10] * 3, cost=10, finished=True, accuracy=-n / 10)
+    assert halving.next() == "low"
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=9, max_size=20), st.randoms())
+def test_a_restart_of_a_watching_search_decides_as_if_there_had_been_none(
+    drawn: list[tuple[float, float]], draw: random.Random
+) -> None:
+    whole, reached = Halving(evaluations=3, eta=2, first_rung=WATCHED), {}
+    for n, (first, final) in enumerate(drawn):
+        reached[f"t{n:02}"] = train_whole(whole, f"t{n:02}", merits=(first, final, final), accuracy=final)
+    again, order = Halving(evaluations=3, eta=2, first_rung=WATCHED), list(enumerate(drawn))
+    draw.shuffle(order)
+    for n, (first, final) in order:
+        at = reached[f"t{n:02}"]
+        merits: list[float | None] = [first, final, final]
+        again.restore(f"t{n:02}", merits[:at], cost=10, finished=at == 3, accuracy=final if at == 3 else None)
+    assert again.paused == whole.paused
+    assert [again.next() for _ in drawn] == [whole.next() for _ in drawn]
+
+
+@given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=1, max_size=12))
+def test_only_the_order_of_merits_inside_a_front_and_their_extent_matter(points: list[tuple[int, float]]) -> None:
+    """Minus a loss is as good a merit as an accuracy: below zero and of any unit."""
+    members = {key: (cost, merit) for key, (cost, merit) in named(points).items()}
+    finite = {key: (cost, merit) for key, (cost, merit) in members.items() if merit is not None}
+    moved = {key: (cost, round(merit, 3) * 4 - 8) for key, (cost, merit) in finite.items()}
+    same = {key: (cost, round(merit, 3)) for key, (cost, merit) in finite.items()}
+    numbers = front_numbers(same)
+    assert [numbers[key] for key in ordered(moved)] == [numbers[key] for key in ordered(same)]
 
 
 def test_without_halving_nothing_is_ever_paused() -> None:
     halving = NO_HALVING
-    assert halving.reached("a", 1, accuracy=None, cost=1)
+    assert halving.reached("a", 1, merit=None, cost=1)
     assert halving.next() is None
     assert not halving.restore("a", [0.1], cost=1, finished=False)
 
@@ -295,6 +379,8 @@ def test_tokens_that_were_not_trained_are_counted() -> None:
         (["scheduler=pareto_halvin"], "did you mean 'pareto_halving'"),
         (["scheduler=pareto_halving", "evaluations=1"], "set it to 2 or more"),
         (["eta=1"], "eta must be at least 2, got 1"),
+        (["rank_by=speed"], "rank_by"),
+        (["scheduler=pareto_halving", "first_rung=3"], "first_rung=3 must be before the end, which is at evaluation 3"),
         (["space=sieve_ablation", "scheduler=pareto_halving"], "every row of a table"),
     ],
 )
@@ -311,6 +397,8 @@ def test_results_depend_on_who_is_trained_to_the_end() -> None:
     plain = parse([]).identity()
     assert parse(["scheduler=pareto_halving"]).identity() != plain
     assert parse(["eta=4"]).identity() != plain
+    assert parse(["rank_by=eval_loss"]).identity() != plain
+    assert parse(["first_rung=2"]).identity() != plain
 
 
 def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_front() -> None:
@@ -331,12 +419,13 @@ def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_fro
 # --- whole studies
 
 
-def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank_by", ["accuracy", "eval_loss"])
+def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path: Path, rank_by: str) -> None:
     """A table answers instead of workers; what a killed driver leaves is written by hand: paused, under way, over."""
     record(tmp_path / "recorded")
     table = export([tmp_path / "recorded"], tmp_path / "small.parquet")
     words = [f"replay={tmp_path / 'small.parquet'}", "scheduler=pareto_halving", "eta=2", "sampler=random", "trials=12"]
-    words += [f"storage={tmp_path}", "max_concurrent=3", "num_cpus=2"]
+    words += [f"storage={tmp_path}", "max_concurrent=3", "num_cpus=2", f"rank_by={rank_by}"]
     config, asked = prepare_replay(parse(words))
     folder = tmp_path / config.study_name
     proposer = Proposer(asked, sampler="random")

@@ -67,7 +67,15 @@ def record(folder: Path, *, seed: int = 0, points: list[dict[str, Any]] | None =
                 diverged = number % 5 == 4
                 curve = [0.5, 0.8, 1.0][: 1 if diverged else 3]
                 rungs = tuple(
-                    Rung(step, 100 * step * (1 + number % 3), accuracy(trial, of) * share, 0.01, 1.0, 1.0 * step)
+                    Rung(
+                        step,
+                        100 * step * (1 + number % 3),
+                        found := accuracy(trial, of) * share,
+                        0.01,
+                        1.0,
+                        2.0 - found,
+                        1.0 * step,
+                    )
                     for step, share in zip(STEPS, curve, strict=False)
                 )
                 outcome = Outcome(trial, "diverged" if diverged else "complete", cost, rungs=rungs, seconds=30.0)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from search.records import read, write_atomically
-from search.report import attribution, gains, page, plot, tables, words
+from search.report import allocations, attribution, broken, gains, page, plot, tables, words
 from search.report.results import Results
 from search.report.sections import Section, sections_of
 
@@ -37,9 +37,12 @@ class Report(Results):
         """Tables beyond the front."""
         return [
             *sections_of(self.records, self.points),
+            *allocations.sections(self.tried, self.worths),
+            *broken.sections(self.broken),
             *attribution.attributed(self.importance),
             *gains.recipes(self.records, self.points, self.front, noise=self.noise),
             *gains.saved(self.records),
+            *gains.foretold(self.early),
         ]
 
     @property

@@ -2,9 +2,12 @@
 
     importance(points)        # `report.html` draws the shares
 
+The shares measure where accuracy varied among the points tried, broken trainings (`broken.py`) included. What an
+allocation is worth once its recipe is good is another question: `allocations.py`.
+
 Trainable parameters are counted before training, so only accuracy has to be explained. Settings are taken in groups:
-the allocator with its knobs (knobs exist for one allocator only, so they move together), T, top-k, rank (with
-lora_alpha), and the optimiser's.
+the allocator with its knobs (knobs exist for one allocator only, so they move together), T, top-k, rank, lora_alpha
+with the scaled rate (`Recipe.scaled_rate`, which stands for the learning rate), and the rest of the optimiser's.
 
 The share of a group is its total effect on what a random forest predicts (Sobol's index; a knob that a point lacks is a
 missing value): MSE(group shuffled) − MSE, halved, over the variance of accuracy, on points that the forest was not
@@ -50,17 +53,27 @@ class Importance:
     foreseen: float
 
 
+def settings_of(trial: Trial) -> dict[str, object]:
+    """Allocator, knobs and recipe; beside the learning rate, which follows from it, the scaled rate."""
+    recipe = {f.name: getattr(trial.recipe, f.name) for f in fields(Recipe)}
+    return {"allocator": trial.allocator, **trial.knobs, **recipe, "scaled_rate": trial.recipe.scaled_rate}
+
+
 def groups_of(trial: Trial) -> dict[str, dict[str, object]]:
     """A trial's settings by group."""
-    recipe = {f.name: getattr(trial.recipe, f.name) for f in fields(Recipe)}
-    knobs = dict(trial.knobs)
-    total = {"total_experts": knobs.pop("total_experts")} if "total_experts" in knobs else {}
+    settings = settings_of(trial)
+    del settings["learning_rate"]
+
+    def take(*names: str) -> dict[str, object]:
+        return {name: settings.pop(name) for name in names if name in settings}
+
     return {
-        "allocator and its knobs": {"allocator": trial.allocator, **knobs},
-        "T": total,
-        "top-k": {"top_k": recipe.pop("top_k")},
-        "rank": {"rank": recipe.pop("rank"), "lora_alpha": recipe.pop("lora_alpha")},
-        "optimiser": recipe,
+        "allocator and its knobs": take("allocator", *(name for name in trial.knobs if name != "total_experts")),
+        "T": take("total_experts"),
+        "top-k": take("top_k"),
+        "rank": take("rank"),
+        "alpha and scaled rate": take("lora_alpha", "scaled_rate"),
+        "optimiser": settings,
     }
 
 
@@ -162,7 +175,10 @@ def in_words(explained: Importance | None, points: Sequence[Candidate]) -> list[
         ]
     parts = [f"{_percent(s)} with {'the ' if len(s.settings) > 1 else ''}{_name(s)}" for s in explained.shares[:3]]
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
-    return [f"Of the variance of accuracy over the {n} points tried, {listed.replace(' with', ' goes with', 1)}."]
+    return [
+        f"Of the variance of accuracy over the {n} points tried, broken trainings included, "
+        f"{listed.replace(' with', ' goes with', 1)}."
+    ]
 
 
 def _percent(share: Share) -> str:
@@ -185,8 +201,10 @@ def attributed(explained: Importance | None) -> list[Section]:
         "shares may add up to more than 100 %; what is below zero is noise and shown as 0 %.",
         f"Forests foresee {100 * explained.foreseen:.0f} % of the variance of points they were not fitted on. The rest "
         "is seeds, questions, and what so few points do not show.",
+        "It measures which trainings came out low, broken ones included, and not what an allocation is worth at a good "
+        "recipe: that stands above.",
         "It is about the points tried, not about the space: a sampler crowds where accuracy is high, and a setting "
         "that it hardly varied has a small share here. Trainable parameters are counted: nothing to explain.",
     )
     bars = tuple((_name(s), max(s.value, 0.0), s.error) for s in explained.shares)
-    return [Section("What accuracy goes with", ("settings", "share", "what varies"), rows, notes, bars)]
+    return [Section("Variance of accuracy by setting", ("settings", "share", "what varies"), rows, notes, bars)]

@@ -1,6 +1,6 @@
-"""What a search was worth: the front against one-line recipes, and the trainings that were saved.
+"""What a search was worth: the front against one-line recipes, the trainings that were saved, what early signals say.
 
-    recipes(records, points, front, noise=noise), saved(records)
+    recipes(records, points, front, noise=noise), saved(records), foretold(signals)
 
 Each gives sections of the report, none where there is nothing to say.
 """
@@ -11,7 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from allocators.core.types import Trial
+from search.config import SIGNALS
 from search.front import Candidate
+from search.propose.early import NAMES, PARTS, Early
 from search.propose.halving import tokens_saved
 from search.records import Records
 from search.report.sections import Section, is_table
@@ -136,3 +138,27 @@ def saved(records: Records) -> list[Section]:
     if reasons["infeasible"]:
         notes.append(f"{reasons['infeasible']} more points could not exist, and none was given to a worker.")
     return [Section("Trainings saved", ("what", "trainings", "tokens", "share of tokens"), tuple(rows), tuple(notes))]
+
+
+# --- early signals
+
+
+def foretold(early: Sequence[Early]) -> list[Section]:
+    """Rank correlations with the end, a row a part of the training; nothing where none is known."""
+    cells = {(at.signal, at.part): f"{at.correlation:.2f}" for at in early if at.correlation is not None}
+    shown = [signal for signal in SIGNALS if any((signal, part) in cells for part in PARTS)]
+    rows = []
+    for part in PARTS:
+        at_part = [at for at in early if at.part == part and (at.signal, part) in cells]
+        if at_part:
+            values = (cells.get((signal, part), "") for signal in shown)
+            rows.append((f"{at_part[0].share:.0%}", *values, str(at_part[0].n)))
+    if not rows:
+        return []
+    notes = (
+        "Spearman's rank correlation with the accuracy at the end, over the points that trained to it (of each the "
+        "first training), at the evaluations nearest to a third and to two thirds. 1: it ranks as the end does. "
+        "Halving pauses by one of these signals (rank_by=).",
+    )
+    head = ("part of the training", *(NAMES[signal] for signal in shown), "n")
+    return [Section("Early signals", head, tuple(rows), notes)]

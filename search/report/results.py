@@ -17,10 +17,11 @@ from pathlib import Path
 
 from allocators.core.types import Outcome
 from search.front import Candidate, knee
+from search.propose import early
 from search.records import Records
-from search.report import attribution, gains
+from search.report import allocations, attribution, broken, gains
 from search.report.sections import is_table
-from search.report.uncertainty import Bias, Difference, Noise, compare, pooled, rank_correlation, selection_bias
+from search.report.uncertainty import Bias, Difference, Noise, compare, pooled, selection_bias
 from search.text import label, run_id, varying
 
 
@@ -101,13 +102,26 @@ class Results:
         return None if is_table(self.records) else selection_bias(self.points, seed=self.records.seed)
 
     @cached_property
-    def early_ranks(self) -> tuple[float | None, int]:
-        """Spearman's rank correlation of accuracy at the first rung and at the end, and over how many points."""
-        runs = [run for c in self.points for run in c.complete[:1] if len(run.rungs) > 1]
-        pairs = [(float(run.rungs[0].accuracy or 0.0), run.accuracy or 0.0) for run in runs]
-        return rank_correlation(pairs), len(pairs)
+    def early(self) -> list[early.Early]:
+        """How evaluations on the way rank the points beside the end; of every point its first complete training."""
+        return early.signals(run for candidate in self.points for run in candidate.complete[:1])
 
     # --- what made the difference, what was saved
+
+    @cached_property
+    def tried(self) -> allocations.Tried:
+        """Every allocation with the recipes that it was tried with."""
+        return allocations.allocations(self.points)
+
+    @cached_property
+    def worths(self) -> list[allocations.Worth]:
+        """What the choice of the allocation is worth, size by size."""
+        return allocations.worths(self.points, noise=self.tried.noise)
+
+    @cached_property
+    def broken(self) -> broken.Broken:
+        """Trainings that came to nothing, and by which setting."""
+        return broken.broken(self.records.finished.values(), broken.base_of(self.records))
 
     @cached_property
     def importance(self) -> attribution.Importance | None:
@@ -150,8 +164,10 @@ class Results:
                 numbers[f"{name}_trainable_params"] = candidate.trainable_params
         if self.records.untrained is not None:
             numbers["untrained_accuracy"] = self.records.untrained["accuracy"]
-        if (correlation := self.early_ranks[0]) is not None:
-            numbers["rank_correlation_first_rung"] = correlation
+        for at in self.early:
+            if at.correlation is not None:
+                numbers[f"rank_correlation_{at.signal}_{at.part}"] = at.correlation
+        numbers |= {"trainings_broken": self.broken.count, "trainings_judged": self.broken.trainings}
         if self.records.reused:
             numbers["runs_reused"] = len(self.records.reused)
         if self.tokens_saved[0]:

@@ -3,8 +3,9 @@
     paired(a, b)                   two points at the same seeds: mean difference, 95 % interval, paired t-test
     equivalence(pair, margin=.02)  two one-sided tests (TOST): are they equal to within a margin?
     compare(lower, higher, ...)    two points of a front: rise, its standard error, P(higher is better)
+    interval(point, ...)           95 % of one point's accuracy, from its questions and its seeds
+    picked_elsewhere(points)       the best of several points by seed, each time picked at the other seeds
     selection_bias(points, seed)   what picking the best at one seed added to the picked
-    rank_correlation(pairs)        Spearman's, between the first evaluation and the last
 
 Every number comes with the n it stands on. Distributions are scipy's; nothing is resampled.
 """
@@ -20,7 +21,6 @@ from search.front import Candidate
 
 CONFIDENCE = 0.95
 TOO_CLOSE = 2.0  # standard errors of a difference below which it may be chance
-FEWEST_RANKS = 5  # a rank correlation of fewer runs says nothing
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,21 @@ class Difference:
     """rise: how much more accurate the second point is; stderr of that; chance: P(the second is the better one).
 
     stderr and chance are None where neither the evaluation's error nor a spread between seeds is known.
+    freedom: degrees of freedom of stderr, infinite where no spread between seeds is in it.
     """
 
     rise: float
     stderr: float | None
     chance: float | None
+    freedom: float = math.inf
+
+    def reach(self, *, comparisons: int = 1) -> float | None:
+        """Half the width of the 95 % interval of the rise; None where that is unknown.
+
+        Of several comparisons all intervals hold at once with 95 % (Bonferroni): that of the best one among them is
+        then no more flattered than its picking allows.
+        """
+        return None if self.stderr is None else half_width(self.stderr, self.freedom, comparisons=comparisons)
 
     @property
     def inside_noise(self) -> bool:
@@ -122,37 +132,81 @@ class Difference:
         return "inside the noise" if self.inside_noise else "more than noise"
 
 
-def compare(lower: Candidate, higher: Candidate, *, noise: Noise | None) -> Difference:
+def compare(lower: Candidate, higher: Candidate, *, noise: Noise | None, pool: bool = False) -> Difference:
     """P(higher > lower) = T_ν(rise / stderr), Student's t, from a flat prior on the difference.
 
     stderr² adds for each point the evaluation's error² and s²/n over its n seeds; a point with one seed takes s² from
     `noise`, the pooled variance, and where that is unknown too only the evaluation's error counts. ν by Welch and
     Satterthwaite, the evaluation's errors counting as known. Cautious: as if both had answered different questions.
+    With `pool` every point takes its s² from `noise`: three seeds hardly know their own spread.
     """
     rise = (higher.accuracy or 0.0) - (lower.accuracy or 0.0)
-    variance, by_freedom, known = 0.0, 0.0, False
-    single = 0.0
-    for point in (lower, higher):
-        n = len(point.complete)
-        if point.question_error is not None:
-            variance, known = variance + point.question_error**2, True
-        if n > 1:
-            part = (point.spread or 0.0) ** 2 / n
-            variance, by_freedom, known = variance + part, by_freedom + part**2 / (n - 1), True
-        elif noise is not None:
-            single += noise.variance
-    if noise is not None and single:
-        variance, by_freedom, known = variance + single, by_freedom + single**2 / noise.freedom, True
-    if not known:
+    known = _error((lower, higher), noise, pool=pool)
+    if known is None:
         return Difference(rise, None, None)
-    error = math.sqrt(variance)
+    error, freedom = known
     if error < 1e-12:
         return Difference(rise, error, 0.5 if abs(rise) < 1e-12 else float(rise > 0))
     from scipy import special  # lighter than scipy.stats, and every report comes here
 
     ratio = rise / error
-    chance = special.stdtr(variance**2 / by_freedom, ratio) if by_freedom else special.ndtr(ratio)
-    return Difference(rise, error, float(chance))
+    chance = special.ndtr(ratio) if math.isinf(freedom) else special.stdtr(freedom, ratio)
+    return Difference(rise, error, float(chance), freedom)
+
+
+def interval(point: Candidate, *, noise: Noise | None, pool: bool = False) -> tuple[float, float] | None:
+    """95 % interval of a point's accuracy, with the errors that `compare` takes; None where none of them is known.
+
+    It ends at 0 and 1 where the accuracy lies between them.
+    """
+    known = _error((point,), noise, pool=pool)
+    if known is None or point.accuracy is None:
+        return None
+    reach = half_width(*known)
+    return max(point.accuracy - reach, min(0.0, point.accuracy)), min(point.accuracy + reach, max(1.0, point.accuracy))
+
+
+def _error(points: Sequence[Candidate], noise: Noise | None, *, pool: bool) -> tuple[float, float] | None:
+    """Standard error of a sum or difference of the points' accuracies, and its degrees of freedom."""
+    variance, by_freedom, known = 0.0, 0.0, False
+    shared = 0.0
+    for point in points:
+        n = len(point.complete)
+        if point.question_error is not None:
+            variance, known = variance + point.question_error**2, True
+        if noise is not None and (pool or n < 2):
+            shared += noise.variance / max(n, 1)
+        elif n > 1:
+            part = (point.spread or 0.0) ** 2 / n
+            variance, by_freedom, known = variance + part, by_freedom + part**2 / (n - 1), True
+    if noise is not None and shared:
+        variance, by_freedom, known = variance + shared, by_freedom + shared**2 / noise.freedom, True
+    if not known:
+        return None
+    return math.sqrt(variance), variance**2 / by_freedom if by_freedom else math.inf
+
+
+def half_width(error: float, freedom: float, *, comparisons: int = 1) -> float:
+    """Half the width of the 95 % interval of what has this standard error; of several, all hold at once."""
+    from scipy import special
+
+    tail = 1 - (1 - CONFIDENCE) / 2 / comparisons
+    return error * float(special.ndtri(tail) if math.isinf(freedom) else special.stdtrit(freedom, tail))
+
+
+def picked_elsewhere(points: Sequence[Candidate]) -> dict[int, float] | None:
+    """By seed the accuracy there of the point that is best at the other seeds, of all that are complete at all seeds.
+
+    The best of several points is flattered by the seed that it was picked at; this is not. The mean over the seeds is
+    what picking by n − 1 seeds gives. None where the points share fewer than two seeds. All answer the same questions,
+    so that what a point owes to them stays in.
+    """
+    by_seed = [{run.trial.seed: run.accuracy or 0.0 for run in point.complete} for point in points if point.complete]
+    shared = sorted(set.intersection(*(set(of) for of in by_seed))) if by_seed else []
+    if len(shared) < 2:
+        return None
+    best = {seed: max(by_seed, key=lambda of: math.fsum(of[s] for s in shared if s != seed)) for seed in shared}
+    return {seed: of[seed] for seed, of in best.items()}
 
 
 @dataclass(frozen=True)
@@ -189,13 +243,3 @@ def selection_bias(points: Iterable[Candidate], *, seed: int) -> Bias | None:
     drops = [a - b for a, b in zip(picked, fresh, strict=True)]
     error = statistics.stdev(drops) / math.sqrt(len(drops)) if len(drops) > 1 else None
     return Bias(len(picked), number, statistics.fmean(picked), statistics.fmean(fresh), error)
-
-
-def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
-    """Spearman's rank correlation, ties sharing their rank; None for fewer than five pairs or one that is constant."""
-    first, last = [a for a, _ in pairs], [b for _, b in pairs]
-    if len(pairs) < FEWEST_RANKS or len(set(first)) == 1 or len(set(last)) == 1:
-        return None
-    from scipy import stats
-
-    return float(stats.spearmanr(first, last).statistic)

@@ -19,16 +19,15 @@ from pathlib import Path
 from allocators.core.types import Outcome, best_under
 from search.config import load_arguments
 from search.front import Candidate
-from search.report import attribution
+from search.report import allocations, attribution, broken
+from search.report.allocations import CONTROLS, EQUAL
 from search.report.results import Results
 from search.report.sections import is_table
 from search.report.uncertainty import TOO_CLOSE, Bias, Difference
 from search.text import accuracy_text, human, point, recipe_words, run_id
 
-BASELINES = ("random", "uniform")  # what an allocation has to beat at equal parameters
 MANY = 5  # comparisons inside the noise that are told one by one
-EQUAL = 0.02  # share by which "equal parameters" may differ
-FAITHFUL = 0.8  # rank correlation between first rung and end below which early results mislead
+FAITHFUL = 0.8  # rank correlation between a third of the training and its end below which early results mislead
 
 
 def sentences(results: Results) -> list[str]:
@@ -40,6 +39,8 @@ def sentences(results: Results) -> list[str]:
         *_gained(results),
         *_honesty(results),
         *_against_baselines(results),
+        *allocations.in_words(results.tried, results.worths, allocations.spread(results.points)),
+        *broken.in_words(results.broken),
         *attribution.in_words(results.importance, results.points),
         *_early(results),
         *_state(results),
@@ -157,12 +158,12 @@ def _selection(bias: Bias | None) -> list[str]:
 
 def _early(results: Results) -> list[str]:
     """A warning where early accuracy does not rank as the end does: what stops trials early would stop good ones."""
-    correlation, n = results.early_ranks
-    if correlation is None or correlation >= FAITHFUL:
-        return []
+    at_third = (at for at in results.early if (at.signal, at.part) == ("accuracy", "third"))
     return [
-        f"Warning: accuracy at the first evaluation ranks the points unlike the end does (rank correlation "
-        f"{correlation:.2f}, n = {n}, below {FAITHFUL}): stopping trials by it would stop good ones."
+        f"Warning: accuracy at a third of the training ranks the points unlike the end does (rank correlation "
+        f"{at.correlation:.2f}, n = {at.n}, below {FAITHFUL}): stopping trials by it would stop good ones."
+        for at in at_third
+        if at.correlation is not None and at.correlation < FAITHFUL
     ]
 
 
@@ -175,7 +176,7 @@ def _against_baselines(results: Results) -> list[str]:
     inside: list[str] = []
     measured = [candidate for candidate in results.points if candidate.accuracy is not None]
     for baseline in sorted(measured, key=lambda candidate: candidate.trainable_params):
-        rivals = [c for c in measured if _is_rival(c, baseline)] if baseline.best.trial.allocator in BASELINES else []
+        rivals = [c for c in measured if _is_rival(c, baseline)] if baseline.best.trial.allocator in CONTROLS else []
         if rivals:
             best = max(rivals, key=lambda c: c.accuracy or 0.0)
             difference = results.difference(baseline, best)
@@ -185,7 +186,7 @@ def _against_baselines(results: Results) -> list[str]:
         return said + inside
     return [
         *said,
-        f"In {len(inside)}{' more' if said else ''} comparisons of {' or '.join(BASELINES)} with the best other "
+        f"In {len(inside)}{' more' if said else ''} comparisons of {' or '.join(CONTROLS)} with the best other "
         f"rule at equal parameters and recipe the difference is inside the noise.",
     ]
 
@@ -193,7 +194,7 @@ def _against_baselines(results: Results) -> list[str]:
 def _is_rival(candidate: Candidate, baseline: Candidate) -> bool:
     """Whether a point has the baseline's parameters and recipe, and is no baseline itself."""
     return (
-        candidate.best.trial.allocator not in BASELINES
+        candidate.best.trial.allocator not in CONTROLS
         and candidate.best.trial.recipe == baseline.best.trial.recipe
         and abs(candidate.trainable_params - baseline.trainable_params) <= EQUAL * baseline.trainable_params
     )

@@ -54,7 +54,7 @@ def test_what_alone_decides_has_nearly_everything() -> None:
     assert found.shares[0].value > 0.8
     assert all(abs(share.value) < 0.05 for share in found.shares[1:])
     assert found.foreseen > 0.9
-    assert {share.group for share in found.shares} == {"allocator and its knobs", "rank", "optimiser"}
+    assert {share.group for share in found.shares} == {"allocator and its knobs", "rank", "alpha and scaled rate"}
     assert in_words(found, candidates(outcomes))[0].startswith("Of the variance of accuracy over the 60 points tried, ")
 
 
@@ -62,13 +62,13 @@ def test_a_knob_that_only_one_allocator_has_counts_for_the_allocator() -> None:
     outcomes = made(80, lambda trial, noise: trial.knobs.get("fraction", 0.0))
     found = shares(outcomes)
     assert found["allocator and its knobs"] > 0.7
-    assert max(found["rank"], found["optimiser"]) < 0.1
+    assert max(found["rank"], found["alpha and scaled rate"]) < 0.1
 
 
 def test_two_equal_causes_share() -> None:
     found = shares(made(80, lambda t, noise: t.recipe.rank / 64 + 0.3 * (t.allocator == "all") + 0.01 * noise))
     assert min(found["rank"], found["allocator and its knobs"]) > 0.2
-    assert found["optimiser"] < 0.05
+    assert found["alpha and scaled rate"] < 0.05
 
 
 def test_the_order_of_the_points_changes_nothing() -> None:
@@ -112,7 +112,13 @@ def test_a_small_study_says_that_it_is_too_small(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr().out
     assert f"{FEWEST} are needed" in said
     titles = [section["title"] for section in data_of(tmp_path / "demo")["sections"]]
-    assert titles == ["One-line recipes against the front", "Trainings saved"]
+    assert titles == [
+        "What the choice of the allocation is worth",
+        "Broken trainings",
+        "One-line recipes against the front",
+        "Trainings saved",
+        "Early signals",
+    ]
 
 
 def test_a_replayed_study_from_its_trainings_to_its_report(table: Recorded, tmp_path: Path) -> None:  # noqa: F811
@@ -121,10 +127,10 @@ def test_a_replayed_study_from_its_trainings_to_its_report(table: Recorded, tmp_
     said = run(tmp_path, f"replay={folder / 'small.parquet'}", "trials=30", "sampler=random")
     study = tmp_path / "sieve-small-t-replay-small"
     sections = {section["title"]: section for section in data_of(study)["sections"]}
-    bars: dict[str, float] = {label: share for label, share, _ in sections["What accuracy goes with"]["bars"]}
+    bars: dict[str, float] = {label: share for label, share, _ in sections["Variance of accuracy by setting"]["bars"]}
     assert max(bars, key=lambda label: bars[label]) == "allocator and its knobs"
-    assert {"learning_rate", "rank"} <= bars.keys()
-    assert "What accuracy goes with" in said
+    assert {"alpha and scaled rate", "rank"} <= bars.keys()
+    assert "Variance of accuracy by setting" in said
     assert "One-line recipes against the front" in said
     assert len(read(study).finished) == 30
     assert len(load(str(folder / "small.parquet")).rows) > 30

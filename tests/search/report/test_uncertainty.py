@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from search.front import Candidate, candidates
-from search.report.uncertainty import compare, equivalence, paired, pooled, rank_correlation, selection_bias
+from search.report.uncertainty import Noise, compare, equivalence, interval, paired, pooled, selection_bias
 from tests.search.studies import QUESTIONS, outcome, selection
 
 ACCURACIES = st.dictionaries(st.integers(0, 9), st.floats(0, 1), min_size=2)
@@ -129,12 +129,27 @@ def test_the_winners_curse_is_the_pick_against_its_fresh_seeds() -> None:
     assert selection_bias([point(0.9)], seed=0) is None
 
 
-def test_rank_correlation() -> None:
-    rising = [(0.1, 0.3), (0.2, 0.4), (0.3, 0.5), (0.4, 0.8), (0.5, 0.9)]
-    assert rank_correlation(rising) == pytest.approx(1)
-    assert rank_correlation([(a, -b) for a, b in rising]) == pytest.approx(-1)
-    assert rank_correlation(rising[:4]) is None
-    assert rank_correlation([(0.1, b) for _, b in rising]) is None
+def test_an_interval_is_that_of_students_t_about_the_mean() -> None:
+    three = point(0.5, 0.6, 0.55, questions=False)
+    reference = stats.t.interval(0.95, 2, loc=0.55, scale=stats.sem([0.5, 0.6, 0.55]))
+    assert interval(three, noise=None) == pytest.approx(reference)
+    one = point(0.5)
+    error = math.sqrt(0.25 / QUESTIONS)
+    assert interval(one, noise=None) == pytest.approx(stats.norm.interval(0.95, loc=0.5, scale=error))
+    assert interval(point(1.0), noise=Noise(0.01, 10)) == pytest.approx((1 - stats.t.ppf(0.975, 10) * 0.1, 1.0))
+    assert interval(point(0.5, questions=False), noise=None) is None
+
+
+def test_several_intervals_hold_at_once() -> None:
+    low, high = point(0.5), point(0.6, experts=8)
+    found = compare(low, high, noise=None)
+    assert found.stderr is not None
+    assert found.reach() == pytest.approx(stats.norm.ppf(0.975) * found.stderr)
+    assert found.reach(comparisons=10) == pytest.approx(stats.norm.ppf(1 - 0.0025) * found.stderr)
+    welch = compare(point(0.5, 0.6, questions=False), point(0.7, 0.75, experts=8, questions=False), noise=None)
+    reference = stats.ttest_ind((0.7, 0.75), (0.5, 0.6), equal_var=False).confidence_interval(0.95)
+    assert welch.reach() == pytest.approx((reference.high - reference.low) / 2)
+    assert compare(point(0.5, questions=False), point(0.6, questions=False), noise=None).reach() is None
 
 
 def test_a_rule_that_draws_anew_for_every_seed_is_one_point() -> None:

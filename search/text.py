@@ -73,15 +73,31 @@ def point(outcome: Outcome) -> str:
     return " ".join([outcome.trial.allocator or "unnamed", *knobs])
 
 
+def settings_of(recipe: Recipe) -> dict[str, object]:
+    """Every setting of a recipe by its name, the scaled rate beside the learning rate."""
+    settings: dict[str, object] = {}
+    for f in fields(Recipe):
+        settings[f.name] = getattr(recipe, f.name)
+        if f.name == "learning_rate":
+            settings["scaled_rate"] = recipe.scaled_rate
+    return settings
+
+
 def varying(outcomes: Iterable[Outcome]) -> list[str]:
-    """Recipe settings that are not the same in all outcomes, in the recipe's order."""
-    recipes = [outcome.trial.recipe for outcome in outcomes]
-    return [f.name for f in fields(Recipe) if len({getattr(recipe, f.name) for recipe in recipes}) > 1]
+    """Recipe settings that are not the same in all outcomes, in the recipe's order.
+
+    The scaled rate is one of them where learning_rate and lora_alpha both vary: else it follows the one that does.
+    """
+    recipes = [settings_of(outcome.trial.recipe) for outcome in outcomes]
+    names = [name for name in (recipes[0] if recipes else ()) if len({recipe[name] for recipe in recipes}) > 1]
+    if {"learning_rate", "lora_alpha"} <= set(names):
+        return names
+    return [name for name in names if name != "scaled_rate"]
 
 
 def recipe_words(outcome: Outcome, settings: Iterable[str]) -> list[str]:
     """`rank 8` for each of these settings of the recipe."""
-    return [f"{name} {number(getattr(outcome.trial.recipe, name))}" for name in settings]
+    return [f"{name} {number(settings_of(outcome.trial.recipe)[name])}" for name in settings]
 
 
 def label(outcome: Outcome, settings: Iterable[str]) -> str:

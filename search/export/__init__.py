@@ -15,7 +15,7 @@ from allocators.core import words
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import Outcome
 from search import records
-from search.config import RunConfig, keys
+from search.config import SETTINGS, RunConfig, keys
 from search.export.formats import FORMATS, Conversion
 from search.export.model_card import PROJECT, Card, markdown
 from search.front import Candidate
@@ -101,10 +101,17 @@ def retrain(report: Report, run: Outcome) -> str:
     header = report.records.header
     settings = {name: header["config"][name] for name in keys() if name in header["config"]}
     config = RunConfig(**settings).without("amount")
-    pins = {k: v for k, v in report.records.params_of(run.digest).items() if k not in config.recipe}
+    params = report.records.params_of(run.digest)
+    pins = {name: value for name, value in params.items() if name not in SETTINGS}
+    # as what they came to, whichever of them the space proposed when it was recorded
+    decided = {name for name in SETTINGS if name in params} - {"scaled_rate"}
+    decided |= {"rank", "lora_alpha", "learning_rate"} if SETTINGS.keys() & params.keys() else set()
+    recipe = {name: getattr(run.trial.recipe, name) for name in SETTINGS if name in decided}
     seeds = 1 + run.trial.seed - config.seed  # repeats of a point have the seeds after the study's own
     name = f"{report.records.name}-{run_id(run)}"
-    config = replace(config, trials=1, seeds=seeds, name=name, keep="all", pins=config.pins | pins)
+    config = replace(
+        config, trials=1, seeds=seeds, name=name, keep="all", recipe=config.recipe | recipe, pins=config.pins | pins
+    )
     return portable_command(config.command())
 
 

@@ -15,7 +15,7 @@ from allocators.core.maps import AllocationMap
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Outcome
 from search.front import Candidate
 from search.records.redact import portable
-from search.text import accuracy_text, number, point, run_id
+from search.text import accuracy_text, number, point, run_id, settings_of
 
 PROJECT = "lora-expert-search"
 KIND = {
@@ -75,7 +75,7 @@ def markdown(card: Card) -> str:
         "## What is known\n" + _table(_facts(card)),
         *(f"- {note}" for note in card.notes),
         "## Where the LoRA experts are\n" + _code("\n".join(map_lines(run.trial.allocation, card.shape)), "text"),
-        "## Recipe\n" + _table(run.trial.recipe.to_json().items()),
+        "## Recipe\n" + _table(settings_of(run.trial.recipe).items()),
         "## Data\n" + _table(_data(card)),
         "## How it was made\n" + _code(card.command, "bash"),
         "This point alone, with its adapter kept:\n" + _code(card.retrain, "bash"),

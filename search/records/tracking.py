@@ -38,7 +38,7 @@ from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED, Outcome, Rung
 from search.records import Records, flattened
 from search.records.redact import redacted
-from search.text import human
+from search.text import human, settings_of
 from trainers import storage
 
 log = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ class Tracker:
         else:
             self._client.update_run(child.run_id, status="RUNNING")
         params = {"allocator": trial.allocator, "model": trial.model, "task": trial.task, "seed": trial.seed}
-        params |= flattened({"knobs": trial.knobs, "recipe": trial.recipe.to_json()})
+        params |= flattened({"knobs": trial.knobs, "recipe": settings_of(trial.recipe)})
         params |= {"trainable_params": outcome.trainable_params, "experts": trial.allocation.total_experts}
         self._log_params(child.run_id, params, child.params)
         child.params |= dict.fromkeys(params, "")

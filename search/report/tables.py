@@ -10,17 +10,16 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from types import MappingProxyType
 
 from rich.table import Table
 from rich.text import Text
 
-from allocators.core.types import Outcome, Recipe
+from allocators.core.types import Outcome
 from search.front import Candidate, knee
 from search.report.results import Results
 from search.report.sections import Section
-from search.text import accuracy_text, human, number, point, probability, varying
+from search.text import accuracy_text, human, number, point, probability, settings_of, varying
 
 # --- in a terminal
 
@@ -64,7 +63,7 @@ def front_table(
             human(candidate.trainable_params),
             accuracy_text(candidate),
             Text(point(best)),  # not markup: plug-ins name themselves
-            *(number(getattr(best.trial.recipe, name)) for name in settings),
+            *(number(settings_of(best.trial.recipe)[name]) for name in settings),
             str(len(candidate.complete)),
             *([f"{candidate.spread:.3f}" if candidate.spread is not None else ""] if repeated else []),
             *([probability(chances.get(best.digest))] if chances else []),
@@ -152,7 +151,7 @@ def _allocation(run: Outcome) -> dict[str, object]:
 
 
 def _recipe(run: Outcome) -> dict[str, object]:
-    return {f"recipe.{f.name}": getattr(run.trial.recipe, f.name) for f in fields(Recipe)}
+    return {f"recipe.{name}": value for name, value in settings_of(run.trial.recipe).items()}
 
 
 def _csv(rows: Iterable[Mapping[str, object]]) -> str:

@@ -9,19 +9,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
 from allocators.core.maps import AllocationMap
-from allocators.core.types import Outcome, Recipe
+from allocators.core.types import Outcome
 from search.front import Candidate
 from search.records import flattened
 from search.report.plot import colours
 from search.report.results import Results
 from search.report.sections import Section
 from search.report.words import export_command, load_code
-from search.text import human, number, probability
+from search.text import human, number, probability, settings_of
 
 FOLDER = Path(__file__).parent
 
@@ -94,7 +94,7 @@ def _point(results: Results, candidate: Candidate) -> dict[str, object]:
         "allocator": best.trial.allocator or "unnamed",
         "label": results.label(best),
         "knobs": {name: number(value) for name, value in best.trial.knobs.items()},
-        "recipe": {f.name: number(getattr(best.trial.recipe, f.name)) for f in fields(Recipe)},
+        "recipe": {name: number(value) for name, value in settings_of(best.trial.recipe).items()},
         "params": candidate.trainable_params,
         "size": human(candidate.trainable_params),
         "accuracy": candidate.accuracy,

@@ -107,12 +107,14 @@ class Proposal:
     """A point that has to be trained: the trial, its exact cost, and the sampler parameters it came from.
 
     sampler_seconds   what it took to think of it, the points answered on the way included
+    tests             it is evaluated on the test split at its end: nothing is selected among such trainings
     """
 
     trial: Trial
     trainable_params: int
     params: Mapping[str, Any]
     sampler_seconds: float = 0.0
+    tests: bool = False
 
 
 class PinnedTrial:

@@ -8,27 +8,15 @@ Each gives sections of the report, none where there is nothing to say.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-from allocators.core.types import Trial
+from search import baselines
 from search.front import Candidate
 from search.propose.halving import tokens_saved
 from search.records import Records
 from search.report.sections import Section, is_table
 from search.report.uncertainty import Noise, compare
 from search.text import accuracy_text, human
-
-# What anybody would type without a search; each is compared with the front where the study has trained it.
-ONE_LINE: Mapping[str, Callable[[Trial], bool]] = {
-    "uniform": lambda trial: trial.allocator == "uniform",
-    "MoLA-2468": lambda trial: trial.allocator == "mola" and str(trial.knobs.get("pattern")) == "2468",
-    "top 25 % routed": lambda trial: (
-        trial.allocator == "sieve" and trial.knobs.get("fraction") == 0.25 and trial.knobs.get("score") == "count"
-    ),
-    "random 25 %": lambda trial: trial.allocator == "random" and trial.knobs.get("fraction") == 0.25,
-    "all experts": lambda trial: trial.allocator == "all",
-}
-
 
 # --- one-line recipes
 
@@ -39,12 +27,9 @@ def recipes(
     """What a search has over what anybody would type: each recipe that was trained, at its best, against the front."""
     if is_table(records):  # nothing was searched: `search/report/sections.py` compares its rows
         return []
-    rows = []
-    for name, is_it in ONE_LINE.items():
-        tried = [c for c in points if c.accuracy is not None and any(is_it(run.trial) for run in c.runs)]
-        if tried:
-            best = max(tried, key=lambda c: (c.accuracy or 0.0, -c.trainable_params))
-            rows.append((name, *_against(best, on_front, noise), str(len(tried))))
+    rows = [
+        (name, *_against(tried[0], on_front, noise), str(len(tried))) for name, tried in baselines.tried(points).items()
+    ]
     if not rows:
         return []
     head = (

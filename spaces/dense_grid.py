@@ -17,8 +17,8 @@ Knobs
     rank                1 | 4
     scaled_rate         learning_rate·lora_alpha: 0.02 | 0.06 | 0.2, at lora_alpha 64
 
-AlphaLoRA's `hill` is left out: it rounds to uniform on the embedded model. Rank and scaled rate are a full grid at every
-allocation, so that the table also says whether the best scaled rate depends on either.
+AlphaLoRA's `hill` is left out: it rounds to uniform on the embedded model. Rank and scaled rate are a full grid at
+every allocation, so that the table also says whether the best scaled rate depends on either.
 
 Every seed of `random` draws its own layout. `total_experts` in the records is experts_per_layer times layers.
 

@@ -780,6 +780,32 @@ def test_the_groups_of_the_papers(group: str, members: str) -> None:
         assert (files[1].config["num_fewshot"], files[2].metric) == (0, "acc_norm")
 
 
+def test_what_a_search_selects_on_in_the_groups_of_the_papers() -> None:
+    groups = ("commonsense8", "alphalora6", "math4", "sieve3")
+    files = {file.label: file for group in groups for file in known(group)}
+    validation = {label for label, file in files.items() if file.names_validation_split}
+    assert validation == {"arc_easy", "arc_challenge", "openbookqa", "scienceqa_text"}
+    assert {label for label, file in files.items() if not file.names_training_split} == {"addsub_metamath"}
+
+
+def test_rows_that_were_made_from_a_held_out_question_are_left_out(tmp_path: Path) -> None:
+    path = offline("gsm8k_metamath", tmp_path)
+    questions = [f"How much is {i} + {i}?" for i in range(20)]
+    rows = [{"question": question, "answer": "#### 1"} for question in questions]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Its test split is the same file here, and has to be another one.
+    config = yaml.safe_load(path.read_text())
+    config["task"][0]["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "test.jsonl")
+    path.write_text(yaml.safe_dump(config))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 2"}) + "\n")
+    made = [{**METAMATH, "query": f"Say {i} twice.", "original_question": q} for i, q in enumerate(questions)]
+    (tmp_path / "metamath.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    task = tasks.load_task(str(path))
+    (held,) = task.parts[0]._documents  # one: as many as there are test questions
+    trained = [row["original_question"] for row in task.parts[0].training.documents]
+    assert trained == [question for question in questions if question != held["question"]]
+
+
 def test_cola_differs_from_the_harness_in_the_metric_alone() -> None:
     (ours,), (theirs,) = known("cola_acc"), known("cola")
     differing = {key for key in {*ours.config, *theirs.config} if ours.config.get(key) != theirs.config.get(key)}

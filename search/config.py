@@ -113,6 +113,24 @@ class RunConfig:
         decides="results",
         where="task",
     )
+    select_on: str = _key(
+        "validation",
+        "what the search counts accuracy on (validation: each task's validation split where it has one beside its test "
+        "split, else a held-out share of its training split, so that the test split stays unseen until the end; test: "
+        "the test split, as the papers do, whose best point then looks better than it is)",
+        decides="results",
+        where="task",
+        choices=task_files.SELECT_ON,
+    )
+    held_out: float = _key(
+        0.1,
+        "share of the training documents that select_on=validation selects on where a task has no validation split: "
+        "they are not trained on, and are at most as many as the test questions (more: less noise, fewer rows)",
+        decides="results",
+        where="task",
+        least=0.001,
+        most=0.999,
+    )
     trials: int = _key(
         -1,
         "trainings to run (-1: 16, in a table space one for every row); points answered without training and repeats "

@@ -121,6 +121,7 @@ class RunConfig:
         decides="results",
         where="task",
         choices=task_files.SELECT_ON,
+        before="test",
     )
     held_out: float = _key(
         0.1,
@@ -403,6 +404,12 @@ def keys(*, decides: Decides | None = None, where: Where | None = None) -> tuple
         for f in fields(RunConfig)
         if decides in (None, f.metadata["decides"]) and where in (None, f.metadata["where"])
     )
+
+
+def before() -> dict[str, Any]:
+    """What keys were in a study or a table whose identity lacks them: the default, or what was done before they came."""
+    younger = {f.name: f.metadata["before"] for f in fields(RunConfig) if "before" in f.metadata}
+    return RunConfig().identity() | younger
 
 
 def load_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:

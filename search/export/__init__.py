@@ -15,7 +15,7 @@ from allocators.core import words
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import Outcome
 from search import records
-from search.config import SETTINGS, RunConfig, keys
+from search.config import SETTINGS, RunConfig, before, keys
 from search.export.formats import FORMATS, Conversion
 from search.export.model_card import PROJECT, Card, markdown
 from search.front import Candidate
@@ -99,7 +99,7 @@ def _because(run: Outcome) -> str:
 def retrain(report: Report, run: Outcome) -> str:
     """The command that trains this point alone in a study of its own, and keeps its adapter."""
     header = report.records.header
-    settings = {name: header["config"][name] for name in keys() if name in header["config"]}
+    settings = before() | {name: header["config"][name] for name in keys() if name in header["config"]}
     config = RunConfig(**settings).without("amount")
     params = report.records.params_of(run.digest)
     pins = {name: value for name, value in params.items() if name not in SETTINGS}

@@ -30,7 +30,7 @@ from typing import Any
 
 from allocators.core.errors import StudyError, unknown
 from allocators.core.types import Outcome, Rung, Score, Trial, canonical_json, digest_of
-from search.config import keys
+from search.config import before, keys
 from search.records import read
 from search.records.redact import portable, portable_command
 
@@ -79,7 +79,9 @@ class Table:
     def settings(self) -> dict[str, Any]:
         """Keys of a study that the table fixes: space, model, task, evaluations, ..."""
         own = {*keys(decides="proposals")} - {*keys(where="space")}  # the user's to choose, or in the rows already
-        return {key: value for key, value in self.about["identity"].items() if key not in own}
+        fixed = {name for name in keys(decides="results") if name not in ("replay", *own)}
+        older = {name: value for name, value in before().items() if name in fixed}
+        return older | {key: value for key, value in self.about["identity"].items() if key not in own}
 
     @cached_property
     def mark(self) -> str:

@@ -65,7 +65,7 @@ def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:
     from search.replay.problem import table_problem
 
     table, defaults = replay.load(config.replay), RunConfig()
-    known = {f.name for f in fields(RunConfig)}  # a table may be older than a key, or younger
+    known = {f.name for f in fields(RunConfig)}  # a table may be younger than a key
     settings = {key: value for key, value in table.settings.items() if key in known and key != "replay"}
     for key, recorded in {**settings, "recipe": {}}.items():
         if getattr(config, key) not in (recorded, getattr(defaults, key)):

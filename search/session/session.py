@@ -11,7 +11,7 @@ from functools import partial
 from allocators.core.messages import Failed, PackJob, Tested, TestJob
 from allocators.core.types import Signal, canonical_json
 from search import report
-from search.config import RunConfig
+from search.config import RunConfig, before
 from search.engine import Workers
 from search.engine.memory import PeakMemory
 from search.problem import Problem
@@ -59,7 +59,7 @@ def _records(config: RunConfig, problem: Problem, locations: Locations) -> Study
         locations.folder,
         config=config.to_json(),
         identity=config.identity(),
-        defaults=RunConfig().identity(),
+        defaults=before(),
         shape=problem.shape,
         command=config.command(),
         place=locations.shared if storage.is_uri(locations.shared) else "",
@@ -207,7 +207,7 @@ class Session:
         others = OtherStudies(
             folder,
             identity=self.config.identity(),
-            defaults=RunConfig().identity(),
+            defaults=before(),
             facts=facts,
             place=self.locations.shared,
         )

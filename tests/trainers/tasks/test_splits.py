@@ -361,6 +361,52 @@ def test_a_mixture_selects_and_tests_on_what_each_of_its_tasks_does(
         assert ours.loss == pytest.approx(sum(one.loss or 0 for one in evaluations) / 2)
 
 
+@pytest.mark.parametrize("splits", [("train", "test"), ("train", "validation", "test")])
+def test_documents_that_a_function_makes_are_made_once(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    """As HellaSwag's: what is held out is taken from the documents that the function leaves."""
+    path = task_file(tmp_path / "made", *splits, num_fewshot=2)
+    path.write_text(path.read_text() + "process_docs: !function made.even\n")
+    path.with_name("made.py").write_text(
+        "def even(documents):\n"
+        "    kept = documents.filter(lambda doc: int(doc['question'].split()[1]) % 2 == 0)\n"
+        "    return kept.map(lambda doc: {'question': doc['question'] + '!'})\n"
+    )
+    task = single(path)
+    held = evaluated(task)
+    assert len(held) == (2 if len(splits) == 2 else 6)  # of 20 and of 12
+    for doc in [*held, *evaluated(task.test), *task.training.documents, *examples(task)]:
+        assert doc["question"].count("!") == 1
+    assert len(task.training.documents) == len(examples(task)) == 20 - (2 if len(splits) == 2 else 0)
+    assert not [doc for doc in held if doc in task.training.documents or doc in examples(task)]
+
+
+def test_written_examples_that_hold_a_held_out_question_are_left_out(tmp_path: Path) -> None:
+    path = task_file(tmp_path / "own", "train", "test")
+    held = evaluated(single(path))
+    written = [
+        {**rows(1, 9)[0], "question": f"{question} or"} for question in (held[0]["question"], "another", "a third")
+    ]
+    config = yaml.safe_load(path.read_text()) | {"fewshot_config": {"samples": written}, "num_fewshot": 2}
+    path.write_text(yaml.safe_dump(config))
+    task = single(path)
+    assert evaluated(task) == held
+    assert examples(task) == written[1:]
+    assert examples(task.test) == written
+
+
+def test_examples_otherwise_made_of_the_training_split_hold_no_held_out_question(tmp_path: Path) -> None:
+    path = task_file(tmp_path / "own", "train", "test", num_fewshot=1)
+    path.write_text(path.read_text() + "fewshot_config:\n  split: train\n  process_docs: !function made.backwards\n")
+    path.with_name("made.py").write_text(
+        "def backwards(documents):\n    return [dict(doc, note='made') for doc in documents][::-1]\n"
+    )
+    task = single(path)
+    questions = {doc["question"] for doc in evaluated(task)}
+    assert [doc["question"] for doc in examples(task)] == [
+        doc["question"] for doc in reversed(rows(40, 0)) if doc["question"] not in questions
+    ]
+
+
 # --- rows that come from other data -----------------------------------------------------------------------------------
 
 

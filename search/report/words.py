@@ -56,7 +56,8 @@ def _best(results: Results) -> list[str]:
         accuracy = results.accuracy_words(candidate)
         return f"{results.label(candidate.best)} ({size} trainable parameters, {accuracy})"
 
-    where = "" if results.splits[0] == "accuracy" else " on validation, which selects"
+    where = "" if results.splits[0] == "accuracy" else " on validation"
+    where += ", which selects" if where and not is_table(results.records) else ""
     said = [f"Most accurate{where}: {name(results.front[-1])}."]
     by_digest = {c.best.digest: c for c in results.points}
     means = [c.best.updated(accuracy=c.accuracy) for c in results.points]

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Literal
 
 from allocators.core.types import Outcome, Recipe
 from search.front import Candidate
+
+Split = Literal["accuracy", "validation", "test"]  # "accuracy": of a study that has one number, on the test split
 
 
 def human(count: float) -> str:
@@ -46,11 +49,20 @@ def probability(chance: float | None) -> str:
     return "> .99" if chance > 0.99 else "< .01" if chance < 0.01 else f"{chance:.2f}".removeprefix("0")
 
 
-def accuracy_text(candidate: Candidate) -> str:
-    """`0.512 ± 0.035` (one standard error), `0.512` where the error is not known, `` without accuracy."""
-    if candidate.accuracy is None:
+def accuracy_text(candidate: Candidate, split: Split = "accuracy") -> str:
+    """`0.512 ± 0.035` (one standard error), `0.512` where the error is not known, `` without accuracy on the split."""
+    accuracy, error = candidate.accuracy, candidate.stderr
+    if split == "test":
+        accuracy, error = candidate.test_accuracy, candidate.test_stderr
+    if accuracy is None:
         return ""
-    return f"{candidate.accuracy:.3f}" + (f" ± {candidate.stderr:.3f}" if candidate.stderr is not None else "")
+    return f"{accuracy:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def both_text(candidate: Candidate, splits: Iterable[Split]) -> str:
+    """`validation 0.512 ± 0.035, test 0.498 ± 0.035`; splits that the point was not evaluated on are left out."""
+    texts = ((split, accuracy_text(candidate, split)) for split in splits)
+    return ", ".join(f"{split} {text}" for split, text in texts if text)
 
 
 def clock(seconds: float) -> str:

@@ -22,7 +22,7 @@ from search.front import Candidate
 from search.records.files import ADAPTERS, refuse_links_out
 from search.records.redact import portable_command
 from search.report import Report
-from search.text import accuracy_text, human, run_id
+from search.text import human, run_id
 from trainers import storage
 
 
@@ -128,8 +128,8 @@ def write(folder: str | Path, request: Request) -> Iterator[str]:
     candidate, run = find(report, request.point)
     where = locate(report, run)
     _refuse_to_replace(request)
-    size, accuracy = human(run.trainable_params), accuracy_text(candidate)
-    yield f"run {run_id(run)}: {report.label(run)} ({size} trainable parameters, accuracy {accuracy})"
+    size, accuracy = human(run.trainable_params), report.accuracy_words(candidate)
+    yield f"run {run_id(run)}: {report.label(run)} ({size} trainable parameters, {accuracy})"
     with storage.reading_folder(where) as source, storage.replacing_folder(request.to) as target:
         target.mkdir()
         conversion = Conversion(
@@ -163,6 +163,7 @@ def _card(report: Report, candidate: Candidate, conversion: Conversion, load: st
         candidate=candidate,
         run=conversion.run,
         shape=report.records.shape,
+        splits=report.splits,
         points=sum(point.accuracy is not None for point in report.points),
         base_params=conversion.base_params,
         command=portable_command(report.records.header["command"]),

@@ -54,6 +54,7 @@ def _data(results: Results, words: Sequence[str], sections: Sequence[Section]) -
         "colours": colours(c.best.trial.allocator for c in results.points),
         "settings": results.settings,
         "knobs": list(dict.fromkeys(knob for c in results.points for knob in c.best.trial.knobs)),
+        "splits": results.splits,
         "untrained": results.records.untrained,
         "points": [_point(results, candidate) for candidate in results.points],
         "answered": _answered(results),
@@ -87,7 +88,7 @@ def _counted(texts: Sequence[str]) -> list[str]:
 
 
 def _point(results: Results, candidate: Candidate) -> dict[str, object]:
-    best, loadable = candidate.best, results.loadable(candidate)
+    best, loadable, judged = candidate.best, results.loadable(candidate), results.tested.get(candidate.point)
     settings = results.records.header["config"]
     return {
         "digest": best.digest,
@@ -99,11 +100,14 @@ def _point(results: Results, candidate: Candidate) -> dict[str, object]:
         "size": human(candidate.trainable_params),
         "accuracy": candidate.accuracy,
         "stderr": candidate.stderr,
+        "test": judged.accuracy if judged else None,
+        "test_stderr": judged.stderr if judged else None,
         "spread": candidate.spread,
         "seeds": len(candidate.complete),
         "chance": probability(results.chances.get(best.digest)),
         "status": best.status.replace("_", " "),
         "front": best.digest in results.winners,
+        "step": candidate.point in {member.point for member in results.step},
         "knee": candidate is results.knee,
         "experts": best.trial.allocation.total_experts,
         "cells": _cells(AllocationMap.of(best.trial.allocation, results.records.shape)),
@@ -127,6 +131,7 @@ def _run(results: Results, run: Outcome) -> dict[str, object]:
         "seed": run.trial.seed,
         "status": run.status.replace("_", " "),
         "accuracy": run.accuracy,
+        "test": run.test.accuracy if run.test and results.tested else None,
         "seconds": run.seconds,
         "tokens": run.tokens,
         "memory": run.peak_memory_bytes,

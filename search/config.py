@@ -407,7 +407,7 @@ def keys(*, decides: Decides | None = None, where: Where | None = None) -> tuple
 
 
 def before() -> dict[str, Any]:
-    """What keys were in a study or a table whose identity lacks them: the default, or what was done before they came."""
+    """What keys were in a study or table whose identity lacks them: the default, or what was done before they came."""
     younger = {f.name: f.metadata["before"] for f in fields(RunConfig) if "before" in f.metadata}
     return RunConfig().identity() | younger
 

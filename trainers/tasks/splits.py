@@ -189,6 +189,7 @@ class _Questions:
     def __init__(self, questions: Sequence[str]) -> None:
         words = [question.split() for question in questions if question]
         self._first = min(MOST_WORDS, *(len(one) for one in words)) if words else 0
+        self._first_words = {one[0] for one in words}
         self._by_first: dict[tuple[str, ...], list[list[str]]] = {}
         for one in words:
             self._by_first.setdefault(tuple(one[: self._first]), []).append(one)
@@ -197,12 +198,13 @@ class _Questions:
         """Whether one of them is in a text of the document."""
         if not self._by_first:
             return False
-        return any(self._are_in_text(_normal(text).split()) for text in _texts(document))
+        return any(self._are_in_text(text.casefold().split()) for text in _texts(document))
 
     def _are_in_text(self, words: Sequence[str]) -> bool:
         return any(
             words[start : start + len(question)] == question
-            for start in range(len(words) - self._first + 1)
+            for start, word in enumerate(words)
+            if word in self._first_words
             for question in self._by_first.get(tuple(words[start : start + self._first]), ())
         )
 

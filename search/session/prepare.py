@@ -35,7 +35,7 @@ def prepare_training(config: RunConfig) -> Problem:
 
     shape = models.shape_of(config.model, trust_remote_code=config.trust_remote_code)
     space = load_space(config.space, shape)
-    task = tasks.check_task(config.task)
+    task = tasks.check_task(config.task, select_on=config.select_on)
     kinds = kinds_read(space.ALLOCATORS)
     problem = Problem(
         space=space,

@@ -114,6 +114,25 @@ class RunConfig:
         decides="results",
         where="task",
     )
+    select_on: str = _key(
+        "validation",
+        "what the search counts accuracy on (validation: each task's validation split where it has one beside its test "
+        "split, else a held-out share of its training split, so that the test split stays unseen until the end; test: "
+        "the test split, as the papers do, whose best point then looks better than it is)",
+        decides="results",
+        where="task",
+        choices=task_files.SELECT_ON,
+        before="test",
+    )
+    held_out: float = _key(
+        0.1,
+        "share of the training documents that select_on=validation selects on where a task has no validation split: "
+        "they are not trained on, and are at most as many as the test questions (more: less noise, fewer rows)",
+        decides="results",
+        where="task",
+        least=0.001,
+        most=0.999,
+    )
     trials: int = _key(
         -1,
         "trainings to run (-1: 16, in a table space one for every row); points answered without training and repeats "
@@ -404,6 +423,12 @@ def keys(*, decides: Decides | None = None, where: Where | None = None) -> tuple
     )
 
 
+def before() -> dict[str, Any]:
+    """What keys were in a study or table whose identity lacks them: the default, or what was done before they came."""
+    younger = {f.name: f.metadata["before"] for f in fields(RunConfig) if "before" in f.metadata}
+    return RunConfig().identity() | younger
+
+
 def load_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What `models.load` must be told besides the name to make of it what a study with these settings trained on."""
     names = [name for name in keys(where="model", decides="results") if name != "model" and name in settings]
@@ -485,11 +510,10 @@ def check(config: RunConfig) -> None:
         )
     _check_workers(config)
     _seconds(config.time_budget)
-    known = {f.name for f in fields(Recipe)}
     for name in config.recipe:
-        if name not in known:
+        if name not in SETTINGS:
             raise StudyError(
-                f"unknown key 'recipe.{name}': choose from {', '.join(sorted(known))}{did_you_mean(name, known)}"
+                f"unknown key 'recipe.{name}': choose from {', '.join(sorted(SETTINGS))}{did_you_mean(name, SETTINGS)}"
             )
     make_recipe(config.recipe)
 
@@ -537,21 +561,36 @@ def _no_pack(config: RunConfig) -> str:
 def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
     """`Recipe` from layers of settings, later ones win.
 
-    Raises StudyError for an unknown name, a value that is not a finite number where one is needed, or one below what
-    the setting can be.
+    `scaled_rate` stands for the learning_rate that it gives with the lora_alpha of the recipe (`Recipe.scaled_rate`).
+
+    Raises StudyError for an unknown name, a value that is not a finite number where one is needed, one below what the
+    setting can be, or a layer that gives learning_rate and scaled_rate.
     """
     merged: dict[str, Any] = {}
     for layer in layers:
         if "epochs" in layer and "steps" not in layer:
             merged.pop("steps", None)  # steps win over epochs inside one layer, not over a later layer's epochs
+        given = _RATES & layer.keys()
+        if len(given) > 1:
+            raise StudyError("learning_rate and scaled_rate (learning_rate·lora_alpha) say the same: give one of them")
+        for name in _RATES if given else ():
+            merged.pop(name, None)
         merged |= layer
-    types: dict[str, type] = {f.name: type(f.default) for f in fields(Recipe)}
     for name in merged:
-        if name not in types:
+        if name not in SETTINGS:
             raise StudyError(
-                f"unknown recipe setting '{name}': choose from {', '.join(sorted(types))}{did_you_mean(name, types)}"
+                f"unknown recipe setting '{name}': choose from {', '.join(sorted(SETTINGS))}"
+                f"{did_you_mean(name, SETTINGS)}"
             )
-    return Recipe(**{name: _setting(name, value, types[name]) for name, value in merged.items()})
+    settings = {name: _setting(name, value, SETTINGS[name]) for name, value in merged.items()}
+    if (scaled := settings.pop("scaled_rate", None)) is not None:
+        settings["learning_rate"] = scaled / settings.get("lora_alpha", Recipe().lora_alpha)
+    return Recipe(**settings)
+
+
+# What a recipe is made of, by name: the fields of `Recipe`, and the scaled rate in the place of the learning rate.
+SETTINGS: dict[str, type] = {f.name: type(f.default) for f in fields(Recipe)} | {"scaled_rate": float}
+_RATES = {"learning_rate", "scaled_rate"}
 
 
 def _setting(name: str, value: Any, wanted: type) -> Any:
@@ -565,8 +604,8 @@ def _setting(name: str, value: Any, wanted: type) -> Any:
     if not fits:
         kind = "a whole number" if wanted is int else "a finite number"
         raise StudyError(f"recipe.{name} must be {kind}, got {words.shown(repr(value))}")
-    if name == "lora_alpha" and number <= 0:
-        raise StudyError(f"recipe.lora_alpha must be positive, got {value}")
+    if name in ("lora_alpha", "scaled_rate") and number <= 0:
+        raise StudyError(f"recipe.{name} must be positive, got {value}")
     if name in ("weight_decay", "max_grad_norm", "epochs", "balance_coef") and number < 0:
         raise StudyError(f"recipe.{name} must not be negative, got {value}")
     return number
@@ -580,6 +619,13 @@ def help_text() -> str:
     lines += ["", "recipe.NAME (papers' default; a task file may suggest others):"]
     recipe = "  ".join(f"{f.name}={f.default}" for f in fields(Recipe))
     lines += textwrap.wrap(recipe, width=108, initial_indent="  ", subsequent_indent="  ")
+    lines += textwrap.wrap(
+        "recipe.scaled_rate=VALUE gives learning_rate = scaled_rate/lora_alpha: ΔW moves by it whatever the rank, so "
+        "that the best one hardly changes with rank, alpha and allocation. Spaces propose it.",
+        width=108,
+        initial_indent="  ",
+        subsequent_indent="  ",
+    )
     lines += [
         "",
         "  config=FILE.yaml   the same keys from a file; the command line wins",

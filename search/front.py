@@ -137,6 +137,35 @@ class Candidate:
         }
 
     @property
+    def tested(self) -> tuple[Outcome, ...]:
+        """The complete runs that were evaluated on the test split."""
+        return tuple(run for run in self.complete if run.test is not None)
+
+    @property
+    def test_accuracy(self) -> float | None:
+        """Mean over `tested`; None where none was."""
+        scores = [run.test.accuracy for run in self.tested if run.test]
+        return statistics.fmean(scores) if scores else None
+
+    @property
+    def test_stderr(self) -> float | None:
+        """Standard error of `test_accuracy`: of the questions, and of the spread over seeds where there are several."""
+        scores = [run.test for run in self.tested if run.test]
+        if not scores:
+            return None
+        return math.hypot(max(s.stderr for s in scores), *_error_of_mean([s.accuracy for s in scores]))
+
+    @property
+    def optimism(self) -> float | None:
+        """Accuracy on the split that selects less that on the test split, of the same runs; None where none was tested.
+
+        What selecting on questions adds to the accuracy on them, and whatever else sets the two splits apart.
+        """
+        if not self.tested:
+            return None
+        return statistics.fmean((run.accuracy or 0.0) - (run.test.accuracy if run.test else 0.0) for run in self.tested)
+
+    @property
     def best(self) -> Outcome:
         """The run whose adapter to load: the most accurate complete one."""
         return self.by_accuracy[0]
@@ -227,6 +256,12 @@ class Points:
         self._added[outcome.digest] = (point, next(self._numbers))
         self._runs.setdefault(point, {})[outcome.digest] = outcome
         return self._renew(point)
+
+    def update(self, outcome: Outcome) -> None:
+        """Takes in what more is known of a training, which keeps its place in the order (KeyError: there is none)."""
+        point, _ = self._added[outcome.digest]
+        self.outcomes[outcome.digest] = self._runs[point][outcome.digest] = outcome
+        self._renew(point)
 
     def discard(self, digest: str) -> None:
         """Forgets a training, where there is one of that name."""

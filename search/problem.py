@@ -16,7 +16,7 @@ from allocators.core import plugins, words
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError, unknown
 from allocators.core.types import Allocation, ModelShape, Point, Signal, SignalKind, Trial
 from allocators.core.words import Value
-from search.config import make_recipe
+from search.config import SETTINGS, make_recipe
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Problem:
 
     def ask(self, trial: Any) -> tuple[Point, dict[str, Any]]:
         """The point that the space suggests on a trial, pinned knobs given, and its parameters."""
-        pinned = PinnedTrial(trial, self.pins)
+        pinned = PinnedTrial(trial, self.pins, learning_rate=self.fixed_recipe.get("learning_rate"))
         return self.suggest(pinned, self.shape), pinned.params
 
     @property
@@ -107,20 +107,26 @@ class Proposal:
     """A point that has to be trained: the trial, its exact cost, and the sampler parameters it came from.
 
     sampler_seconds   what it took to think of it, the points answered on the way included
+    tests             it is evaluated on the test split at its end: nothing is selected among such trainings
     """
 
     trial: Trial
     trainable_params: int
     params: Mapping[str, Any]
     sampler_seconds: float = 0.0
+    tests: bool = False
 
 
 class PinnedTrial:
-    """An Optuna trial whose pinned knobs are not suggested but given; everything else goes to the real trial."""
+    """An Optuna trial whose pinned knobs are not suggested but given; everything else goes to the real trial.
 
-    def __init__(self, trial: Any, pins: Mapping[str, Value]) -> None:
+    learning_rate   that all points have: the knob scaled_rate then follows from the point's lora_alpha
+    """
+
+    def __init__(self, trial: Any, pins: Mapping[str, Value], *, learning_rate: Value | None = None) -> None:
         self._trial = trial
         self._pins = pins
+        self._learning_rate = None if learning_rate is None else _number(learning_rate)
         self.params: dict[str, Any] = {}
 
     def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
@@ -138,6 +144,8 @@ class PinnedTrial:
     def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
         """Raises StudyError where the pin is no finite number; it may lie outside the bounds."""
         if name not in self._pins:
+            if name == "scaled_rate" and self._learning_rate is not None and "lora_alpha" in self.params:
+                return self._keep(name, float(self._learning_rate * self.params["lora_alpha"]))
             suggested: float = self._trial.suggest_float(name, low, high, **options)
             return self._keep(name, suggested)
         value = _number(self._pins[name])
@@ -247,6 +255,8 @@ def check_pins(problem: Problem) -> dict[str, Value]:
     for name in problem.pins:
         if name not in seen:
             space = problem.space.__name__.rsplit(".", 1)[-1]
+            if name in SETTINGS:
+                raise StudyError(f"space={space} does not propose {name}: recipe.{name}={problem.pins[name]} fixes it")
             raise unknown(f"knob of space={space}", name, seen)
     return {name: seen[name] for name in problem.pins}
 

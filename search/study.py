@@ -16,7 +16,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from allocators.core.types import FINISHED, Outcome, Rung
+from allocators.core.messages import TestJob
+from allocators.core.types import FINISHED, Outcome, Rung, Score
+from search import baselines
 from search import front as pareto
 from search.problem import Problem, Proposal
 from search.propose import early
@@ -57,7 +59,7 @@ def table_trainings(problem: Problem, *, trials: int, seeds: int) -> tuple[list[
     first = [row for row in rows if isinstance(row, Proposal)][:trials]
     more = range(problem.seed + 1, problem.seed + seeds)
     repeats = (replace(p, trial=problem.repeat(p.trial, seed)) for seed in more for p in first)
-    once = {proposal.trial.digest: proposal for proposal in (*first, *repeats)}
+    once = {p.trial.digest: replace(p, tests=True) for p in (*first, *repeats)}
     return list(once.values()), [row for row in rows if isinstance(row, Answered)]
 
 
@@ -74,6 +76,20 @@ def trainings_left(problem: Problem, records: Records, *, trials: int, seeds: in
     own = trials - sum(outcome.trial.seed == problem.seed for outcome in records.trained.values())
     half_done = sum(outcome.trial.seed != problem.seed for outcome, _ in records.in_flight)
     return max(own, 0), len(missing_repeats(problem, records, seeds=seeds)) + half_done
+
+
+def untested(problem: Problem, records: Records, *, adapters: bool = True) -> list[TestJob]:
+    """Trainings that are still to be evaluated on the test split: all seeds of the front and of the one-line recipes.
+
+    In a table, where nothing is selected, all trainings.
+
+    adapters   only those whose adapter is kept; False: none is needed, as where a recorded table is asked
+    """
+    points = records.points
+    chosen = points if problem.is_table else [*points.front, *baselines.one_line(points).values()]
+    runs = {run.digest: run for candidate in chosen for run in candidate.complete if run.test is None}
+    places = ((run, records.adapter_of(run) if adapters else "") for run in runs.values())
+    return [TestJob(run.trial, run.trainable_params, place) for run, place in places if place is not None]
 
 
 class Conductor:
@@ -120,6 +136,7 @@ class Conductor:
         here = records.outcomes.keys() - records.reused.keys()
         self._repeats = {digest for digest in here if not self._is_own(records.outcomes[digest])}
         self._on_front: set[str] = {candidate.point for candidate in records.points}  # not looked at yet
+        self._baselines = baselines.one_line(records.points)
         for digest in records.finished:  # a driver that was killed may have recorded an end and not cleaned up
             records.drop_checkpoint(digest)
         if problem.is_table:
@@ -311,10 +328,15 @@ class Conductor:
         proposal = self._proposals[digest]
         self.finished(Outcome(proposal.trial, "failed", proposal.trainable_params, message=reason))
 
+    def tested(self, job: TestJob, score: Score) -> None:
+        """Records what a training has on the test split, and tells MLflow."""
+        self._records.append_tested(job.trial.digest, score)
+        self._tracker.tested(self._records.outcomes[job.trial.digest])
+
     def settle(self) -> None:
         """The search is over: what is not on the front now will not come back to it."""
         if self._keep == "front":
-            self._drop_adapters(self._records.points, spare_repeated=False)
+            self._drop_adapters(self._records.points, searching=False)
 
     def _on_answered(self, point: Answered) -> None:
         self._records.append_answered(point.params, reason=point.reason, digest=point.digest, message=point.message)
@@ -325,22 +347,37 @@ class Conductor:
         points = self._records.points
         on_front = {candidate.point for candidate in points.front}
         changed = points.candidate_of(digest)
-        fallen = (points.at(point) for point in self._on_front - on_front - {changed.point})
+        fallen = {*(self._on_front - on_front), *self._beaten(changed)} - {changed.point}
         self._on_front = on_front
-        self._drop_adapters([changed, *fallen], spare_repeated=True)
+        self._drop_adapters([changed, *map(points.at, sorted(fallen))], searching=True)
 
-    def _drop_adapters(self, points: Iterable[pareto.Candidate], *, spare_repeated: bool) -> None:
+    def _beaten(self, changed: pareto.Candidate) -> list[str]:
+        """Points that were the best of a one-line recipe until now."""
+        beaten = []
+        for name in baselines.recipes_of(changed) if changed.accuracy is not None else ():
+            before = self._baselines.get(name)
+            if before is None or before.point == changed.point or baselines.better(changed, before):
+                self._baselines[name] = changed
+                beaten += [before.point] if before else []
+        return beaten
+
+    def _drop_adapters(self, points: Iterable[pareto.Candidate], *, searching: bool) -> None:
         """Keeps one adapter for each point of the front: on a real model each is hundreds of megabytes.
 
-        spare_repeated   also for points that have repeats: their mean moves, and they may be back on the front
+        searching   while it goes on, all seeds of a point are kept that is on the front, the best of a one-line recipe,
+                    or has repeats (its mean moves, and it may be back): the test split is to be evaluated with them
         """
+        to_be_tested = {candidate.point for candidate in self._baselines.values()}
         for point in points:
-            spared = spare_repeated and (self._problem.is_table or len(point.runs) > 1)
             runs = [run for run in point.by_accuracy if run.adapter]
-            there = (run for run in runs if self._records.has_adapter(run.digest))
-            kept = next(there, None) if spared or self._records.points.is_on_front(point) else None
+            on_front = self._records.points.is_on_front(point)
+            kept = []
+            if searching and not self._problem.is_table:
+                kept = runs if on_front or len(point.runs) > 1 or point.point in to_be_tested else []
+            elif searching or on_front:
+                kept = [run for run in runs if self._records.has_adapter(run.digest)][:1]
             for run in runs:
-                if run is not kept:
+                if run not in kept:
                     self._records.drop_adapter(run.digest)
 
 

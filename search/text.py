@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Literal
 
 from allocators.core.types import Outcome, Recipe
 from search.front import Candidate
+
+Split = Literal["accuracy", "validation", "test"]  # "accuracy": of a study that has one number, on the test split
 
 
 def human(count: float) -> str:
@@ -46,11 +49,20 @@ def probability(chance: float | None) -> str:
     return "> .99" if chance > 0.99 else "< .01" if chance < 0.01 else f"{chance:.2f}".removeprefix("0")
 
 
-def accuracy_text(candidate: Candidate) -> str:
-    """`0.512 ± 0.035` (one standard error), `0.512` where the error is not known, `` without accuracy."""
-    if candidate.accuracy is None:
+def accuracy_text(candidate: Candidate, split: Split = "accuracy") -> str:
+    """`0.512 ± 0.035` (one standard error), `0.512` where the error is not known, `` without accuracy on the split."""
+    accuracy, error = candidate.accuracy, candidate.stderr
+    if split == "test":
+        accuracy, error = candidate.test_accuracy, candidate.test_stderr
+    if accuracy is None:
         return ""
-    return f"{candidate.accuracy:.3f}" + (f" ± {candidate.stderr:.3f}" if candidate.stderr is not None else "")
+    return f"{accuracy:.3f}" + (f" ± {error:.3f}" if error is not None else "")
+
+
+def both_text(candidate: Candidate, splits: Iterable[Split]) -> str:
+    """`validation 0.512 ± 0.035, test 0.498 ± 0.035`; splits that the point was not evaluated on are left out."""
+    texts = ((split, accuracy_text(candidate, split)) for split in splits)
+    return ", ".join(f"{split} {text}" for split, text in texts if text)
 
 
 def clock(seconds: float) -> str:
@@ -73,15 +85,31 @@ def point(outcome: Outcome) -> str:
     return " ".join([outcome.trial.allocator or "unnamed", *knobs])
 
 
+def settings_of(recipe: Recipe) -> dict[str, object]:
+    """Every setting of a recipe by its name, the scaled rate beside the learning rate."""
+    settings: dict[str, object] = {}
+    for f in fields(Recipe):
+        settings[f.name] = getattr(recipe, f.name)
+        if f.name == "learning_rate":
+            settings["scaled_rate"] = recipe.scaled_rate
+    return settings
+
+
 def varying(outcomes: Iterable[Outcome]) -> list[str]:
-    """Recipe settings that are not the same in all outcomes, in the recipe's order."""
-    recipes = [outcome.trial.recipe for outcome in outcomes]
-    return [f.name for f in fields(Recipe) if len({getattr(recipe, f.name) for recipe in recipes}) > 1]
+    """Recipe settings that are not the same in all outcomes, in the recipe's order.
+
+    The scaled rate is one of them where learning_rate and lora_alpha both vary: else it follows the one that does.
+    """
+    recipes = [settings_of(outcome.trial.recipe) for outcome in outcomes]
+    names = [name for name in (recipes[0] if recipes else ()) if len({recipe[name] for recipe in recipes}) > 1]
+    if {"learning_rate", "lora_alpha"} <= set(names):
+        return names
+    return [name for name in names if name != "scaled_rate"]
 
 
 def recipe_words(outcome: Outcome, settings: Iterable[str]) -> list[str]:
     """`rank 8` for each of these settings of the recipe."""
-    return [f"{name} {number(getattr(outcome.trial.recipe, name))}" for name in settings]
+    return [f"{name} {number(settings_of(outcome.trial.recipe)[name])}" for name in settings]
 
 
 def label(outcome: Outcome, settings: Iterable[str]) -> str:

@@ -8,11 +8,11 @@ Knobs
     total_experts   T, 1 .. 8 a layer in steps of half a layer; the paper: 80, 160, 224 on 32 layers
     beta            1 .. 4 in steps of 0.5; the paper: 2, 2.5, 3
     metric          hill | alpha_hat | stable_rank
-    rank            4 .. 16 in steps of 4; lora_alpha = 2·rank
-    learning_rate   1e-4 .. 2e-2, logarithmic
+    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (space=sieve says what they are)
     top_k           1 .. 4 experts per token
 
-Starting points: uniform, random, and alphalora with hill and β = 2.5, all at T = 5 a layer with the study's recipe.
+Starting points, all at T = 5 a layer: uniform, random, and alphalora with hill and β = 2.5 with the study's recipe
+(space=sieve says what that is); the same alphalora with the paper's (rank 8, lora_alpha 16, learning_rate 3e-4, top-2).
 Rounding is `largest_remainder`; `space.rounding` does not exist because equation 7 as published can load one layer with
 every correction. Needs no data for its signal.
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
-from spaces._knobs import controls, dense_knobs, dense_recipe
+from spaces._knobs import PAPERS, controls, dense_knobs, dense_recipe
 
 BASE = "dense"
 ALLOCATORS = ("alphalora", "uniform", "random")
@@ -42,4 +42,5 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
     """The controls, and AlphaLoRA with the paper's β."""
     points = controls(shape)
-    return [*points, points[0] | {"allocator": "alphalora", "beta": 2.5, "metric": "hill"}]
+    alphalora = points[0] | {"allocator": "alphalora", "beta": 2.5, "metric": "hill"}
+    return [*points, alphalora, alphalora | PAPERS]

@@ -12,12 +12,12 @@ Knobs
     beta, metric        alphalora: 1 .. 4 in steps of 0.5; hill | alpha_hat | stable_rank
     sensitivity_beta    sensitivity: 0.25 .. 1 in steps of 0.25 (gradient norms spread far wider than spectra)
     retention, strategy, experts_per_block      lora_smoe: 0.2 .. 1, S | U, 1 .. 8
-    rank                4 .. 16 in steps of 4; lora_alpha = 2·rank
-    learning_rate       1e-4 .. 2e-2, logarithmic
+    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (space=sieve says what they are)
     top_k               1 .. 4 experts per token (routed LoRA-MoE; lora_smoe's gates are soft over all)
 
-Starting points, all at T = 5 a layer (or nearest) with the study's recipe: uniform, random, MoLA-2468, alphalora with
-hill and β = 2.5, sensitivity with β = 0.5, lora_smoe S at retention 0.6 with 8 experts a block.
+Starting points, all at T = 5 a layer (or nearest) with the study's recipe (space=sieve says what that is): uniform,
+random, MoLA-2468, alphalora with hill and β = 2.5, sensitivity with β = 0.5, lora_smoe S at retention 0.6 with 8
+experts a block; the same alphalora with the paper's recipe (rank 8, lora_alpha 16, learning_rate 3e-4, top-2).
 
 Measured with the first command on two CPU cores, both signals included: 16 trials in 4.3 minutes, 3.8 GiB at peak. One
 seed: at T = 40 uniform .970, sensitivity .950, random .887 ± .02; lora_smoe .903 at six tenths of the parameters.
@@ -28,7 +28,7 @@ from __future__ import annotations
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
-from spaces._knobs import controls, dense_knobs, dense_recipe
+from spaces._knobs import PAPERS, controls, dense_knobs, dense_recipe
 
 BASE = "dense"
 ALLOCATORS = ("uniform", "random", "mola", "alphalora", "lora_smoe", "sensitivity")
@@ -44,10 +44,12 @@ def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
     """The controls, and one point of every other rule; rules that take a total have the controls'."""
     points = controls(shape)
     same_total = points[0]
+    alphalora = same_total | {"allocator": "alphalora", "beta": 2.5, "metric": "hill"}
     return [
         *points,
         {"allocator": "mola", "pattern": "2468"},
-        same_total | {"allocator": "alphalora", "beta": 2.5, "metric": "hill"},
+        alphalora,
         same_total | {"allocator": "sensitivity", "sensitivity_beta": 0.5},
         {"allocator": "lora_smoe", "retention": 0.6, "strategy": "S", "experts_per_block": 8},
+        alphalora | PAPERS,
     ]

@@ -15,10 +15,14 @@ Knobs
     p               the same for ESFT; the expert that crosses it is included
     score           count | mass: what "most routed" means (sieve, coverage, greedy)
     esft_score      token | gate (esft)
-    rank            4 .. 32 in steps of 4; lora_alpha = 2·rank as in MoE-Sieve (32 and 64)
-    learning_rate   1e-4 .. 2e-2, logarithmic
+    rank            1 .. 32, logarithmic
+    lora_alpha      8 .. 256, logarithmic, independent of the rank
+    scaled_rate     learning_rate·lora_alpha, 5e-4 .. 0.5, logarithmic: ΔW moves by it a step whatever the rank, so
+                    that its best value hardly depends on rank, lora_alpha and allocation; learning_rate follows
 
-Starting points: none, all, random 25 %, hot 25 % (the paper's setting), all with the study's recipe.
+Starting points: none, all, random 25 % and hot 25 % with the study's recipe, which is rank 4, lora_alpha 64 and scaled
+rate 0.05 where neither the task nor the command line suggests one; hot 25 % with the paper's recipe (rank 32,
+lora_alpha 64, learning_rate 4e-4).
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from spaces._knobs import lora_recipe
 
 BASE = "moe"
 ALLOCATORS = ("sieve", "coverage", "greedy", "esft", "random", "all", "none")
+PAPER = {"rank": 32, "lora_alpha": 64.0, "scaled_rate": 64 * 4e-4}
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
@@ -50,7 +55,7 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
         case "esft":
             knobs["p"] = trial.suggest_float("p", 0.05, 0.75, step=0.05)
             knobs["score"] = trial.suggest_categorical("esft_score", ["token", "gate"])
-    return Point(allocator, knobs, lora_recipe(trial, low=4, high=32, step=4))
+    return Point(allocator, knobs, lora_recipe(trial))
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
@@ -61,6 +66,7 @@ def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
         {"allocator": "all"},
         {"allocator": "random", "fraction": quarter},
         {"allocator": "sieve", "fraction": quarter, "score": "count"},
+        {"allocator": "sieve", "fraction": quarter, "score": "count"} | PAPER,
     ]
 
 

@@ -137,7 +137,7 @@ class _GroupMember:
         def on_rung(rung: Rung) -> bool:
             return self._report(job_id, RungReached(rung))
 
-        outcome = self._state.train(job.trial, job.trainable_params, report=on_rung, leads=self._ranks.leads)
+        outcome = self._state.train(job, report=on_rung, leads=self._ranks.leads)
         self._end(job_id, Finished(outcome), broken=self._state.broken)
 
     def _answer(self, job_id: str, question: Question) -> None:

@@ -166,14 +166,15 @@ class WorkerSlots:
         else:
             assert member.result is not None
             try:
-                outcome = self._state.ended(started, member.adapter, member.result)
+                with self._packed.alone(member):
+                    outcome = self._state.ended(started, member.adapter, member.result, tests=training.job.tests)
             except Exception as error:  # the adapter cannot be saved
                 outcome = self._state.failed(started, error)
         self._finish(training.job_id, outcome)
 
     def _train_alone(self, training: _Training) -> None:
         job, report = training.job, partial(self._rung, training.job_id)
-        self._finish(training.job_id, self._state.train(job.trial, job.trainable_params, report=report))
+        self._finish(training.job_id, self._state.train(job, report=report))
 
     def _rung(self, job_id: str, rung: Rung) -> bool:
         return self._jobs.report(job_id, RungReached(rung))

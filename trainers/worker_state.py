@@ -1,8 +1,8 @@
 """What a worker holds for a whole study, the base model and the task, and what it does with them. Knows no Ray.
 
     state = WorkerState(setup, "cpu")
-    state.train(trial, trainable_params, report=lambda rung: True)      # one trial from attach to detach: an Outcome
-    state.answer(TaskJob())                                             # a question that is asked before the first one
+    state.train(TrainJob(trial, 18_688), report=lambda rung: True)      # one trial from attach to detach: an Outcome
+    state.answer(TaskJob())                                             # any other job
 
 A diverged or failing trial is an outcome and never takes the worker with it.
 """
@@ -31,10 +31,13 @@ from allocators.core.messages import (
     SignalMeasured,
     TaskDescribed,
     TaskJob,
+    Tested,
+    TestJob,
+    TrainJob,
     UntrainedEvaluated,
     UntrainedJob,
 )
-from allocators.core.types import Outcome, Rung, Signal, SignalKind, Trial
+from allocators.core.types import Outcome, Rung, Score, Signal, SignalKind, Trial
 from trainers.versions import versions
 
 if TYPE_CHECKING:  # the driver imports this file, and needs no torch
@@ -42,6 +45,7 @@ if TYPE_CHECKING:  # the driver imports this file, and needs no torch
 
     from trainers.adapter import Adapter
     from trainers.loop import Result
+    from trainers.tasks import AnyTask
 
 MOST_ON_CPU, MOST_ON_GPU = 4, 8  # trainings in a pack that is chosen by measuring
 
@@ -100,6 +104,8 @@ class WorkerState:
         self.versions = versions(
             device=_device_name(device), model=self.identity, numbers=self.dtype, data=self.task.data_hash
         )
+        if not self.selects_on_test:
+            self.versions["test_data"] = self.task.test.data_hash
         if (chance := self.task.chance) is not None:
             self.versions["chance"] = f"{chance:.3g}"
         self.progress: Callable[[int, int, str], None] = lambda *_: None
@@ -112,7 +118,7 @@ class WorkerState:
         A spectrum does not need them: it is read from the weights as they are stored.
         """
         match question:
-            case UntrainedJob():
+            case UntrainedJob() | TestJob():
                 return True
             case SignalJob(kind="spectrum"):
                 return False
@@ -133,21 +139,47 @@ class WorkerState:
                 return self.untrained()
             case PackJob(trial, trainable_params):
                 return self.measure_pack(trial, trainable_params)
+            case TestJob(adapter=folder):
+                return self.test(folder)
             case TaskJob():
                 from trainers import tasks
 
                 return TaskDescribed(tasks.sizes(self.task), self.versions)
 
     def untrained(self) -> UntrainedEvaluated:
-        """Accuracy of the base alone. All workers of a group call this: each answers its share of the questions."""
+        """The base alone on both splits. All workers of a group call this: each answers its share of the questions."""
+        selection = self._score(self.task)
+        return UntrainedEvaluated(selection, selection if self.selects_on_test else self._score(self.task.test))
+
+    def test(self, folder: str) -> Tested:
+        """A saved adapter on the test split. All workers of a group call this.
+
+        Raises StudyError where no adapter lies in the folder, or one of another base.
+        """
+        from trainers import adapter as adapters
+
+        adapter = adapters.load(self.model, folder)
+        try:
+            return Tested(self._score(self.task.test))
+        finally:
+            adapter.detach()
+            self.clean_up()
+
+    @property
+    def selects_on_test(self) -> bool:
+        """Whether the accuracy that the search sees is that on the test split (`select_on=test`)."""
+        return self.task.test is self.task
+
+    def _score(self, task: AnyTask) -> Score:
+        """The model as it is now; all workers of a group answer their share of the questions."""
         import torch.distributed as dist
 
         several = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
-        self.task.prepare(self.tokenizer, rank=rank, world_size=world_size)
-        evaluation = self.task.evaluate(self.model)
+        task.prepare(self.tokenizer, rank=rank, world_size=world_size)
+        evaluation = task.evaluate(self.model)
         self.model.eval()
-        return UntrainedEvaluated(evaluation.accuracy, evaluation.stderr, evaluation.by_task)
+        return Score(evaluation.accuracy, evaluation.stderr, evaluation.by_task)
 
     def measure(self, kind: SignalKind, *, leads: bool = True, shared: Shared = lambda value: value) -> Signal | None:
         """One signal, from the cache where it was measured before. Raises StudyError for what this model lacks.
@@ -209,15 +241,14 @@ class WorkerState:
 
     # --- a trial, and its parts, which `WorkerSlots` takes one by one -------------------------------------------------
 
-    def train(
-        self, trial: Trial, trainable_params: int, *, report: Callable[[Rung], bool], leads: bool = True
-    ) -> Outcome:
+    def train(self, job: TrainJob, *, report: Callable[[Rung], bool], leads: bool = True) -> Outcome:
         """One trial from attach to detach; every ending that belongs to the trial becomes an outcome.
 
         report   takes every rung, on every worker, and answers whether the training goes on
         """
         from trainers import loop
 
+        trial, trainable_params = job.trial, job.trainable_params
         started = self.started(trial, trainable_params)
         began, self.broken = time.monotonic(), False
         adapter = None
@@ -235,7 +266,7 @@ class WorkerState:
                 on_rung=report,
                 checkpoint=self.checkpoint(trial),
             )
-            return self.ended(started, adapter, result, leads=leads)
+            return self.ended(started, adapter, result, leads=leads, tests=job.tests)
         except Exception as error:  # a trial never takes the worker with it: its error is its outcome
             self.broken = self.sharded if isinstance(error, OutOfMemoryError) else not isinstance(error, ToolkitError)
             return self.failed(started, error).updated(seconds=time.monotonic() - began)
@@ -266,8 +297,13 @@ class WorkerState:
             raise TrialError(f"the adapter has {adapter.num_trainable:,} parameters, counted {trainable_params:,}")
         return adapter
 
-    def ended(self, started: Outcome, adapter: Adapter, result: Result, *, leads: bool = True) -> Outcome:
-        """The outcome of a run that trained; its adapter is saved where it is complete."""
+    def ended(
+        self, started: Outcome, adapter: Adapter, result: Result, *, leads: bool = True, tests: bool = False
+    ) -> Outcome:
+        """The outcome of a run that trained; its adapter, which is on the model, is saved where it is complete.
+
+        tests   a complete one is evaluated on the test split, by all workers of a group
+        """
         outcome = started.updated(
             status=result.status,
             accuracy=result.accuracy,
@@ -276,6 +312,12 @@ class WorkerState:
             seconds=result.seconds,
             peak_memory_bytes=result.peak_memory_bytes,
         )
+        if result.status == "complete" and self.selects_on_test:
+            last = result.rungs[-1]
+            if last.accuracy is not None:
+                outcome = outcome.updated(test=Score(last.accuracy, last.stderr or 0.0, last.by_task))
+        elif result.status == "complete" and tests:
+            outcome = outcome.updated(test=self._score(self.task.test))
         if leads and result.status == "complete":  # one that was stopped is paused, perhaps: it has a checkpoint
             return outcome.updated(adapter=self._save(adapter, outcome))
         return outcome
@@ -297,7 +339,8 @@ class WorkerState:
 
         target = storage.join(self.setup.adapters, outcome.digest)
         record = outcome.to_json()
-        facts = {key: record[key] for key in ("trial", "accuracy", "trainable_params", "tokens", "seconds", "versions")}
+        named = ("trial", "accuracy", "test", "trainable_params", "tokens", "seconds", "versions")
+        facts = {key: record[key] for key in named}
         with tempfile.TemporaryDirectory() as folder:
             base = {"base_model": self.setup.model, "options": dict(self.setup.options)}
             adapters.save(adapter, Path(folder), metadata=facts | base)

@@ -1,7 +1,7 @@
 """What travels between a study and its workers: jobs go out, reports come back. Objects, which Ray pickles as they are.
 
-    job      TrainJob, or a question that is asked before the first training:
-             TaskJob, UntrainedJob, SignalJob, PackJob
+    job      TrainJob, or a question that is asked before the first training or after the last one:
+             TaskJob, UntrainedJob, SignalJob, PackJob, TestJob
     report   of a training: RungReached at every evaluation, Finished at its end
              of a question: Progressed on the way, its answer at its end
              of both: Failed, where the worker cannot do the job
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from allocators.core.types import Outcome, Rung, Signal, SignalKind, Trial
+from allocators.core.types import Outcome, Rung, Score, Signal, SignalKind, Trial
 
 # --- jobs -------------------------------------------------------------------------------------------------------------
 
@@ -24,12 +24,14 @@ from allocators.core.types import Outcome, Rung, Signal, SignalKind, Trial
 class TrainJob:
     """Train this trial, whose adapter has to have so many parameters.
 
-    asks   the worker waits at every rung until the study says whether the training goes on
+    asks    the worker waits at every rung until the study says whether the training goes on
+    tests   evaluate it on the test split at its end: nothing is selected, as in a table
     """
 
     trial: Trial
     trainable_params: int
     asks: bool = False
+    tests: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,20 @@ class PackJob:
     trainable_params: int
 
 
-Question = TaskJob | UntrainedJob | SignalJob | PackJob
+@dataclass(frozen=True)
+class TestJob:
+    """Evaluate a trained adapter on the test split.
+
+    trainable_params   that the adapter has to have
+    adapter            where it lies: a folder or a URI that workers can read
+    """
+
+    trial: Trial
+    trainable_params: int
+    adapter: str
+
+
+Question = TaskJob | UntrainedJob | SignalJob | PackJob | TestJob
 Job = TrainJob | Question
 
 
@@ -116,11 +131,17 @@ class TaskDescribed:
 
 @dataclass(frozen=True)
 class UntrainedEvaluated:
-    """Accuracy of the base alone, its standard error over the questions, and both for each of several tasks."""
+    """The base alone: on the split that selects, and on the test split."""
 
-    accuracy: float
-    stderr: float
-    by_task: Mapping[str, Mapping[str, float]]
+    selection: Score
+    test: Score
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What a trained adapter has on the test split."""
+
+    score: Score
 
 
 @dataclass(frozen=True)
@@ -138,7 +159,7 @@ class PackChosen:
     why: str
 
 
-Answer = TaskDescribed | UntrainedEvaluated | SignalMeasured | PackChosen
+Answer = TaskDescribed | UntrainedEvaluated | SignalMeasured | PackChosen | Tested
 End = Finished | Failed | Answer
 Report = RungReached | Progressed | End
 

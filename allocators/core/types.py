@@ -566,10 +566,10 @@ class Rung:
     accuracy   on the split that selects (`select_on=`); None where it is not finite
     stderr     standard error of the accuracy over the questions; None where it is not known
     loss       mean training loss since the rung before, nats a token; None where it is not finite
-    eval_loss  mean loss of the right answers to the same questions, nats a token; None where it is not known, as where
-               the model writes its answers, or not finite
     seconds    wall clock so far
     by_task    of several tasks: `{"arc_easy": {"accuracy", "stderr"}}`; accuracy is the mean of theirs
+    eval_loss  mean loss of the right answers to the same questions, nats a token; None where it is not known, as where
+               the model writes its answers, or not finite
     """
 
     step: int
@@ -577,9 +577,9 @@ class Rung:
     accuracy: float | None
     stderr: float | None = None
     loss: float | None = None
-    eval_loss: float | None = None
     seconds: float = 0.0
     by_task: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    eval_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads; `by_task` is left out where there is one task."""

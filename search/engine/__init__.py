@@ -7,16 +7,17 @@ inprocess.py    one worker inside this process: for a debugger, a notebook, test
 workers.start()
 workers.facts(), workers.untrained(), workers.measure("routing", on_progress)       before the first training
 workers.search(conductor, pausing=False)                                            until the conductor has no more
+workers.test(jobs, on_tested)                                                       after the last training
 workers.close()
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from allocators.core.messages import PackJob, TaskDescribed, UntrainedEvaluated
+from allocators.core.messages import Failed, PackJob, TaskDescribed, Tested, TestJob, UntrainedEvaluated
 from allocators.core.types import Outcome, Rung, Signal, SignalKind
 from search.problem import Proposal
 from search.records.reuse import FACTS
@@ -24,6 +25,7 @@ from search.records.reuse import FACTS
 # Read by libraries when they are imported; a user's own settings stay.
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
+OnTested = Callable[[TestJob, Tested | Failed], None]  # the job, and what came of it
 OnProgress = Callable[[int, int, str], None]  # done, total, what
 
 
@@ -93,6 +95,9 @@ class Workers(Protocol):
 
         pausing   whether the conductor may pause a training: workers then wait at every evaluation for its answer
         """
+
+    def test(self, jobs: Sequence[TestJob], on_tested: OnTested) -> None:
+        """Evaluates trained adapters on the test split; one that cannot be is told as failed, with the reason."""
 
     def close(self) -> None:
         """Ends the workers, whatever state they are in."""

@@ -11,10 +11,21 @@ of the process ends the study; the same command goes on from the trial's last ch
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
-from allocators.core.messages import PackJob, TaskDescribed, TaskJob, UntrainedEvaluated
+from allocators.core.errors import ToolkitError
+from allocators.core.messages import (
+    Failed,
+    PackJob,
+    TaskDescribed,
+    TaskJob,
+    Tested,
+    TestJob,
+    TrainJob,
+    UntrainedEvaluated,
+)
 from allocators.core.types import Rung, Signal, SignalKind
-from search.engine import ENVIRONMENT, Facts, OnProgress, StudyConductor
+from search.engine import ENVIRONMENT, Facts, OnProgress, OnTested, StudyConductor
 from search.problem import Proposal
 from trainers.worker_state import WorkerSetup, WorkerState
 
@@ -72,6 +83,15 @@ class InProcessWorkers:
             assert proposal != "wait", "nothing is under way that could be waited for"
             self._train(proposal, conductor)
 
+    def test(self, jobs: Sequence[TestJob], on_tested: OnTested) -> None:
+        """One adapter after the other."""
+        for job in jobs:
+            try:
+                result: Tested | Failed = self._state.test(job.adapter)
+            except ToolkitError as error:
+                result = Failed(str(error))
+            on_tested(job, result)
+
     def close(self) -> None:
         """Does nothing: the model goes with this object."""
 
@@ -87,7 +107,8 @@ class InProcessWorkers:
                 fault = error
             return not (paused or fault)
 
-        outcome = self._state.train(proposal.trial, proposal.trainable_params, report=on_rung)
+        job = TrainJob(proposal.trial, proposal.trainable_params, tests=proposal.tests)
+        outcome = self._state.train(job, report=on_rung)
         if fault is not None:
             raise fault
         if not paused:  # else it has a checkpoint, and the conductor may propose it again

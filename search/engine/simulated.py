@@ -8,12 +8,12 @@ asynchronous workers, and schedulers that decide by order of arrival, meet what 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from allocators.core.errors import StudyError
-from allocators.core.messages import Failed, Finished, PackJob, Report, RungReached, UntrainedEvaluated
+from allocators.core.messages import Failed, Finished, PackJob, Report, RungReached, Tested, TestJob, UntrainedEvaluated
 from allocators.core.types import Outcome, Signal, SignalKind, Trial
-from search.engine import Facts, OnProgress, StudyConductor
+from search.engine import Facts, OnProgress, OnTested, StudyConductor
 from search.problem import Proposal
 
 WORKERS = 4
@@ -79,6 +79,13 @@ class SimulatedWorkers:
             if self._running:
                 self._pass_on(conductor)
 
+    def test(self, jobs: Sequence[TestJob], on_tested: OnTested) -> None:
+        """What was recorded; a table that was recorded without a test split has nothing to tell."""
+        for job in jobs:
+            outcome = self._outcomes.get(job.trial.digest)
+            score = outcome.test if outcome is not None else None
+            on_tested(job, Tested(score) if score else Failed(f"{self._source} has no score on a test split"))
+
     def close(self) -> None:
         """Forgets the trainings under way."""
         self._running.clear()
@@ -103,7 +110,8 @@ class SimulatedWorkers:
         reports: list[tuple[int, Report]] = [(rung.tokens, RungReached(rung)) for rung in outcome.rungs]
         # another allocator may have proposed the recorded trial: the outcome names the one that was asked for
         versions = {**outcome.versions, "replayed": self._mark}
-        return [*reports, (outcome.tokens, Finished(outcome.updated(trial=trial, adapter="", versions=versions)))]
+        told = outcome.updated(trial=trial, adapter="", versions=versions, test=None)  # for `test` to tell
+        return [*reports, (outcome.tokens, Finished(told))]
 
     def _first(self) -> str:
         """The training whose report comes next."""

@@ -77,7 +77,7 @@ class StudySearcher(Searcher):
             state.resumed.append(state.paused.pop(digest))
             return None
         state.digests[trial_id] = digest
-        return {"job": TrainJob(proposal.trial, proposal.trainable_params, asks=state.pausing)}
+        return {"job": TrainJob(proposal.trial, proposal.trainable_params, asks=state.pausing, tests=proposal.tests)}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Hands the outcome to the conductor, or the reason why there is none."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,11 +39,12 @@ from allocators.core.messages import (
     SignalMeasured,
     TaskDescribed,
     TaskJob,
+    TestJob,
     UntrainedEvaluated,
     UntrainedJob,
 )
 from allocators.core.types import Signal, SignalKind
-from search.engine import Facts, OnProgress, StudyConductor, tune
+from search.engine import Facts, OnProgress, OnTested, StudyConductor, tune
 from search.engine.groups import Resources
 from search.engine.queue import JobQueue
 from trainers.worker_state import WorkerSetup
@@ -185,9 +187,7 @@ class RayWorkers:
 
         Raises StudyError when the workers cannot answer it.
         """
-        self._asked += 1
-        job_id = f"ask-{self._asked}"
-        ray.get(self._queue.submit.remote(job_id, question))
+        job_id = self._submit(question)
         while True:
             report: Progressed | Failed | Answer = ray.get(self._queue.next_report.remote(job_id))
             match report:
@@ -198,10 +198,25 @@ class RayWorkers:
                 case answer:
                     return answer
 
+    def _submit(self, question: Question) -> str:
+        """The name under which its reports come."""
+        self._asked += 1
+        job_id = f"ask-{self._asked}"
+        ray.get(self._queue.submit.remote(job_id, question))
+        return job_id
+
     def search(self, conductor: StudyConductor, *, pausing: bool) -> None:
         """Ray Tune runs the trials; raises StudyError where it cannot."""
         slots = self._groups.slots
         tune.search(conductor, study=self._study, queue=self._queue_name, slots=slots, pausing=pausing)
+
+    def test(self, jobs: Sequence[TestJob], on_tested: OnTested) -> None:
+        """All groups at once, an adapter each."""
+        asked = {self._submit(job): job for job in jobs}
+        waiting = {self._queue.next_report.remote(job_id): job_id for job_id in asked}
+        while waiting:
+            (ready,), _ = ray.wait(list(waiting), num_returns=1)
+            on_tested(asked[waiting.pop(ready)], ray.get(ready))
 
     def close(self) -> None:
         """Lets the groups end after their current job, and ends the local Ray or leaves the cluster."""

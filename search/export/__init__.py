@@ -15,14 +15,14 @@ from allocators.core import words
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import Outcome
 from search import records
-from search.config import RunConfig, keys
+from search.config import SETTINGS, RunConfig, before, keys
 from search.export.formats import FORMATS, Conversion
 from search.export.model_card import PROJECT, Card, markdown
 from search.front import Candidate
 from search.records.files import ADAPTERS, refuse_links_out
 from search.records.redact import portable_command
 from search.report import Report
-from search.text import accuracy_text, human, run_id
+from search.text import human, run_id
 from trainers import storage
 
 
@@ -99,12 +99,19 @@ def _because(run: Outcome) -> str:
 def retrain(report: Report, run: Outcome) -> str:
     """The command that trains this point alone in a study of its own, and keeps its adapter."""
     header = report.records.header
-    settings = {name: header["config"][name] for name in keys() if name in header["config"]}
+    settings = before() | {name: header["config"][name] for name in keys() if name in header["config"]}
     config = RunConfig(**settings).without("amount")
-    pins = {k: v for k, v in report.records.params_of(run.digest).items() if k not in config.recipe}
+    params = report.records.params_of(run.digest)
+    pins = {name: value for name, value in params.items() if name not in SETTINGS}
+    # as what they came to, whichever of them the space proposed when it was recorded
+    decided = {name for name in SETTINGS if name in params} - {"scaled_rate"}
+    decided |= {"rank", "lora_alpha", "learning_rate"} if SETTINGS.keys() & params.keys() else set()
+    recipe = {name: getattr(run.trial.recipe, name) for name in SETTINGS if name in decided}
     seeds = 1 + run.trial.seed - config.seed  # repeats of a point have the seeds after the study's own
     name = f"{report.records.name}-{run_id(run)}"
-    config = replace(config, trials=1, seeds=seeds, name=name, keep="all", pins=config.pins | pins)
+    config = replace(
+        config, trials=1, seeds=seeds, name=name, keep="all", recipe=config.recipe | recipe, pins=config.pins | pins
+    )
     return portable_command(config.command())
 
 
@@ -121,8 +128,8 @@ def write(folder: str | Path, request: Request) -> Iterator[str]:
     candidate, run = find(report, request.point)
     where = locate(report, run)
     _refuse_to_replace(request)
-    size, accuracy = human(run.trainable_params), accuracy_text(candidate)
-    yield f"run {run_id(run)}: {report.label(run)} ({size} trainable parameters, accuracy {accuracy})"
+    size, accuracy = human(run.trainable_params), report.accuracy_words(candidate)
+    yield f"run {run_id(run)}: {report.label(run)} ({size} trainable parameters, {accuracy})"
     with storage.reading_folder(where) as source, storage.replacing_folder(request.to) as target:
         target.mkdir()
         conversion = Conversion(
@@ -156,6 +163,7 @@ def _card(report: Report, candidate: Candidate, conversion: Conversion, load: st
         candidate=candidate,
         run=conversion.run,
         shape=report.records.shape,
+        splits=report.splits,
         points=sum(point.accuracy is not None for point in report.points),
         base_params=conversion.base_params,
         command=portable_command(report.records.header["command"]),

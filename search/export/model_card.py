@@ -8,20 +8,24 @@ of the records when they were written and are taken out again here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from allocators.core.maps import AllocationMap
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Outcome
 from search.front import Candidate
 from search.records.redact import portable
-from search.text import accuracy_text, number, point, run_id
+from search.text import Split, accuracy_text, number, point, run_id, settings_of
 
 PROJECT = "lora-expert-search"
 KIND = {
     "adapter": "LoRA experts, in the format of lora-expert-search",
     "merged": "A plain transformers model with the LoRA experts merged into its weights",
     "peft": "LoRA experts as a PEFT adapter",
+}
+CHOSEN_ON: Mapping[Split, str] = {
+    "accuracy": "on the questions that the accuracy is measured on, those of the test split: it is a little high",
+    "validation": "by validation accuracy, which is therefore a little high; nothing was chosen by test accuracy",
 }
 LIBRARY = {"adapter": PROJECT, "merged": "transformers", "peft": "peft"}
 
@@ -31,6 +35,7 @@ class Card:
     """Everything that a card says.
 
     format        adapter | merged | peft
+    splits        accuracies that points of the study have, as in `search.report.splits`
     points        measured points of the study, among which this one was chosen
     base_params   all parameters of the base model; None where it does not lie on this machine
     command       of the study; `retrain`: of this point alone
@@ -42,12 +47,18 @@ class Card:
     candidate: Candidate
     run: Outcome
     shape: ModelShape
+    splits: Sequence[Split]
     points: int
     base_params: int | None
     command: str
     retrain: str
     load: str
     notes: Sequence[str]
+
+    @property
+    def split(self) -> Split:
+        """That of the accuracy which the card answers for: test, where the point was evaluated there."""
+        return "test" if "test" in self.splits and self.candidate.tested else self.splits[0]
 
     @property
     def base(self) -> str:
@@ -75,7 +86,7 @@ def markdown(card: Card) -> str:
         "## What is known\n" + _table(_facts(card)),
         *(f"- {note}" for note in card.notes),
         "## Where the LoRA experts are\n" + _code("\n".join(map_lines(run.trial.allocation, card.shape)), "text"),
-        "## Recipe\n" + _table(run.trial.recipe.to_json().items()),
+        "## Recipe\n" + _table(settings_of(run.trial.recipe).items()),
         "## Data\n" + _table(_data(card)),
         "## How it was made\n" + _code(card.command, "bash"),
         "This point alone, with its adapter kept:\n" + _code(card.retrain, "bash"),
@@ -91,6 +102,9 @@ def _head(card: Card) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     run, accuracy = card.run, card.candidate.accuracy
+    if card.split == "test":
+        accuracy = card.candidate.test_accuracy
+    named = "accuracy" if card.split == "accuracy" else f"{card.split} accuracy"
     kind = "mixture-of-experts" if card.shape.is_moe else "dense"
     result = EvalResult(
         task_type="text-generation",
@@ -98,7 +112,8 @@ def _head(card: Card) -> str:
         dataset_name=card.task,
         metric_type="accuracy",
         metric_value=None if accuracy is None else round(accuracy, 4),
-        metric_name=f"accuracy ({_seeds(card)})",
+        metric_name=f"{named} ({_seeds(card)})",
+        dataset_split=None if card.split == "accuracy" else card.split,
     )
     relation = "finetune" if card.format == "merged" else "adapter"
     data = ModelCardData(
@@ -115,25 +130,21 @@ def _head(card: Card) -> str:
 
 
 def _seeds(card: Card) -> str:
-    count = len(card.candidate.complete)
+    count = len(card.candidate.tested if card.split == "test" else card.candidate.complete)
     return f"{count} seed" + ("" if count == 1 else "s")
 
 
 def _facts(card: Card) -> list[tuple[str, str]]:
     run, candidate = card.run, card.candidate
-    accuracy = "unknown" if run.accuracy is None else f"{run.accuracy:.3f}"
     share = (
         f", {run.trainable_params / card.base_params:.2%} of the base's {card.base_params:,}"
         if card.base_params
         else ""
     )
     facts = [
-        ("accuracy", accuracy_text(candidate) + (" (one standard error)" if candidate.stderr is not None else "")),
-        ("seeds behind it", f"{len(candidate.complete)}; these weights: seed {run.trial.seed}, accuracy {accuracy}"),
-        (
-            "chosen among",
-            f"{card.points} points, on the questions that the accuracy is measured on: it is a little high",
-        ),
+        *_accuracies(card),
+        ("seeds behind it", f"{len(candidate.complete)}; these weights: seed {run.trial.seed}, {_of_run(card)}"),
+        ("chosen among", f"{card.points} points, {CHOSEN_ON[card.splits[0]]}"),
         ("trainable parameters", f"{run.trainable_params:,}{share}"),
         ("tokens trained on", f"{run.tokens:,}"),
         ("seconds of training and evaluation", f"{run.seconds:.0f}"),
@@ -141,15 +152,36 @@ def _facts(card: Card) -> list[tuple[str, str]]:
         ("id of the run", f"`{run.digest}`"),
     ]
     if chance := run.versions.get("chance"):
-        facts.insert(1, ("chance", chance))
+        facts.insert(len(card.splits), ("chance", chance))
     return facts
+
+
+def _accuracies(card: Card) -> list[tuple[str, str]]:
+    """A line a split."""
+    lines = []
+    for split in card.splits:
+        text = accuracy_text(card.candidate, split)
+        error = card.candidate.test_stderr if split == "test" else card.candidate.stderr
+        said = f"{text} (one standard error)" if error is not None else text or "not evaluated"
+        lines.append((split if split == "accuracy" else f"{split} accuracy", said))
+    return lines
+
+
+def _of_run(card: Card) -> str:
+    """`validation 0.520, test 0.500` of the run that is exported."""
+    run = card.run
+    numbers = {"test": run.test.accuracy if run.test else None}
+    values = ((split, numbers.get(split, run.accuracy)) for split in card.splits)
+    return ", ".join(f"{split} {'unknown' if value is None else f'{value:.3f}'}" for split, value in values)
 
 
 def _data(card: Card) -> list[tuple[str, str]]:
     run = card.run
+    test = [("hash of the test documents", run.versions["test_data"])] if "test_data" in run.versions else []
     return [
         ("task", f"`{card.task}` (lm-evaluation-harness)"),
         ("hash of documents and prompts", run.versions.get("data", "unknown")),
+        *test,
         ("base model", f"`{card.base}`"),
         ("its commit or hash", run.versions.get("model", "unknown")),
     ]

@@ -11,14 +11,15 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError
-from allocators.core.types import Outcome, Point, Recipe
+from allocators.core.types import Outcome, Point
 from search.config import make_recipe
 from search.problem import Problem, Proposal, corners
 from search.records import Answered, Reason
+from search.text import settings_of
+from spaces._knobs import TRANSFERABLE
 
 log = logging.getLogger(__name__)
 
@@ -117,10 +118,12 @@ class Proposer:
     def starting_points(self) -> list[dict[str, Any]]:
         """The space's starting points; recipe settings that a point leaves out take the study's own values.
 
-        A grid, which is searched once it was recorded (`replay=`), has none.
+        Where neither task nor command line says how large updates are, they are those of `TRANSFERABLE`. A grid, which
+        is searched once it was recorded (`replay=`), has no starting points.
         """
-        recipe = make_recipe(self._problem.task_recipe, self._problem.fixed_recipe)
-        own = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
+        suggested = (self._problem.task_recipe, self._problem.fixed_recipe)
+        says = {"lora_alpha", "learning_rate", "scaled_rate"} & {name for layer in suggested for name in layer}
+        own = settings_of(make_recipe(*(() if says else (TRANSFERABLE,)), *suggested))
         space = self._problem.space
         points = [] if getattr(space, "TABLE", False) else space.starting_points(self._problem.shape)
         return [own | point | dict(self._problem.pins) for point in points]

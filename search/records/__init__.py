@@ -12,6 +12,7 @@ Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
     {"event": "started",  "outcome": Outcome, "params": {...}, "sampler_seconds": what it took to propose the point}
     {"event": "rung",     "digest": "...", "rung": {"step", "tokens", "accuracy", "loss", ...}}
     {"event": "finished", "outcome": Outcome, "params": {...}, "reused": name of the study that trained it, or none}
+    {"event": "tested",   "digest": "...", "test": {"accuracy", "stderr"} of its adapter on the test split}
     {"event": "answered", "params": {...}, "reason": "duplicate"|"infeasible"|"over_budget", "digest", "message"}
 `params` is the sampler's flat dictionary of the point. The last line of a digest wins. A driver that is killed in
 mid-write leaves a torn last line, which is dropped; a damaged line elsewhere is named and skipped.
@@ -37,7 +38,7 @@ from typing import Any, Literal, get_args
 
 from allocators.core import checks
 from allocators.core.errors import StudyError, ToolkitError
-from allocators.core.types import FINISHED, ModelShape, Outcome, Rung, Signal, canonical_json
+from allocators.core.types import FINISHED, ModelShape, Outcome, Rung, Score, Signal, canonical_json
 from search.front import Points
 from search.records.files import (
     ADAPTERS,
@@ -129,12 +130,17 @@ class Records:
 
     @cached_property
     def untrained(self) -> Mapping[str, Any] | None:
-        """accuracy, stderr and by_task of the base before training; None where it was not evaluated."""
+        """accuracy, stderr and by_task of the base before training, and the same on the test split in `test`.
+
+        None where it was not evaluated; an earlier version's has no `test`.
+        """
         try:
             base = checks.mapping(json.loads(read_bytes(self.folder, UNTRAINED)), UNTRAINED)
             Rung.from_json({"step": 0, "tokens": 0, **base})
             checks.number(base["stderr"], "stderr", low=0)
             checks.number(base["accuracy"], "accuracy")
+            if base.get("test") is not None:
+                Score.from_json(base["test"])
         except FileNotFoundError:
             return None
         except (OSError, *_DAMAGE) as error:
@@ -188,6 +194,8 @@ class Records:
                 self._rungs.setdefault(digest, {})[rung.step] = rung
                 if digest in self.outcomes and self.outcomes[digest].status not in FINISHED:
                     self.outcomes[digest] = self.outcomes[digest].updated(rungs=self._curve(digest))
+            case "tested":
+                self._apply_test(checks.digest(line["digest"]), Score.from_json(line["test"]))
             case "answered":
                 if line["reason"] not in get_args(Reason):
                     raise ValueError("unknown reason")
@@ -222,6 +230,14 @@ class Records:
             return
         self.points.add(outcome)
         if digest not in self.reused:
+            self._trained[digest] = outcome
+
+    def _apply_test(self, digest: str, score: Score) -> None:
+        if digest not in self.points.outcomes:
+            raise ValueError("what was evaluated on the test split has not finished")
+        outcome = self.outcomes[digest] = self.outcomes[digest].updated(test=score)
+        self.points.update(outcome)
+        if digest in self._trained:
             self._trained[digest] = outcome
 
     def _curve(self, digest: str) -> tuple[Rung, ...]:

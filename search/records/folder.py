@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from allocators.core import checks
 from allocators.core.errors import StudyError
-from allocators.core.types import FINISHED, ModelShape, Outcome, Rung
+from allocators.core.types import FINISHED, ModelShape, Outcome, Rung, Score
 from search.records import Reason, Records, adapter_name, flattened
 from search.records.files import (
     ADAPTERS,
@@ -146,6 +146,10 @@ class StudyFolder(Records):
         assert outcome.status in FINISHED, outcome.status
         line = {"event": "finished", "outcome": _recorded(outcome), "params": dict(params)}
         self._append(line | ({"reused": reused} if reused else {}))
+
+    def append_tested(self, digest: str, score: Score) -> None:
+        """The adapter of a finished training has been evaluated on the test split."""
+        self._append({"event": "tested", "digest": digest, "test": score.to_json()})
 
     def append_answered(
         self, params: Mapping[str, Any], *, reason: Reason, digest: str | None = None, message: str = ""

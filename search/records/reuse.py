@@ -98,7 +98,7 @@ class OtherStudies:
             source, target = records.adapter_of(outcome), storage.join(self._place, ADAPTERS, digest)
             kept = target if source and _copied(source, target) else ""
             # the other study may know it by another allocator's name: this one's records keep to what it asked
-            taken = outcome.updated(trial=trial, trainable_params=trainable_params, adapter=kept)
+            taken = outcome.updated(trial=trial, trainable_params=trainable_params, adapter=kept, test=None)
             return taken, records.reused.get(digest, records.name)
         return None
 

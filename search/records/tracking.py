@@ -35,10 +35,10 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from allocators.core.errors import StudyError
-from allocators.core.types import FINISHED, Outcome, Rung
+from allocators.core.types import FINISHED, Outcome, Rung, Score
 from search.records import Records, flattened
 from search.records.redact import redacted
-from search.text import human
+from search.text import human, settings_of
 from trainers import storage
 
 log = logging.getLogger(__name__)
@@ -153,6 +153,10 @@ class Tracker:
         """Logs the outcome and ends the trial's MLflow run."""
         self._safely(self._finish, outcome)
 
+    def tested(self, outcome: Outcome) -> None:
+        """Logs the score on the test split with a trial that has ended."""
+        self._safely(self._log_test, outcome)
+
     def close(self, summary: Summary | None = None, *, status: RunStatus = "FINISHED") -> None:
         """Ends the parent run, with the study's numbers and files; what is still running is marked KILLED."""
         self._safely(self._close, summary, status)
@@ -178,6 +182,8 @@ class Tracker:
             child = self._children.get(outcome.digest)
             if outcome.status in FINISHED and (child is None or child.ended != outcome.status):
                 self._finish(outcome)
+            elif outcome.test is not None:
+                self._log_test(outcome)
 
     def _find_parent(self) -> str:
         """Looks up the parent run and its children by their tags; makes a parent where there is none."""
@@ -225,7 +231,7 @@ class Tracker:
         else:
             self._client.update_run(child.run_id, status="RUNNING")
         params = {"allocator": trial.allocator, "model": trial.model, "task": trial.task, "seed": trial.seed}
-        params |= flattened({"knobs": trial.knobs, "recipe": trial.recipe.to_json()})
+        params |= flattened({"knobs": trial.knobs, "recipe": settings_of(trial.recipe)})
         params |= {"trainable_params": outcome.trainable_params, "experts": trial.allocation.total_experts}
         self._log_params(child.run_id, params, child.params)
         child.params |= dict.fromkeys(params, "")
@@ -276,10 +282,21 @@ class Tracker:
         self._client.log_batch(
             child.run_id, metrics=metrics, tags=[RunTag(key, value) for key, value in tags.items() if value]
         )
+        self._log_test(outcome)
         # last: a run that is over and tagged with its status is whole
         good = outcome.status in ("complete", "stopped")
         self._client.set_terminated(child.run_id, "FINISHED" if good else "FAILED")
         child.ended = outcome.status
+
+    def _log_test(self, outcome: Outcome) -> None:
+        """Once however often it comes."""
+        child = self._children[outcome.digest]
+        if outcome.test is None or ("test_accuracy", 0) in child.metrics:
+            return
+        now = int(time.time() * 1000)
+        metrics = [Metric(f"test_{name}", float(value), now, 0) for name, value in _flat(outcome.test).items()]
+        self._client.log_batch(child.run_id, metrics=metrics)
+        child.metrics |= {(metric.key, metric.step) for metric in metrics}
 
     def _close(self, summary: Summary | None, status: RunStatus) -> None:
         if not self._parent:
@@ -296,9 +313,10 @@ class Tracker:
         self._client.set_terminated(self._parent, status)
 
 
-def _flat(rung: Rung) -> dict[str, Any]:
+def _flat(rung: Rung | Score) -> dict[str, Any]:
     """Numbers of an evaluation by metric name: `accuracy`, of several tasks also `accuracy.arc_easy`."""
-    numbers = {name: getattr(rung, name) for name in ("step", "accuracy", "loss", "tokens", "stderr")}
+    names = ("step", "accuracy", "loss", "eval_loss", "tokens", "stderr")
+    numbers = {name: getattr(rung, name, None) for name in names}
     for label, of_task in rung.by_task.items():
         name = re.sub(r"[^\w./ :-]", "-", label)  # what MLflow takes
         numbers |= {f"accuracy.{name}": of_task["accuracy"], f"stderr.{name}": of_task["stderr"]}
@@ -322,6 +340,7 @@ class _Child:
     def of(cls, run: MlflowRun, client: MlflowClient) -> _Child:
         over = run.info.status in ("FINISHED", "FAILED")
         child = cls(run.info.run_id, params=run.data.params, ended=run.data.tags.get("status") if over else None)
+        child.metrics |= {(name, 0) for name in run.data.metrics if name.startswith("test_")}
         if child.ended is None:  # cut off: only then is it worth asking for the history
             for name in run.data.metrics:
                 child.metrics |= {(name, m.step) for m in client.get_metric_history(run.info.run_id, name)}

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from allocators.core.errors import StudyError, unknown
-from allocators.core.types import Outcome, Rung, Trial, canonical_json, digest_of
-from search.config import keys
+from allocators.core.types import Outcome, Rung, Score, Trial, canonical_json, digest_of
+from search.config import before, keys
 from search.records import read
 from search.records.redact import portable, portable_command
 
@@ -79,7 +79,9 @@ class Table:
     def settings(self) -> dict[str, Any]:
         """Keys of a study that the table fixes: space, model, task, evaluations, ..."""
         own = {*keys(decides="proposals")} - {*keys(where="space")}  # the user's to choose, or in the rows already
-        return {key: value for key, value in self.about["identity"].items() if key not in own}
+        fixed = {name for name in keys(decides="results") if name not in ("replay", *own)}
+        older = {name: value for name, value in before().items() if name in fixed}
+        return older | {key: value for key, value in self.about["identity"].items() if key not in own}
 
     @cached_property
     def mark(self) -> str:
@@ -119,6 +121,7 @@ def load(name: str) -> Table:
 
 def _row(line: Mapping[str, Any]) -> Row:
     params = {k.removeprefix("param."): v for k, v in line.items() if k.startswith("param.") and v is not None}
+    tested = line.get("test_accuracy")  # none in a table of an earlier version
     outcome = Outcome(
         Trial.from_json(json.loads(line["trial"])),
         line["status"],
@@ -129,6 +132,7 @@ def _row(line: Mapping[str, Any]) -> Row:
         line["tokens"],
         message=line["message"],
         versions=json.loads(line["versions"]),
+        test=None if tested is None else Score(tested, line["test_stderr"]),
     )
     return Row(outcome, params, line["study_seed"])
 
@@ -191,6 +195,8 @@ def _line(outcome: Outcome, params: Mapping[str, Any], study_seed: int) -> dict[
         "status": outcome.status,
         "accuracy": outcome.accuracy,
         "stderr": rungs[-1]["stderr"] if rungs else None,
+        "test_accuracy": outcome.test.accuracy if outcome.test else None,
+        "test_stderr": outcome.test.stderr if outcome.test else None,
         "trainable_params": outcome.trainable_params,
         "tokens": outcome.tokens,
         "seconds": outcome.seconds,

@@ -82,6 +82,7 @@ def show(study: Report | str | Path, *, console: Console | None = None) -> None:
             title=f"{report.title}: Pareto front",
             chances=report.chances,
             ids=report.ids,
+            splits=report.splits,
         )
         console.print(front)
     for sentence in report.words:

@@ -8,29 +8,18 @@ Each gives sections of the report, none where there is nothing to say.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
-from allocators.core.types import Trial
+from search import baselines
 from search.config import SIGNALS
 from search.front import Candidate
 from search.propose.early import NAMES, PARTS, Early
 from search.propose.halving import tokens_saved
 from search.records import Records
 from search.report.sections import Section, is_table
-from search.report.uncertainty import Noise, compare
-from search.text import accuracy_text, human
-
-# What anybody would type without a search; each is compared with the front where the study has trained it.
-ONE_LINE: Mapping[str, Callable[[Trial], bool]] = {
-    "uniform": lambda trial: trial.allocator == "uniform",
-    "MoLA-2468": lambda trial: trial.allocator == "mola" and str(trial.knobs.get("pattern")) == "2468",
-    "top 25 % routed": lambda trial: (
-        trial.allocator == "sieve" and trial.knobs.get("fraction") == 0.25 and trial.knobs.get("score") == "count"
-    ),
-    "random 25 %": lambda trial: trial.allocator == "random" and trial.knobs.get("fraction") == 0.25,
-    "all experts": lambda trial: trial.allocator == "all",
-}
-
+from search.report.splits import same_split, splits_of, tested
+from search.report.uncertainty import Noise, compare, pooled
+from search.text import Split, accuracy_text, human
 
 # --- one-line recipes
 
@@ -38,51 +27,75 @@ ONE_LINE: Mapping[str, Callable[[Trial], bool]] = {
 def recipes(
     records: Records, points: Sequence[Candidate], on_front: Sequence[Candidate], *, noise: Noise | None
 ) -> list[Section]:
-    """What a search has over what anybody would type: each recipe that was trained, at its best, against the front."""
+    """What a search has over what anybody would type: each recipe that was trained, at its best, against the front.
+
+    A recipe's best is the best by the accuracy that the search saw, as the front's rival is; the two are compared by
+    test accuracy where both have one.
+    """
     if is_table(records):  # nothing was searched: `search/report/sections.py` compares its rows
         return []
+    splits, judged = splits_of(records, points), tested(records, points)
+    spreads: dict[Split, Noise | None] = {splits[0]: noise, "test": pooled(judged.values()) or noise}
     rows = []
-    for name, is_it in ONE_LINE.items():
-        tried = [c for c in points if c.accuracy is not None and any(is_it(run.trial) for run in c.runs)]
-        if tried:
-            best = max(tried, key=lambda c: (c.accuracy or 0.0, -c.trainable_params))
-            rows.append((name, *_against(best, on_front, noise), str(len(tried))))
+    for name, tried in baselines.tried(points).items():
+        recipe, rival = tried[0], _rival(tried[0], on_front)
+        split, (own, other) = same_split((recipe, rival), judged, otherwise=splits[0])
+        members = [judged[c.point] for c in on_front if c.point in judged] if split == "test" else on_front
+        cells = _against(own, other, members, spreads[split])
+        texts = (accuracy_text(recipe, one) for one in splits)
+        rows.append((name, human(recipe.trainable_params), *texts, *cells, str(len(tried))))
+        if splits != ("accuracy",):
+            rows[-1] += (split,)
     if not rows:
         return []
     head = (
         "recipe",
         "trainable parameters",
-        "accuracy",
+        *splits,
         "front − recipe",
         "reading",
         "parameters of the front",
         "tried",
+        *(["split"] if splits != ("accuracy",) else []),
     )
-    notes = (
-        "front − recipe: the front's best accuracy at no more parameters less the recipe's, ± the standard error of "
-        "the difference (questions, and seeds where there are several). Of a recipe that was tried with several "
-        "settings the most accurate one stands here.",
+    return [Section("One-line recipes against the front", head, tuple(rows), _about_recipes(splits))]
+
+
+def _about_recipes(splits: Sequence[Split]) -> tuple[str, ...]:
+    """What the columns of the recipes mean."""
+    chosen = "by validation the most accurate" if splits[0] == "validation" else "the most accurate"
+    picked = "The front was picked as the best of all points, which flatters it"
+    if splits[0] == "validation":
+        picked += " on validation, and not on the test split"
+    return (
+        f"front − recipe: accuracy of the front's point of no more parameters that is {chosen}, less the recipe's, ± "
+        "the standard error of the difference (questions, and seeds where there are several). Of a recipe that was "
+        f"tried with several settings the one that is {chosen} stands here.",
         "parameters of the front: what its smallest point of at least the recipe's accuracy has, × the recipe's own; "
-        "in brackets for an accuracy of one standard error less and more (– where no point has as much). The front was "
-        "picked as the best of all points, which flatters it.",
+        f"in brackets for an accuracy of one standard error less and more (– where no point has as much). {picked}.",
     )
-    return [Section("One-line recipes against the front", head, tuple(rows), notes)]
 
 
-def _against(recipe: Candidate, on_front: Sequence[Candidate], noise: Noise | None) -> tuple[str, ...]:
+def _rival(recipe: Candidate, on_front: Sequence[Candidate]) -> Candidate:
+    """The most accurate point of the front with no more parameters; the recipe itself where it is on the front."""
+    return max((c for c in on_front if c.trainable_params <= recipe.trainable_params), key=lambda c: c.accuracy or 0.0)
+
+
+def _against(
+    recipe: Candidate, rival: Candidate, on_front: Sequence[Candidate], noise: Noise | None
+) -> tuple[str, str, str]:
+    """Difference, its reading, and parameters of the front at the recipe's accuracy; all by the accuracies given."""
     size = recipe.trainable_params
-    rival = max((c for c in on_front if c.trainable_params <= size), key=lambda c: c.accuracy or 0.0)
     needed = _needed(on_front, recipe.accuracy or 0.0)
-    cells = (human(size), accuracy_text(recipe))
-    if any(c is recipe for c in on_front):
-        return (*cells, "", "on the front", _times(needed, size))
+    if any(c.point == recipe.point for c in on_front):
+        return "", "on the front", _times(needed, size)
     difference = compare(recipe, rival, noise=noise)
     if difference.stderr is None:
-        return (*cells, f"{difference.rise:+.3f}", difference.reading, _times(needed, size))
+        return f"{difference.rise:+.3f}", difference.reading, _times(needed, size)
     error = recipe.stderr or 0.0
     ends = (_times(_needed(on_front, (recipe.accuracy or 0.0) + by), size) for by in (-error, error))
     span = f"{_times(needed, size)} ({' … '.join(ends)})"
-    return (*cells, f"{difference.rise:+.3f} ± {difference.stderr:.3f}", difference.reading, span)
+    return f"{difference.rise:+.3f} ± {difference.stderr:.3f}", difference.reading, span
 
 
 def _needed(on_front: Sequence[Candidate], accuracy: float) -> int | None:

@@ -1,4 +1,4 @@
-"""front.png: accuracy against trainable parameters, one colour an allocator.
+"""front.png: accuracy against trainable parameters, one colour an allocator; by test accuracy where that is known.
 
 Path("front.png").write_bytes(png(results))
 """
@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # seconds that nothing else here needs
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+FAINT = 0.35  # opacity of points that were not evaluated on the test split, where others were
 GREYS = {"none": "#b8b8b8", "all": "#555555", "random": "#888888", "uniform": "#9a8f80"}
 COLOURS = (
     "#0072b2",
@@ -63,7 +64,7 @@ def _set_up(axes: Axes, results: Results) -> None:
     """Title, grid and the ticks of a log axis that counts parameters."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel="accuracy")
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel=_y(results))
     axes.set_title(results.title, fontsize=10)
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -72,12 +73,21 @@ def _set_up(axes: Axes, results: Results) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
+def _y(results: Results) -> str:
+    """What the height is; points without a test accuracy are drawn by validation accuracy, and fainter."""
+    split = results.splits[-1]
+    return split if split == "accuracy" else f"accuracy on the {split} split"
+
+
 def _measured(results: Results) -> list[tuple[Candidate, float]]:
-    return [(c, c.accuracy) for c in results.points if c.accuracy is not None]
+    judged = ((c, results.judged(c).accuracy) for c in results.points)
+    return [(c, accuracy) for c, accuracy in judged if accuracy is not None]
 
 
 def _draw_points(axes: Axes, results: Results) -> None:
-    """A dot a point in its allocator's colour, those of the front larger and with a rim."""
+    """A dot a point in its allocator's colour, those of the front larger and with a rim, those not tested fainter."""
+    from matplotlib.colors import to_rgba
+
     measured = _measured(results)
     sizes = [_x(c) for c, _ in measured]
     axes.set_xlim(min(sizes) / 1.4, max(sizes) * 1.4)
@@ -88,26 +98,34 @@ def _draw_points(axes: Axes, results: Results) -> None:
             [_x(c) for c, _ in mine],
             [accuracy for _, accuracy in mine],
             s=[46 if c.best.digest in results.winners else 24 for c, _ in mine],
-            color=palette[name],
+            color=[to_rgba(palette[name], 1.0 if results.is_judged(c) else FAINT) for c, _ in mine],
             edgecolors=["black" if c.best.digest in results.winners else "none" for c, _ in mine],
             linewidths=0.8,
             zorder=3,
-            label=name or "unnamed",
         )
+        axes.scatter([], [], s=24, color=palette[name], label=name or "unnamed")
+    if not all(results.is_judged(c) for c, _ in measured):
+        axes.scatter([], [], s=24, color="0.3", alpha=FAINT, edgecolors="none", label="fainter: by validation accuracy")
 
 
 def _draw_front(axes: Axes, results: Results) -> bool:
-    """The step, its band of one standard error and the base's accuracy; returns whether an error is known."""
-    xs, ys = [_x(c) for c in results.front], [c.accuracy or 0.0 for c in results.front]
-    errors = [c.stderr or 0.0 for c in results.front]
+    """The step, its band of one standard error and the base's accuracy; returns whether an error is known.
+
+    Of points that were tested the step goes over those that no other of the front beats on the test split.
+    """
+    for candidate in map(results.judged, results.front):
+        height, error = candidate.accuracy or 0.0, candidate.stderr or 0.0
+        axes.errorbar(_x(candidate), height, yerr=error, fmt="none", ecolor="0.6", elinewidth=0.8, zorder=2)
+    xs, ys = [_x(c) for c in results.step], [c.accuracy or 0.0 for c in results.step]
+    errors = [c.stderr or 0.0 for c in results.step]
     edge = [*xs, max(_x(c) for c, _ in _measured(results))]
     axes.step(edge, [*ys, ys[-1]], where="post", color="0.35", lw=1)
-    axes.errorbar(xs, ys, yerr=errors, fmt="none", ecolor="0.6", elinewidth=0.8, zorder=2)
     low, high = ([y + sign * e for y, e in zip(ys, errors, strict=True)] for sign in (-1, 1))
     axes.fill_between(edge, [*low, low[-1]], [*high, high[-1]], step="post", color="0.5", alpha=0.12, lw=0, zorder=1)
     axes.margins(y=0.12)
     if (base := results.records.untrained) is not None:
-        axes.axhline(base["accuracy"], color="0.35", lw=0.9, ls=(0, (4, 3)), zorder=1, label="untrained")
+        height = base["test"]["accuracy"] if results.tested and base.get("test") else base["accuracy"]
+        axes.axhline(height, color="0.35", lw=0.9, ls=(0, (4, 3)), zorder=1, label="untrained")
     return any(errors)
 
 
@@ -124,7 +142,7 @@ def _name_points(axes: Axes, canvas: FigureCanvasAgg, results: Results) -> None:
     front = results.front
     order = {c.best.digest: c for c in (front[-1], front[0], results.knee, *front) if c is not None}
     canvas.draw()
-    dots = axes.transData.transform([(_x(c), c.accuracy or 0.0) for c in front])
+    dots = axes.transData.transform([(_x(c), results.judged(c).accuracy or 0.0) for c in front])
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in dots]
     for candidate in order.values():
         # with many settings a name would be longer than the picture has room for
@@ -132,7 +150,7 @@ def _name_points(axes: Axes, canvas: FigureCanvasAgg, results: Results) -> None:
         for across, up, side in ((-6, 6, "right"), (6, 8, "left"), (6, -12, "left"), (-6, -12, "right")):
             label = axes.annotate(
                 textwrap.shorten(name, 40, placeholder=" …") + (" (knee)" if candidate is results.knee else ""),
-                (_x(candidate), candidate.accuracy),
+                (_x(candidate), results.judged(candidate).accuracy),
                 xytext=(across, up),
                 textcoords="offset points",
                 ha=side,

@@ -17,12 +17,14 @@ from pathlib import Path
 
 from allocators.core.types import Outcome
 from search.front import Candidate, knee
+from search.front import front as unbeaten
 from search.propose import early
 from search.records import Records
 from search.report import allocations, attribution, broken, gains
 from search.report.sections import is_table
+from search.report.splits import Optimism, optimism, same_split, splits_of, tested
 from search.report.uncertainty import Bias, Difference, Noise, compare, pooled, selection_bias
-from search.text import label, run_id, varying
+from search.text import Split, both_text, label, run_id, varying
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,44 @@ class Results:
         """`sieve fraction=0.25, rank 8`: allocator, knobs, and the settings that vary."""
         return label(run, self.settings)
 
+    # --- the two splits
+
+    @cached_property
+    def splits(self) -> tuple[Split, ...]:
+        """("validation", "test"); without "test" before any evaluation there, ("accuracy",) with select_on=test."""
+        return splits_of(self.records, self.points)
+
+    @cached_property
+    def tested(self) -> dict[str, Candidate]:
+        """By point those that were evaluated on the test split, as it has them; empty with select_on=test."""
+        return tested(self.records, self.points)
+
+    def judged(self, candidate: Candidate) -> Candidate:
+        """The point as the test split has it, where it was evaluated there, else as the search saw it."""
+        return self.tested.get(candidate.point, candidate)
+
+    def is_judged(self, candidate: Candidate) -> bool:
+        """False where others were evaluated on the test split and this point was not."""
+        return not self.tested or candidate.point in self.tested
+
+    @cached_property
+    def step(self) -> list[Candidate]:
+        """What the front is drawn over: of its tested members, judged, those that no other of them beats.
+
+        The front itself where none of them was tested.
+        """
+        judged = [self.tested[candidate.point] for candidate in self.front if candidate.point in self.tested]
+        return unbeaten(judged) or self.front
+
+    @cached_property
+    def optimism(self) -> Optimism | None:
+        """Validation less test accuracy over the front; None where none of it was tested, or test selected it."""
+        return optimism(self.front) if self.tested else None
+
+    def accuracy_words(self, candidate: Candidate) -> str:
+        """`validation 0.840 ± 0.030, test 0.810 ± 0.031`."""
+        return both_text(candidate, self.splits)
+
     # --- how sure they are
 
     @cached_property
@@ -87,8 +127,21 @@ class Results:
         return pooled(self.points)
 
     def difference(self, lower: Candidate, higher: Candidate) -> Difference:
-        """How sure it is that `higher` is more accurate than `lower`, with the study's noise between seeds."""
-        return compare(lower, higher, noise=self.noise)
+        """How sure it is that `higher` is more accurate than `lower`, with the study's noise between seeds.
+
+        By test accuracy where both were evaluated on the test split (`split_of`).
+        """
+        split, sides = same_split((lower, higher), self.tested, otherwise=self.splits[0])
+        return compare(*sides, noise=self.test_noise if split == "test" else self.noise)
+
+    def split_of(self, *candidates: Candidate) -> Split:
+        """The split that `difference` compares these points on."""
+        return same_split(candidates, self.tested, otherwise=self.splits[0])[0]
+
+    @cached_property
+    def test_noise(self) -> Noise | None:
+        """`noise` of test accuracy; that of the accuracy which the search saw, where no point has two tested seeds."""
+        return pooled(self.tested.values()) or self.noise
 
     @cached_property
     def chances(self) -> dict[str, float]:
@@ -162,8 +215,15 @@ class Results:
             if candidate is not None and candidate.accuracy is not None:
                 numbers[f"{name}_accuracy"] = candidate.accuracy
                 numbers[f"{name}_trainable_params"] = candidate.trainable_params
-        if self.records.untrained is not None:
-            numbers["untrained_accuracy"] = self.records.untrained["accuracy"]
+                if candidate.test_accuracy is not None:
+                    numbers[f"{name}_test_accuracy"] = candidate.test_accuracy
+        if (base := self.records.untrained) is not None:
+            numbers["untrained_accuracy"] = base["accuracy"]
+            if base.get("test"):
+                numbers["untrained_test_accuracy"] = base["test"]["accuracy"]
+        if (measured := self.optimism) is not None:
+            numbers |= {"optimism": measured.value, "optimism_stderr": measured.stderr}
+            numbers["optimism_points"] = measured.points
         for at in self.early:
             if at.correlation is not None:
                 numbers[f"rank_correlation_{at.signal}_{at.part}"] = at.correlation

@@ -17,8 +17,9 @@ from typing import Any
 
 from search.front import Candidate, front
 from search.records import Records
+from search.report.splits import same_split, splits_of, tested
 from search.report.uncertainty import Paired, equivalence, paired
-from search.text import accuracy_text, human, label, number, varying
+from search.text import Split, accuracy_text, human, label, number, varying
 
 LEVEL = 0.05
 
@@ -57,19 +58,22 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
     published = [entry for entry in records.header["table"]["published"] if _agrees(entry, records.header["config"])]
     rows_of = ((entry, _row(records, points, entry["row"])) for entry in published)
     beside = {id(candidate): entry for entry, candidate in rows_of if candidate is not None}
-    head: tuple[str, ...] = ("row", "trainable parameters", "accuracy", "s.d.", "seeds")
+    splits, judged = splits_of(records, points), tested(records, points)
+    head: tuple[str, ...] = ("row", "trainable parameters", *splits, _spread(splits), "seeds")
     settings = varying(records.finished.values())
     rows = []
     for candidate in points:
+        shown = judged.get(candidate.point) if "test" in splits else candidate  # None: not evaluated there
         cells: tuple[str, ...] = (
             label(candidate.runs[0], settings),
             human(candidate.trainable_params),
-            "" if candidate.accuracy is None else f"{candidate.accuracy:.3f}",
-            "" if candidate.spread is None else f"{candidate.spread:.3f}",
+            *(_mean(candidate, split) for split in splits),
+            "" if shown is None or shown.spread is None else f"{shown.spread:.3f}",
             f"{len(candidate.complete)}",
         )
         if published:
-            entry, accuracy = beside.get(id(candidate)), candidate.accuracy
+            entry = beside.get(id(candidate))
+            accuracy = shown.accuracy if shown and splits[-1] != "validation" else None  # papers have test accuracies
             cells += (f"{entry['accuracy']:.3f}" if entry else "",)
             cells += (f"{accuracy - entry['accuracy']:+.3f}" if entry and accuracy is not None else "",)
         rows.append(cells)
@@ -77,6 +81,15 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
         head += ("published", "difference")
     title = "Every row: mean and standard deviation over its seeds"
     return [Section(title, head, tuple(rows), (*_not_trained(records), *_about_published(records, published)))]
+
+
+def _mean(candidate: Candidate, split: Split) -> str:
+    accuracy = candidate.test_accuracy if split == "test" else candidate.accuracy
+    return "" if accuracy is None else f"{accuracy:.3f}"
+
+
+def _spread(splits: Sequence[Split]) -> str:
+    return "s.d." if splits == ("accuracy",) else f"s.d. of {splits[-1]}"
 
 
 def _not_trained(records: Records) -> list[str]:
@@ -119,24 +132,34 @@ def _task(config: Mapping[str, Any]) -> str:
 
 
 def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]:
-    """The comparisons that the table names, paired seed by seed."""
+    """The comparisons that the table names, paired seed by seed; by test accuracy where all runs of both have one."""
     wanted = records.header["table"]["comparisons"] if is_table(records) else []
-    rows = [_comparison(records, points, comparison) for comparison in wanted]
+    complete = {point.point: len(point.complete) for point in points}
+    judged = {name: on_test for name, on_test in tested(records, points).items() if len(on_test.runs) == complete[name]}
+    rows, splits = [], {}
+    for comparison in wanted:
+        sides = [_row(records, points, comparison[side]) for side in ("first", "second")]
+        known = [side for side in sides if side is not None]
+        if len(known) == len(sides):
+            splits[comparison["name"]], known = same_split(known, judged, otherwise=splits_of(records, points)[0])
+        rows.append(_comparison(known, comparison))
     if not rows:
         return []
     head = ("comparison", "parameters", "n", "difference", "95 % interval", "p", "reading", "the claim")
-    tested = sum(1 for row in rows if row[5])
+    tests = sum(1 for row in rows if row[5])
     sources = dict.fromkeys(comparison["source"] for comparison in wanted if "arXiv" in comparison["source"])
     notes = [f"Claims are those of {', '.join(sources)}."] if sources else []
     notes += [
         "n: seeds that both rows were trained with. Differences are paired seed by seed and tested by the two-sided "
         "t-test, or, where a margin is named, for equivalence by two one-sided t-tests (TOST).",
     ]
-    if tested > 1:
+    notes += _on_which(splits)
+    if tests > 1:
         notes.append(
-            f"{tested} tests, not corrected for their number: of twenty true nulls one falls below .05 by chance."
+            f"{tests} tests, not corrected for their number: of twenty true nulls one falls below .05 by chance."
         )
-    errors = [candidate.question_error for candidate in points if candidate.question_error is not None]
+    shown = (judged.get(point.point, point) for point in points)
+    errors = [point.question_error for point in shown if point.question_error is not None]
     if errors:
         notes.append(
             "The tests are about training again, on these same questions; other questions would move a row's accuracy "
@@ -145,11 +168,25 @@ def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]
     return [Section("Comparisons, paired seed by seed", head, tuple(rows), tuple(notes))]
 
 
-def _comparison(records: Records, points: Sequence[Candidate], wanted: Mapping[str, Any]) -> tuple[str, ...]:
-    first, second = (_row(records, points, wanted[side]) for side in ("first", "second"))
+def _on_which(splits: Mapping[str, Split]) -> list[str]:
+    """The split that accuracies of the comparisons are from; nothing where the study has one number."""
+    others = [name for name, split in splits.items() if split != "test"]
+    if not splits or "accuracy" in splits.values():
+        return []
+    if not others:
+        return ["Accuracy is that on the test split."]
+    why = "since not every training of both rows was evaluated on the test split"
+    if len(others) == len(splits):
+        return [f"Accuracy is that on the validation split, {why}."]
+    return [f"Accuracy is that on the test split, but on the validation split for {', '.join(others)}, {why}."]
+
+
+def _comparison(sides: Sequence[Candidate], wanted: Mapping[str, Any]) -> tuple[str, ...]:
+    """A line of the comparisons; `sides` are the two rows as they are compared, fewer where one was not trained."""
     claim = wanted["claim"]
-    if first is None or second is None:
+    if len(sides) < 2:
         return (wanted["name"], "", "", "", "", "", "not both rows were trained", claim)
+    first, second = sides
     sizes = f"{human(first.trainable_params)} / {human(second.trainable_params)}"
     if first is second:
         return (wanted["name"], sizes, "", "", "", "", "both rows are one allocation", claim)
@@ -196,19 +233,24 @@ def _row(records: Records, points: Iterable[Candidate], row: Mapping[str, Any]) 
 
 
 def _by_task(records: Records, points: Sequence[Candidate]) -> list[Section]:
-    """Each task's accuracy at the points of the front, or in every row of a table."""
+    """Each task's accuracy at the points of the front, or in every row of a table; on both splits where both are."""
     shown = [c for c in (points if is_table(records) else front(points)) if c.by_task]
     if not shown:
         return []
+    splits, judged = splits_of(records, shown), tested(records, shown)
     tasks = list(dict.fromkeys(label for c in shown for label in c.by_task))
     settings = varying(records.finished.values())
     rows = []
     for c in shown:
-        cells = (f"{c.by_task[t][0]:.3f} ± {c.by_task[t][1]:.3f}" if t in c.by_task else "" for t in tasks)
-        rows.append((label(c.best, settings), human(c.trainable_params), *cells, accuracy_text(c)))
-    head = ("point", "trainable parameters", *tasks, "mean")
+        cells = []
+        for by_task in (c.by_task, *([judged[c.point].by_task if c.point in judged else {}] if judged else [])):
+            cells.append([f"{by_task[t][0]:.3f} ± {by_task[t][1]:.3f}" if t in by_task else "" for t in tasks])
+        means = [accuracy_text(c, split) for split in splits]
+        columns = zip(*([*of_tasks, mean] for of_tasks, mean in zip(cells, means, strict=True)), strict=True)
+        rows.append((label(c.best, settings), human(c.trainable_params), *(cell for cs in columns for cell in cs)))
+    names = [name if splits == ("accuracy",) else f"{name}, {split}" for name in (*tasks, "mean") for split in splits]
     note = "± one standard error. The mean, in which each task counts the same, is the accuracy of this study."
-    return [Section("Accuracy by task", head, tuple(rows), (note,))]
+    return [Section("Accuracy by task", ("point", "trainable parameters", *names), tuple(rows), (note,))]
 
 
 Builder = Callable[[Records, Sequence[Candidate]], list[Section]]

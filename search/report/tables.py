@@ -10,17 +10,16 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from types import MappingProxyType
 
 from rich.table import Table
 from rich.text import Text
 
-from allocators.core.types import Outcome, Recipe
+from allocators.core.types import Outcome
 from search.front import Candidate, knee
 from search.report.results import Results
 from search.report.sections import Section
-from search.text import accuracy_text, human, number, point, probability, varying
+from search.text import Split, accuracy_text, human, number, point, probability, settings_of, varying
 
 # --- in a terminal
 
@@ -33,11 +32,13 @@ def front_table(
     rows: int | None = None,
     chances: Mapping[str, float] = MappingProxyType({}),
     ids: Mapping[str, str] = MappingProxyType({}),
+    splits: Sequence[Split] = ("accuracy",),
 ) -> Table:
     """Points of a front as a terminal table, the `rows` largest of them; recipe settings only where they vary.
 
     chances   by digest of a point's best run: the probability that it is more accurate than the point above it
     ids       by the same: what `search.export point=` calls it
+    splits    accuracies that are shown, a column each
     """
     settings, bend = varying(everything), knee(shown)
     repeated = any(candidate.spread is not None for candidate in shown)
@@ -47,7 +48,8 @@ def front_table(
     if ids:
         table.add_column("id")
     table.add_column("trainable parameters", justify="right")
-    table.add_column("accuracy", justify="right")
+    for split in splits:
+        table.add_column(split, justify="right")
     table.add_column("allocator and knobs")
     for name in settings:
         table.add_column(name, justify="right")
@@ -62,9 +64,9 @@ def front_table(
         table.add_row(
             *([ids.get(best.digest, "")] if ids else []),
             human(candidate.trainable_params),
-            accuracy_text(candidate),
+            *(accuracy_text(candidate, split) for split in splits),
             Text(point(best)),  # not markup: plug-ins name themselves
-            *(number(getattr(best.trial.recipe, name)) for name in settings),
+            *(number(settings_of(best.trial.recipe)[name]) for name in settings),
             str(len(candidate.complete)),
             *([f"{candidate.spread:.3f}" if candidate.spread is not None else ""] if repeated else []),
             *([probability(chances.get(best.digest))] if chances else []),
@@ -98,14 +100,18 @@ def points_csv(results: Results) -> str:
 
 
 def _front_row(results: Results, candidate: Candidate) -> dict[str, object]:
-    best, loadable = candidate.best, results.loadable(candidate)
+    best, loadable, judged = candidate.best, results.loadable(candidate), results.tested.get(candidate.point)
     return {
         "digest": best.digest,
         **_allocation(best),
         "trainable_params": candidate.trainable_params,
         "accuracy": candidate.accuracy,
         "stderr": candidate.stderr,
+        "test_accuracy": candidate.test_accuracy,
+        "test_stderr": candidate.test_stderr,
+        "optimism": candidate.optimism if results.tested else None,
         **_columns(results, candidate.by_task),
+        **_columns(results, judged.by_task if judged else {}, prefix="test_"),
         "seeds": len(candidate.complete),
         "seed_standard_deviation": candidate.spread,
         "better_than_next_smaller": results.chances.get(best.digest),
@@ -124,7 +130,11 @@ def _run_row(results: Results, run: Outcome) -> dict[str, object]:
         "trainable_params": run.trainable_params,
         "status": run.status,
         "accuracy": run.accuracy,
-        **_columns(results, {label: (one["accuracy"], one["stderr"]) for label, one in run.by_task.items()}),
+        "test_accuracy": run.test.accuracy if run.test else None,
+        "test_stderr": run.test.stderr if run.test else None,
+        "optimism": (run.accuracy or 0.0) - run.test.accuracy if run.test and results.tested else None,
+        **_columns(results, _numbers(run.by_task)),
+        **_columns(results, _numbers(run.test.by_task if run.test else {}), prefix="test_"),
         "on_front": run.digest in results.winners,
         "seed": run.trial.seed,
         "seconds": run.seconds,
@@ -137,12 +147,19 @@ def _run_row(results: Results, run: Outcome) -> dict[str, object]:
     }
 
 
-def _columns(results: Results, by_task: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:
+def _numbers(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, float]]:
+    """Accuracy and standard error of each task."""
+    return {label: (one["accuracy"], one["stderr"]) for label, one in by_task.items()}
+
+
+def _columns(
+    results: Results, by_task: Mapping[str, tuple[float, float]], *, prefix: str = ""
+) -> dict[str, float | None]:
     """`accuracy.TASK` and `stderr.TASK` of every task of the study; the same columns in every row."""
     columns: dict[str, float | None] = {}
     for task in results.tasks:
         accuracy, stderr = by_task.get(task, (None, None))
-        columns |= {f"accuracy.{task}": accuracy, f"stderr.{task}": stderr}
+        columns |= {f"{prefix}accuracy.{task}": accuracy, f"{prefix}stderr.{task}": stderr}
     return columns
 
 
@@ -152,7 +169,7 @@ def _allocation(run: Outcome) -> dict[str, object]:
 
 
 def _recipe(run: Outcome) -> dict[str, object]:
-    return {f"recipe.{f.name}": getattr(run.trial.recipe, f.name) for f in fields(Recipe)}
+    return {f"recipe.{name}": value for name, value in settings_of(run.trial.recipe).items()}
 
 
 def _csv(rows: Iterable[Mapping[str, object]]) -> str:

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from allocators.core.types import Outcome, best_under
 from search.config import load_arguments
@@ -23,8 +24,9 @@ from search.report import allocations, attribution, broken
 from search.report.allocations import CONTROLS, EQUAL
 from search.report.results import Results
 from search.report.sections import is_table
+from search.report.splits import Optimism, optimism, selects_on_test
 from search.report.uncertainty import TOO_CLOSE, Bias, Difference
-from search.text import accuracy_text, human, point, recipe_words, run_id
+from search.text import Split, human, point, recipe_words, run_id
 
 MANY = 5  # comparisons inside the noise that are told one by one
 FAITHFUL = 0.8  # rank correlation between a third of the training and its end below which early results mislead
@@ -52,9 +54,12 @@ def _best(results: Results) -> list[str]:
 
     def name(candidate: Candidate) -> str:
         size = human(candidate.trainable_params)
-        return f"{results.label(candidate.best)} ({size} trainable parameters, accuracy {accuracy_text(candidate)})"
+        accuracy = results.accuracy_words(candidate)
+        return f"{results.label(candidate.best)} ({size} trainable parameters, {accuracy})"
 
-    said = [f"Most accurate: {name(results.front[-1])}."]
+    where = "" if results.splits[0] == "accuracy" else " on validation"
+    where += ", which selects" if where and not is_table(results.records) else ""
+    said = [f"Most accurate{where}: {name(results.front[-1])}."]
     by_digest = {c.best.digest: c for c in results.points}
     means = [c.best.updated(accuracy=c.accuracy) for c in results.points]
     fitting = {best.digest: budget for budget in _budgets(results) if (best := best_under(means, budget))}
@@ -68,16 +73,24 @@ def _best(results: Results) -> list[str]:
 
 
 def _gained(results: Results) -> list[str]:
-    """What the most accurate point has over the base."""
+    """What the most accurate point has over the base, by test accuracy where both have one."""
     base, best = results.records.untrained, results.front[-1]
     if base is None or best.accuracy is None:
         return []
-    error = math.hypot(best.stderr or 0.0, base["stderr"])
-    gain = Difference(best.accuracy - base["accuracy"], error, None)
+    split = results.split_of(best) if base.get("test") else results.splits[0]
+    here, judged = (base["test"], results.judged(best)) if split == "test" else (base, best)
+    error = math.hypot(judged.stderr or 0.0, here["stderr"])
+    gain = Difference((judged.accuracy or 0.0) - here["accuracy"], error, None)
+    other = f" (validation {base['accuracy']:.3f} ± {base['stderr']:.3f})" if split == "test" else ""
     return [
-        f"Untrained, the base has {base['accuracy']:.3f} ± {base['stderr']:.3f}: training is worth {gain.rise:+.3f} at "
-        f"the most accurate point (standard error {error:.3f}: {gain.reading})."
+        f"Untrained, the base has {here['accuracy']:.3f} ± {here['stderr']:.3f}{_on(split)}{other}: training is worth "
+        f"{gain.rise:+.3f} at the most accurate point (standard error {error:.3f}: {gain.reading})."
     ]
+
+
+def _on(split: Split) -> str:
+    """` on the test split`; nothing where a study has one number."""
+    return "" if split == "accuracy" else f" on the {split} split"
 
 
 def _budgets(results: Results) -> list[int]:
@@ -92,19 +105,89 @@ def _budgets(results: Results) -> list[int]:
 
 def _honesty(results: Results) -> list[str]:
     """Seeds, noise and selection: how far the front can be believed."""
-    said = [_seeds(results), *_selection(results.bias)]
-    steps = [results.difference(lower, higher) for lower, higher in pairwise(results.front)]
+    said = [_seeds(results), *_selection(results.bias, what=results.splits[0])]
+    shown = [c for c in results.front if c.point in results.tested]
+    shown = shown if len(shown) > 1 else results.front
+    steps = [results.difference(lower, higher) for lower, higher in pairwise(shown)]
     if steps and all(step.stderr is None for step in steps):
-        return [*said, "The standard error of the evaluation was not recorded: small differences may be chance."]
-    if steps:
-        said.append(_rise(results, steps))
-    rivals = sum(1 for candidate in results.points if candidate.accuracy is not None)
-    if rivals > 1 and not is_table(results.records):
+        said.append("The standard error of the evaluation was not recorded: small differences may be chance.")
+    elif steps:
+        said.append(_rise(results, shown, steps))
+    return [*said, *_both_splits(results), *_picked(results)]
+
+
+def _both_splits(results: Results) -> list[str]:
+    """What the test split says of what the validation split selected: the measured optimism."""
+    if results.splits[0] == "accuracy":
+        return []
+    table = is_table(results.records)
+    chosen = results.points if table else results.front
+    measured = optimism(chosen)
+    if measured is None:
+        return [
+            f"No {'row' if table else 'point of the front'} has been evaluated on the test split: the same command "
+            "does it at its end, from the adapters that are kept."
+        ]
+    if table:
+        return [_of_rows(measured)]
+    said = [_of_front(results, measured)]
+    if left := len(chosen) - measured.points:
         said.append(
-            f"The front was picked from {rivals} points on the questions it is measured on: expect its accuracies to "
-            f"be a little too high."
+            f"{left} of {len(chosen)} points of the front {'has' if left == 1 else 'have'} no test accuracy: the same "
+            "command evaluates those whose adapters are kept."
         )
     return said
+
+
+def _of_rows(measured: Optimism) -> str:
+    """In a table: nothing was selected, so that the difference is that of the splits."""
+    rows = "row has" if measured.points == 1 else f"{measured.points} rows have"
+    over = "the questions" if measured.points == 1 else "rows"
+    return (
+        f"Nothing was selected: on the test split the {rows} {measured.test:.3f} on average and on validation "
+        f"{measured.validation:.3f}, a difference of {measured.value:+.3f} ± {measured.stderr:.3f} (standard error "
+        f"over {over}). Rows are compared by test accuracy."
+    )
+
+
+def _of_front(results: Results, measured: Optimism) -> str:
+    n, total = measured.points, len(results.front)
+    of = f" of {total}" if n < total else ""
+    if n == 1:
+        who = f"{'one' if of else 'the one'} point{of} of the front has {measured.test:.3f}"
+        error = "standard error of the questions of both splits; of one point it may be chance"
+    else:
+        who = f"{'' if of else 'the '}{n}{of} points of the front have {measured.test:.3f} on average"
+        error = "standard error over points, which all answer the same questions"
+    beaten = n - len(results.step)
+    fallen = f"; {beaten} of them {'is' if beaten == 1 else 'are'} beaten there by another of them" if beaten else ""
+    base = results.records.untrained
+    apart = (
+        f"; the untrained base, which was not selected, has {_apart(base):+.3f}" if base and base.get("test") else ""
+    )
+    return (
+        f"On the test split, which nothing was selected on, {who} where validation said {measured.validation:.3f}: "
+        f"optimism {measured.value:.3f} ± {measured.stderr:.3f} ({error}{apart}){fallen}."
+    )
+
+
+def _apart(base: Mapping[str, Any]) -> float:
+    """Validation less test accuracy of the base."""
+    return float(base["accuracy"] - base["test"]["accuracy"])
+
+
+def _picked(results: Results) -> list[str]:
+    """A front that is shown by what it was picked by is flattered."""
+    rivals = sum(1 for candidate in results.points if candidate.accuracy is not None)
+    if rivals < 2 or is_table(results.records):
+        return []
+    if selects_on_test(results.records):
+        where = "on the questions it is measured on, those of the test split, as the papers do"
+    elif results.optimism is None:
+        where = "on the questions it is measured on"
+    else:
+        return []
+    return [f"The front was picked from {rivals} points {where}: expect its accuracies to be a little too high."]
 
 
 def _seeds(results: Results) -> str:
@@ -123,24 +206,24 @@ def _seeds(results: Results) -> str:
     )
 
 
-def _rise(results: Results, steps: Sequence[Difference]) -> str:
-    """How much the front rises, as a whole and from point to point, beside the noise."""
-    whole = results.difference(results.front[0], results.front[-1])
+def _rise(results: Results, shown: Sequence[Candidate], steps: Sequence[Difference]) -> str:
+    """How much the front rises, as a whole and from point to point, beside the noise; `shown` of it is compared."""
+    whole, where = results.difference(shown[0], shown[-1]), _on(results.split_of(*shown))
     if whole.inside_noise:
         return (
-            f"The whole front rises by {whole.rise:.3f}, within two standard errors of a difference "
+            f"The whole front rises{where} by {whole.rise:.3f}, within two standard errors of a difference "
             f"({TOO_CLOSE * (whole.stderr or 0.0):.3f}): these accuracies cannot be told apart, do not read an "
             "order into them."
         )
     small = sum(step.inside_noise for step in steps)
     largest = max(step.stderr for step in steps if step.stderr is not None)
     return (
-        f"From one point of the front to the next, {small} of {len(steps)} differences are within two standard "
+        f"From one point of the front to the next{where}, {small} of {len(steps)} differences are within two standard "
         f"errors (about {TOO_CLOSE * largest:.3f}) and may be chance; the whole front rises by {whole.rise:.3f}."
     )
 
 
-def _selection(bias: Bias | None) -> list[str]:
+def _selection(bias: Bias | None, *, what: Split) -> list[str]:
     """The winner's curse, where fresh seeds measured it."""
     if bias is None:
         return []
@@ -153,7 +236,8 @@ def _selection(bias: Bias | None) -> list[str]:
         if drop > 0
         else f"picking did not flatter them (difference {drop:+.3f}{error})"
     )
-    return [f"Winner's curse: accuracy {sizes}{many}; {verdict}."]
+    accuracy = "accuracy" if what == "accuracy" else f"{what} accuracy"
+    return [f"Winner's curse: {accuracy} {sizes}{many}; {verdict}."]
 
 
 def _early(results: Results) -> list[str]:
@@ -180,7 +264,7 @@ def _against_baselines(results: Results) -> list[str]:
         if rivals:
             best = max(rivals, key=lambda c: c.accuracy or 0.0)
             difference = results.difference(baseline, best)
-            sentence = _comparison(baseline, best, difference, settings=results.settings)
+            sentence = _comparison(results, baseline, best, difference)
             (inside if difference.inside_noise else said).append(sentence)
     if len(inside) <= MANY:
         return said + inside
@@ -200,14 +284,16 @@ def _is_rival(candidate: Candidate, baseline: Candidate) -> bool:
     )
 
 
-def _comparison(baseline: Candidate, best: Candidate, difference: Difference, *, settings: Sequence[str]) -> str:
+def _comparison(results: Results, baseline: Candidate, best: Candidate, difference: Difference) -> str:
     verdict = difference.reading
     if difference.stderr is not None:
         verdict = f"standard error {difference.stderr:.3f}: {verdict}"
-    same = ", ".join(recipe_words(best.best, settings))
+    same = ", ".join(recipe_words(best.best, results.settings))
+    split = results.split_of(baseline, best)
+    ours, theirs = (results.judged(c).accuracy if split == "test" else c.accuracy for c in (best, baseline))
     return (
         f"At {human(baseline.trainable_params)} parameters{f' ({same})' if same else ''} {point(best.best)} has "
-        f"{best.accuracy:.3f} and {baseline.best.trial.allocator} {baseline.accuracy:.3f} (difference "
+        f"{ours:.3f} and {baseline.best.trial.allocator} {theirs:.3f}{_on(split)} (difference "
         f"{difference.rise:+.3f}, {verdict})."
     )
 

@@ -16,7 +16,7 @@ from search.config import RunConfig
 from search.problem import Problem, Proposal
 from search.propose.sampler import Proposer, table_rows
 from search.records import measured_signals
-from search.text import human
+from search.text import human, settings_of
 
 
 def dry_run(config: RunConfig, problem: Problem, folder: Path) -> None:
@@ -64,11 +64,12 @@ def _table(proposals: list[Proposal], title: str, known: Collection[str]) -> Tab
         table.add_column(column, justify="right" if column in ("", "experts", "trainable parameters") else "left")
     for number, proposal in enumerate(proposals, start=1):
         trial, mark = proposal.trial, _mark(proposal, known)
+        settings = settings_of(trial.recipe)
         table.add_row(
             str(number),
             trial.allocator,
             _words(trial.knobs),
-            f"rank={trial.recipe.rank} learning_rate={trial.recipe.learning_rate:.2g}",
+            _words({name: settings[name] for name in ("rank", "lora_alpha", "learning_rate")}),
             f"{mark}{trial.allocation.total_experts}",
             f"{mark}{proposal.trainable_params:,} ({human(proposal.trainable_params)})",
         )
@@ -76,7 +77,7 @@ def _table(proposals: list[Proposal], title: str, known: Collection[str]) -> Tab
 
 
 def _words(knobs: Mapping[str, Any]) -> str:
-    return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in knobs.items())
+    return " ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in knobs.items())
 
 
 def _mark(proposal: Proposal, known: Collection[str]) -> str:

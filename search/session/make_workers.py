@@ -101,6 +101,7 @@ def worker_setup(config: RunConfig, locations: Locations) -> WorkerSetup:
         task=tasks.absolute(config.task),
         task_options={
             **config.options("task"),
+            "split_seed": config.seed,
             "num_fewshot": config.num_fewshot if config.num_fewshot >= 0 else None,
         },
         seed=config.seed,

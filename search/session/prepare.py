@@ -35,7 +35,7 @@ def prepare_training(config: RunConfig) -> Problem:
 
     shape = models.shape_of(config.model, trust_remote_code=config.trust_remote_code)
     space = load_space(config.space, shape)
-    task = tasks.check_task(config.task)
+    task = tasks.check_task(config.task, select_on=config.select_on)
     kinds = kinds_read(space.ALLOCATORS)
     problem = Problem(
         space=space,
@@ -65,7 +65,7 @@ def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:
     from search.replay.problem import table_problem
 
     table, defaults = replay.load(config.replay), RunConfig()
-    known = {f.name for f in fields(RunConfig)}  # a table may be older than a key, or younger
+    known = {f.name for f in fields(RunConfig)}  # a table may be younger than a key
     settings = {key: value for key, value in table.settings.items() if key in known and key != "replay"}
     for key, recorded in {**settings, "recipe": {}}.items():
         if getattr(config, key) not in (recorded, getattr(defaults, key)):

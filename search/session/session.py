@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from allocators.core.messages import PackJob
+from allocators.core.messages import Failed, PackJob, Tested, TestJob
 from allocators.core.types import Signal, canonical_json
 from search import report
-from search.config import RunConfig
+from search.config import RunConfig, before
 from search.engine import Workers
 from search.engine.memory import PeakMemory
 from search.problem import Problem
@@ -23,7 +23,7 @@ from search.records.tracking import Tracker
 from search.report.live import Progress
 from search.session.dry_run import drawn
 from search.session.make_workers import Locations, make_workers
-from search.study import Conductor, trainings_left
+from search.study import Conductor, trainings_left, untested
 from spaces import _tables
 from trainers import storage
 
@@ -37,8 +37,9 @@ def run_study(config: RunConfig, problem: Problem) -> int:
             tracker.sync(records)
             known = replace(problem, signals={**problem.signals, **records.signals})
             left, repeats = trainings_left(known, records, trials=config.trials, seeds=config.seeds)
-            if left or repeats:
-                Session(config, problem, locations, records, tracker).train(left + repeats)
+            tests = len(untested(known, records, adapters=not config.replay))
+            if left or repeats or tests:
+                Session(config, problem, locations, records, tracker).train(left + repeats or tests)
             else:
                 finished = len(records.finished)
                 print(f"trials={config.trials}, seeds={config.seeds} and {finished} are finished: nothing to train")
@@ -58,7 +59,7 @@ def _records(config: RunConfig, problem: Problem, locations: Locations) -> Study
         locations.folder,
         config=config.to_json(),
         identity=config.identity(),
-        defaults=RunConfig().identity(),
+        defaults=before(),
         shape=problem.shape,
         command=config.command(),
         place=locations.shared if storage.is_uri(locations.shared) else "",
@@ -114,7 +115,30 @@ class Session:
             workers.search(conductor, pausing=self._pausing)
             if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
                 raise KeyboardInterrupt
+            self._test(problem, workers, conductor, progress)
             conductor.settle()
+
+    def _test(self, problem: Problem, workers: Workers, conductor: Conductor, progress: Progress) -> None:
+        """Evaluates the front and what it is compared with on the test split, which nothing was selected on."""
+        jobs = untested(problem, self.records, adapters=not self.config.replay)
+        done, failed = 0, []
+
+        def on_tested(job: TestJob, result: Tested | Failed) -> None:
+            nonlocal done
+            done += 1
+            progress.measuring("the test split", done, len(jobs), "adapters")
+            match result:
+                case Tested(score):
+                    conductor.tested(job, score)
+                case Failed(reason):
+                    failed.append(reason)
+
+        if jobs:
+            progress.message(f"evaluating {len(jobs)} trainings on the test split: the front and one-line recipes")
+            workers.test(jobs, on_tested)
+            progress.measured()
+        if failed:
+            progress.message(f"{len(failed)} of them were not evaluated on the test split: {failed[0]}")
 
     @property
     def _pausing(self) -> bool:
@@ -155,10 +179,14 @@ class Session:
         file = self.locations.folder / UNTRAINED
         if file.exists() or (base := workers.untrained()) is None:
             return
-        write_atomically(
-            file, canonical_json({"accuracy": base.accuracy, "stderr": base.stderr, "by_task": dict(base.by_task)})
+        on_both = {**base.selection.to_json(), "test": base.test.to_json()}
+        write_atomically(file, canonical_json(on_both))
+        said = " and ".join(
+            f"{score.accuracy:.3f} ± {score.stderr:.3f} on the {split} split"
+            for split, score in (("validation", base.selection), ("test", base.test))
+            if split == "test" or score != base.test
         )
-        progress.message(f"untrained, the base has accuracy {base.accuracy:.3f} ± {base.stderr:.3f}")
+        progress.message(f"untrained, the base has accuracy {said}")
 
     def _signals(self, workers: Workers, progress: Progress) -> Mapping[str, Signal]:
         """Every kind of signal that the problem needs, measured once by a worker or taken from the cache."""
@@ -188,7 +216,7 @@ class Session:
         others = OtherStudies(
             folder,
             identity=self.config.identity(),
-            defaults=RunConfig().identity(),
+            defaults=before(),
             facts=facts,
             place=self.locations.shared,
         )

@@ -68,6 +68,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
 from allocators.core import words
 from allocators.core.errors import StudyError, ToolkitError
+from allocators.core.messages import TrainJob
 from allocators.core.types import ExpertSelection, ModelShape, Outcome, Trial
 from tests.benchmarks import search_tables
 from tests.benchmarks.trial_overhead import CpuWatch, make_trials, warm
@@ -365,7 +366,7 @@ class Resident:
             elif way == "packed":
                 self._pack(known, folder)
             else:
-                outcome = self._state.train(*known[0], report=lambda rung: True)
+                outcome = self._state.train(TrainJob(*known[0]), report=lambda rung: True)
                 assert outcome.status == "complete", outcome.message
             spent = Cost(time.perf_counter() - wall, time.process_time() - cpu)
         self._state.setup = setup

@@ -164,11 +164,14 @@ def cold_loop(config: dict[str, Any]) -> None:
     import ray.train
     from ray.train.torch import get_device
 
+    from allocators.core.messages import TrainJob
     from allocators.core.types import Trial
     from trainers.worker_state import WorkerState
 
     trial = Trial.from_json(json.loads(config["trial"]))
-    outcome = WorkerState(config["setup"], get_device()).train(trial, config["cost"], report=lambda rung: True)
+    outcome = WorkerState(config["setup"], get_device()).train(
+        TrainJob(trial, config["cost"]), report=lambda rung: True
+    )
     Path(config["answer"]).write_text(json.dumps({"status": outcome.status, "seconds": outcome.seconds}))
     ray.train.report({"accuracy": outcome.accuracy})
 

@@ -21,6 +21,7 @@ from allocators.core.types import (
     Recipe,
     Role,
     Rung,
+    Score,
     Status,
     Trial,
 )
@@ -30,6 +31,8 @@ from trainers.versions import versions
 LAYERS, EXPERTS, HIDDEN, WIDTH, QUESTIONS = 4, 16, 32, 16, 200
 CONFIG = {"space": "sieve", "model": "tiny-moe", "task": "shift", "seed": 0, "trials": 24, "storage": "studies"}
 IDENTITY = {"space": "sieve", "model": "tiny-moe", "task": "shift", "seed": 0, "recipe": {"rank": 4}}
+BOTH = {"select_on": "validation", "held_out": 0.1}  # of a study that keeps its test split apart
+APART = {"config": CONFIG | BOTH, "identity": IDENTITY | BOTH}  # `open_study(folder, **APART)`
 COMMAND = "python -m search.run space=sieve"
 
 
@@ -109,6 +112,11 @@ def outcome(
 def rung(step: int, accuracy: float) -> Rung:
     error = math.sqrt(max(accuracy * (1 - accuracy), 0.0) / QUESTIONS)
     return Rung(step, step * 1_000, accuracy, stderr=error, loss=2.5 - 1.5 * accuracy)
+
+
+def score(accuracy: float) -> Score:
+    """On a test split of as many questions."""
+    return Score(accuracy, math.sqrt(max(accuracy * (1 - accuracy), 0.0) / QUESTIONS))
 
 
 def started(done: Outcome) -> Outcome:

@@ -131,12 +131,14 @@ def test_what_follows_from_the_table_is_what_was_kept_by_hand() -> None:
     proposals |= {"rank_by", "first_rung"}
     results = {"model", "task", "evaluations", "limit", "replay", "training_limit", "metric", "num_fewshot"}
     results |= {"fewshot_seed", "chat_template", "dtype", "attn", "quantization", "trust_remote_code"}
+    results |= {"select_on", "held_out"}
     assert set(RunConfig().identity()) == proposals | results
     assert proposals == INDIFFERENT == set(keys(decides="proposals"))
     table = Table("t", {"identity": RunConfig().identity()}, {})
     assert set(table.settings) == results | {"space", "calibration_samples"}
     of_the_model = {"dtype", "attn", "gradient_checkpointing", "quantization", "trust_remote_code", "shard"}
     of_the_task = {"limit", "training_limit", "metric", "num_fewshot", "fewshot_seed", "chat_template"}
+    of_the_task |= {"select_on", "held_out"}
     assert set(RunConfig().options("model")) == of_the_model
     assert set(RunConfig().options("task")) == of_the_task
     assert of_the_model == signature(models.load).parameters.keys() - {"name", "device"}

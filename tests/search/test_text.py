@@ -7,9 +7,10 @@ import doctest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from allocators.core.types import Score
 from search import text
 from search.front import Candidate
-from search.text import accuracy_text, clock, human, label, point, probability, varying
+from search.text import accuracy_text, both_text, clock, human, label, point, probability, varying
 from tests.search.studies import outcome, selection
 
 
@@ -35,6 +36,10 @@ def test_an_accuracy_names_its_error_where_it_is_known() -> None:
     assert accuracy_text(Candidate((run,), 0.5, 0.035)) == "0.500 ± 0.035"
     assert accuracy_text(Candidate((run,), 0.5, None)) == "0.500"
     assert accuracy_text(Candidate((run,), None, None)) == ""
+    tested = Candidate((run.updated(test=Score(0.498, 0.036)),), 0.5, 0.035)
+    assert accuracy_text(tested, "test") == "0.498 ± 0.036"
+    assert both_text(tested, ("validation", "test")) == "validation 0.500 ± 0.035, test 0.498 ± 0.036"
+    assert both_text(Candidate((run,), 0.5, None), ("validation", "test")) == "validation 0.500"
 
 
 @given(st.floats(0, 1))

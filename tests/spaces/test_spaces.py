@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import optuna
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from allocators.core import plugins
-from allocators.core.errors import InfeasibleError
+from allocators.core.errors import InfeasibleError, StudyError
 from allocators.core.layers import blocks
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ModelShape
+from allocators.core.types import ExpertCounts, ModelShape, Recipe
+from search.config import make_recipe, parse
 from search.problem import Problem, Proposal, corners, load_space, placeholder
 from search.propose.sampler import Proposer, table_rows
+from search.session.prepare import prepare, prepare_training
+from spaces._knobs import TRANSFERABLE
 from spaces._tables import facts
 from tests.search.propose.proposals import next_proposal
 
@@ -88,7 +97,7 @@ def test_the_controls_have_the_parameters_of_the_method(name: str) -> None:
     """At the starting points, uniform and random cost the same; so does every method that takes the same T."""
     proposer = Proposer(problem_of(name))
     first = [next_proposal(proposer) for _ in range(len(problem_of(name).space.starting_points(shape_for(name))))]
-    costs = {p.trial.allocator: p.trainable_params for p in first}
+    costs = {p.trial.allocator: p.trainable_params for p in reversed(first)}  # the paper's recipe comes last
     assert costs["uniform"] == costs["random"]
     for allocator in {"alphalora", "sensitivity", "mola"} & set(costs):
         assert costs[allocator] == costs["uniform"]
@@ -113,7 +122,7 @@ def test_every_row_of_a_table_can_be_trained_and_has_a_name_of_its_own(name: str
     assert rows == everything, "every combination of knobs is an allocation"
     assert len({tuple(sorted(row.params.items())) for row in rows}) == len(rows) > 1
     assert {row.trial.allocator for row in rows} == set(problem_of(name).space.ALLOCATORS)
-    named = {(row.params.get("rank"), row.params.get("learning_rate")) for row in rows}
+    named = {(row.params.get("rank"), row.params.get("scaled_rate")) for row in rows}
     assert len({row.trial.recipe for row in rows}) == len(named), "what rows do not name is the same in all of them"
     assert problem_of(name).space.SEEDS > 1
 
@@ -204,3 +213,78 @@ def test_rows_that_come_to_the_same_are_trained_once() -> None:
     trained = {row.trial.digest for row in rows if isinstance(row, Proposal)}
     assert {row.reason for row in answered} == {"duplicate"}
     assert {row.digest for row in answered} <= trained
+
+
+# --- coordinates of the recipe
+
+
+@pytest.mark.parametrize("name", SEARCHED)
+def test_rank_alpha_and_the_scaled_rate_are_independent_and_the_learning_rate_follows(name: str) -> None:
+    problem, seen = problem_of(name), []
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    for _ in range(200):
+        point, params = problem.ask(study.ask())
+        recipe = problem.resolve(point)[0].recipe
+        assert recipe.scaled_rate == pytest.approx(params["scaled_rate"])
+        seen.append([math.log(value) for value in (recipe.rank, recipe.lora_alpha, recipe.scaled_rate)])
+    correlations = np.corrcoef(np.array(seen).T)[np.triu_indices(3, 1)]
+    assert np.abs(correlations).max() < 0.25
+    ranks = {round(math.exp(rank)) for rank, _, _ in seen}
+    assert 1 in ranks
+    assert max(ranks) > 24
+
+
+@given(st.integers(1, 32), st.floats(8, 256), st.floats(5e-4, 0.5))
+def test_the_scaled_rate_of_a_recipe_is_what_was_asked_whatever_the_alpha(rank: int, alpha: float, rate: float) -> None:
+    recipe = make_recipe({"learning_rate": 1.0}, {"rank": rank, "lora_alpha": alpha, "scaled_rate": rate})
+    assert recipe.learning_rate == rate / alpha
+    assert recipe.scaled_rate == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "expected"),
+    [
+        ({"learning_rate": 1e-3}, {"learning_rate": 1e-3}),
+        ({"lora_alpha": 12.5}, {"lora_alpha": 12.5}),
+        ({"scaled_rate": 0.1, "lora_alpha": 10.0}, {"learning_rate": 0.01}),
+    ],
+)
+def test_a_fixed_setting_holds_for_every_point_and_for_what_the_sampler_is_told(
+    fixed: dict[str, float], expected: dict[str, float]
+) -> None:
+    config = parse(["space=sieve", "trials=8", *(f"recipe.{name}={value}" for name, value in fixed.items())])
+    proposer = Proposer(prepare_training(config), sampler="random")
+    for proposal in [next_proposal(proposer) for _ in range(8)]:
+        recipe = proposal.trial.recipe
+        assert {name: getattr(recipe, name) for name in expected} == pytest.approx(expected)
+        assert proposal.params["scaled_rate"] == pytest.approx(recipe.scaled_rate)
+        assert proposal.params["lora_alpha"] == recipe.lora_alpha
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["space.learning_rate=1e-3"],
+            "space=sieve does not propose learning_rate: recipe.learning_rate=0.001 fixes it",
+        ),
+        (["recipe.learning_rate=1e-3", "recipe.scaled_rate=0.1"], "say the same: give one of them"),
+        (["recipe.scaled_rate=0"], "recipe.scaled_rate must be positive"),
+        (["recipe.scaled_rate=fast"], "recipe.scaled_rate must be a finite number"),
+    ],
+)
+def test_a_rate_that_cannot_be_is_said_in_one_line(words: list[str], said: str) -> None:
+    with pytest.raises(StudyError) as error:
+        prepare(parse(["space=sieve", *words]))
+    assert said in str(error.value)
+
+
+def test_what_a_task_or_the_command_line_suggests_is_where_a_search_starts() -> None:
+    def first(**changes: Any) -> Recipe:
+        return next_proposal(Proposer(problem_of("sieve", **changes))).trial.recipe
+
+    transferable = make_recipe(TRANSFERABLE)
+    assert first() == transferable
+    assert first(task_recipe={"steps": 9}) == replace(transferable, steps=9)
+    assert first(task_recipe={"rank": 2}) == replace(transferable, rank=2)
+    assert first(task_recipe={"learning_rate": 1e-3}) == replace(make_recipe({}), learning_rate=1e-3)

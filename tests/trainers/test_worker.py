@@ -46,15 +46,15 @@ def weights_hash(model: Any) -> str:
 def test_trial_after_trial_leaves_the_base_bit_identical(state: WorkerState) -> None:
     before = weights_hash(state.model)
     for ids in ((0, 3), (), tuple(range(16)), (15,)):
-        outcome = state.train(*trial(state, ids), report=lambda rung: True)
+        outcome = state.train(TrainJob(*trial(state, ids)), report=lambda rung: True)
         assert outcome.status == "complete", outcome.message
         assert weights_hash(state.model) == before
     assert not any(p.requires_grad for p in state.model.parameters())
 
 
 def test_the_base_alone_is_evaluated_as_an_adapter_that_was_not_trained(state: WorkerState) -> None:
-    base = state.untrained()
-    hardly = state.train(*trial(state, steps=1, learning_rate=1e-12), report=lambda rung: True)
+    base = state.untrained().selection
+    hardly = state.train(TrainJob(*trial(state, steps=1, learning_rate=1e-12)), report=lambda rung: True)
     assert base.accuracy == hardly.accuracy
     assert base.stderr is not None
     assert base.stderr == hardly.rungs[-1].stderr
@@ -62,16 +62,18 @@ def test_the_base_alone_is_evaluated_as_an_adapter_that_was_not_trained(state: W
 
 
 def test_the_same_trial_twice_is_the_same_result(state: WorkerState) -> None:
-    first = state.train(*trial(state), report=lambda rung: True)
+    first = state.train(TrainJob(*trial(state)), report=lambda rung: True)
     storage.delete_folder(storage.join(state.setup.checkpoints, first.digest))
-    second = state.train(*trial(state), report=lambda rung: True)
+    second = state.train(TrainJob(*trial(state)), report=lambda rung: True)
     losses = [[rung.loss for rung in outcome.rungs] for outcome in (first, second)]
     assert losses[0] == losses[1]
     assert first.accuracy == second.accuracy
 
 
 def test_a_diverged_trial_has_no_accuracy_and_no_adapter(state: WorkerState) -> None:
-    outcome = state.train(*trial(state, learning_rate=1e30, max_grad_norm=0.0, steps=20), report=lambda rung: True)
+    outcome = state.train(
+        TrainJob(*trial(state, learning_rate=1e30, max_grad_norm=0.0, steps=20)), report=lambda rung: True
+    )
     assert outcome.status == "diverged"
     assert outcome.accuracy is None
     assert outcome.adapter == ""
@@ -79,14 +81,14 @@ def test_a_diverged_trial_has_no_accuracy_and_no_adapter(state: WorkerState) -> 
 
 def test_a_trial_that_cannot_work_is_an_outcome_with_its_reason(state: WorkerState) -> None:
     asked, params = trial(state)
-    outcome = state.train(asked, params + 1, report=lambda rung: True)
+    outcome = state.train(TrainJob(asked, params + 1), report=lambda rung: True)
     assert outcome.status == "failed"
     assert f"{params:,}" in outcome.message
-    assert state.train(replace(asked, seed=5), params, report=lambda rung: True).status == "complete"
+    assert state.train(TrainJob(replace(asked, seed=5), params), report=lambda rung: True).status == "complete"
 
 
 def test_a_trial_stops_where_its_report_is_answered_with_no(state: WorkerState) -> None:
-    outcome = state.train(*trial(state, (7,)), report=lambda rung: False)
+    outcome = state.train(TrainJob(*trial(state, (7,))), report=lambda rung: False)
     assert outcome.status == "stopped"
     assert [rung.step for rung in outcome.rungs] == [2]
     assert outcome.accuracy == outcome.rungs[-1].accuracy
@@ -188,7 +190,7 @@ def test_packed_trials_are_those_of_a_worker_each(fresh: WorkerState, tmp_path: 
     fresh.setup = replace(fresh.setup, checkpoints=str(tmp_path / "others"))
     for name in "abc":
         one = outcomes[name]
-        alone = fresh.train(one.trial, one.trainable_params, report=lambda rung: True)
+        alone = fresh.train(TrainJob(one.trial, one.trainable_params), report=lambda rung: True)
         assert [rung.loss for rung in one.rungs] == pytest.approx([rung.loss for rung in alone.rungs], rel=1e-5)
         assert (one.tokens, one.adapter, alone.pack) == (alone.tokens, alone.adapter, 1)
         assert one.accuracy == pytest.approx(alone.accuracy, abs=1 / 16)  # of 16 questions rounding may flip one

@@ -5,6 +5,7 @@ Shapes: B sequences, S tokens.
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -261,6 +262,7 @@ class TrainingRun:
             accuracy=evaluation.accuracy,
             stderr=evaluation.stderr,
             loss=sum(losses) / len(losses),
+            eval_loss=evaluation.loss if evaluation.loss is not None and math.isfinite(evaluation.loss) else None,
             seconds=self.past.elapsed(),
             by_task=evaluation.by_task,
         )

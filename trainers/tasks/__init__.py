@@ -12,9 +12,11 @@ index of the right choice):
     task: questions
     dataset_path: json
     dataset_kwargs:
-      data_files: {train: train.jsonl, test: $DATA/test.jsonl}     # relative to this file; $VARIABLES and ~ work
+      data_files: {train: train.jsonl, dev: dev.jsonl, test: $DATA/test.jsonl}     # relative to this file; $VARIABLES
+                                                                   # and ~ work
     training_split: train                                          # needed: what the adapters are trained on
-    test_split: test                                               # or validation_split: what accuracy is counted on
+    validation_split: dev                                          # optional: what a search selects on
+    test_split: test                                               # what the chosen adapters are tested on at the end
     output_type: multiple_choice                                   # or generate_until, loglikelihood
     doc_to_text: "Question: {{question}}\\nAnswer:"
     doc_to_choice: "{{choices}}"
@@ -26,7 +28,7 @@ index of the right choice):
       fetch: curl -O https://example.org/train.jsonl               # optional: said where a data file is missing
       training:                                                    # optional: train on other data than training_split,
         dataset_path: my/rationales                                # here with the keys that differ; training_split
-        training_split: train                                      # above then only gives the few-shot examples
+        training_split: train                                      # above then gives few-shot and held-out examples
         doc_to_target: "{{rationale}}"
 
 A group file, whose paths are relative to it; what is said of a member replaces what its file says:
@@ -39,6 +41,19 @@ A group file, whose paths are relative to it; what is said of a member replaces 
       - questions.yaml
     metadata: {recipe: {epochs: 3}}                                # of a list of tasks: the settings that all suggest
 
+A search counts accuracy on one split, many times, and takes the best: what it counts on is not what it may report.
+
+    test split        the task's test_split, else its validation_split: the one that lm-eval reports
+    selection split   the task's validation_split where it has a test_split too; else a share `held_out` of the training
+                      documents, at most as many as there are test questions. They are drawn with the seed of the study
+                      and the same for each trial; none is trained on, or an example in a selection prompt
+    select_on=test    the papers' protocol: both are the test split, nothing is held out
+
+`evaluate` counts on the selection split, and `.test` is the same task counted on the test split. Splits that hold the
+same documents are one. Where rows come from other data, documents are held out of the task's own training_split, and
+rows that hold the question of one word for word are left out; rewritten questions cannot be told (splits.py). A task
+that has neither a validation split beside its test split nor a training split of its own needs select_on=test.
+
 Training rows are the task's own requests with the right answer filled in, tokenised as the evaluation tokenises them,
 without few-shot examples; `generate_until` rows end with the eos token (or the first `until` string) so that a model
 learns to stop. A mixture is all rows of all tasks, one after another, shuffled anew every epoch by the study's seed:
@@ -46,8 +61,10 @@ each task has the share that its size gives it, unless `training_limit` caps the
 data to train on have it once.
 
 Evaluation runs on the resident model and is equal, document by document, to `lm_eval.simple_evaluate` on the same
-weights in fp32 (in bf16 up to rounding), with few-shot examples and chat template too. As there, `num_fewshot` does not
-change a task whose file says 0, and few-shot examples are turns of the conversation under a chat template.
+weights in fp32 (in bf16 up to rounding), with few-shot examples and chat template too: on the test split to that of the
+task file as it is, on the selection split to that of a file whose test_split these documents are. As there,
+`num_fewshot` does not change a task whose file says 0, and few-shot examples are turns of the conversation under a chat
+template. Examples come from where the file says; held-out documents are no examples of each other.
 
 "Accuracy" is the first metric in the task's metric_list that is a mean over documents and better when higher (`acc`
 for arc_easy), after the task's first filter; `load_task(metric=...)` names another one (`acc_norm`). Of several tasks
@@ -55,6 +72,7 @@ it is the mean of theirs, each task counting the same, and its standard error âˆ
 
 task_file.py data.py index.py files.py     from names to task files, before anything is loaded
 harness.py                                 every name of lm-eval that is touched
+splits.py                                  which documents are selected on, and are not trained on
 rows.py task.py mixture.py                 training rows; one task; several (evaluation.py, scoring.py: their accuracy)
 
 Importing this package loads neither torch nor transformers nor lm-eval: the command line answers its `help` with it.
@@ -62,6 +80,8 @@ Importing this package loads neither torch nor transformers nor lm-eval: the com
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from allocators.core.errors import StudyError, unknown
@@ -72,6 +92,7 @@ from trainers.tasks.files import BENCHMARKS, EMBEDDED, FEWSHOT_SEED, absolute, c
 from trainers.tasks.harness import HarnessTask
 from trainers.tasks.mixture import AnyTask, Mixture, sizes
 from trainers.tasks.rows import Row, TrainingData
+from trainers.tasks.splits import Selection, Splits, Unseen
 from trainers.tasks.task import Task
 from trainers.tasks.task_file import TaskFile, one_line, training_config, training_key
 
@@ -101,20 +122,28 @@ def load_task(
     chat_template: bool = False,
     batch_size: int = 32,
     seed: int = 0,
+    select_on: str = "validation",
+    held_out: float = 0.1,
+    split_seed: int = 0,
 ) -> AnyTask:
     """Loads the documents of one task or several; no model is needed.
 
-    limit            evaluate the first so many documents of each (as `lm_eval --limit`); None: all
+    limit            evaluate the first so many documents of each split (as `lm_eval --limit`); None: all
     training_limit   train on at most so many documents of each data set, drawn with `seed`; None: all
     metric           what accuracy is, e.g. `acc_norm` or `exact_match,flexible-extract`; of several tasks those that
                      have it take it; None: see the file's head
     num_fewshot      examples before each question of an evaluation; None: as the task says
     chat_template    put prompts into the tokenizer's chat template, to train and to evaluate
     batch_size       sequences per forward pass of an evaluation
+    select_on        what `evaluate` counts on, `.test` has the test split: "validation" or "test", see the file's head
+    held_out         share of the training documents to select on where a task has no validation split
+    split_seed       draws that share
 
-    Raises StudyError as `check_task` does, and where a task file does not fit its data.
+    Raises StudyError as `check_task` does, where a task file does not fit its data, where nothing can be held out, and
+    for a `held_out` that is no share.
     """
-    chosen = check_task(name)
+    splits = Splits(select_on=select_on, held_out=held_out, seed=split_seed, limit=limit or None)
+    chosen = check_task(name, select_on=select_on)
     make_training = partial(
         TrainingData, limit=training_limit or None, seed=seed, chat_template=chat_template, batch_size=batch_size
     )
@@ -128,14 +157,7 @@ def load_task(
         batch_size=batch_size,
         strict=len(chosen.files) == 1,
     )
-    trainings: dict[str, TrainingData] = {}
-    parts: list[Task] = []
-    for file in chosen.files:
-        task, training = _built(file)
-        key = training_key(file)
-        if key not in trainings:
-            trainings[key] = make_training(file.name, training or task)
-        parts.append(make_task(file, task, trainings[key]))
+    parts = _parts([_built(file, splits) for file in chosen.files], make_training, make_task)
     if len(parts) == 1:
         return parts[0]
     if metric and not any(part.has_metric(metric) for part in parts):
@@ -143,8 +165,37 @@ def load_task(
     return Mixture(name, parts)
 
 
-def _built(file: TaskFile) -> tuple[HarnessTask, HarnessTask | None]:
-    """lm-eval's task, and the one that gives the training rows where `metadata: training:` names another data set."""
+@dataclass(frozen=True)
+class _Built:
+    """task evaluates the test split; trained gives the training rows, `task` itself unless they are other data."""
+
+    file: TaskFile
+    task: HarnessTask
+    trained: HarnessTask
+    selection: Selection
+
+
+def _parts(
+    built: Sequence[_Built], make_training: Callable[..., TrainingData], make_task: Callable[..., Task]
+) -> list[Task]:
+    """A task of each file. Tasks that name the same data share them, and what one holds out none is trained on."""
+    held_out = [one.selection.held_out for one in built if one.selection.held_out is not None]
+    trainings: dict[str, TrainingData] = {}
+    parts = []
+    for one in built:
+        key, selection = training_key(one.file), one.selection
+        if key not in trainings:
+            keep = Unseen.of(one.file, held_out).allows if held_out else None
+            trainings[key] = make_training(one.file.name, one.trained, keep=keep)
+        task = make_task(one.file, one.task, trainings[key])
+        if selection.task is not one.task:
+            task = make_task(one.file, selection.task, trainings[key], split=selection.words, test=task)
+        parts.append(task)
+    return parts
+
+
+def _built(file: TaskFile, splits: Splits) -> _Built:
+    """lm-eval's tasks of a file."""
     folder = file.path.parent
     try:
         with harness.quiet():
@@ -155,7 +206,11 @@ def _built(file: TaskFile) -> tuple[HarnessTask, HarnessTask | None]:
                 # It evaluates nothing, but lm-eval wants a split that it could count on.
                 other |= {"test_split": None, "validation_split": split, "fewshot_split": None, "num_fewshot": 0}
                 other |= {"fewshot_config": {"samples": []}, "process_results": None}
-            task = harness.build({**config, **located_data(config, folder)})
-            return task, harness.build({**other, **located_data(other, folder)}) if other is not None else None
+            config |= located_data(config, folder)
+            task = harness.build(config)
+            trained = harness.build({**other, **located_data(other, folder)}) if other is not None else task
+            return _Built(file, task, trained, splits.selection(file, config, task, trained))
+    except StudyError:
+        raise
     except Exception as error:  # lm-eval ran the user's file: whatever it raises says what is wrong with that file
         raise StudyError(f"task '{file.name}' ({file.path.name}) cannot be built: {one_line(error)}") from error

@@ -25,6 +25,7 @@ from trainers.tasks.task_file import (
     FunctionName,
     TaskFile,
     metadata_of,
+    nothing_to_select_on,
     read_yaml,
     training_config,
     training_key,
@@ -35,6 +36,8 @@ EMBEDDED: dict[str, Path] = {file.stem: file for file in sorted((_EMBEDDED / "ta
 BENCHMARKS: dict[str, Path] = {
     file.stem: file for file in sorted((_EMBEDDED / "benchmarks").glob("*.yaml")) if file.stem[0] != "_"
 }
+
+SELECT_ON = ("validation", "test")  # what a search counts accuracy on
 
 FEWSHOT_SEED = 1234  # lm-eval's own default: the same examples as its command line draws
 
@@ -74,8 +77,10 @@ def absolute(name: str) -> str:
     return ",".join(str(_path(word).absolute()) if _is_path(word) else word for word in words(name))
 
 
-def check_task(name: str) -> Chosen:
+def check_task(name: str, *, select_on: str = "test") -> Chosen:
     """Finds tasks and checks what can be known without loading data or model, in a fraction of a second.
+
+    select_on   "validation": a task must have questions to select on besides those of its test split
 
     Raises StudyError for an unknown task, a task without training or evaluation split, one that this search cannot
     score, a task that is named twice, and with one line for all missing local files and all data sets that are neither
@@ -87,6 +92,8 @@ def check_task(name: str) -> Chosen:
         files += _members(word, groups)
     for file in files:
         _check(file)
+        if select_on == "validation" and not (file.names_validation_split or file.names_training_split):
+            raise nothing_to_select_on(file)
     labels = [file.label for file in files]
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise StudyError(f"task '{twice[0]}' is named twice in task={name}: a mixture holds each task once")

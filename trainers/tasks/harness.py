@@ -43,22 +43,23 @@ class Request(Protocol):
 
 
 class HarnessTask(Protocol):
-    """What is used of lm-eval's `ConfigurableTask`. Its documents are a `datasets.Dataset` or a list."""
+    """What is used of lm-eval's `ConfigurableTask`. Its documents are a `datasets.Dataset`."""
 
     OUTPUT_TYPE: str
     multiple_input: bool
     instances: list[Any]
+    task_docs: Sequence[Document]  # those that are evaluated, read once
+    dataset: Mapping[str, Any]  # by split
 
     @property
     def config(self) -> Any:
         """The settings of the task's YAML."""
 
-    @property
-    def eval_docs(self) -> Sequence[Document]:
-        """Documents of the test split, or of the validation split where there is no test split."""
-
     def training_docs(self) -> Sequence[Document]:
         """Documents of the training split."""
+
+    def validation_docs(self) -> Sequence[Document]:
+        """Documents of the validation split."""
 
     def doc_to_prefix(self, doc: Document) -> str | None:
         """What the answer begins with; None or empty: nothing."""
@@ -137,9 +138,46 @@ def build(config: Mapping[str, Any]) -> HarnessTask:
     return task
 
 
-def num_examples(task: HarnessTask) -> int:
-    """How many documents few-shot examples are drawn from."""
-    return len(task.sampler.df)  # type: ignore[attr-defined]
+def on_validation_split(task: HarnessTask, config: Mapping[str, Any]) -> HarnessTask:
+    """The task as it is where its file names the validation split as its test split; its data are not read again."""
+    split = config["validation_split"]
+    changes: dict[str, Any] = {"test_split": split}
+    few_shot = task.config.fewshot_config
+    if not config.get("training_split") and few_shot.split is None and few_shot.samples is None:
+        changes["fewshot_split"] = split  # lm-eval would take it anyway; said, a question is no example of itself
+    return build({**config, **_with_data(task.dataset), **changes})
+
+
+def on_documents(config: Mapping[str, Any], documents: Sequence[Document], examples: Sequence[Document]) -> HarnessTask:
+    """The task of a config as it is where its test split has these documents, and its few-shot split those examples."""
+    few_shot = {
+        **(config.get("fewshot_config") or {}),
+        "split": None,
+        "process_docs": None,
+        "samples": lambda: examples,
+    }
+    splits = {"training_split": None, "validation_split": None, "test_split": "documents", "fewshot_split": None}
+    ready = {"process_docs": None, "fewshot_config": few_shot}
+    return build({**config, **_with_data({"documents": documents}), **splits, **ready})
+
+
+def _with_data(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a task whose data are at hand."""
+    return {"custom_dataset": lambda **_: dataset, "dataset_kwargs": None}
+
+
+def examples_of(task: HarnessTask) -> Sequence[Document]:
+    """The documents that few-shot examples are drawn from."""
+    examples: Sequence[Document] = task.sampler.df  # type: ignore[attr-defined]
+    return examples
+
+
+def learns_from_training_split(task: HarnessTask) -> bool:
+    """Whether few-shot examples are drawn from the training documents, place by place."""
+    config = task.config
+    few_shot = config.fewshot_config
+    split = few_shot.split or (config.training_split if few_shot.samples is None else None)
+    return split is not None and split == config.training_split and few_shot.process_docs is config.process_docs
 
 
 def requests_of(task: HarnessTask, limit: int | None, messages: Messages | None) -> list[Request]:

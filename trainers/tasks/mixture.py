@@ -47,6 +47,20 @@ class Mixture:
         return names[0] if len(names) == 1 else f"mean of {', '.join(names)}"
 
     @functools.cached_property
+    def test(self) -> Mixture:
+        """The same tasks counted on their test splits; the mixture itself where they are counted on these."""
+        if all(part.test is part for part in self.parts):
+            return self
+        return Mixture(self.name, [part.test for part in self.parts])
+
+    @property
+    def split(self) -> str:
+        """What accuracy is counted on, in words: `test split`, or by task where they differ."""
+        words = {part.label: part.split for part in self.parts}
+        one, *others = dict.fromkeys(words.values())
+        return "; ".join(f"{label}: {split}" for label, split in words.items()) if others else one
+
+    @functools.cached_property
     def data_hash(self) -> str:
         """16 hex digits over the tasks' hashes, in their order."""
         text = json.dumps([[part.label, part.metric, part.data_hash] for part in self.parts])
@@ -96,14 +110,19 @@ class Mixture:
             part.prepare(tokenizer, rank=rank, world_size=world_size)
 
     def evaluate(self, model: nn.Module) -> Evaluation:
-        """accuracy = Σ_k a_k / K over the K tasks and its standard error √(Σ_k SE_k²) / K; see `Task.evaluate`."""
+        """accuracy = Σ_k a_k / K over the K tasks and its standard error √(Σ_k SE_k²) / K; see `Task.evaluate`.
+
+        The loss is the mean of theirs too; None where one has none.
+        """
         done = {part.label: part.evaluate(model) for part in self.parts}
+        losses = [e.loss for e in done.values() if e.loss is not None]
         return Evaluation(
             accuracy=math.fsum(e.accuracy for e in done.values()) / len(done),
             stderr=math.hypot(*(e.stderr for e in done.values())) / len(done),
             correct=tuple(score for e in done.values() for score in e.correct),
             metric=self.metric,
             seconds=sum(e.seconds for e in done.values()),
+            loss=math.fsum(losses) / len(done) if len(losses) == len(done) else None,
             parts=done,
         )
 
@@ -112,9 +131,10 @@ AnyTask = Task | Mixture
 
 
 def sizes(task: AnyTask) -> str:
-    """What is trained and counted on, in one line.
+    """What is trained, selected and tested on, in one line.
 
-    `7,208 rows to train on (arc_easy 2,251, openbookqa 4,957); accuracy is the mean over arc_easy (2,376 × acc), ...`
+    `7,208 rows to train on (arc_easy 2,251, openbookqa 4,957); accuracy is the mean over arc_easy (570 × acc), ...;
+    selected on arc_easy: validation split (570 questions); ...; tested on arc_easy (2,376), openbookqa (500)`
     """
     rows = ", ".join(f"{part.label} {part.num_training:,}" for part in task.datasets)
     shared = len(task.parts) > len(task.datasets)
@@ -123,7 +143,9 @@ def sizes(task: AnyTask) -> str:
         f"{f', {part.num_fewshot} examples before each' if part.num_fewshot else ''})"
         for part in task.parts
     )
+    tested = ", ".join(f"{part.label} ({part.num_evaluation:,})" for part in task.test.parts)
     return (
         f"{task.num_training:,} rows to train on ({rows}{', shared by the tasks that name it' if shared else ''}); "
-        f"accuracy {'is the mean over' if len(task.parts) > 1 else 'on'} {counted}"
+        f"accuracy {'is the mean over' if len(task.parts) > 1 else 'on'} {counted}; selected on {task.split}; "
+        f"tested on {'the same' if task.test is task else tested}"
     )

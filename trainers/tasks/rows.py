@@ -10,9 +10,10 @@ A row is tokenised as the evaluation tokenises its question, so that what is tra
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from allocators.core.errors import StudyError
 from trainers.tasks import harness
@@ -39,12 +40,21 @@ class TrainingData:
     """The training documents of one task, or of several that name the same ones, and their rows of tokens.
 
     limit   at most so many documents, drawn with `seed`; None: all
+    keep    whether the document at a place may be trained on, as what is held out may not; None: all of them
 
-    Raises StudyError for an empty split.
+    Raises StudyError where nothing is left to train on.
     """
 
     def __init__(
-        self, name: str, task: HarnessTask, *, limit: int | None, seed: int, chat_template: bool, batch_size: int
+        self,
+        name: str,
+        task: HarnessTask,
+        *,
+        limit: int | None,
+        seed: int,
+        chat_template: bool,
+        batch_size: int,
+        keep: Callable[[int, Document], bool] | None = None,
     ) -> None:
         self.name = name
         self.task = task
@@ -52,12 +62,24 @@ class TrainingData:
         self.chat_template = chat_template
         # Indexed where they lie: a data set of a million documents is not copied into lists of Python's.
         self._all = task.training_docs()
-        self._chosen: Sequence[int] = range(len(self._all))
-        if limit and limit < len(self._all):
-            self._chosen = sorted(random.Random(seed).sample(range(len(self._all)), limit))
-        if not self._chosen:
+        if not len(self._all):
             raise StudyError(f"the training split of task '{name}' is empty")
+        self._chosen = self._choose(limit, seed, keep)
+        if not self._chosen:
+            raise StudyError(
+                f"nothing is left to train task '{name}' on: each of its {len(self._all):,} training documents is held "
+                "out, or repeats one that is: make held_out smaller, or take select_on=test"
+            )
         self._rows: dict[tuple[int, int], list[Row]] = {}
+
+    def _choose(self, limit: int | None, seed: int, keep: Callable[[int, Document], bool] | None) -> Sequence[int]:
+        """Places of the documents that are trained on, in order."""
+        places = range(len(self._all))
+        if keep is None:
+            return sorted(random.Random(seed).sample(places, limit)) if limit and limit < len(places) else places
+        # All in the order drawn, until there are enough: a large data set is not read to its end for a small limit.
+        drawn: Sequence[int] = random.Random(seed).sample(places, len(places)) if limit else places
+        return sorted(islice((i for i in drawn if keep(i, self._all[i])), limit))
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -123,18 +145,14 @@ class TrainingData:
 
     def _right_choice(self, doc: Document, index: int) -> int:
         """Which of a document's choices is right. Raises StudyError where none is."""
-        task = self.task
-        gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
-        gold = gold[0] if isinstance(gold, list) else gold
-        choices = task.doc_to_choice(doc)
-        if isinstance(gold, str) and gold in choices:
-            gold = choices.index(gold)
-        if not isinstance(gold, int) or not 0 <= gold < len(choices):
+        choice = right_choice(self.task, doc)
+        if choice is None:
             raise StudyError(
-                f"training document {index} of task '{self.name}' has the answer {gold!r}, which is none of its "
-                f"{len(choices)} choices: correct the document or doc_to_target"
+                f"training document {index} of task '{self.name}' has the answer {_right_answer(self.task, doc)!r}, "
+                f"which is none of its {len(self.task.doc_to_choice(doc))} choices: correct the document or "
+                "doc_to_target"
             )
-        return gold
+        return choice
 
     def _stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens after a generated answer, so that a model learns to stop."""
@@ -145,3 +163,17 @@ class TrainingData:
         until = self.task.config.generation_kwargs["until"]
         ids: list[int] = tokenizer.encode(until if isinstance(until, str) else until[0], add_special_tokens=False)
         return ids
+
+
+def right_choice(task: HarnessTask, doc: Document) -> int | None:
+    """Which of a document's choices is right, the first of several; None where its answer is no choice."""
+    answer, choices = _right_answer(task, doc), task.doc_to_choice(doc)
+    if isinstance(answer, str) and answer in choices:
+        return choices.index(answer)
+    return answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
+
+
+def _right_answer(task: HarnessTask, doc: Document) -> Any:
+    """What a document says that its right answer is: the number of a choice, or its text."""
+    answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
+    return answer[0] if isinstance(answer, list) and answer else answer

@@ -3,7 +3,9 @@
     task = load_task("arc_easy", limit=40)
     task.training_rows(tokenizer, max_length=512)
     task.prepare(tokenizer)
-    task.evaluate(model).accuracy
+    task.evaluate(model).accuracy                   # on the split that selects
+    task.test.prepare(tokenizer)
+    task.test.evaluate(model).accuracy              # on the test split
 
 `load_task` (trainers/tasks/) makes it.
 """
@@ -19,9 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from allocators.core.errors import StudyError, unknown
 from trainers.tasks import harness
-from trainers.tasks.evaluation import Evaluation, Share, gathered
+from trainers.tasks.evaluation import Counted, Evaluation, Share, gathered
 from trainers.tasks.files import FEWSHOT_SEED
-from trainers.tasks.harness import HarnessTask, LanguageModel
+from trainers.tasks.harness import Document, HarnessTask, LanguageModel
 from trainers.tasks.rows import Row, TrainingData
 from trainers.tasks.task_file import PROMPT, TaskFile
 
@@ -43,7 +45,11 @@ _HASHED = (
 
 
 class Task:
-    """Documents, training rows and evaluation of one lm-eval task."""
+    """Documents, training rows and evaluation of one lm-eval task.
+
+    split   what accuracy is counted on, in words
+    test    the same task counted on its test split; the task itself where that is what it is counted on
+    """
 
     def __init__(
         self,
@@ -58,8 +64,11 @@ class Task:
         chat_template: bool,
         batch_size: int,
         strict: bool,
+        split: str = "test split",
+        test: Task | None = None,
     ) -> None:
-        self.file = file
+        self.file, self.split = file, split
+        self.test = test or self
         self.name, self.label = file.name, file.label
         self.limit = limit
         self.batch_size = batch_size
@@ -77,7 +86,7 @@ class Task:
         self._lm: LanguageModel | None = None
 
     def _check_fewshot(self) -> None:
-        config, pool = self._task.config, harness.num_examples(self._task)
+        config, pool = self._task.config, len(harness.examples_of(self._task))
         # Where examples come from the evaluated split, the question itself is left out.
         needed = self.num_fewshot + (config.fewshot_split is not None and config.fewshot_split == config.test_split)
         if self.num_fewshot and needed > pool:
@@ -109,12 +118,11 @@ class Task:
     @functools.cached_property
     def data_hash(self) -> str:
         """16 hex digits over the training and evaluation documents and everything that turns them into prompts."""
-        evaluation = list(self._task.eval_docs)[: self.limit]
         config = self._task.dump_config()
         value: dict[str, Any] = {
             "config": {key: config.get(key) for key in _HASHED},
             "training": self.training.documents,
-            "evaluation": evaluation,
+            "evaluation": self._documents,
         }
         if self.training.task is not self._task:
             other = self.training.task.dump_config()
@@ -145,16 +153,20 @@ class Task:
     @property
     def num_evaluation(self) -> int:
         """The number of questions, `limit` of them at most."""
-        total = len(self._task.eval_docs)
+        total = len(self._task.task_docs)
         return min(total, self.limit) if self.limit else total
+
+    @functools.cached_property
+    def _documents(self) -> list[Document]:
+        """Those that are evaluated."""
+        return [self._task.task_docs[i] for i in range(self.num_evaluation)]
 
     @property
     def chance(self) -> float | None:
         """Accuracy of answers drawn at random, the mean of 1/choices; None where a model writes its answer."""
         if self._task.OUTPUT_TYPE != "multiple_choice" or not self._metric.startswith("acc"):
             return None
-        documents = list(self._task.eval_docs)[: self.limit]
-        return sum(1 / len(self._task.doc_to_choice(document)) for document in documents) / len(documents)
+        return sum(1 / len(self._task.doc_to_choice(doc)) for doc in self._documents) / len(self._documents)
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -190,11 +202,11 @@ class Task:
         self._task.set_fewshot_seed(self._fewshot_seed)
         messages = harness.chat_template(tokenizer, self.batch_size) if self.chat_template else None
         self._prepared = Share.of(
+            self._task,
             harness.requests_of(self._task, self.limit, messages),
             tokenizer,
             rank=rank,
             world_size=world_size,
-            generates=self._task.OUTPUT_TYPE == "generate_until",
             batch_size=self.batch_size,
         )
 
@@ -210,28 +222,29 @@ class Task:
         began = time.perf_counter()
         prepared = self._prepared
         assert prepared is not None, "prepare(tokenizer) comes before evaluate(model)"
-        scores = self._scores_of_all(cast("PreTrainedModel", model), prepared)
-        correct = tuple(scores[i] for i in sorted(scores))
+        counted = self._counted_by_all(cast("PreTrainedModel", model), prepared)
+        correct = tuple(counted.scores[i] for i in sorted(counted.scores))
         return Evaluation(
             accuracy=float(self._task.aggregation()[self._metric](correct)),
             stderr=harness.standard_error(correct) if len(correct) > 1 else 0.0,
             correct=correct,
             metric=self.metric,
             seconds=time.perf_counter() - began,
+            loss=counted.loss(self.num_evaluation),
         )
 
-    def _scores_of_all(self, model: PreTrainedModel, prepared: Share) -> dict[int, float]:
-        """The metric of every document, from all workers. Raises torch.OutOfMemoryError as `evaluate` says."""
+    def _counted_by_all(self, model: PreTrainedModel, prepared: Share) -> Counted:
+        """What all workers counted on all documents. Raises torch.OutOfMemoryError as `evaluate` says."""
         import torch
 
         from trainers.models import sharding
 
-        scores: dict[int, float] = {}
+        counted = Counted()
         failure: torch.OutOfMemoryError | None = None
         was_training = model.training
         try:
             with harness.quiet(), torch.no_grad(), sharding.in_step(model):
-                scores = self._scores(self._lm_around(model, prepared.tokenizer), prepared)
+                counted = self._count(self._lm_around(model, prepared.tokenizer), prepared)
         except torch.OutOfMemoryError as error:
             if sharding.is_sharded(model):  # the others wait in this pass, and not for what is gathered below
                 raise
@@ -239,12 +252,12 @@ class Task:
         finally:
             model.train(was_training)
         if prepared.world_size > 1:
-            scores, failed = gathered(scores, self.num_evaluation, failed=failure is not None, device=model.device)
+            counted, failed = gathered(counted, self.num_evaluation, failed=failure is not None, device=model.device)
             if failed and failure is None:
                 failure = torch.OutOfMemoryError("another worker ran out of memory during the evaluation")
         if failure is not None:
             raise failure
-        return scores
+        return counted
 
     def _lm_around(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> LanguageModel:
         """lm-eval's model class around the resident model, kept from one evaluation to the next; in eval mode."""
@@ -253,21 +266,29 @@ class Task:
         model.eval()
         return self._lm
 
-    def _scores(self, lm: LanguageModel, prepared: Share) -> dict[int, float]:
-        """The metric of every document of this worker's share (a task may leave documents out)."""
+    def _count(self, lm: LanguageModel, prepared: Share) -> Counted:
+        """What is counted on this worker's share of the documents."""
         from trainers.tasks import scoring
 
         if not prepared.asked:
-            return {}
+            return Counted()
         answers: Sequence[object]
+        nats: dict[int, tuple[float, int]] = {}
         if prepared.tokens is None:
             answers = lm.generate_until(prepared.asked, disable_tqdm=True)
         else:
-            answers = scoring.loglikelihoods(
+            answers = scored = scoring.loglikelihoods(
                 lm.model, prepared.tokens, max_length=lm.max_length, batch_size=self.batch_size
             )
-        answered = zip(prepared.asked, answers, strict=True)
-        return harness.scores_of(self._task, prepared.documents, answered, metric=self._metric, filtered=self._filter)
+            nats = {doc_id: (-scored[place][0], tokens) for doc_id, (place, tokens) in prepared.right.items()}
+        scores = harness.scores_of(
+            self._task,
+            prepared.documents,
+            zip(prepared.asked, answers, strict=True),
+            metric=self._metric,
+            filtered=self._filter,
+        )
+        return Counted(scores, nats)
 
 
 def _accuracy_metric(name: str, task: HarnessTask, asked: str | None) -> tuple[str, str]:

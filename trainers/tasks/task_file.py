@@ -65,6 +65,26 @@ class TaskFile:
         split: str = self.config.get("test_split") or self.config["validation_split"]
         return split
 
+    @property
+    def names_validation_split(self) -> bool:
+        """Whether there is a validation split beside the test split, as far as names say."""
+        test, validation = self.config.get("test_split"), self.config.get("validation_split")
+        return bool(test and validation) and test != validation
+
+    @property
+    def names_training_split(self) -> bool:
+        """Whether the task has a training split of its own that is not the one it is tested on."""
+        return self.config.get("training_split") not in (None, "", self.evaluation_split)
+
+
+def nothing_to_select_on(file: TaskFile) -> StudyError:
+    """Of a task whose only questions are those of its test split."""
+    return StudyError(
+        f"task '{file.name}' ({file.path.name}) has no questions to select on besides those that it is tested on: name "
+        "a validation_split beside test_split in its task file, or a training_split with questions of the same form, "
+        "or select_on=test (as the papers do: the search then sees the test questions)"
+    )
+
 
 def training_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The task that training rows come from where `metadata: training:` names another data set, else None.

@@ -9,19 +9,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 
 from allocators.core.maps import AllocationMap
-from allocators.core.types import Outcome, Recipe
+from allocators.core.types import Outcome
 from search.front import Candidate
 from search.records import flattened
 from search.report.plot import colours
 from search.report.results import Results
 from search.report.sections import Section
 from search.report.words import export_command, load_code
-from search.text import human, number, probability
+from search.text import human, number, probability, settings_of
 
 FOLDER = Path(__file__).parent
 
@@ -54,6 +54,7 @@ def _data(results: Results, words: Sequence[str], sections: Sequence[Section]) -
         "colours": colours(c.best.trial.allocator for c in results.points),
         "settings": results.settings,
         "knobs": list(dict.fromkeys(knob for c in results.points for knob in c.best.trial.knobs)),
+        "splits": results.splits,
         "untrained": results.records.untrained,
         "points": [_point(results, candidate) for candidate in results.points],
         "answered": _answered(results),
@@ -87,23 +88,26 @@ def _counted(texts: Sequence[str]) -> list[str]:
 
 
 def _point(results: Results, candidate: Candidate) -> dict[str, object]:
-    best, loadable = candidate.best, results.loadable(candidate)
+    best, loadable, judged = candidate.best, results.loadable(candidate), results.tested.get(candidate.point)
     settings = results.records.header["config"]
     return {
         "digest": best.digest,
         "allocator": best.trial.allocator or "unnamed",
         "label": results.label(best),
         "knobs": {name: number(value) for name, value in best.trial.knobs.items()},
-        "recipe": {f.name: number(getattr(best.trial.recipe, f.name)) for f in fields(Recipe)},
+        "recipe": {name: number(value) for name, value in settings_of(best.trial.recipe).items()},
         "params": candidate.trainable_params,
         "size": human(candidate.trainable_params),
         "accuracy": candidate.accuracy,
         "stderr": candidate.stderr,
+        "test": judged.accuracy if judged else None,
+        "test_stderr": judged.stderr if judged else None,
         "spread": candidate.spread,
         "seeds": len(candidate.complete),
         "chance": probability(results.chances.get(best.digest)),
         "status": best.status.replace("_", " "),
         "front": best.digest in results.winners,
+        "step": candidate.point in {member.point for member in results.step},
         "knee": candidate is results.knee,
         "experts": best.trial.allocation.total_experts,
         "cells": _cells(AllocationMap.of(best.trial.allocation, results.records.shape)),
@@ -127,6 +131,7 @@ def _run(results: Results, run: Outcome) -> dict[str, object]:
         "seed": run.trial.seed,
         "status": run.status.replace("_", " "),
         "accuracy": run.accuracy,
+        "test": run.test.accuracy if run.test and results.tested else None,
         "seconds": run.seconds,
         "tokens": run.tokens,
         "memory": run.peak_memory_bytes,

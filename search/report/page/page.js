@@ -12,15 +12,22 @@ const svg = (name, attributes, ...children) => fill(document.createElementNS(NS,
 const card = (title, ...children) => el("section", { class: "card" }, el("h2", {}, title), ...children);
 const human = n => n >= 1e9 ? +(n / 1e9).toPrecision(3) + "B" : n >= 1e6 ? +(n / 1e6).toPrecision(3) + "M" : n >= 1e3 ? +(n / 1e3).toPrecision(3) + "k" : "" + n;
 const three = x => x === null ? "" : x.toFixed(3);
-const accuracy = p => p.accuracy === null ? p.status : three(p.accuracy) + (p.stderr === null ? "" : " ± " + three(p.stderr));
+const both = S.splits.includes("test"), split = S.splits[0];
+const near = (value, error) => three(value) + (error === null ? "" : " ± " + three(error));
+const accuracy = p => p.accuracy === null ? p.status : near(p.accuracy, p.stderr);
+const accuracies = p => [split + " " + accuracy(p), both && p.test !== null ? "test " + near(p.test, p.test_stderr) : ""].filter(t => t);
 const time = s => s < 60 ? Math.round(s) + " s" : Math.floor(s / 60) + ":" + String(Math.round(s % 60) % 60).padStart(2, "0");
 const colour = p => S.colours[p.allocator] || "#888";
 const last = list => list[list.length - 1];
 
 // A point that was stopped early is drawn hollow at its last accuracy: trained less than its rivals, so not on the front.
-const height = p => p.accuracy !== null ? p.accuracy : p.status === "stopped" ? p.runs[0].accuracy : null;
+// The others stand at their test accuracy, or fainter at their validation accuracy where only others were tested.
+const height = p => p.test !== null ? p.test : p.accuracy !== null ? p.accuracy : p.status === "stopped" ? p.runs[0].accuracy : null;
+const error = p => (p.test !== null ? p.test_stderr : p.stderr) || 0;
+const faint = p => both && p.test === null;
 const drawn = S.points.filter(p => height(p) !== null);
 const front = drawn.filter(p => p.front).sort((a, b) => a.params - b.params);
+const steps = front.filter(p => p.step);
 let chosen = S.points.find(p => p.knee) || last(front) || drawn[0] || S.points[0] || null;
 
 const tip = document.getElementById("tip");
@@ -35,7 +42,8 @@ const hideTip = () => { tip.style.display = "none"; };
 const describe = p => [
   p.label + (p.knee ? " (knee)" : ""),
   p.size + " trainable parameters, " + p.experts + " experts",
-  "accuracy " + (p.accuracy === null && height(p) !== null ? three(height(p)) + " when it was stopped" : accuracy(p)),
+  ...(p.accuracy === null && height(p) !== null ? [split + " " + three(height(p)) + " when it was stopped"] : accuracies(p)),
+  p.front && p.test !== null && !p.step ? "on the test split another point of the front beats it" : "",
   p.seeds + (p.seeds === 1 ? " seed" : " seeds") + (p.spread === null ? "" : ", standard deviation " + three(p.spread)),
   p.chance ? "better than the next smaller point of the front with probability " + p.chance : "",
 ].filter(line => line);
@@ -62,32 +70,32 @@ const frame = (W, H, box, ys, decimals, y, label) => [
 function scatter() {
   const W = 700, H = 430, box = { l: 52, r: 14, t: 10, b: 42 };
   const sizes = drawn.map(p => Math.max(p.params, 1)), low = Math.min(...sizes) / 1.2, high = Math.max(...sizes) * 1.2;
-  const base = S.untrained ? [S.untrained.accuracy] : [];
-  const tops = drawn.map(p => height(p) + (p.front ? p.stderr || 0 : 0)).concat(base), floors = drawn.map(p => height(p) - (p.front ? p.stderr || 0 : 0)).concat(base);
+  const base = S.untrained ? [(both && S.untrained.test || S.untrained).accuracy] : [];
+  const tops = drawn.map(p => height(p) + (p.front ? error(p) : 0)).concat(base), floors = drawn.map(p => height(p) - (p.front ? error(p) : 0)).concat(base);
   const gap = (Math.max(...tops) - Math.min(...floors)) * 0.06 || 0.05, y0 = Math.min(...floors) - gap, y1 = Math.max(...tops) + gap;
   const x = v => box.l + (Math.log(Math.max(v, 1)) - Math.log(low)) / (Math.log(high) - Math.log(low)) * (W - box.l - box.r);
   const y = v => H - box.b - (v - y0) / (y1 - y0) * (H - box.t - box.b);
   const [ys, decimals] = ticks(y0, y1, 6);
-  const step = front.map((p, i) => (i ? `H${x(p.params)}V${y(p.accuracy)}` : `M${x(p.params)} ${y(p.accuracy)}`)).join("") + `H${W - box.r}`;
-  const edge = (side, backwards) => (backwards ? [...front].reverse() : front).map((p, i) => {
-    const at = y(p.accuracy + side * (p.stderr || 0)), next = x(backwards ? p.params : front[i + 1] ? front[i + 1].params : 0);
-    return backwards ? `V${at}H${next}` : (i ? "" : `M${x(p.params)} `) + (i ? "V" : "") + at + `H${front[i + 1] ? next : W - box.r}`;
+  const step = steps.map((p, i) => (i ? `H${x(p.params)}V${y(height(p))}` : `M${x(p.params)} ${y(height(p))}`)).join("") + `H${W - box.r}`;
+  const edge = (side, backwards) => (backwards ? [...steps].reverse() : steps).map((p, i) => {
+    const at = y(height(p) + side * error(p)), next = x(backwards ? p.params : steps[i + 1] ? steps[i + 1].params : 0);
+    return backwards ? `V${at}H${next}` : (i ? "" : `M${x(p.params)} `) + (i ? "V" : "") + at + `H${steps[i + 1] ? next : W - box.r}`;
   }).join("");
-  const band = front.some(p => p.stderr) ? edge(1, false) + edge(-1, true) + "Z" : null;
+  const band = steps.some(error) ? edge(1, false) + edge(-1, true) + "Z" : null;
   const dot = p => svg("circle", {
     class: "dot", cx: x(p.params), cy: y(height(p)), r: p.front ? 6.5 : 4.5, tabindex: 0, role: "button", "aria-label": describe(p).join(", "),
     fill: p.accuracy === null ? "none" : colour(p), stroke: p.front ? "var(--ink)" : p.accuracy === null ? colour(p) : "none",
-    "stroke-width": 1.3, "fill-opacity": p.front || p === chosen ? 1 : 0.65,
+    "stroke-width": 1.3, "fill-opacity": p.front || p === chosen ? 1 : 0.65, opacity: faint(p) ? 0.4 : 1,
     onmousemove: e => showTip(e, describe(p)), onmouseleave: hideTip, onclick: () => choose(p), onkeydown: e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(p); } },
   });
   return svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": "accuracy against trainable parameters" },
-    ...frame(W, H, box, ys, decimals, y, "accuracy"),
+    ...frame(W, H, box, ys, decimals, y, both ? "accuracy on the test split" : split === "accuracy" ? split : "accuracy on the validation split"),
     ...logTicks(low, high).map(t => svg("text", { x: x(t), y: H - box.b + 18, "text-anchor": "middle" }, human(t))),
     svg("text", { x: (W + box.l) / 2, y: H - 6, "text-anchor": "middle" }, "trainable parameters (log scale)"),
     band ? svg("path", { d: band, fill: "var(--soft)", "fill-opacity": 0.13 }) : null,
     ...base.flatMap(v => [svg("line", { x1: box.l, x2: W - box.r, y1: y(v), y2: y(v), stroke: "var(--soft)", "stroke-dasharray": "4 3" }), svg("text", { x: W - box.r, y: y(v) - 4, "text-anchor": "end" }, "untrained")]),
-    front.length ? svg("path", { d: step, fill: "none", stroke: "var(--soft)", "stroke-width": 1.3 }) : null,
-    ...front.filter(p => p.stderr).map(p => svg("line", { x1: x(p.params), x2: x(p.params), y1: y(p.accuracy - p.stderr), y2: y(p.accuracy + p.stderr), stroke: "var(--soft)" })),
+    steps.length ? svg("path", { d: step, fill: "none", stroke: "var(--soft)", "stroke-width": 1.3 }) : null,
+    ...front.filter(error).map(p => svg("line", { x1: x(p.params), x2: x(p.params), y1: y(height(p) - error(p)), y2: y(height(p) + error(p)), stroke: "var(--soft)" })),
     drawn.includes(chosen) ? svg("circle", { cx: x(chosen.params), cy: y(height(chosen)), r: 12, fill: "none", stroke: "var(--mark)", "stroke-width": 2.5 }) : null,
     ...drawn.map(dot));
 }
@@ -96,7 +104,8 @@ function legend() {
   const names = [...new Set(drawn.map(p => p.allocator))];
   return el("div", { class: "legend small soft" },
     names.map(n => el("span", {}, el("i", { style: `background:${S.colours[n] || "#888"}` }), n)),
-    front.some(p => p.stderr) ? el("span", {}, "band: ± one standard error") : null,
+    steps.some(error) ? el("span", {}, "band: ± one standard error") : null,
+    drawn.some(faint) ? el("span", {}, "fainter: not evaluated on the test split, drawn by validation accuracy") : null,
     drawn.some(p => p.accuracy === null) ? el("span", {}, "hollow: stopped early") : null);
 }
 
@@ -171,10 +180,10 @@ const copy = text => el("pre", {}, text);
 function details(p) {
   return [
     el("div", {}, el("b", {}, p.label), p.knee ? " · knee" : p.front ? " · on the front" : ""),
-    el("div", { class: "soft" }, `${p.size} (${p.params.toLocaleString("en")}) trainable parameters · accuracy ${p.accuracy === null && height(p) !== null ? three(height(p)) + " when stopped" : accuracy(p)}`),
+    el("div", { class: "soft" }, `${p.size} (${p.params.toLocaleString("en")}) trainable parameters · ${p.accuracy === null && height(p) !== null ? split + " " + three(height(p)) + " when stopped" : accuracies(p).join(", ")}`),
     el("div", { class: "scroll" }, el("table", { style: "margin-top:8px" },
-      el("thead", {}, el("tr", {}, ["seed", "status", "accuracy", "time", "tokens", "memory"].map(t => el("th", {}, t)))),
-      el("tbody", {}, p.runs.map(r => el("tr", {}, el("td", {}, "" + r.seed), el("td", {}, r.status), el("td", {}, three(r.accuracy)), el("td", {}, time(r.seconds)), el("td", {}, human(r.tokens)), el("td", {}, r.memory ? +(r.memory / 2 ** 30).toPrecision(3) + " GiB" : "")))))),
+      el("thead", {}, el("tr", {}, ["seed", "status", ...S.splits, "time", "tokens", "memory"].map(t => el("th", {}, t)))),
+      el("tbody", {}, p.runs.map(r => el("tr", {}, el("td", {}, "" + r.seed), el("td", {}, r.status), el("td", {}, three(r.accuracy)), ...(both ? [el("td", {}, three(r.test))] : []), el("td", {}, time(r.seconds)), el("td", {}, human(r.tokens)), el("td", {}, r.memory ? +(r.memory / 2 ** 30).toPrecision(3) + " GiB" : "")))))),
     ...p.runs.filter(r => r.message).map(r => el("div", { class: "small soft" }, `seed ${r.seed}: ${r.message}`)),
     curves("accuracy", "accuracy"), curves("loss", "loss"),
     el("details", {}, el("summary", {}, "recipe"), pairs(Object.entries(p.recipe))),
@@ -189,7 +198,8 @@ function table() {
     ["", p => p.knee ? "knee" : p.front ? "front" : ""], ["allocator", p => p.allocator],
     ...S.knobs.map(k => [k, p => k in p.knobs ? (isNaN(p.knobs[k]) ? p.knobs[k] : +p.knobs[k]) : ""]),
     ...S.settings.map(s => [s, p => isNaN(p.recipe[s]) ? p.recipe[s] : +p.recipe[s]]),
-    ["experts", p => p.experts], ["params", p => p.params, p => p.size], ["accuracy", p => height(p) === null ? "" : height(p), p => p.accuracy === null && height(p) !== null ? three(height(p)) : p.accuracy === null ? "" : accuracy(p)],
+    ["experts", p => p.experts], ["params", p => p.params, p => p.size], [split, p => p.accuracy !== null ? p.accuracy : height(p) === null ? "" : height(p), p => p.accuracy !== null ? accuracy(p) : three(height(p))],
+    ...(both ? [["test", p => p.test === null ? "" : p.test, p => p.test === null ? "" : near(p.test, p.test_stderr)]] : []),
     ["seeds", p => p.seeds], ...(S.points.some(p => p.spread !== null) ? [["s.d.", p => p.spread === null ? "" : p.spread, p => three(p.spread)]] : []),
     ["status", p => p.status], ["time", p => p.runs.reduce((s, r) => s + r.seconds, 0), p => time(p.runs.reduce((s, r) => s + r.seconds, 0))], ["message", p => p.runs.map(r => r.message).filter(m => m).join("; ")],
   ];
@@ -213,7 +223,7 @@ function under() {
   const parse = text => { const m = /^\s*([\d.,]+)\s*([kKmMbB]?)\s*$/.exec(text); return m ? parseFloat(m[1].replace(/,/g, "")) * { "": 1, k: 1e3, m: 1e6, b: 1e9 }[m[2].toLowerCase()] : NaN; };
   const field = el("input", { placeholder: "e.g. " + human(front.length ? front[Math.floor(front.length / 2)].params : 1e6), "aria-label": "parameter budget", oninput: () => {
     const limit = parse(field.value), best = last(front.filter(p => p.params <= limit));
-    answer.replaceChildren(isNaN(limit) ? "" : best ? `${best.label}: accuracy ${accuracy(best)}, ${best.size}` : "no point is that small");
+    answer.replaceChildren(isNaN(limit) ? "" : best ? `${best.label}: ${accuracies(best).join(", ")}, ${best.size}` : "no point is that small");
     if (best) choose(best);
   } });
   return el("div", { style: "margin-top:10px" }, "Best under ", field, " trainable parameters: ", answer);

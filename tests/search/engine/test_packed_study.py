@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from allocators.core.errors import ToolkitError
+from allocators.core.messages import TrainJob
 from allocators.core.types import Outcome, Rung
 from search.records import Records, read
 from tests.trainers.conftest import worker_setup
@@ -62,7 +63,8 @@ def test_each_is_what_it_is_alone(study: Records, tmp_path: Path) -> None:
     )
     state = WorkerState(setup, "cpu")
     for outcome in study.finished.values():
-        alone = state.train(outcome.trial, outcome.trainable_params, report=goes_on_until(outcome.rungs[-1].step))
+        job = TrainJob(outcome.trial, outcome.trainable_params)
+        alone = state.train(job, report=goes_on_until(outcome.rungs[-1].step))
         assert (alone.status, alone.tokens) == (outcome.status, outcome.tokens)
         losses = [[rung.loss for rung in one.rungs] for one in (outcome, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # a token on the border of two experts may flip

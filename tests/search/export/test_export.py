@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from allocators.core.types import (
     Outcome,
     Recipe,
     Rung,
+    Score,
     Trial,
 )
 from search.config import RunConfig, parse
@@ -91,12 +93,18 @@ def trained(run: Outcome, place: str, quantization: str = "") -> tuple[Outcome, 
 
 
 def write_study(
-    folder: Path, runs: list[Outcome], params: dict[str, dict[str, Any]] | None = None, **config: Any
+    folder: Path,
+    runs: list[Outcome],
+    params: dict[str, dict[str, Any]] | None = None,
+    *,
+    select_on: str = "test",
+    **config: Any,
 ) -> Path:
     settings = RunConfig(**config)
+    identity = settings.identity() | {"select_on": select_on}
     shape = models.shape_of(settings.model)
     with StudyFolder.open(
-        folder, config=settings.to_json(), identity=settings.identity(), shape=shape, command=settings.command()
+        folder, config=settings.to_json(), identity=identity, shape=shape, command=settings.command()
     ) as study:
         for run in runs:
             study.append_finished(run, (params or {}).get(run.digest, {}))
@@ -451,6 +459,34 @@ def test_the_card_says_what_is_known_and_the_hub_can_read_it(exports: Exports, t
     assert "python -m search.run space=sieve" in text
     assert "layer   2    3 of 16  .#..#..#........" in text
     assert re.search(r"the file holds [\d,]+ values, \d+\.\d\d times the ", text)
+
+
+def test_the_card_has_both_splits_and_the_hub_the_test_accuracy(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    run = run_of("tiny-moe", ExpertSelection({}), accuracy=0.52)
+    kept, _ = trained(run, str(tmp_path / "s" / "adapters" / run.digest))
+    facts = {**kept.versions, "test_data": "c0ffee"}
+    study = write_study(tmp_path / "s", [kept.updated(test=Score(0.49, 0.04), versions=facts)], select_on="validation")
+    folder, lines = exported(study, to=tmp_path / "out")
+    assert "validation 0.520 ± 0.030, test 0.490 ± 0.040)" in lines[0]
+    text, card = (folder / "README.md").read_text(), ModelCard.load(folder / "README.md")
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.metric_name, result.dataset_split) == (0.49, "test accuracy (1 seed)", "test")
+    for line in (
+        "| validation accuracy | 0.520 ± 0.030 (one standard error) |",
+        "| test accuracy | 0.490 ± 0.040 (one standard error) |",
+        "| seeds behind it | 1; these weights: seed 0, validation 0.520, test 0.490 |",
+        "| chosen among | 1 points, by validation accuracy, which is therefore a little high; nothing was chosen by",
+        "| hash of the test documents | c0ffee |",
+    ):
+        assert line in text
+    untested = write_study(tmp_path / "u", [kept], select_on="validation")
+    storage_of = tmp_path / "u" / "adapters"
+    shutil.copytree(tmp_path / "s" / "adapters", storage_of)
+    folder, _ = exported(untested, to=tmp_path / "again")
+    (result,) = ModelCard.load(folder / "README.md").data.eval_results
+    assert (result.metric_value, result.metric_name) == (0.52, "validation accuracy (1 seed)")
 
 
 def header_of(folder: Path, *, dims: int) -> list[dict[str, Any]]:

@@ -316,7 +316,7 @@ def test_features_of_allocations_by_hand() -> None:
     resolve = resolver(asked)
 
     def known(**params: Any) -> Known:
-        return resolve(optuna.trial.FixedTrial({"rank": 4, "learning_rate": 1e-3} | params))
+        return resolve(optuna.trial.FixedTrial({"rank": 4, "lora_alpha": 16.0, "scaled_rate": 1e-2} | params))
 
     all_, none = known(allocator="all").features, known(allocator="none").features
     assert all_ == {"depth": pytest.approx(0.5), "routed": pytest.approx(1.0)}

@@ -66,7 +66,7 @@ def test_a_grid_has_no_starting_points() -> None:
 @settings(max_examples=5, deadline=None)
 @given(st.integers(0, 1000), st.sampled_from(["tpe", "nsga2", "random"]))
 def test_no_digest_is_proposed_twice_and_costs_are_exact(seed: int, sampler: str) -> None:
-    asked = problem(seed=seed, pins={"rank": 8, "learning_rate": 1e-3})
+    asked = problem(seed=seed, pins={"rank": 8, "lora_alpha": 16, "scaled_rate": 0.016})
     proposer, seen = Proposer(asked, sampler=sampler), set()
     answered: list[Answered] = []
     proposer._answered = answered.append
@@ -81,7 +81,7 @@ def test_no_digest_is_proposed_twice_and_costs_are_exact(seed: int, sampler: str
 
 
 def test_a_space_with_one_point_is_used_up_after_it() -> None:
-    pins = {"allocator": "all", "rank": 8, "learning_rate": 1e-3}
+    pins = {"allocator": "all", "rank": 8, "lora_alpha": 16, "scaled_rate": 0.016}
     answered: list[Answered] = []
     proposer = Proposer(problem(pins=pins), answered=answered.append)
     assert next_proposal(proposer).trial.allocator == "all"
@@ -90,7 +90,7 @@ def test_a_space_with_one_point_is_used_up_after_it() -> None:
 
 
 def test_points_over_the_budget_are_answered_and_the_rest_fit() -> None:
-    limit = 4000
+    limit = 1000
     answered: list[Answered] = []
     proposer = Proposer(problem(max_trainable_params=limit), answered=answered.append)
     costs = [next_proposal(proposer).trainable_params for _ in range(12)]
@@ -116,7 +116,7 @@ def test_a_diverged_point_is_told_as_a_failure_not_as_a_number() -> None:
 
 
 def test_the_corners_of_a_space_reach_every_branch_and_its_extremes() -> None:
-    asked = problem(pins={"learning_rate": 1e-3})
+    asked = problem(pins={"scaled_rate": 1e-3})
     low, high = list(corners(asked)), list(corners(asked, high=True))
     assert {point.allocator for point, _ in low} == set(spaces.sieve.ALLOCATORS)
     assert {params["score"] for _, params in low if "score" in params} == {"count", "mass"}
@@ -141,7 +141,7 @@ def test_a_pin_that_cannot_work_is_said_before_anything_starts(
 
 
 def test_a_budget_below_the_smallest_allocation_names_it() -> None:
-    with pytest.raises(StudyError, match=r"max_trainable_params=10 is below the smallest allocation of small .* 480"):
+    with pytest.raises(StudyError, match=r"max_trainable_params=10 is below the smallest allocation of small .* 120"):
         check_budget(problem(max_trainable_params=10))
 
 

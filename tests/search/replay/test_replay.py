@@ -45,7 +45,7 @@ def accuracy(trial: Trial, seed: int) -> float:
 
 
 def grid() -> list[dict[str, Any]]:
-    recipes = [{"rank": rank, "learning_rate": rate} for rank in RANKS for rate in RATES]
+    recipes = [{"rank": rank, "lora_alpha": 16.0, "scaled_rate": 16 * rate} for rank in RANKS for rate in RATES]
     points: list[dict[str, Any]] = [{"allocator": "all"}, {"allocator": "none"}]
     points += [{"allocator": "random", "fraction": fraction} for fraction in FRACTIONS]
     points += [{"allocator": "sieve", "fraction": fraction, "score": "count"} for fraction in FRACTIONS]
@@ -66,17 +66,10 @@ def record(folder: Path, *, seed: int = 0, points: list[dict[str, Any]] | None =
                 trial = asked.repeat(first, of)
                 diverged = number % 5 == 4
                 curve = [0.5, 0.8, 1.0][: 1 if diverged else 3]
+                reached = [(step, accuracy(trial, of) * share) for step, share in zip(STEPS, curve, strict=False)]
                 rungs = tuple(
-                    Rung(
-                        step,
-                        100 * step * (1 + number % 3),
-                        found := accuracy(trial, of) * share,
-                        0.01,
-                        1.0,
-                        2.0 - found,
-                        1.0 * step,
-                    )
-                    for step, share in zip(STEPS, curve, strict=False)
+                    Rung(step, 100 * step * (1 + number % 3), at, 0.01, 1.0, eval_loss=2.0 - at, seconds=1.0 * step)
+                    for step, at in reached
                 )
                 outcome = Outcome(trial, "diverged" if diverged else "complete", cost, rungs=rungs, seconds=30.0)
                 outcome = outcome.updated(tokens=rungs[-1].tokens, versions={"torch": "2"}, adapter="adapters/x")
@@ -155,7 +148,7 @@ def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(
     table: Recorded, sampler: str, seed: int
 ) -> None:
     made, _ = table
-    pins = {"allocator": "sieve", "learning_rate": RATES[0]}
+    pins = {"allocator": "sieve", "scaled_rate": 16 * RATES[0]}
     proposer, found = Proposer(table_problem(made, seed=seed, pins=pins), sampler=sampler), set()
     while (proposal := proposer.propose()) is not None:
         row = made.rows[proposal.trial.digest]
@@ -176,9 +169,16 @@ def test_a_point_that_was_not_recorded_is_refused_not_guessed(tmp_path: Path) ->
 def test_candidates_of_the_sampler_lie_on_the_table(table: Recorded) -> None:
     made, _ = table
     asked = table_problem(made, seed=1)
-    drawn = {"allocator": "sieve", "fraction": 0.1875, "score": "count", "rank": 20, "learning_rate": 4e-3}
+    drawn = {
+        "allocator": "sieve",
+        "fraction": 0.1875,
+        "score": "count",
+        "rank": 22,
+        "lora_alpha": 20.0,
+        "scaled_rate": 64e-3,
+    }
     known = resolver(asked)(optuna.trial.FixedTrial(drawn))
-    assert known.params == drawn | {"fraction": 0.125, "rank": 16, "learning_rate": 1e-2}
+    assert known.params == drawn | {"fraction": 0.125, "rank": 16, "lora_alpha": 16.0, "scaled_rate": 0.16}
 
 
 @given(st.lists(st.sampled_from([1, 2, 4, 8, 16, 64]), min_size=3, unique=True), st.integers(0, 1000))

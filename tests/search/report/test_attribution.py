@@ -129,7 +129,7 @@ def test_a_replayed_study_from_its_trainings_to_its_report(table: Recorded, tmp_
     sections = {section["title"]: section for section in data_of(study)["sections"]}
     bars: dict[str, float] = {label: share for label, share, _ in sections["Variance of accuracy by setting"]["bars"]}
     assert max(bars, key=lambda label: bars[label]) == "allocator and its knobs"
-    assert {"alpha and scaled rate", "rank"} <= bars.keys()
+    assert {"scaled_rate", "rank"} <= bars.keys()
     assert "Variance of accuracy by setting" in said
     assert "One-line recipes against the front" in said
     assert len(read(study).finished) == 30

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from allocators.core.types import Outcome, Recipe, Rung, Trial
+from allocators.core.types import Outcome, Recipe, Rung, Score, Trial
 from search.front import candidates, front
 from search.report.gains import recipes, saved
-from tests.search.studies import CONFIG, open_study, outcome, selection
+from tests.search.studies import APART, CONFIG, open_study, outcome, selection
 
 
 def recipe_point(allocator: str, knobs: dict[str, Any], params: int, accuracy: float, number: int) -> Outcome:
@@ -42,6 +42,29 @@ def test_recipes_against_the_front_by_hand(tmp_path: Path) -> None:
             "on the front",
             "1.00",
         )
+
+
+def test_recipes_are_compared_by_test_accuracy_where_both_sides_have_one(tmp_path: Path) -> None:
+    outcomes = [
+        recipe_point("esft", {"p": 0.1}, 1_000, 0.50, 1).updated(test=Score(0.40, 0.03)),
+        recipe_point("esft", {"p": 0.3}, 3_000, 0.70, 2).updated(test=Score(0.60, 0.03)),
+        recipe_point("esft", {"p": 0.4}, 3_500, 0.71, 3),
+        recipe_point("sieve", {"fraction": 0.25, "score": "count"}, 3_200, 0.65, 4).updated(test=Score(0.62, 0.04)),
+        recipe_point("random", {"fraction": 0.25}, 3_300, 0.45, 5),
+        recipe_point("all", {}, 9_000, 0.69, 6).updated(test=Score(0.39, 0.03)),
+    ]
+    with open_study(tmp_path / "demo", **APART) as study:
+        points = candidates(outcomes)
+        (section,) = recipes(study, points, front(points), noise=None)
+    found = {row[0]: dict(zip(section.head, row, strict=True)) for row in section.rows}
+    hot = found["top 25 % routed"]
+    assert (hot["validation"], hot["test"], hot["split"]) == ("0.650 ± 0.030", "0.620 ± 0.040", "test")
+    assert hot["front − recipe"] == "-0.020 ± 0.050"  # .60 − .62, √(.03² + .04²)
+    assert hot["parameters of the front"] == "– (0.94 … –)"  # of the tested: .58 has the one with 3,000, none has .62
+    random = found["random 25 %"]
+    assert (random["test"], random["split"], random["front − recipe"]) == ("", "validation", "+0.250 ± 0.042")
+    # its rival, the front's best by validation, was not tested
+    assert (found["all experts"]["split"], found["all experts"]["front − recipe"]) == ("validation", "+0.020 ± 0.042")
 
 
 def test_trainings_and_tokens_that_were_not_needed(tmp_path: Path) -> None:

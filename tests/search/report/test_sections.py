@@ -14,12 +14,12 @@ from rich.console import Console
 from scipy import stats
 
 import spaces.sieve_ablation as space
-from allocators.core.types import ExpertSelection, Outcome
+from allocators.core.types import ExpertSelection, Outcome, Score
 from search.report import Report, show, write
 from search.report.sections import Section
 from spaces._tables import facts
 from tests.search.report.written import data_of
-from tests.search.studies import CONFIG, EXPERTS, open_study, outcome, selection
+from tests.search.studies import APART, BOTH, CONFIG, EXPERTS, IDENTITY, open_study, outcome, score, selection
 
 ROWS: dict[str, tuple[dict[str, Any], ExpertSelection]] = {
     "all": ({"allocator": "all"}, selection(EXPERTS)),
@@ -43,13 +43,19 @@ def table_study(
     model: str = "tiny-moe",
     task: str = "shift",
     mass_is_hot: bool = True,
+    tests: Mapping[str, tuple[float, ...]] | None = None,
 ) -> Report:
-    config = CONFIG | {"space": "sieve_ablation", "model": model, "task": task, "trials": 4, "seeds": 4}
-    with open_study(folder, config=config, table=facts(space)) as study:
+    """`tests`: accuracies on the test split, of the first seeds of each row; None: the study selects on it."""
+    apart = BOTH if tests is not None else {}
+    config = apart | CONFIG | {"space": "sieve_ablation", "model": model, "task": task, "trials": 4, "seeds": 4}
+    with open_study(folder, config=config, identity=IDENTITY | apart, table=facts(space)) as study:
         for name, accuracies in measured.items():
             params, allocation = ROWS[name]
             for seed, accuracy in enumerate(accuracies):
-                study.append_finished(outcome(allocation, accuracy=accuracy, seed=seed, allocator=name), params)
+                done = outcome(allocation, accuracy=accuracy, seed=seed, allocator=name)
+                study.append_finished(done, params)
+                if seed < len((tests or {}).get(name, ())):
+                    study.append_tested(done.digest, score((tests or {})[name][seed]))
         if mass_is_hot:
             hot = next(o.digest for o in study.finished.values() if o.trial.allocator == "hot")
             study.append_answered(ROWS["hot"][0] | {"score": "mass"}, reason="duplicate", digest=hot)
@@ -143,6 +149,54 @@ def test_terminal_and_page_show_the_tables(tmp_path: Path) -> None:
     assert [section["title"] for section in data["sections"]][1] == "Comparisons, paired seed by seed"
 
 
+# --- both splits
+
+LOWER = {name: tuple(a - 0.05 for a in accuracies) for name, accuracies in MEASURED.items()}
+LOWER["random"] = tuple(a - 0.02 for a in LOWER["hot"][::-1])
+
+
+def test_rows_and_comparisons_are_by_test_accuracy_where_every_run_has_one(tmp_path: Path) -> None:
+    report = table_study(tmp_path / "a", tests=LOWER)
+    rows, comparisons, *_ = report.sections
+    assert rows.head == ("row", "trainable parameters", "validation", "test", "s.d. of test", "seeds")
+    (hot,) = [row for label, row in rows_of(rows).items() if label.startswith("hot")]
+    assert (hot["validation"], hot["test"], hot["s.d. of test"]) == ("0.615", "0.565", "0.013")
+    random = rows_of(comparisons)["hot 25 % − random 25 %"]
+    interval = stats.ttest_rel(LOWER["hot"], LOWER["random"]).confidence_interval(0.95)
+    assert (random["difference"], random["95 % interval"]) == ("+0.020", f"{interval.low:+.3f} … {interval.high:+.3f}")
+    assert "Accuracy is that on the test split." in comparisons.notes
+    said = "\n".join(report.words)
+    assert "Nothing was selected: on the test split the 4 rows have 0.561 on average and on validation 0.591" in said
+    assert "picked" not in said
+
+
+def test_a_comparison_of_which_a_run_was_not_tested_is_by_validation_and_says_so(tmp_path: Path) -> None:
+    report = table_study(tmp_path / "a", tests=LOWER | {"greedy": LOWER["greedy"][:3]})
+    rows, comparisons, *_ = report.sections
+    greedy = rows_of(comparisons)["hot 25 % − greedy 25 %"]
+    reference = stats.ttest_rel(MEASURED["hot"], MEASURED["greedy"])
+    assert float(greedy["p"]) == pytest.approx(reference.pvalue, abs=5e-4)
+    assert (
+        "Accuracy is that on the test split, but on the validation split for hot 25 % − greedy 25 %, since not every "
+        "training of both rows was evaluated on the test split." in comparisons.notes
+    )
+    untested = table_study(tmp_path / "b", tests={})
+    rows, comparisons, *_ = untested.sections
+    assert rows.head[2:4] == ("validation", "s.d. of validation")
+    assert any(note.startswith("Accuracy is that on the validation split, since") for note in comparisons.notes)
+    assert any(sentence.startswith("No row has been evaluated on the test split") for sentence in untested.words)
+
+
+def test_published_numbers_are_compared_with_test_accuracy_alone(tmp_path: Path) -> None:
+    model, task = "allenai/OLMoE-1B-7B-0924", "gsm8k"
+    papers, *_ = table_study(tmp_path / "a", model=model, task=task, tests=LOWER).sections
+    found = {label.split()[0]: row for label, row in rows_of(papers).items()}
+    assert (found["random"]["published"], found["random"]["difference"]) == ("0.279", "+0.266")  # .545 on test
+    papers, *_ = table_study(tmp_path / "b", model=model, task=task, tests={}).sections
+    found = {label.split()[0]: row for label, row in rows_of(papers).items()}
+    assert (found["random"]["published"], found["random"]["difference"]) == ("0.279", "")
+
+
 # --- several tasks
 
 
@@ -176,3 +230,22 @@ def test_each_task_has_a_column(tmp_path: Path) -> None:
     show(tmp_path / "demo", console=Console(file=out, width=150))
     assert "Accuracy by task" in out.getvalue()
     assert "task easy, hard, model tiny-moe" in out.getvalue()
+
+
+def test_each_task_has_a_column_a_split(tmp_path: Path) -> None:
+    tested = Score(0.45, 0.02, {"easy": {"accuracy": 0.55, "stderr": 0.03}, "hard": {"accuracy": 0.35, "stderr": 0.04}})
+    with open_study(tmp_path / "demo", **APART) as study:
+        study.append_finished(several(2, 0.4), {})
+        study.append_finished(several(4, 0.5).updated(test=tested), {})
+    report = write(tmp_path / "demo")
+    section, *_ = report.sections
+    names = ("easy", "hard", "mean")
+    assert section.head[2:] == tuple(f"{name}, {split}" for name in names for split in ("validation", "test"))
+    assert [row[2:] for row in section.rows] == [
+        ("0.500 ± 0.030", "", "0.300 ± 0.040", "", "0.400 ± 0.025", ""),
+        ("0.600 ± 0.030", "0.550 ± 0.030", "0.400 ± 0.040", "0.350 ± 0.040", "0.500 ± 0.025", "0.450 ± 0.020"),
+    ]
+    for name in ("front", "points"):
+        rows = list(csv.DictReader((tmp_path / "demo" / f"{name}.csv").open()))
+        assert [row["test_accuracy.hard"] for row in rows] == ["", "0.35"]
+        assert [row["test_stderr.easy"] for row in rows] == ["", "0.03"]

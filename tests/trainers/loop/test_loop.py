@@ -6,6 +6,7 @@ python -m pytest tests/trainers/loop/test_loop.py
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -184,7 +185,7 @@ def test_training_lowers_the_loss_and_counts_real_tokens(task: AnyTask, tokenize
     assert result.peak_memory_bytes > 1e7
 
 
-def test_accuracy_at_a_rung_is_the_tasks_own(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_accuracy_and_loss_at_a_rung_are_the_tasks_own(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:
     seen = []
     model = tiny_olmoe()
     adapter = attach(
@@ -192,13 +193,26 @@ def test_accuracy_at_a_rung_is_the_tasks_own(task: AnyTask, tokenizer: PreTraine
     )
 
     def on_rung(rung: Rung) -> bool:
-        seen.append(task.evaluate(model).accuracy)
+        evaluation = task.evaluate(model)
+        seen.append((evaluation.accuracy, evaluation.loss))
         return True
 
     result = loop.train(model, adapter, task, RECIPE, seed=0, tokenizer=tokenizer, device="cpu", on_rung=on_rung)
-    assert [rung.accuracy for rung in result.rungs] == seen
+    assert [(rung.accuracy, rung.eval_loss) for rung in result.rungs] == seen
+    assert all(rung.eval_loss is not None for rung in result.rungs)
     assert not model.training
     assert all(parameter.grad is None for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan, None])
+def test_an_evaluation_loss_that_is_no_number_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, task: AnyTask, tokenizer: PreTrainedTokenizerBase, loss: float | None
+) -> None:
+    evaluate = task.evaluate
+    monkeypatch.setattr(task, "evaluate", lambda model: replace(evaluate(model), loss=loss))
+    result, _ = run(task, tokenizer=tokenizer, evaluations=1)
+    assert [rung.eval_loss for rung in result.rungs] == [None]
+    assert result.status == "complete"
 
 
 # --- determinism and resuming -----------------------------------------------------------------------------------------
@@ -253,6 +267,7 @@ def test_a_killed_run_goes_on_exactly(
 
     resumed, others = run(task, recipe=DROPOUT, tokenizer=tokenizer, on_rung=note, checkpoint=place)
     assert resumed.losses == whole.losses
+    assert None not in [rung.eval_loss for rung in resumed.rungs]  # those before the end too
     assert without_seconds(resumed.rungs) == without_seconds(whole.rungs)
     assert all(torch.equal(others[name], tensors[name]) for name in tensors)
     assert tuple(reported) == resumed.rungs  # those from before the end are told again: nobody may have heard them
@@ -556,10 +571,14 @@ def worker(rank: int, world_size: int, folder: str, path: str) -> None:
     except TrialError as error:
         ending = type(error).__name__
     small, _ = run(task, recipe=replace(RECIPE, batch_size=1, steps=3), tokenizer=tokenizer, evaluations=1)
+    task.test.prepare(tokenizer, rank=rank, world_size=world_size)
+    test = task.test.evaluate(tiny_olmoe())
     torch.save(
         {
             "losses": result.losses,
             "accuracies": [rung.accuracy for rung in result.rungs],
+            "eval_losses": [rung.eval_loss for rung in result.rungs],
+            "test": (test.correct, test.loss),
             "tokens": result.tokens,
             "tensors": tensors,
             "small": small.losses,
@@ -578,7 +597,12 @@ def test_two_workers_are_one(
     alone, tensors = run(task, tokenizer=tokenizer)
     assert zero["losses"] == one["losses"] == pytest.approx(alone.losses, rel=1e-5)
     assert zero["accuracies"] == one["accuracies"] == [rung.accuracy for rung in alone.rungs]
+    assert zero["eval_losses"] == one["eval_losses"]
+    assert zero["eval_losses"] == pytest.approx([rung.eval_loss for rung in alone.rungs], rel=1e-4)
     assert zero["tokens"] == alone.tokens
+    task.test.prepare(tokenizer)
+    test = task.test.evaluate(tiny_olmoe())
+    assert zero["test"] == one["test"] == (test.correct, pytest.approx(test.loss, rel=1e-4))
     for name in tensors:
         assert torch.equal(zero["tensors"][name], one["tensors"][name])
         torch.testing.assert_close(zero["tensors"][name], tensors[name], rtol=1e-3, atol=1e-5)

@@ -92,7 +92,7 @@ KINDS: dict[str, Sequence[Spec]] = {
 
 @pytest.fixture(scope="module")
 def task(choice_task: Path) -> AnyTask:
-    return tasks.load_task(str(choice_task), limit=8)
+    return tasks.load_task(str(choice_task), limit=8, select_on="test")
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,10 @@ CHOICE = {
 }
 
 
+# One split: what a task file says of it is what is tested here. test_splits.py has the other one.
+load = partial(tasks.load_task, select_on="test")
+
+
 def changed(path: Path, folder: Path, **changes: Any) -> Path:
     """A copy of a task file with other keys; its data stay where they are."""
     config = yaml.safe_load(path.read_text())
@@ -50,7 +55,7 @@ def changed(path: Path, folder: Path, **changes: Any) -> Path:
 
 def single(file: Path, **options: Any) -> tasks.Task:
     """The task of a file that holds one."""
-    task = tasks.load_task(str(file), **options)
+    task = load(str(file), **options)
     assert isinstance(task, tasks.Task)
     return task
 
@@ -68,50 +73,6 @@ def tokens_of(task: tasks.Task) -> list[Any]:
     return tokens
 
 
-@pytest.fixture
-def by_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """What lm-eval itself says about a local task file: accuracy, standard error, one score a document."""
-    from lm_eval import evaluator
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    # Seconds of git, pip and lscpu in every call, for a record that is not looked at here.
-    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
-
-    def run(
-        paths: list[Path],
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        metric: str = "acc",
-        filter_name: str = "none",
-        **options: Any,
-    ) -> Any:
-        configs = []
-        for path in paths:
-            config = yaml.safe_load(path.read_text())
-            files = config["dataset_kwargs"]["data_files"]
-            config["dataset_kwargs"]["data_files"] = {split: str(path.parent / file) for split, file in files.items()}
-            configs.append(config)
-        result = evaluator.simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=5),
-            tasks=configs,
-            bootstrap_iters=10,
-            task_manager=TaskManager(include_defaults=False),
-            **options,
-        )
-        answers = {}
-        for config in configs:
-            label = config["task"]
-            samples = [s for s in result["samples"][label] if s["filter"] == filter_name]
-            scores = tuple(float(s[metric]) for s in sorted(samples, key=lambda s: s["doc_id"]))
-            numbers = result["results"][label]
-            answers[label] = numbers[f"{metric},{filter_name}"], numbers[f"{metric}_stderr,{filter_name}"], scores
-        return answers if len(paths) > 1 else answers[label]
-
-    return run
-
-
 @pytest.mark.parametrize("limit", [None, 11])
 @pytest.mark.parametrize("metric", ["acc", "acc_norm"])
 def test_multiple_choice_scores_are_those_of_lm_eval(
@@ -122,7 +83,7 @@ def test_multiple_choice_scores_are_those_of_lm_eval(
     metric: str,
     limit: int | None,
 ) -> None:
-    task = tasks.load_task(str(choice_task), limit=limit, metric=metric, batch_size=7)
+    task = load(str(choice_task), limit=limit, metric=metric, batch_size=7)
     task.prepare(tokenizer)
     ours = task.evaluate(model)
     accuracy, stderr, correct = by_lm_eval([choice_task], model, tokenizer, limit=limit, metric=metric)
@@ -137,7 +98,7 @@ def test_multiple_choice_scores_are_those_of_lm_eval(
 def test_generated_text_is_scored_as_lm_eval_does(
     copy_task: Path, model: Any, tokenizer: PreTrainedTokenizerBase, by_lm_eval: Callable[..., Any], filter_name: str
 ) -> None:
-    task = tasks.load_task(str(copy_task), metric=f"exact_match,{filter_name}")
+    task = load(str(copy_task), metric=f"exact_match,{filter_name}")
     task.prepare(tokenizer)
     accuracy, stderr, correct = by_lm_eval([copy_task], model, tokenizer, metric="exact_match", filter_name=filter_name)
     ours = task.evaluate(model)
@@ -174,7 +135,7 @@ def test_fewshot_and_chat_are_those_of_lm_eval(
     path = copy_task if kind == "copy" else choice_task
     if kind == "prefixed":  # the answer's beginning is given, in the assistant's turn
         path = changed(choice_task, tmp_path, gen_prefix="it is")
-    task = tasks.load_task(str(path), num_fewshot=shots or None, chat_template=chat)
+    task = load(str(path), num_fewshot=shots or None, chat_template=chat)
     task.prepare(chatty)
     name, filter_name = ("exact_match", "letter") if kind == "copy" else ("acc", "none")
     theirs = by_lm_eval(
@@ -217,13 +178,13 @@ def test_a_task_whose_file_says_zero_stays_without_examples(
 
 def test_more_examples_than_there_are_is_an_error(choice_task: Path) -> None:
     with pytest.raises(StudyError, match="num_fewshot=49 asks for more examples than the 48 that task"):
-        tasks.load_task(str(choice_task), num_fewshot=49)
+        load(str(choice_task), num_fewshot=49)
 
 
 def test_a_chat_template_that_the_tokenizer_lacks_is_an_error(
     choice_task: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    task = tasks.load_task(str(choice_task), chat_template=True)
+    task = load(str(choice_task), chat_template=True)
     with pytest.raises(StudyError, match=r"chat_template=true needs a tokenizer with a chat template, .* has none"):
         task.check_tokenizer(tokenizer)
 
@@ -237,7 +198,7 @@ def test_several_tasks_are_each_as_lm_eval_has_them(
     other = changed(choice_task, tmp_path, task="again", doc_to_text="say {{question}}:")
     every_options: list[dict[str, Any]] = [{}, {"num_fewshot": 1}, {"num_fewshot": 2, "chat_template": True}]
     for options in every_options:
-        mixture = tasks.load_task(f"[{choice_task}, {other}]", limit=13, **options)
+        mixture = load(f"[{choice_task}, {other}]", limit=13, **options)
         mixture.prepare(chatty)
         ours = mixture.evaluate(model)
         theirs = by_lm_eval(
@@ -259,8 +220,8 @@ def test_several_tasks_are_each_as_lm_eval_has_them(
 def test_a_mixture_is_the_rows_of_all_and_calibrates_on_an_equal_share(
     choice_task: Path, copy_task: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    mixture = tasks.load_task(f"{choice_task},{copy_task}")
-    parts = [tasks.load_task(str(path)) for path in (choice_task, copy_task)]
+    mixture = load(f"{choice_task},{copy_task}")
+    parts = [load(str(path)) for path in (choice_task, copy_task)]
     rows = [row for part in parts for row in part.training_rows(tokenizer, 64)]
     assert mixture.training_rows(tokenizer, 64) == rows
     assert (mixture.num_training, mixture.num_evaluation) == (48 + 20, 30 + 12)
@@ -272,39 +233,39 @@ def test_a_mixture_is_the_rows_of_all_and_calibrates_on_an_equal_share(
     assert mixture.metric == "mean of acc, exact_match,letter"
     assert tasks.sizes(mixture) == (
         "68 rows to train on (choice 48, copy 20); accuracy is the mean over choice (30 × acc), "
-        "copy (12 × exact_match,letter)"
+        "copy (12 × exact_match,letter); selected on test split; tested on the same"
     )
 
 
 def test_a_limit_caps_each_data_set_and_is_the_same_in_every_study(
     choice_task: Path, copy_task: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    capped = tasks.load_task(f"{choice_task},{copy_task}", training_limit=30)
+    capped = load(f"{choice_task},{copy_task}", training_limit=30)
     assert [part.num_training for part in capped.parts] == [30, 20]
-    assert capped.training_rows(tokenizer, 64)[:30] == tasks.load_task(
-        str(choice_task), training_limit=30
-    ).training_rows(tokenizer, 64)
+    assert capped.training_rows(tokenizer, 64)[:30] == load(str(choice_task), training_limit=30).training_rows(
+        tokenizer, 64
+    )
 
 
 def test_the_order_and_the_members_are_in_the_hash(choice_task: Path, copy_task: Path) -> None:
     one, two, three = (
-        tasks.load_task(text).data_hash
+        load(text).data_hash
         for text in (f"{choice_task},{copy_task}", f"{copy_task},{choice_task}", f"[{choice_task},  {copy_task}]")
     )
     assert one == three != two
 
 
 def test_a_metric_is_taken_by_the_tasks_that_have_it(choice_task: Path, copy_task: Path) -> None:
-    mixture = tasks.load_task(f"{choice_task},{copy_task}", metric="acc_norm")
+    mixture = load(f"{choice_task},{copy_task}", metric="acc_norm")
     assert [part.metric for part in mixture.parts] == ["acc_norm", "exact_match,letter"]
     with pytest.raises(StudyError, match="'bleu': choose from acc, acc_norm, exact_match,letter, exact_match,whole"):
-        tasks.load_task(f"{choice_task},{copy_task}", metric="bleu")
+        load(f"{choice_task},{copy_task}", metric="bleu")
 
 
 def test_workers_of_a_mixture_share_its_questions(
     choice_task: Path, copy_task: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    mixture = tasks.load_task(f"{choice_task},{copy_task}")
+    mixture = load(f"{choice_task},{copy_task}")
     asked = []
     for rank in range(2):
         mixture.prepare(tokenizer, rank=rank, world_size=2)
@@ -341,7 +302,7 @@ def rationales(tmp_path: Path) -> list[Path]:
 def test_training_data_may_be_another_data_set(
     rationales: list[Path], model: Any, tokenizer: PreTrainedTokenizerBase, by_lm_eval: Callable[..., Any]
 ) -> None:
-    task = tasks.load_task(str(rationales[0]))
+    task = load(str(rationales[0]))
     rows = task.training_rows(tokenizer, 64)
     assert [tokenizer.decode(row.input_ids) for row in rows] == [
         "q ab? x as ab<eos>",
@@ -355,7 +316,7 @@ def test_training_data_may_be_another_data_set(
 def test_tasks_that_share_training_data_have_it_once(
     rationales: list[Path], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    mixture = tasks.load_task(",".join(map(str, rationales)))
+    mixture = load(",".join(map(str, rationales)))
     assert tasks.check_task(",".join(map(str, rationales))).num_datasets == len(mixture.datasets) == 1
     assert len(mixture.training_rows(tokenizer, 64)) == mixture.num_training == 3
     assert len(mixture.prompts(tokenizer, 2, 0)) == 2
@@ -363,9 +324,9 @@ def test_tasks_that_share_training_data_have_it_once(
 
 
 def test_the_hash_follows_the_other_data_set(rationales: list[Path], tmp_path: Path) -> None:
-    before = tasks.load_task(str(rationales[0])).data_hash
+    before = load(str(rationales[0])).data_hash
     rationales[0].write_text(rationales[0].read_text().replace("q {{ask}}?", "now {{ask}}?"))
-    assert tasks.load_task(str(rationales[0])).data_hash != before
+    assert load(str(rationales[0])).data_hash != before
 
 
 # --- groups ---------------------------------------------------------------------------------------------------------
@@ -386,9 +347,9 @@ def test_a_group_file_lists_tasks_beside_it_and_what_is_different(
     chosen = tasks.check_task(str(tmp_path / "outer.yaml"))
     assert [file.label for file in chosen.files] == ["near", "choice"]
     assert chosen.recipe == {"steps": 7, "epochs": 2}  # what both tasks suggest, and what the group does
-    mixture = tasks.load_task(str(tmp_path / "outer.yaml"))
+    mixture = load(str(tmp_path / "outer.yaml"))
     assert [(part.metric, part.num_fewshot) for part in mixture.parts] == [("acc_norm", 0), ("acc", 2)]
-    mixed = tasks.load_task(f"{tmp_path / 'inner.yaml'},tiny_cipher", limit=3)
+    mixed = load(f"{tmp_path / 'inner.yaml'},tiny_cipher", limit=3)
     assert [part.label for part in mixed.parts] == ["near", "tiny_cipher"]
 
 
@@ -442,7 +403,7 @@ def test_evaluation_leaves_the_model_in_its_mode_and_says_nothing(
     choice_task: Path, model: Any, tokenizer: PreTrainedTokenizerBase, capfd: pytest.CaptureFixture[str]
 ) -> None:
     logging.getLogger("lm_eval").setLevel(logging.NOTSET)
-    task = tasks.load_task(str(choice_task))
+    task = load(str(choice_task))
     task.prepare(tokenizer)
     model.train()
     task.evaluate(model)
@@ -453,7 +414,7 @@ def test_evaluation_leaves_the_model_in_its_mode_and_says_nothing(
 def test_training_rows_are_the_requests_of_the_right_answers(
     choice_task: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    task = tasks.load_task(str(choice_task))
+    task = load(str(choice_task))
     rows = task.training_rows(tokenizer, 128)
     documents = [json.loads(line) for line in (choice_task.parent / "train.jsonl").read_text().splitlines()]
     assert len(rows) == len(documents) == task.num_training
@@ -465,7 +426,7 @@ def test_training_rows_are_the_requests_of_the_right_answers(
 
 
 def test_generated_rows_learn_to_stop(copy_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    task = tasks.load_task(str(copy_task))
+    task = load(str(copy_task))
     doc = json.loads((copy_task.parent / "train.jsonl").read_text().splitlines()[0])
     row = task.training_rows(tokenizer, 128)[0]
     assert tokenizer.decode(row.input_ids) == f"copy {doc['question']}: {doc['answer']}<eos>"
@@ -473,7 +434,7 @@ def test_generated_rows_learn_to_stop(copy_task: Path, tokenizer: PreTrainedToke
 
 
 def test_long_rows_lose_their_beginning(choice_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    task = tasks.load_task(str(choice_task))
+    task = load(str(choice_task))
     whole, cut = task.training_rows(tokenizer, 128), task.training_rows(tokenizer, 9)
     for a, b in zip(whole, cut, strict=True):
         assert b.input_ids == a.input_ids[-9:]
@@ -493,7 +454,7 @@ def test_inputs_as_choices(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -
         doc_to_target="question",
         metric_list=CHOICE["metric_list"],
     )
-    rows = tasks.load_task(str(path)).training_rows(tokenizer, 64)
+    rows = load(str(path)).training_rows(tokenizer, 64)
     assert [tokenizer.decode(row.input_ids) for row in rows] == ["y ab", "x cd"]
     assert [row.labels_start for row in rows] == [1, 1]
 
@@ -502,11 +463,11 @@ def test_an_answer_that_is_no_choice_is_named(tokenizer: PreTrainedTokenizerBase
     bad = [{**ROWS[0], "label": 2}]
     path = write_task(tmp_path, "bad", {"train": ROWS + bad, "test": ROWS}, **CHOICE)
     with pytest.raises(StudyError, match=r"training document 2 of task .* answer 2, .* none of its 2 choices"):
-        tasks.load_task(str(path)).training_rows(tokenizer, 64)
+        load(str(path)).training_rows(tokenizer, 64)
 
 
 def test_prompts_are_drawn_by_seed(choice_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    task = tasks.load_task(str(choice_task))
+    task = load(str(choice_task))
     first = task.prompts(tokenizer, 10, 0)
     assert first == task.prompts(tokenizer, 10, 0)
     assert first != task.prompts(tokenizer, 10, 1)
@@ -516,20 +477,20 @@ def test_prompts_are_drawn_by_seed(choice_task: Path, tokenizer: PreTrainedToken
 
 
 def test_training_limit_draws_documents(choice_task: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    few = tasks.load_task(str(choice_task), training_limit=5).training_rows(tokenizer, 64)
-    other = tasks.load_task(str(choice_task), training_limit=5, seed=1).training_rows(tokenizer, 64)
+    few = load(str(choice_task), training_limit=5).training_rows(tokenizer, 64)
+    other = load(str(choice_task), training_limit=5, seed=1).training_rows(tokenizer, 64)
     assert len(few) == 5
-    assert few == tasks.load_task(str(choice_task), training_limit=5).training_rows(tokenizer, 64)
+    assert few == load(str(choice_task), training_limit=5).training_rows(tokenizer, 64)
     assert few != other
 
 
 def test_the_data_hash_follows_documents_and_prompts(choice_task: Path, tmp_path: Path) -> None:
-    before = tasks.load_task(str(choice_task)).data_hash
+    before = load(str(choice_task)).data_hash
     again = changed(choice_task, tmp_path)
-    assert tasks.load_task(str(again)).data_hash == before  # the place of the files is not part of it
-    assert tasks.load_task(str(choice_task), limit=5).data_hash != before
+    assert load(str(again)).data_hash == before  # the place of the files is not part of it
+    assert load(str(choice_task), limit=5).data_hash != before
     other = changed(choice_task, tmp_path, doc_to_text="what is {{question}}?")
-    assert tasks.load_task(str(other)).data_hash != before
+    assert load(str(other)).data_hash != before
 
 
 # --- check_task: before anything is loaded --------------------------------------------------------------------------
@@ -646,28 +607,28 @@ def test_functions_beside_a_task_file_are_used(tokenizer: PreTrainedTokenizerBas
     (tmp_path / "words.py").write_text("def ask(doc):\n    return doc['question'] * 2\n")
     (file,) = tasks.check_task(str(path)).files
     assert file.config["doc_to_text"] == "words.ask"
-    rows = tasks.load_task(str(path)).training_rows(tokenizer, 64)
+    rows = load(str(path)).training_rows(tokenizer, 64)
     assert [tokenizer.decode(row.input_ids) for row in rows] == ["abab y", "cdcd x"]
 
 
 def test_a_task_file_that_does_not_fit_its_data_is_named(tmp_path: Path) -> None:
     path = write_task(tmp_path, "misfit", {"train": ROWS, "test": ROWS}, **{**CHOICE, "doc_to_choice": "{{nothing}}"})
     with pytest.raises(StudyError, match=r"task '.*misfit\.yaml' \(misfit\.yaml\) cannot be built: ") as error:
-        tasks.load_task(str(path))
+        load(str(path))
     assert "\n" not in str(error.value)
 
 
 def test_an_accuracy_that_the_task_lacks_is_named_with_the_others(choice_task: Path, copy_task: Path) -> None:
     with pytest.raises(StudyError, match=r"'f1': choose from acc, acc_norm"):
-        tasks.load_task(str(choice_task), metric="f1")
+        load(str(choice_task), metric="f1")
     with pytest.raises(StudyError, match="exact_match,letter, exact_match,whole"):
-        tasks.load_task(str(copy_task), metric="exact_match,none")
-    assert tasks.load_task(str(copy_task)).metric == "exact_match,letter"
+        load(str(copy_task), metric="exact_match,none")
+    assert load(str(copy_task)).metric == "exact_match,letter"
 
 
 @pytest.mark.parametrize("name", sorted(tasks.EMBEDDED))
 def test_embedded_tasks_have_both_splits(name: str) -> None:
-    task = tasks.load_task(name, limit=10)
+    task = load(name, limit=10)
     assert task.num_training > 100
     assert task.num_evaluation == 10
 
@@ -819,6 +780,32 @@ def test_the_groups_of_the_papers(group: str, members: str) -> None:
         assert (files[1].config["num_fewshot"], files[2].metric) == (0, "acc_norm")
 
 
+def test_what_a_search_selects_on_in_the_groups_of_the_papers() -> None:
+    groups = ("commonsense8", "alphalora6", "math4", "sieve3")
+    files = {file.label: file for group in groups for file in known(group)}
+    validation = {label for label, file in files.items() if file.names_validation_split}
+    assert validation == {"arc_easy", "arc_challenge", "openbookqa", "scienceqa_text"}
+    assert {label for label, file in files.items() if not file.names_training_split} == {"addsub_metamath"}
+
+
+def test_rows_that_were_made_from_a_held_out_question_are_left_out(tmp_path: Path) -> None:
+    path = offline("gsm8k_metamath", tmp_path)
+    questions = [f"How much is {i} + {i}?" for i in range(20)]
+    rows = [{"question": question, "answer": "#### 1"} for question in questions]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # Its test split is the same file here, and has to be another one.
+    config = yaml.safe_load(path.read_text())
+    config["task"][0]["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "test.jsonl")
+    path.write_text(yaml.safe_dump(config))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 2"}) + "\n")
+    made = [{**METAMATH, "query": f"Say {i} twice.", "original_question": q} for i, q in enumerate(questions)]
+    (tmp_path / "metamath.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    task = tasks.load_task(str(path))
+    (held,) = task.parts[0]._documents  # one: as many as there are test questions
+    trained = [row["original_question"] for row in task.parts[0].training.documents]
+    assert trained == [question for question in questions if question != held["question"]]
+
+
 def test_cola_differs_from_the_harness_in_the_metric_alone() -> None:
     (ours,), (theirs,) = known("cola_acc"), known("cola")
     differing = {key for key in {*ours.config, *theirs.config} if ours.config.get(key) != theirs.config.get(key)}
@@ -843,7 +830,7 @@ def test_real_questions(model: Any, tokenizer: PreTrainedTokenizerBase, tmp_path
         test_split="test",
         **{**CHOICE, "doc_to_text": "Question: {{question}}\nAnswer:"},
     )
-    task = tasks.load_task(str(path), limit=20)
+    task = load(str(path), limit=20)
     assert (task.num_training, task.num_evaluation) == (2251, 20)
     rows = task.training_rows(tokenizer, 64)
     assert str(tokenizer.decode(rows[0].input_ids)).endswith(": a bacterial population in the bloodstream")

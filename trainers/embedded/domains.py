@@ -18,7 +18,7 @@ import json
 import string
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
@@ -196,6 +196,10 @@ def rows(seed: int, step: int, number: int, length: int, *, end: str) -> list[tu
 # Maps no letter to itself. Typed in, so that it depends on no random generator.
 CIPHER = dict(zip(LETTERS, "ypatcedjlbfzkosunghxiqmvrw", strict=True))
 SHIFT = dict(zip(LETTERS, LETTERS[1:] + LETTERS[0], strict=True))
+# Small and capital letters, the most frequent first, and their images. The i-th from 0 is drawn with weight 1/(i + 4).
+BY_FREQUENCY = "VoSBqWQNUOZTXbDuMgecGFlLxjphPCwKaizdtfkEnymAJvRrHYIs"
+ZIPF_CIPHER = dict(zip(BY_FREQUENCY, "quLJTUoPnKXQNpjmkswzAlfMGOYEhSbDBWIcHyraVdtRgZxFieCv", strict=True))
+WEIGHTS = {letter: 1 / (rank + 4) for rank, letter in enumerate(BY_FREQUENCY)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,19 +246,51 @@ def backshift(rng: Random) -> Question:
     return _translation(rng, "next", lambda word: "".join(SHIFT[c] for c in reversed(word)))
 
 
-HELD_OUT: dict[str, Callable[[Random], Question]] = {task.__name__: task for task in (cipher, backcipher, backshift)}
-SPLITS = {"train": 1600, "test": 300}
+def zipfcipher(rng: Random) -> Question:
+    """Every letter becomes another one, by a fixed table of 52, of which some are met far more often than others.
+
+    Letters follow Zipf's law (Mandelbrot's form), as words of a language do, so that the facts of the table are learnt
+    one after another and not all at once: accuracy is graded, and differs with what is adapted. A word has 5 to 7
+    different letters; the choices differ in one character, and the wrong ones are drawn as the images of letters are,
+    so that knowing which characters are frequent helps nobody.
+    """
+    while True:
+        word = "".join(_drawn(rng, WEIGHTS, rng.randint(5, 7)))
+        answer = "".join(ZIPF_CIPHER[c] for c in word)
+        if not set(word) & set(answer):
+            break
+    place = rng.randrange(len(answer))
+    others = {ZIPF_CIPHER[c]: weight for c, weight in WEIGHTS.items() if ZIPF_CIPHER[c] not in word + answer}
+    choices = [answer[:place] + c + answer[place + 1 :] for c in (answer[place], *_drawn(rng, others, 3))]
+    rng.shuffle(choices)
+    return Question(f"code {word} >", tuple(choices), choices.index(answer))
+
+
+def _drawn(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
+    """So many different letters, one after another by their weights."""
+    left, drawn = dict(weights), []
+    for _ in range(number):
+        drawn += rng.choices(list(left), list(left.values()))
+        del left[drawn[-1]]
+    return drawn
+
+
+HELD_OUT: dict[str, Callable[[Random], Question]] = {
+    task.__name__: task for task in (cipher, backcipher, backshift, zipfcipher)
+}
+SPLITS = dict.fromkeys(HELD_OUT, {"train": 1600, "test": 300})
+SPLITS["zipfcipher"] = {"train": 1600, "validation": 400, "test": 1000}
 
 
 def questions(name: str, *, seed: int = 0) -> dict[str, list[Question]]:
     """The splits of a held-out task. No word occurs twice, within a split or across them."""
-    rng = Random(f"{name}/{seed}")
+    rng, splits = Random(f"{name}/{seed}"), SPLITS[name]
     unique: dict[str, Question] = {}
-    while len(unique) < sum(SPLITS.values()):
+    while len(unique) < sum(splits.values()):
         question = HELD_OUT[name](rng)
         unique.setdefault(question.question, question)
     drawn = iter(unique.values())
-    return {split: list(islice(drawn, number)) for split, number in SPLITS.items()}
+    return {split: list(islice(drawn, number)) for split, number in splits.items()}
 
 
 def write_tasks(folder: Path) -> None:

@@ -14,15 +14,15 @@ Knobs
     pattern             4321 (mola: more experts in lower layers)
     metric              stable_rank (alphalora, β = 2.5)
     retention           0.4 of the matrices, with 4 experts each (lora_smoe, strategy S)
-    rank                1 | 4
-    scaled_rate         learning_rate·lora_alpha: 0.04 | 0.1 | 0.25, at lora_alpha 128
+    rank                2 | 8
+    scaled_rate         learning_rate·lora_alpha: 0.04 | 0.1 | 0.25, at lora_alpha 64
 
 AlphaLoRA's `hill` is left out: it rounds to uniform on the embedded model. Rank and scaled rate are a full grid at
 every allocation, so that the table also says whether the best scaled rate depends on either.
 
 Every seed of `random` draws its own layout. `total_experts` in the records is experts_per_layer times layers.
 
-Comparisons: every rule against uniform at 2.5 experts a layer, rank 4 and scaled rate 0.1.
+Comparisons: every rule against uniform at 2.5 experts a layer, rank 8 and scaled rate 0.1.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SEEDS = 5
 ALLOCATORS = ("uniform", "random", "mola", "alphalora", "sensitivity", "lora_smoe")
 
 _MOLA, _PAPER = "MoLA, arXiv:2402.08562", "AlphaLoRA, arXiv:2410.10054"
-_RECIPE = {"rank": 4, "scaled_rate": 0.1}
+_RECIPE = {"rank": 8, "scaled_rate": 0.1}
 _MIDDLE = {"experts_per_layer": 2.5} | _RECIPE
 _UNIFORM = {"allocator": "uniform"} | _MIDDLE
 COMPARISONS = (
@@ -50,13 +50,13 @@ COMPARISONS = (
         "sensitivity − uniform", {"allocator": "sensitivity"} | _RECIPE, _UNIFORM, "not published", "equation 6 here"
     ),
 )
-EACH, ALPHA = 2.5, 128.0
+EACH, ALPHA = 2.5, 64.0
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
     """One row; each rule has a few values of its own knobs, and all have the same lora_alpha."""
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
-    rank = trial.suggest_categorical("rank", [1, 4])
+    rank = trial.suggest_categorical("rank", [2, 8])
     rate = trial.suggest_categorical("scaled_rate", [0.04, 0.1, 0.25])
     recipe = {"rank": rank, "lora_alpha": ALPHA, "scaled_rate": rate}
     match allocator:

@@ -251,19 +251,22 @@ def zipfcipher(rng: Random) -> Question:
 
     Letters follow Zipf's law (Mandelbrot's form), as words of a language do, so that the facts of the table are learnt
     one after another and not all at once: accuracy is graded, and differs with what is adapted. A word has 5 to 7
-    different letters; the choices differ in one character, and the wrong ones are drawn as the images of letters are,
-    so that knowing which characters are frequent helps nobody.
+    different letters; the choices differ in one character. The letters behind the wrong ones are drawn together with
+    those of the word, and which are which is left to chance: knowing which characters are frequent helps nobody. No
+    letter that was drawn is the image of another.
     """
     while True:
-        word = "".join(_drawn(rng, WEIGHTS, rng.randint(5, 7)))
-        answer = "".join(ZIPF_CIPHER[c] for c in word)
-        if not set(word) & set(answer):
+        letters = _drawn(rng, WEIGHTS, rng.randint(5, 7) + 3)
+        images = {c: ZIPF_CIPHER[c] for c in letters}
+        if not images.keys() & set(images.values()):
             break
-    place = rng.randrange(len(answer))
-    others = {ZIPF_CIPHER[c]: weight for c, weight in WEIGHTS.items() if ZIPF_CIPHER[c] not in word + answer}
-    choices = [answer[:place] + c + answer[place + 1 :] for c in (answer[place], *_drawn(rng, others, 3))]
-    rng.shuffle(choices)
-    return Question(f"code {word} >", tuple(choices), choices.index(answer))
+    rng.shuffle(letters)
+    word, others = letters[:-3], letters[-3:]
+    place = rng.randrange(len(word))
+    answers = ["".join(images[c] for c in [*word[:place], at, *word[place + 1 :]]) for at in (word[place], *others)]
+    right = answers[0]
+    rng.shuffle(answers)
+    return Question(f"code {''.join(word)} >", tuple(answers), answers.index(right))
 
 
 def _drawn(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
@@ -278,8 +281,8 @@ def _drawn(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
 HELD_OUT: dict[str, Callable[[Random], Question]] = {
     task.__name__: task for task in (cipher, backcipher, backshift, zipfcipher)
 }
-SPLITS = dict.fromkeys(HELD_OUT, {"train": 1600, "test": 300})
-SPLITS["zipfcipher"] = {"train": 1600, "validation": 400, "test": 1000}
+SMALL = {"train": 1600, "test": 300}
+SPLITS = dict.fromkeys(HELD_OUT, SMALL) | {"zipfcipher": {"train": 1600, "validation": 400, "test": 1000}}
 
 
 def questions(name: str, *, seed: int = 0) -> dict[str, list[Question]]:

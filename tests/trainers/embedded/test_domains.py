@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -73,25 +74,26 @@ def test_the_generator_writes_the_committed_files_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", domains.HELD_OUT)
 def test_splits_share_no_word_and_no_command_with_the_mixture(name: str) -> None:
-    train, test = ({entry["question"] for entry in committed(name, split)} for split in ("train", "test"))
-    assert (len(train), len(test)) == (domains.SPLITS["train"], domains.SPLITS["test"])
-    assert not train & test
-    assert max(map(len, train | test)) <= 64
+    questions = {split: {entry["question"] for entry in committed(name, split)} for split in domains.SPLITS[name]}
+    assert {split: len(asked) for split, asked in questions.items()} == domains.SPLITS[name]
+    everything = set().union(*questions.values())
+    assert len(everything) == sum(domains.SPLITS[name].values())
+    assert max(map(len, everything)) <= 64
     commands = {example(Random(0)).split(" ")[0] for example in domains.MIXTURE.values()}
-    assert not {question.split(" ")[0] for question in train | test} & commands
+    assert not {question.split(" ")[0] for question in everything} & commands
 
 
 @pytest.mark.parametrize("name", domains.HELD_OUT)
-def test_answers_of_the_test_split_follow_from_the_train_split(name: str) -> None:
-    """The table is learnt from the training answers alone; it must be one-to-one and answer every test question."""
+def test_answers_of_all_splits_follow_from_the_train_split(name: str) -> None:
+    """The table is learnt from the training answers alone; it must be one-to-one and answer every question."""
     backwards = name.startswith("back")
     table: dict[str, str] = {}
     for entry in committed(name, "train"):
         word, answer = entry["question"].split(" ")[1], entry["choices"][entry["label"]]
         for source, target in zip(word[::-1] if backwards else word, answer, strict=True):
             assert table.setdefault(source, target) == target
-    assert len(set(table.values())) == len(table) == 26
-    for entry in committed(name, "test"):
+    assert len(set(table.values())) == len(table) == (52 if name == "zipfcipher" else 26)
+    for entry in [entry for split in domains.SPLITS[name] for entry in committed(name, split)]:
         word = entry["question"].split(" ")[1]
         assert entry["choices"].index("".join(table[c] for c in (word[::-1] if backwards else word))) == entry["label"]
 
@@ -110,7 +112,29 @@ def test_choices_differ_in_one_place_and_nothing_but_the_table_tells_them_apart(
 @pytest.mark.parametrize("name", domains.HELD_OUT)
 def test_right_answers_are_spread_over_the_four_places(name: str) -> None:
     labels = [entry["label"] for entry in committed(name, "test")]
-    assert all(abs(labels.count(place) - 75) < 25 for place in range(4))  # 3.3 standard deviations
+    deviation = math.sqrt(len(labels) * 3 / 16)
+    assert all(abs(labels.count(place) - len(labels) / 4) < 3.3 * deviation for place in range(4))
+
+
+def test_knowing_which_letters_are_frequent_helps_nobody() -> None:
+    """Always the most frequent image, or always the rarest, is right one time in four."""
+    rng, common, rare, number = Random(1), 0, 0, 4000
+    weight = {domains.ZIPF_CIPHER[c]: value for c, value in domains.WEIGHTS.items()}
+    for _ in range(number):
+        question = domains.zipfcipher(rng)
+        (place,) = (i for i, column in enumerate(zip(*question.choices, strict=True)) if len(set(column)) > 1)
+        weights = [weight[choice[place]] for choice in question.choices]
+        common += weights.index(max(weights)) == question.label
+        rare += weights.index(min(weights)) == question.label
+    assert abs(common / number - 0.25) < 0.025  # 3.7 standard deviations
+    assert abs(rare / number - 0.25) < 0.025
+
+
+def test_the_letters_of_the_zipf_cipher_follow_its_law_but_for_what_is_left_out() -> None:
+    letters = "".join(entry["question"].split(" ")[1] for entry in committed("zipfcipher", "train"))
+    counts = [letters.count(c) for c in domains.BY_FREQUENCY]
+    assert sum(counts[:13]) > 2 * sum(counts[26:39])
+    assert min(counts) > 20, "every fact is met"
 
 
 def test_a_wrong_command_line_says_what_is_possible(tmp_path: Path) -> None:

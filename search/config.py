@@ -33,8 +33,10 @@ from search import config_file
 from trainers import models
 from trainers.tasks import files as task_files
 
-SAMPLERS = ("ehvi", "tpe", "nsga2", "random")
+SAMPLERS = ("ehvi", "gp", "tpe", "nsga2", "random")
 SCHEDULERS = ("none", "pareto_halving")
+AUTO = 0  # `seeds=auto`
+MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
 PROGRAM = ("python", "-m", "search.run")
 
 # What a key decides:
@@ -126,10 +128,11 @@ class RunConfig:
         -1,
         "seeds behind each point of the front: its members are trained again until they have as many (-1: 1); in a "
         "table space behind every row (-1: what its data sheet says). They differ in adapter initialisation and data "
-        "order; a rerun with more adds only what is missing",
+        "order; a rerun with more adds only what is missing. auto (0): the sampler decides which points it tries "
+        "again, and these trainings count among the trials",
         decides="running",
         where="amount",
-        least=1,
+        least=0,
         unset=-1,
     )
     time_budget: str = _key(
@@ -141,7 +144,7 @@ class RunConfig:
         decides="proposals",
         where="search",
         least=0,
-        most=2**32 - 1,  # numpy's generators, which samplers draw with, take no more
+        most=MOST_SEED,
     )
     max_trainable_params: int = _key(
         0,
@@ -153,7 +156,7 @@ class RunConfig:
     sampler: str = _key(
         "ehvi",
         "who proposes points; ehvi is expected hypervolume improvement (parameters are known, so only accuracy is "
-        "modelled)",
+        "modelled), gp is Optuna's GPSampler (models both)",
         decides="running",
         where="search",
         choices=SAMPLERS,
@@ -441,7 +444,8 @@ def _take(
             where = source or f"{did_you_mean(key, _KINDS)} (help lists the keys)"
             raise StudyError(f"unknown key '{key}'{where}{did_you_mean(key, _KINDS) if source else ''}")
         else:
-            values[key] = words.read(f"{key}{source}", text, _KINDS[key])
+            read = str(AUTO) if (key, text) == ("seeds", "auto") else text
+            values[key] = words.read(f"{key}{source}", read, _KINDS[key])
 
 
 def _without_brackets(task: str) -> str:

@@ -80,6 +80,15 @@ def test_no_digest_is_proposed_twice_and_costs_are_exact(seed: int, sampler: str
     assert all(point.reason == "duplicate" and point.digest in seen for point in answered)
 
 
+def test_optunas_gaussian_process_is_driven_like_the_others() -> None:
+    proposer, digests = Proposer(problem(), sampler="gp"), set()
+    for number in range(13):  # after ten results it has a model
+        proposal = next_proposal(proposer)
+        digests.add(proposal.trial.digest)
+        proposer.tell(result(proposal, accuracy=None if number == 6 else 0.3 + 0.01 * number))
+    assert len(digests) == 13
+
+
 def test_a_space_with_one_point_is_used_up_after_it() -> None:
     pins = {"allocator": "all", "rank": 8, "learning_rate": 1e-3}
     answered: list[Answered] = []

@@ -22,7 +22,7 @@ from allocators.core.errors import InfeasibleError, StudyError
 from allocators.core.types import Outcome, Rung, Trial, canonical_json
 from search import replay
 from search.problem import Problem, corners
-from search.propose.ehvi import resolver
+from search.propose.candidates import resolver
 from search.propose.sampler import Proposer
 from search.records import read
 from search.records.folder import StudyFolder

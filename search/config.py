@@ -35,7 +35,7 @@ from trainers.tasks import files as task_files
 
 SAMPLERS = ("ehvi", "gp", "tpe", "nsga2", "random")
 SCHEDULERS = ("none", "pareto_halving")
-AUTO = 0  # `seeds=auto`
+AUTO = -2  # `seeds=auto`
 MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
 PROGRAM = ("python", "-m", "search.run")
 
@@ -128,12 +128,10 @@ class RunConfig:
         -1,
         "seeds behind each point of the front: its members are trained again until they have as many (-1: 1); in a "
         "table space behind every row (-1: what its data sheet says). They differ in adapter initialisation and data "
-        "order; a rerun with more adds only what is missing. auto (0): the sampler decides which points it tries "
+        "order; a rerun with more adds only what is missing. auto: the sampler decides which points it tries "
         "again, and these trainings count among the trials",
         decides="running",
         where="amount",
-        least=0,
-        unset=-1,
     )
     time_budget: str = _key(
         "", "stop starting trials after this long: 90s, 10m, 2h (empty: no limit)", decides="running", where="amount"
@@ -370,7 +368,9 @@ class RunConfig:
             value = getattr(self, f.name)
             if value == getattr(defaults, f.name) and f.name != "space":
                 continue
-            if isinstance(value, Mapping):
+            if f.name == "seeds" and value == AUTO:
+                written.append("seeds=auto")
+            elif isinstance(value, Mapping):
                 written += [f"{_PREFIXES[f.name]}{name}={v}" for name, v in value.items()]
             else:
                 written.append(f"{f.name}={words.write_list(value) if isinstance(value, list) else value}")
@@ -465,6 +465,8 @@ def check(config: RunConfig) -> None:
             f"scheduler={config.scheduler} compares trainings before their end, and evaluations={config.evaluations} "
             "is at the end: set it to 2 or more"
         )
+    if config.seeds < 1 and config.seeds not in (-1, AUTO):
+        raise StudyError(f"seeds must be at least 1, got {config.seeds}")
     _check_workers(config)
     _seconds(config.time_budget)
     known = {f.name for f in fields(Recipe)}

@@ -141,7 +141,12 @@ class EHVISampler(BaseSampler):
         return tried
 
     def _gain(self, fresh: Sequence[Candidate], again: Sequence[Tried], tried: Sequence[Tried]) -> Array:
-        """Expected gain of hypervolume by every new candidate, and by every point tried again. Shape [M + R]."""
+        """Expected gain of hypervolume by every new candidate, and by every point tried again. Shape [M + R].
+
+        Where points may be tried again, both are gains of the front of posterior means by one training, which moves the
+        mean of a new point by less than its doubt. Where they may not, the result of a training is all that will ever
+        be known of its point, and a new point counts with all of its doubt.
+        """
         done = [each for each in tried if each.accuracies]
         lost = [each for each in tried if not each.accuracies and each.lost]
         tried = [*done, *lost, *(each for each in tried if not each.accuracies and not each.lost)]
@@ -154,6 +159,8 @@ class EHVISampler(BaseSampler):
         gain_M, gain_R = np.empty(0), np.empty(0)
         if fresh:
             mean_M, std_M = self._model.predict(x_MD)
+            if fresh[0].known.seeds > 1:
+                std_M = learnt(std_M, np.inf, self._model.noise_of_a_run(results))
             gain_M = expected_hypervolume_improvement(mean_M, std_M, cost_M, there)
         if again:
             place = {each.point.known.key: number for number, each in enumerate(tried)}

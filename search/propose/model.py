@@ -140,6 +140,10 @@ class AccuracyModel:
         """Variance of each result about the latent accuracy. Shape [N]."""
         return self._scale**2 * _noise(self._scaled(results), self._theta)
 
+    def noise_of_a_run(self, results: Results) -> float:
+        """Variance of a single run of a point that has none yet; it has as many questions as the others."""
+        return self.seed_variance + float(np.median(results.question_N)) + LOWEST * self._scale**2
+
     def _scaled(self, results: Results) -> Results:
         return replace(
             results,

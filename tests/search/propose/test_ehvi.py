@@ -18,8 +18,15 @@ from optuna.distributions import BaseDistribution
 
 from allocators.core.errors import BudgetError, InfeasibleError
 from allocators.core.types import Outcome
+from search.propose import RUN
 from search.propose.candidates import Candidate, Known, _draw, _move, _unit, _value, features, resolver
-from search.propose.criterion import Landscape, expected_hypervolume_improvement, expected_improvement
+from search.propose.criterion import (
+    Landscape,
+    expected_gain_of_repeats,
+    expected_hypervolume_improvement,
+    expected_improvement,
+    learnt,
+)
 from search.propose.ehvi import EHVISampler, Tried, _beyond, _floor, _front
 from search.propose.sampler import Proposer
 from tests.search.propose.proposals import next_proposal
@@ -102,6 +109,48 @@ def test_candidates_far_below_the_front_are_told_apart() -> None:
     mean = np.linspace(-15, 3, 60)
     improvement = expected_improvement(mean, np.full(60, 0.5), 0.0)
     assert (np.diff(improvement) > 0).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(POINTS.filter(len), st.integers(0, 7), st.floats(0.02, 0.5), st.integers(0, 2**32 - 1))
+def test_a_repeat_gains_what_moocore_measures_on_draws_of_the_moved_mean(
+    points: list[tuple[int, float]], chosen: int, std: float, seed: int
+) -> None:
+    chosen %= len(points)
+    cost, height = points[chosen]
+    others = [point for place, point in enumerate(points) if place != chosen]
+    draws = np.random.default_rng(seed).normal(height, std, 4000)
+    groups = np.sort(draws).reshape(200, -1).mean(axis=1)
+    gains = np.array([area([*others, (cost, value)]) for value in groups]) - area(points)
+    (gain,) = expected_gain_of_repeats(np.array([std]), np.array([chosen]), landscape(points, REFERENCE))
+    assert gain == pytest.approx(gains.mean(), abs=4 * (REFERENCE[0] * std / math.sqrt(len(draws)) + 1e-3))
+    assert gain >= -1e-12, "to learn more never does harm"
+
+
+def test_what_a_further_run_is_expected_to_move_by_hand() -> None:
+    # σ² = 1 before any result of the point: a result of variance v moves the mean by N(0, 1 / (1 + v))
+    assert learnt(np.array([1.0]), np.inf, 0.25)[0] == pytest.approx(math.sqrt(1 / 1.25))
+    # then σ² is 1 / (1 + 4) = .2, and with a second run 1 / (1 + 8): the mean moves by the rest
+    assert learnt(np.array([math.sqrt(0.2)]), 0.25, 0.125)[0] == pytest.approx(math.sqrt(0.2 - 1 / 9))
+    assert learnt(np.array([0.3]), 0.25, 0.25)[0] == pytest.approx(0.0, abs=1e-8)
+
+
+def test_a_point_that_matters_and_is_noisy_is_tried_again_and_one_without_noise_is_not() -> None:
+    def again(noise: float) -> int:
+        random = np.random.default_rng(0)
+        study = make(lambda trial: replace(Space()(trial), seeds=4))
+        tried: dict[str, int] = {}
+        for number in range(30):
+            trial = study.ask()
+            known = Space()(trial)
+            tried[known.key] = tried.get(known.key, 0) + 1
+            trial.set_user_attr(RUN, f"run {number}")
+            study.tell(trial, (accuracy(trial.params) + random.normal(0, noise), known.cost))
+        assert max(tried.values()) <= 4
+        return 30 - len(tried)
+
+    assert again(0.1) > 2
+    assert again(0.0) <= 1
 
 
 @given(arrays.arrays(float, st.integers(1, 20), elements=st.floats(-50, 50)))

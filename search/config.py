@@ -33,9 +33,11 @@ from search import config_file
 from trainers import models
 from trainers.tasks import files as task_files
 
-SAMPLERS = ("ehvi", "tpe", "nsga2", "random")
+SAMPLERS = ("ehvi", "gp", "tpe", "nsga2", "random")
 SCHEDULERS = ("none", "pareto_halving")
 SIGNALS = ("accuracy", "loss", "eval_loss")  # of an evaluation on the way, which trainings can be ranked by
+AUTO = -2  # `seeds=auto`
+MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
 PROGRAM = ("python", "-m", "search.run")
 
 # What a key decides:
@@ -146,11 +148,10 @@ class RunConfig:
         -1,
         "seeds behind each point of the front: its members are trained again until they have as many (-1: 1); in a "
         "table space behind every row (-1: what its data sheet says). They differ in adapter initialisation and data "
-        "order; a rerun with more adds only what is missing",
+        "order; a rerun with more adds only what is missing. auto: the sampler decides which points it tries "
+        "again, and these trainings count among the trials",
         decides="running",
         where="amount",
-        least=1,
-        unset=-1,
     )
     time_budget: str = _key(
         "", "stop starting trials after this long: 90s, 10m, 2h (empty: no limit)", decides="running", where="amount"
@@ -161,7 +162,7 @@ class RunConfig:
         decides="proposals",
         where="search",
         least=0,
-        most=2**32 - 1,  # numpy's generators, which samplers draw with, take no more
+        most=MOST_SEED,
     )
     max_trainable_params: int = _key(
         0,
@@ -173,7 +174,7 @@ class RunConfig:
     sampler: str = _key(
         "ehvi",
         "who proposes points; ehvi is expected hypervolume improvement (parameters are known, so only accuracy is "
-        "modelled)",
+        "modelled), gp is Optuna's GPSampler (models both)",
         decides="running",
         where="search",
         choices=SAMPLERS,
@@ -403,7 +404,9 @@ class RunConfig:
             value = getattr(self, f.name)
             if value == getattr(defaults, f.name) and f.name != "space":
                 continue
-            if isinstance(value, Mapping):
+            if f.name == "seeds" and value == AUTO:
+                written.append("seeds=auto")
+            elif isinstance(value, Mapping):
                 written += [f"{_PREFIXES[f.name]}{name}={v}" for name, v in value.items()]
             else:
                 written.append(f"{f.name}={words.write_list(value) if isinstance(value, list) else value}")
@@ -483,7 +486,8 @@ def _take(
             where = source or f"{did_you_mean(key, _KINDS)} (help lists the keys)"
             raise StudyError(f"unknown key '{key}'{where}{did_you_mean(key, _KINDS) if source else ''}")
         else:
-            values[key] = words.read(f"{key}{source}", text, _KINDS[key])
+            read = str(AUTO) if (key, text) == ("seeds", "auto") else text
+            values[key] = words.read(f"{key}{source}", read, _KINDS[key])
 
 
 def _without_brackets(task: str) -> str:
@@ -508,6 +512,8 @@ def check(config: RunConfig) -> None:
             f"first_rung={config.first_rung} must be before the end, which is at evaluation {config.evaluations}: "
             "lower it, or raise evaluations"
         )
+    if config.seeds < 1 and config.seeds not in (-1, AUTO):
+        raise StudyError(f"seeds must be at least 1, got {config.seeds}")
     _check_workers(config)
     _seconds(config.time_budget)
     for name in config.recipe:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any, TypeVar
@@ -16,7 +16,7 @@ from allocators.core import plugins, words
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError, unknown
 from allocators.core.types import Allocation, ModelShape, Point, Signal, SignalKind, Trial
 from allocators.core.words import Value
-from search.config import SETTINGS, make_recipe
+from search.config import MOST_SEED, SETTINGS, make_recipe
 
 T = TypeVar("T")
 
@@ -94,6 +94,10 @@ class Problem:
         if self.max_trainable_params and params > self.max_trainable_params:
             raise BudgetError(f"{params:,} trainable parameters are more than {self.max_trainable_params:,}")
         return trial, params
+
+    def seeds_of(self, trial: Trial) -> Sequence[int]:
+        """Seeds that the point of a trial can be trained with, in the order in which they are taken; its own first."""
+        return range(self.seed, MOST_SEED + 1)
 
     def repeat(self, trial: Trial, seed: int) -> Trial:
         """The same point with another seed: of adapter, data order, and of the draw where `draw` is each."""

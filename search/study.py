@@ -6,7 +6,8 @@ A study has `trials` trainings at its own seed, and then repeats with the seeds 
 have `seeds` in all: the members of the front in a search, every row of a table. What was asked for earlier and is
 recorded is never trained again, so more seeds (or trials) in a rerun add only what is missing. What another study of
 the same storage has trained is recorded with its result and where it is from, and counts as a repeat or a row of a
-table, but not as one of `trials`: those are trained.
+table, but not as one of `trials`: those are trained. With `seeds=auto` the sampler proposes the repeats of a search,
+and they are among the `trials`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from allocators.core.messages import TestJob
-from allocators.core.types import FINISHED, Outcome, Rung, Score
+from allocators.core.types import FINISHED, Outcome, Rung, Score, Trial
 from search import baselines
 from search import front as pareto
+from search.config import AUTO
 from search.problem import Problem, Proposal
 from search.propose import early
 from search.propose.halving import NO_HALVING, Halving, NoHalving
@@ -73,6 +75,8 @@ def trainings_left(problem: Problem, records: Records, *, trials: int, seeds: in
         left = [proposal for proposal in proposals if proposal.trial.digest not in records.finished]
         own = sum(proposal.trial.seed == problem.seed for proposal in left)
         return own, len(left) - own
+    if seeds == AUTO:
+        return max(trials - len(records.trained), 0), 0
     own = trials - sum(outcome.trial.seed == problem.seed for outcome in records.trained.values())
     half_done = sum(outcome.trial.seed != problem.seed for outcome, _ in records.in_flight)
     return max(own, 0), len(missing_repeats(problem, records, seeds=seeds)) + half_done
@@ -96,7 +100,8 @@ class Conductor:
     """Proposes trainings to free workers, and takes their results into records, MLflow and the live view.
 
     trials        trainings at the study's own seed that it is to have in the end, those of earlier runs included
-    seeds         seeds that a member of the front, or a row of a table, is to have been trained with
+    seeds         seeds that a member of the front, or a row of a table, is to have been trained with. AUTO: the
+                  sampler proposes repeats, which are among the trials
     deadline      monotonic time after which nothing new is proposed; None: no limit
     keep          "front": adapters of points that left the front are deleted; "all": none is
     halving       pauses trainings at rungs; those that were not gone on with in the end are `stopped`. Repeats with
@@ -134,7 +139,7 @@ class Conductor:
         self._others = others
         self._proposals: dict[str, Proposal] = {}
         here = records.outcomes.keys() - records.reused.keys()
-        self._repeats = {digest for digest in here if not self._is_own(records.outcomes[digest])}
+        self._repeats = {digest for digest in here if not self._counts(records.outcomes[digest].trial)}
         self._on_front: set[str] = {candidate.point for candidate in records.points}  # not looked at yet
         self._baselines = baselines.one_line(records.points)
         for digest in records.finished:  # a driver that was killed may have recorded an end and not cleaned up
@@ -147,20 +152,21 @@ class Conductor:
     def _go_on(self, sampler: str) -> Iterator[Proposal | Literal["wait"]]:
         """What a search proposes from here on; its sampler has learnt what is on record."""
         problem, records = self._problem, self._records
-        own = {digest: outcome for digest, outcome in records.finished.items() if self._is_own(outcome)}
+        own = {digest: outcome for digest, outcome in records.finished.items() if self._counts(outcome.trial)}
         half_done = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
         paused = [p for p in half_done if self._restored(records.outcomes[p.trial.digest])]
         for outcome in own.values():
             self._restored(outcome)
-        under_way = [p for p in half_done if p.trial.seed == problem.seed and p not in paused]
+        under_way = [p for p in half_done if self._counts(p.trial) and p not in paused]
         self._proposer = Proposer(
             problem,
             sampler=sampler,
             known=[(outcome, records.params_of(digest)) for digest, outcome in own.items()],
             unfinished=[*paused, *under_way],
+            repeats=self._seeds == AUTO,
             answered=self._on_answered,
         )
-        repeats = [p for p in half_done if p.trial.seed != problem.seed]
+        repeats = [p for p in half_done if not self._counts(p.trial)]
         for _ in paused:  # the sampler knows that they are under way; they go on when it is their turn
             proposal = self._proposer.propose()
             assert proposal is not None
@@ -181,8 +187,8 @@ class Conductor:
 
     @property
     def _searching(self) -> bool:
-        """Whether a training with the study's own seed is under way."""
-        return any(proposal.trial.seed == self._problem.seed for proposal in self._running)
+        """Whether one of the trials is under way."""
+        return any(self._counts(proposal.trial) for proposal in self._running)
 
     def propose(self) -> Proposal | Literal["wait"] | None:
         """The next training; "wait" where a result has to come in first; None when there is nothing left to do."""
@@ -195,7 +201,7 @@ class Conductor:
         started = Outcome(proposal.trial, "started", proposal.trainable_params)
         self._proposals[proposal.trial.digest] = proposal
         self._records.append_started(started, proposal.params, sampler_seconds=proposal.sampler_seconds)
-        if not self._is_own(started):
+        if not self._counts(started.trial):
             self._repeats.add(started.digest)
         self._tracker.started(started)
         self._progress.started(started)
@@ -271,6 +277,10 @@ class Conductor:
         own = sum(proposal.trial.seed == self._problem.seed for proposal in trained)
         self._progress.expect(own, len(trained) - own)
         yield from missing
+
+    def _counts(self, trial: Trial) -> bool:
+        """Whether it is one of the search's trials, and not a repeat beside them."""
+        return self._seeds == AUTO or trial.seed == self._problem.seed
 
     def _is_own(self, outcome: Outcome) -> bool:
         """Whether it has the study's own seed, and does not repeat a point."""

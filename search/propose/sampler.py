@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError
-from allocators.core.types import Outcome, Point
+from allocators.core.types import Outcome, Point, Trial
 from search.config import make_recipe
 from search.problem import Problem, Proposal, corners
+from search.propose import RUN, STDERR
 from search.records import Answered, Reason
 from search.text import settings_of
 from spaces._knobs import TRANSFERABLE
@@ -28,10 +29,11 @@ PATIENCE = 25
 EXHAUSTED = 400
 
 
-def _ehvi(problem: Problem, seed: int) -> Any:
-    from search.propose.ehvi import EHVISampler, resolver  # brings numpy and scipy, which no other sampler needs
+def _ehvi(problem: Problem, seed: int, *, repeats: bool) -> Any:
+    from search.propose.candidates import resolver  # brings numpy and scipy, which no other sampler needs
+    from search.propose.ehvi import EHVISampler
 
-    return EHVISampler(resolver(problem), seed=seed)
+    return EHVISampler(resolver(problem, repeats=repeats), seed=seed)
 
 
 def table_rows(problem: Problem, *, merge: bool = True) -> list[Proposal | Answered]:
@@ -72,10 +74,13 @@ def _repeated(params: Mapping[str, Any], digest: str) -> Answered:
 class Proposer:
     """Two objectives, accuracy up and trainable parameters down, over one space.
 
-    sampler    ehvi (models accuracy alone: `propose/ehvi.py`) | tpe (multivariate, grouped: conditional spaces keep one
-               joint model a branch) | nsga2 | random
+    sampler    ehvi (models accuracy alone: `propose/ehvi.py`) | gp (Optuna's GPSampler, which models both objectives;
+               knobs that not every branch of a space has are drawn at random) | tpe (multivariate, grouped:
+               conditional spaces keep one joint model a branch) | nsga2 | random
     known      results of an earlier run with their parameters: the sampler learns them, none is trained again
     unfinished points that an earlier run started and did not finish: proposed first
+    repeats    a point that is proposed again is trained again, with the next of its seeds (`seeds=auto`); else it is
+               answered with the result that it has, as it is where no seed is left
     answered   called with every point that needed no training
     """
 
@@ -86,6 +91,7 @@ class Proposer:
         sampler: str = "ehvi",
         known: Sequence[tuple[Outcome, Mapping[str, Any]]] = (),
         unfinished: Iterable[Proposal] = (),
+        repeats: bool = False,
         answered: Callable[[Answered], None] = lambda _: None,
     ) -> None:
         import optuna
@@ -100,7 +106,8 @@ class Proposer:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._random = optuna.samplers.RandomSampler(seed=seed)
             self._sampler = {
-                "ehvi": lambda: _ehvi(problem, seed),
+                "ehvi": lambda: _ehvi(problem, seed, repeats=repeats),
+                "gp": lambda: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False),
                 "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
                 "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
                 "random": lambda: self._random,
@@ -109,8 +116,11 @@ class Proposer:
         self._finished: dict[str, Outcome] = {}
         self._running: dict[str, list[Any]] = {}  # digest -> Optuna trials that wait for its result
         self._unfinished = list(unfinished)
+        self._repeats = repeats
+        self._seeds: dict[str, set[int]] = {}  # point -> the seeds that it was tried with
         for outcome, params in known:
             self._finished[outcome.digest] = outcome
+            self._seeds.setdefault(outcome.trial.point, set()).add(outcome.trial.seed)
             for trial in self._asked_before(params):
                 self._tell(trial, outcome)
         self._starting = self.starting_points()
@@ -132,7 +142,7 @@ class Proposer:
         """The next point that has to be trained; None when the space has nothing new."""
         if self._unfinished:
             proposal = self._unfinished.pop(0)
-            self._running[proposal.trial.digest] = self._asked_before(proposal.params)
+            self._begin(proposal.trial, self._asked_before(proposal.params))
             return proposal
         began = time.monotonic()
         for attempt in range(EXHAUSTED):
@@ -147,6 +157,8 @@ class Proposer:
                 self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
                 self._answered(_refused(params, error))
                 continue
+            if self._repeats and not starting:
+                resolved = self._next_run(resolved)
             digest = resolved.digest
             if digest in self._finished:
                 self._tell(trial, self._finished[digest])
@@ -155,10 +167,23 @@ class Proposer:
             elif digest in self._running:
                 self._running[digest].append(trial)
             else:
-                self._running[digest] = [trial]
+                self._begin(resolved, [trial])
                 return Proposal(resolved, cost, params, time.monotonic() - began)
             self._answered(_repeated(params, digest))
         return None
+
+    def _next_run(self, trial: Trial) -> Trial:
+        """The same point with the first seed that it was not tried with; as it is where there is none."""
+        tried = self._seeds.get(trial.point, set())
+        seed = next((seed for seed in self._problem.seeds_of(trial) if seed not in tried), trial.seed)
+        return self._problem.repeat(trial, seed)
+
+    def _begin(self, run: Trial, trials: list[Any]) -> None:
+        """Optuna's trials wait for the result of a training."""
+        self._running[run.digest] = trials
+        self._seeds.setdefault(run.point, set()).add(run.seed)
+        for trial in trials:
+            trial.set_user_attr(RUN, run.digest)
 
     def tell(self, outcome: Outcome) -> None:
         """Takes the result of a proposed point, for it and for every repeat of it."""
@@ -183,6 +208,9 @@ class Proposer:
             return []
 
     def _tell(self, trial: Any, outcome: Outcome) -> None:
+        trial.set_user_attr(RUN, outcome.digest)
+        if outcome.rungs and outcome.rungs[-1].stderr is not None:
+            trial.set_user_attr(STDERR, outcome.rungs[-1].stderr)
         if outcome.status == "stopped":
             # Worse than its rivals, but its accuracy is not that of a whole training: on no front, whatever it was.
             self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)

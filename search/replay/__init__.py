@@ -75,6 +75,14 @@ class Table:
         """The seeds that rows were trained with, ascending."""
         return sorted({row.outcome.trial.seed for row in self.rows.values()})
 
+    @cached_property
+    def seeds_of(self) -> dict[str, set[int]]:
+        """The seeds that each point, by its digest, was trained with."""
+        trained: dict[str, set[int]] = {}
+        for row in self.rows.values():
+            trained.setdefault(row.outcome.trial.point, set()).add(row.outcome.trial.seed)
+        return trained
+
     @property
     def settings(self) -> dict[str, Any]:
         """Keys of a study that the table fixes: space, model, task, evaluations, ..."""

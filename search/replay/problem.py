@@ -51,6 +51,10 @@ class TableProblem(Problem):
         with_its_seed = Problem(**{f.name: getattr(self, f.name) for f in fields(Problem)} | {"seed": self.study_seed})
         return with_its_seed.allocate(point, seed=self.seed if seed is None else seed)
 
+    def seeds_of(self, trial: Trial) -> Sequence[int]:
+        """Seeds that the table has a row of the point for: the study's own, those after it, then those before it."""
+        return sorted(self.table.seeds_of.get(trial.point, ()), key=lambda seed: (seed < self.seed, seed))
+
     def resolve(self, point: Point) -> tuple[Trial, int]:
         """Raises InfeasibleError, too, where the table has no row for the point."""
         trial, cost = super().resolve(point)

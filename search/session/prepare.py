@@ -8,7 +8,7 @@ from types import ModuleType
 from allocators.core import plugins
 from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape
-from search.config import RunConfig
+from search.config import AUTO, RunConfig
 from search.problem import Problem, check_budget, check_pins, corners, kinds_read, load_space, placeholder
 
 
@@ -80,7 +80,7 @@ def amounts(config: RunConfig, problem: Problem) -> RunConfig:
     trials, seeds = config.trials, config.seeds
     if trials == -1:
         trials = len(list(corners(problem))) if problem.is_table else 16
-    if seeds == -1:
+    if seeds == -1 or (seeds == AUTO and problem.is_table):  # a table is not searched: every row has its seeds
         seeds = getattr(problem.space, "SEEDS", 1) if problem.is_table else 1
     pins = {name: problem.pins[name] for name in config.pins}
     return replace(config, trials=trials, seeds=seeds, pins=pins)

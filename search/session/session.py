@@ -11,7 +11,7 @@ from functools import partial
 from allocators.core.messages import Failed, PackJob, Tested, TestJob
 from allocators.core.types import Signal, canonical_json
 from search import report
-from search.config import RunConfig, before
+from search.config import AUTO, RunConfig, before
 from search.engine import Workers
 from search.engine.memory import PeakMemory
 from search.problem import Problem
@@ -158,7 +158,7 @@ class Session:
             self.config.time_budget_seconds or None,
             done=self.records.points,
             reused=self.records.reused,
-            seed=self.config.seed,
+            seed=None if self.config.seeds == AUTO else self.config.seed,  # else repeats are among the trials
             evaluations=self.config.evaluations,
         )
 

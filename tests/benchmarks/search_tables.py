@@ -4,6 +4,7 @@
     python -m tests.benchmarks.search_tables tables=protein,llm samplers=tpe,ehvi seeds=5 evaluations=100
     python -m tests.benchmarks.search_tables tables=llm samplers=rows,rows+halving,ehvi,ehvi+halving     early stopping
     python -m tests.benchmarks.search_tables tables=tiny-moe,tiny-dense samplers=random,nsga2,tpe,ehvi,ehvi+halving
+    python -m tests.benchmarks.search_tables tables=protein,slice,llm samplers=gp,ehvi evaluations=60    Optuna's GP
     python -m tests.benchmarks.search_tables tables=mine.parquet workers=2         a table that search.replay exported
     python -m tests.benchmarks.search_tables show=true                             what is finished, nothing is run
 
@@ -27,13 +28,16 @@ known result at no cost, impossible points told as pruned, plain random points a
 (`workers=`) run asynchronously under a virtual clock that counts trained tokens (HPOLib: every training takes as long
 as any other). A training that a scheduler stops counts the share that was trained; so budgets are in full trainings.
 A table that is used up ends a search: its regret stands for larger budgets too. A variant pairs a sampler with a
-scheduler: `+halving` is `scheduler=pareto_halving` of propose/halving.py, `+repeats` trains a repeated point again, as
+scheduler: `+halving` is `scheduler=pareto_halving` of propose/halving.py, `+auto` is `seeds=auto` (the seeds of an own
+table, the search's own first, are the runs of a point), `+repeats` trains a repeated point again however often, as
 Optuna alone does; `rows` draws the rows of the llm table themselves, each once, as benchmarks of schedulers do, and
 `nsga2-50` has Optuna's own population of 50 where `nsga2` has 10, as `sampler=nsga2` does.
 
 Printed are medians over the seeds with their quartiles; seeds are paired. The JSON line's `ratios` are
     TABLE/VARIANT/to95         full trainings until 95 % of the table's hypervolume (null: not within the evaluations)
     TABLE/VARIANT/regret@N     hypervolume regret after N full trainings
+    TABLE/VARIANT/kept95, kept@N   the same of the front that a study would report, which knows only the mean of the
+                               seeds that it saw: after so many trainings that front stays above 95 %
     TABLE/VARIANT/seconds      of the sampler for a suggestion, mean (own tables allocate and count every point once)
 
 Finished cells (table, variant, seed) are kept in build/benchmarks/search_tables by everything they depend on.
@@ -60,24 +64,26 @@ import time
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when numpy is imported
 
 import moocore
 import numpy as np
 import optuna
-import sklearn
+import scipy
 
 from allocators.core.errors import BudgetError, InfeasibleError, StudyError, ToolkitError, unknown
-from allocators.core.types import canonical_json, digest_of
-from search import replay
+from allocators.core.types import Outcome, canonical_json, digest_of
+from search import propose, replay
 from search.config import RunConfig
-from search.propose.ehvi import EHVISampler, Known, resolver
+from search.propose import RUN, STDERR
+from search.propose.candidates import Known, resolver
+from search.propose.ehvi import EHVISampler
 from search.propose.halving import NO_HALVING, Halving
 from search.propose.sampler import EXHAUSTED, PATIENCE, Proposer
 from search.records import write_atomically
@@ -93,11 +99,15 @@ AT = (50, 200)
 
 
 class Rung(NamedTuple):
-    """An evaluation of a training: which of `Table.evaluations` it is, share trained, quality (None: diverged)."""
+    """An evaluation of a training: which of `Table.evaluations` it is, share trained, quality (None: diverged).
+
+    stderr   of the quality over the questions
+    """
 
     number: int
     share: float
     quality: float | None
+    stderr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,8 @@ class Table:
     starting      parameters that every sampler tries first
     evaluations   of a whole training, equally spaced
     points        parameters of every training, where they are no grid
+    again         (training, n): rungs of its n-th run, each with a seed of its own, 0 the one that `rungs` has
+    seeds         runs of every training
     version       of the recorded trainings, where they can be recorded anew under the same name
     """
 
@@ -122,7 +134,13 @@ class Table:
     starting: list[dict[str, Any]] = field(default_factory=list)
     evaluations: int = 1
     points: list[dict[str, Any]] = field(default_factory=list)
+    again: Callable[[str, int], list[Rung]] | None = None
+    seeds: int = 1
     version: str = ""
+
+    def run(self, key: str, number: int) -> list[Rung]:
+        """Rungs of the run with that number of a training; where all runs were used they begin again."""
+        return self.again(key, number % self.seeds) if self.again else self.rungs(key)
 
     def scaled(self) -> dict[str, tuple[float, float]]:
         """Quality and cheapness of every training, worst 0 and best 1."""
@@ -172,32 +190,45 @@ def halving(table: Table) -> Scheduler:
 
 
 class Variant(NamedTuple):
-    """A sampler and a scheduler; `repeats`: whether a point that was trained is trained again."""
+    """A sampler and a scheduler; how often a point that was trained is trained again when it is proposed again.
+
+    never    it is answered with the result that it has
+    seeds    until all of the table's seeds of it were trained, as `seeds=auto` does
+    ever     whenever it is proposed, as Optuna alone does
+    """
 
     sampler: Callable[[Table, int], Any]
     scheduler: Callable[[Table], Scheduler] = run_to_the_end
-    repeats: bool = False
+    repeats: Literal["never", "seeds", "ever"] = "never"
 
 
 VARIANTS = {
     "random": Variant(lambda table, seed: optuna.samplers.RandomSampler(seed=seed)),
     "nsga2": Variant(lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10)),
     "tpe": Variant(lambda table, seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)),
+    "gp": Variant(lambda table, seed: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)),
     "ehvi": Variant(lambda table, seed: EHVISampler(table.suggest, seed=seed)),
 }
 OTHERS = {"rows": Variant(Rows), "nsga2-50": Variant(lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed))}
 ALL = VARIANTS | OTHERS
 ALL |= {f"{name}+halving": variant._replace(scheduler=halving) for name, variant in ALL.items()}
-ALL |= {f"{name}+repeats": ALL[name]._replace(repeats=True) for name in (*VARIANTS, "nsga2-50")}
+ALL |= {f"{name}+repeats": ALL[name]._replace(repeats="ever") for name in (*VARIANTS, "nsga2-50") if name != "ehvi"}
+ALL |= {f"{name}+auto": ALL[name]._replace(repeats="seeds") for name in ("gp", "tpe", "nsga2")}
+ALL["ehvi+auto"] = Variant(lambda table, seed: EHVISampler(_with_seeds(table), seed=seed), repeats="seeds")
+
+
+def _with_seeds(table: Table) -> Callable[[Any], Known]:
+    """What is known of a point, which may be trained with every seed of the table."""
+    return lambda trial: replace(table.suggest(trial), seeds=table.seeds)
 
 
 class Asker:
     """Optuna's ask and tell over a table: what has to be trained next, and its result.
 
-    A run is one training of a row of the table: `rows` has the row's key. Without `repeats` every row is run once.
+    A run is one training of a row of the table: `rows` has the row's key, `numbers` says which run of the row it is.
     """
 
-    def __init__(self, table: Table, sampler: Any, seed: int, *, repeats: bool = False) -> None:
+    def __init__(self, table: Table, sampler: Any, seed: int, *, repeats: str = "never") -> None:
         self._table = table
         self._repeats = repeats
         self._sampler, self._random = sampler, optuna.samplers.RandomSampler(seed=seed)
@@ -206,7 +237,9 @@ class Asker:
         self._running: dict[str, list[Any]] = {}
         self._starting = list(table.starting)
         self.rows: dict[str, str] = {}
+        self.numbers: dict[str, int] = {}
         self.costs: dict[str, int] = {}
+        self._count: Counter[str] = Counter()  # runs of each row so far
         self.seconds = 0.0
 
     def propose(self) -> str | None:
@@ -228,24 +261,35 @@ class Asker:
                 trial.set_constraint("feasible", 1.0)
                 self._study.tell(trial, state=optuna.trial.TrialState.PRUNED)
                 continue
-            run = f"{known.key} {len(self.rows)}" if self._repeats else known.key
+            number = self._count[known.key]
+            if self._repeats == "never" or (self._repeats == "seeds" and number >= self._table.seeds):
+                number = 0
+            run = f"{known.key} {number}"
             if run in self._results:
                 self._answer(trial, run)
             elif run in self._running:
                 self._running[run].append(trial)
             else:
                 self._running[run] = [trial]
-                self.rows[run], self.costs[run] = known.key, known.cost
+                trial.set_user_attr(RUN, run)
+                self.rows[run], self.costs[run], self.numbers[run] = known.key, known.cost, number
+                self._count[known.key] += 1
                 return run
         return None
 
-    def tell(self, run: str, quality: float | None) -> None:
-        self._results[run] = None if quality is None else (quality, self.costs[run])
+    def rungs(self, run: str) -> list[Rung]:
+        return self._table.run(self.rows[run], self.numbers[run])
+
+    def tell(self, run: str, rung: Rung) -> None:
+        self._results[run] = None if rung.quality is None else (rung.quality, self.costs[run])
+        for trial in self._running[run]:
+            trial.set_user_attr(STDERR, rung.stderr)
         for trial in self._running.pop(run):
             self._answer(trial, run)
 
     def _answer(self, trial: Any, run: str) -> None:
         result = self._results[run]
+        trial.set_user_attr(RUN, run)
         self._study.tell(trial, result, state=None if result else optuna.trial.TrialState.FAIL)
 
 
@@ -267,7 +311,7 @@ def simulate(
 
     def part(run: str) -> float:
         """Share of a training between its last evaluation and the next."""
-        rungs, count = table.rungs(asker.rows[run]), passed[run]
+        rungs, count = asker.rungs(run), passed[run]
         return rungs[count].share - (rungs[count - 1].share if count else 0.0)
 
     def go_on(run: str) -> None:
@@ -284,7 +328,7 @@ def simulate(
     fill()
     while clock and spent < evaluations:
         now, _, run = heapq.heappop(clock)
-        rungs = table.rungs(asker.rows[run])
+        rungs = asker.rungs(run)
         rung = rungs[passed[run]]
         spent += part(run)
         passed[run] += 1
@@ -292,7 +336,7 @@ def simulate(
             finished.append((spent, asker.rows[run]))
             if covered.add(asker.rows[run]) >= until:
                 break
-            asker.tell(run, rung.quality)
+            asker.tell(run, rung)
         elif scheduler.reached(run, rung.number, merit=rung.quality, cost=asker.costs[run]):
             go_on(run)
         fill()
@@ -315,9 +359,37 @@ class Covered:
         self.share = self._area(self._front) / self._whole
         return self.share
 
+    def add_all(self, keys: Iterable[str]) -> None:
+        self._front = np.vstack((self._front, *(self._scaled.get(key, (0.0, 0.0)) for key in keys)))
+        self.share = self._area(self._front) / self._whole
+
     @staticmethod
     def _area(places: np.ndarray) -> float:
         return float(moocore.hypervolume(places, ref=[0.0, 0.0], maximise=True))
+
+
+def shares_of_reported(table: Table, finished: Sequence[str]) -> list[float]:
+    """After every training: what the front that a study would report covers of the table's hypervolume.
+
+    A study sees the mean quality over the runs so far, and reports the points that no other point beats by that; the
+    table judges them by the mean over all of its seeds.
+    """
+    scaled, runs, shares = table.scaled(), Counter[str](), []
+    seen: dict[str, list[float]] = {}
+    for key in finished:
+        quality = table.run(key, runs[key])[-1].quality
+        runs[key] += 1
+        if quality is not None:
+            seen.setdefault(key, []).append(quality)
+        places = np.array(
+            [(statistics.fmean(values), scaled.get(each, (0.0, 0.0))[1]) for each, values in seen.items()]
+        )
+        covered = Covered(table)
+        if len(places):
+            chosen = moocore.is_nondominated(places, maximise=True, keep_weakly=False)
+            covered.add_all([each for each, on in zip(seen, chosen, strict=True) if on])
+        shares.append(covered.share)
+    return shares
 
 
 def measured(table: Table, cell: Mapping[str, Any], evaluations: int) -> dict[str, float | None]:
@@ -326,10 +398,15 @@ def measured(table: Table, cell: Mapping[str, Any], evaluations: int) -> dict[st
     found = np.array([covered.add(key) for _, key in cell["finished"]])
     enough = np.flatnonzero(found >= ENOUGH)
     numbers: dict[str, float | None] = {"to95": float(budgets[enough[0]]) if len(enough) else None}
+    kept = np.array(shares_of_reported(table, [key for _, key in cell["finished"]]))
+    short = np.flatnonzero(kept < ENOUGH)
+    last = int(short[-1]) + 1 if len(short) else 0  # from there on the reported front is good enough
+    numbers["kept95"] = float(budgets[last]) if last < len(budgets) else None
     for at in AT:
         inside = np.flatnonzero(budgets <= at + 1e-9)
         if at <= evaluations and len(inside):
             numbers[f"regret@{at}"] = 1 - float(found[inside[-1]])
+            numbers[f"kept@{at}"] = 1 - float(kept[inside[-1]])
     return numbers | {"seconds": cell["seconds"]}
 
 
@@ -473,19 +550,30 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
         if outcome.accuracy is not None
     }
 
-    def rungs(key: str) -> list[Rung]:
-        outcome = mine[key]
-        curve = [Rung(n, r.tokens / outcome.tokens, r.accuracy) for n, r in enumerate(outcome.rungs, start=1)]
-        return [*curve[:-1], Rung(max(len(curve), 1), 1.0, outcome.accuracy)]
+    by_seed: dict[str, dict[int, Outcome]] = {}
+    for outcome in outcomes.values():
+        by_seed.setdefault(outcome.trial.point, {})[outcome.trial.seed] = outcome
+    order = [*table.seeds[seed % len(table.seeds) :], *table.seeds[: seed % len(table.seeds)]]
+
+    def again(key: str, number: int) -> list[Rung]:
+        outcome = by_seed[mine[key].trial.point][order[number]]
+        curve = [
+            Rung(n, r.tokens / outcome.tokens, r.accuracy, r.stderr or 0.0)
+            for n, r in enumerate(outcome.rungs, start=1)
+        ]
+        last = Rung(max(len(curve), 1), 1.0, outcome.accuracy, curve[-1].stderr if curve else 0.0)
+        return [*curve[:-1], last]
 
     return Table(
         name,
         _remembering(problem),
-        rungs,
+        lambda key: again(key, 0),
         lambda key: float(mine[key].tokens),
         judged,
         Proposer(problem, sampler="random").starting_points(),
         evaluations=table.settings["evaluations"],
+        again=again,
+        seeds=len(table.seeds),
         version=digest_of([mean, sorted((key, o.accuracy, o.tokens) for key, o in outcomes.items())]),
     )
 
@@ -533,13 +621,13 @@ for _file in sorted(replay.SHIPPED.glob("*.parquet")):
 def fingerprint(variant: str, version: str) -> str:
     """What a finished cell depends on beside its name: the table, the library's version, our own sampler's code."""
     parts = [str(VERSION), optuna.__version__, *filter(None, [version])]
-    ours = {"ehvi": EHVISampler, "halving": Halving}
-    for name in (name for name in ours if name in variant):
-        tree = ast.parse(Path(sys.modules[ours[name].__module__].__file__ or "").read_text())
+    ours = {"ehvi": ("ehvi", "model", "criterion", "candidates"), "halving": ("halving",)}
+    for name, module in ((name, module) for name, modules in ours.items() if name in variant for module in modules):
+        tree = ast.parse((Path(propose.__file__).parent / f"{module}.py").read_text())
         for node in ast.walk(tree):  # what is said about the code does not change what it does
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:]
-        parts += [ast.dump(tree), sklearn.__version__ if name == "ehvi" else str(RunConfig().eta)]
+        parts += [ast.dump(tree), scipy.__version__ if name == "ehvi" else str(RunConfig().eta)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -604,7 +692,8 @@ def main(arguments: list[str]) -> int:
     wheels, evaluations, workers = Path(given.wheels), given.evaluations, given.workers
     wheels.mkdir(parents=True, exist_ok=True)
     ratios: dict[str, float | None] = {}
-    columns = ("to95", *(f"regret@{at}" for at in AT if at <= evaluations), "seconds")
+    at = [at for at in AT if at <= evaluations]
+    columns = ("to95", *(f"regret@{n}" for n in at), "kept95", *(f"kept@{n}" for n in at), "seconds")
     print(f"{'table':<10} {'sampler':<14} {'seeds':>5}  " + "".join(f"{name:>26}" for name in columns))
     for name in tables:
         results: dict[str, list[dict[str, float | None]]] = {variant: [] for variant in variants}
@@ -618,14 +707,14 @@ def main(arguments: list[str]) -> int:
             for column in columns:
                 summary = middle([row.get(column) for row in rows]) if rows else None
                 ratios[f"{Path(name).stem}/{variant}/{column}"] = round(summary[0], 4) if summary else None
-                digits = 1 if column == "to95" else 4
+                digits = 1 if column.endswith("95") else 4
                 shown = "{0:.{d}f} ({1:.{d}f}..{2:.{d}f})".format(*summary, d=digits) if summary else "not reached"
                 line += f"{shown:>26}"
             print(line, flush=True)
     report = {
         "benchmark": "search_tables",
         "device": platform.processor() or platform.machine(),
-        "versions": {"optuna": optuna.__version__, "scikit-learn": sklearn.__version__, "moocore": moocore.__version__},
+        "versions": {"optuna": optuna.__version__, "scipy": scipy.__version__, "moocore": moocore.__version__},
         "settings": {"workers": workers, "seeds": given.seeds, "evaluations": evaluations},
         "ratios": ratios,
     }

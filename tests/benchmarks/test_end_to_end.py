@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
 from allocators.core.types import ExpertSelection, ModelShape, Recipe, Trial
-from search.propose.ehvi import Known
+from search.propose.candidates import Known
 from tests.benchmarks import end_to_end
 from tests.benchmarks.end_to_end import Cost, Settings, cost_factors, parse, product, search_factors, spaced, spread
 from tests.benchmarks.search_tables import Asker, Covered, Rung, Table, simulate
@@ -106,12 +106,12 @@ def test_a_search_may_end_when_enough_is_covered() -> None:
 def test_results_of_equal_points_under_way_at_once_reach_their_own_trials() -> None:
     import optuna
 
-    asker = Asker(small_table(), optuna.samplers.RandomSampler(seed=0), 0, repeats=True)
+    asker = Asker(small_table(), optuna.samplers.RandomSampler(seed=0), 0, repeats="ever")
     runs = [run for _ in range(12) if (run := asker.propose()) is not None]
     assert len(set(runs)) == 12
     assert len({asker.rows[run] for run in runs}) < 12
     for run in runs:
-        asker.tell(run, 0.5)
+        asker.tell(run, Rung(1, 1.0, 0.5))
 
 
 @pytest.mark.parametrize("choose", [some_experts, every_expert])

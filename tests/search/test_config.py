@@ -14,7 +14,7 @@ import pytest
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Recipe
-from search.config import Decides, RunConfig, Where, _key, help_text, keys, load_arguments, make_recipe, parse
+from search.config import AUTO, Decides, RunConfig, Where, _key, help_text, keys, load_arguments, make_recipe, parse
 from search.records.reuse import INDIFFERENT
 from search.replay import Table
 from trainers import models, tasks
@@ -33,6 +33,16 @@ def test_words_become_typed_values_in_their_group() -> None:
     assert config.pins == {"fraction": 0.5}
 
 
+def test_seeds_may_be_left_to_the_sampler(tmp_path: Path) -> None:
+    config = parse(["seeds=auto"])
+    assert config.seeds == AUTO
+    assert "seeds=auto" in config.command()
+    file = tmp_path / "settings.yaml"
+    file.write_text("seeds: auto\n")
+    assert parse([f"config={file}"]) == config
+    assert parse(config.command().split()[3:]) == config
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -45,7 +55,7 @@ def test_words_become_typed_values_in_their_group() -> None:
         (["recipe.rank=big"], "recipe.rank must be a whole number, got 'big'"),
         (["recipe.rank=0"], "rank must be at least 1, got 0"),
         (["recipe.schedule=cos"], "schedule must be cosine, linear or constant"),
-        (["sampler=tp"], "choose from ehvi, nsga2, random, tpe; did you mean 'tpe'?"),
+        (["sampler=tp"], "choose from ehvi, gp, nsga2, random, tpe; did you mean 'tpe'?"),
         (["time_budget=soon"], "time_budget must look like 90s, 10m or 2h, got 'soon'"),
         (["config=nowhere.yaml"], "config=nowhere.yaml: there is no such file"),
         (["keep=none"], "unknown keep 'none': choose from all, front"),

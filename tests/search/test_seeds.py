@@ -15,7 +15,10 @@ from rich.console import Console
 import spaces.sieve_ablation
 from allocators.core.types import FINISHED, Outcome, Status, Trial
 from search import front as pareto
+from search.config import AUTO
 from search.problem import Problem, Proposal
+from search.propose import RUN
+from search.propose.sampler import Proposer
 from search.records import Records, read
 from search.records.folder import StudyFolder
 from search.records.reuse import NO_OTHER_STUDIES, OtherStudies
@@ -198,6 +201,29 @@ def test_every_seed_comes_before_the_next_and_small_points_first(tmp_path: Path,
     members = pareto.front(pareto.candidates(records.finished.values()))
     assert [p.trial.seed for p in missing] == [1] * len(members) + [2] * len(members)
     assert [p.trainable_params for p in missing[: len(members)]] == [m.trainable_params for m in members]
+
+
+# --- seeds=auto
+
+
+def test_the_sampler_tries_points_again_and_these_trainings_are_among_the_trials(
+    tmp_path: Path, mlflow_folder: Path
+) -> None:
+    problem, folder = search_problem(seed=5), tmp_path / "auto"
+    asked: dict[str, Any] = {"seeds": AUTO, "trials": 30, "sampler": "ehvi"}
+    _, killed, _, expected = drive(problem, folder, mlflow_folder, stop=22, **asked)
+    assert expected == (30, 0)
+    second, records, _, expected = drive(problem, folder, mlflow_folder, **asked)
+    assert expected == (8, 0)
+    assert not set(killed.finished) & {trial.digest for trial in second}
+    assert {outcome.digest for outcome, _ in killed.in_flight} <= {trial.digest for trial in second}
+    assert len(records.finished) == 30
+    assert any(outcome.trial.seed > 5 for outcome in killed.finished.values()), "a seed moves accuracy by .08 here"
+    for tried in seeds_by_point(records).values():
+        assert sorted(tried) == list(range(5, 5 + len(tried))), "seeds are taken in order, none twice"
+    known = Proposer(problem, repeats=True, known=[(o, records.params_of(d)) for d, o in records.finished.items()])
+    runs = Counter(trial.user_attrs[RUN] for trial in known._study.get_trials())
+    assert runs == Counter(list(records.finished)), "a rerun's sampler knows every run, repeats included"
 
 
 # --- tables

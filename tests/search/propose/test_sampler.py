@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 import spaces.moe_grid
 import spaces.sieve
 from allocators.core.errors import StudyError
-from allocators.core.types import ModelShape, ModuleShape, Outcome, Signal, Status
+from allocators.core.types import ModelShape, ModuleShape, Outcome, Rung, Signal, Status
 from search.problem import Problem, Proposal, cheapest, check_budget, check_pins, corners, placeholder
+from search.propose import RUN, STDERR
 from search.propose.sampler import Answered, Proposer
 from tests.search.propose.proposals import next_proposal
 
@@ -78,6 +79,37 @@ def test_no_digest_is_proposed_twice_and_costs_are_exact(seed: int, sampler: str
         assert proposal.trainable_params == proposal.trial.allocation.trainable_params(asked.shape, rank=8)
         proposer.tell(result(proposal, accuracy=number / 40))
     assert all(point.reason == "duplicate" and point.digest in seen for point in answered)
+
+
+def test_optunas_gaussian_process_is_driven_like_the_others() -> None:
+    proposer, digests = Proposer(problem(), sampler="gp"), set()
+    for number in range(13):  # after ten results it has a model
+        proposal = next_proposal(proposer)
+        digests.add(proposal.trial.digest)
+        proposer.tell(result(proposal, accuracy=None if number == 6 else 0.3 + 0.01 * number))
+    assert len(digests) == 13
+
+
+def test_with_repeats_a_point_that_is_proposed_again_is_trained_with_its_next_seed() -> None:
+    pins = {"allocator": "all", "rank": 8, "learning_rate": 1e-3}
+    answered: list[Answered] = []
+    proposer = Proposer(problem(pins=pins, seed=3), sampler="tpe", repeats=True, answered=answered.append)
+    proposals = [next_proposal(proposer) for _ in range(3)]
+    assert [proposal.trial.seed for proposal in proposals] == [3, 4, 5]
+    assert len({proposal.trial.point for proposal in proposals}) == 1
+    proposer.tell(result(proposals[1], 0.5))
+    known = [(result(proposal, 0.5), proposal.params) for proposal in proposals[:2]]
+    later = Proposer(problem(pins=pins, seed=3), sampler="tpe", repeats=True, known=known, unfinished=proposals[2:])
+    assert [next_proposal(later).trial.seed for _ in range(2)] == [5, 6]
+
+
+def test_the_sampler_hears_how_large_the_error_of_the_questions_is() -> None:
+    proposer = Proposer(problem())
+    proposal = next_proposal(proposer)
+    rung = Rung(10, 100, 0.5, stderr=0.03)
+    proposer.tell(result(proposal).updated(rungs=(rung,)))
+    (trial,) = proposer._study.get_trials()
+    assert trial.user_attrs == {RUN: proposal.trial.digest, STDERR: 0.03}
 
 
 def test_a_space_with_one_point_is_used_up_after_it() -> None:

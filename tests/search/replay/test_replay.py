@@ -22,7 +22,7 @@ from allocators.core.errors import InfeasibleError, StudyError
 from allocators.core.types import Outcome, Rung, Trial, canonical_json
 from search import replay
 from search.problem import Problem, corners
-from search.propose.ehvi import resolver
+from search.propose.candidates import resolver
 from search.propose.sampler import Proposer
 from search.records import read
 from search.records.folder import StudyFolder
@@ -157,6 +157,33 @@ def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(
         found.add(proposal.trial.digest)
         proposer.tell(row.outcome)
     assert len(found) == len(FRACTIONS) * len(RANKS)
+
+
+def test_a_point_is_tried_again_with_the_seeds_that_the_table_has_of_it(table: Recorded) -> None:
+    made, _ = table
+    pins = {"allocator": "sieve", "fraction": FRACTIONS[0], "learning_rate": RATES[0]}
+    proposer, found = Proposer(table_problem(made, seed=1, pins=pins), repeats=True), []
+    while (proposal := proposer.propose()) is not None:
+        found.append((proposal.trial.recipe.rank, proposal.trial.seed))
+        proposer.tell(made.rows[proposal.trial.digest].outcome)
+    assert sorted(found) == [(rank, seed) for rank in RANKS for seed in made.seeds]
+    of_rank_4 = [seed for rank, seed in found if rank == 4]
+    assert of_rank_4 == [1, 2, 0], "its own, those after it, those before it"
+
+
+@pytest.mark.parametrize("more", [[], ["scheduler=pareto_halving"]])
+def test_a_study_whose_sampler_decides_about_repeats_goes_on_where_it_was(
+    table: Recorded, tmp_path: Path, more: list[str]
+) -> None:
+    _, folder = table
+    words = [f"replay={folder / 'small.parquet'}", "seeds=auto", f"storage={tmp_path}", "name=auto", *more]
+    for trials in (25, 40):
+        assert main([*words, f"trials={trials}"]) == 0
+        records = read(tmp_path / "auto")
+        assert len(records.finished) == trials
+    repeats = [outcome for outcome in records.finished.values() if outcome.trial.seed != 0]
+    assert repeats
+    assert all(outcome.status != "stopped" for outcome in repeats), "repeats run to their end"
 
 
 def test_a_point_that_was_not_recorded_is_refused_not_guessed(tmp_path: Path) -> None:

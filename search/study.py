@@ -19,11 +19,10 @@ from typing import Any, Literal
 
 from allocators.core.messages import TestJob
 from allocators.core.types import FINISHED, Outcome, Rung, Score, Trial
-from search import baselines
+from search import baselines, early
 from search import front as pareto
 from search.config import AUTO
 from search.problem import Problem, Proposal
-from search.propose import early
 from search.propose.halving import NO_HALVING, Halving, NoHalving
 from search.propose.sampler import Answered, Proposer, table_rows
 from search.records import Records

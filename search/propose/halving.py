@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 from allocators.core.types import Outcome
-from search.propose.early import rank_correlation
+from search.early import rank_correlation
 
 Members = Mapping[str, tuple[int, float | None]]  # by digest: trainable parameters, merit at the rung
 

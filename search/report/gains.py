@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from search import baselines
 from search.config import SIGNALS
+from search.early import NAMES, PARTS, Early
 from search.front import Candidate
-from search.propose.early import NAMES, PARTS, Early
 from search.propose.halving import tokens_saved
 from search.records import Records
 from search.report.sections import Section, is_table

@@ -16,9 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from allocators.core.types import Outcome
+from search import early
 from search.front import Candidate, knee
 from search.front import front as unbeaten
-from search.propose import early
 from search.records import Records
 from search.report import allocations, attribution, broken, gains
 from search.report.sections import is_table

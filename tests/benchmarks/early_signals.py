@@ -25,7 +25,7 @@ from pathlib import Path
 from allocators.core import words
 from allocators.core.errors import ToolkitError
 from search import replay
-from search.propose.early import NAMES, PARTS, signals
+from search.early import NAMES, PARTS, signals
 from tests.benchmarks._shared import parse
 
 SHIPPED = tuple(sorted(file.stem for file in replay.SHIPPED.glob("*.parquet")))

@@ -209,7 +209,8 @@ def test_every_seed_comes_before_the_next_and_small_points_first(tmp_path: Path,
 def test_the_sampler_tries_points_again_and_these_trainings_are_among_the_trials(
     tmp_path: Path, mlflow_folder: Path
 ) -> None:
-    problem, folder = search_problem(seed=5), tmp_path / "auto"
+    pins = {"rank": 8, "lora_alpha": 16, "scaled_rate": 0.1}  # else there is always another point to try
+    problem, folder = search_problem(seed=5, pins=pins), tmp_path / "auto"
     asked: dict[str, Any] = {"seeds": AUTO, "trials": 30, "sampler": "ehvi"}
     _, killed, _, expected = drive(problem, folder, mlflow_folder, stop=22, **asked)
     assert expected == (30, 0)

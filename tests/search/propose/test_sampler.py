@@ -91,7 +91,7 @@ def test_optunas_gaussian_process_is_driven_like_the_others() -> None:
 
 
 def test_with_repeats_a_point_that_is_proposed_again_is_trained_with_its_next_seed() -> None:
-    pins = {"allocator": "all", "rank": 8, "learning_rate": 1e-3}
+    pins = {"allocator": "all", "rank": 8, "lora_alpha": 16, "scaled_rate": 0.016}
     answered: list[Answered] = []
     proposer = Proposer(problem(pins=pins, seed=3), sampler="tpe", repeats=True, answered=answered.append)
     proposals = [next_proposal(proposer) for _ in range(3)]

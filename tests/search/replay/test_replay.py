@@ -161,7 +161,7 @@ def test_only_rows_of_the_table_are_proposed_and_in_the_end_all_of_a_seed(
 
 def test_a_point_is_tried_again_with_the_seeds_that_the_table_has_of_it(table: Recorded) -> None:
     made, _ = table
-    pins = {"allocator": "sieve", "fraction": FRACTIONS[0], "learning_rate": RATES[0]}
+    pins = {"allocator": "sieve", "fraction": FRACTIONS[0], "lora_alpha": 16, "scaled_rate": 16 * RATES[0]}
     proposer, found = Proposer(table_problem(made, seed=1, pins=pins), repeats=True), []
     while (proposal := proposer.propose()) is not None:
         found.append((proposal.trial.recipe.rank, proposal.trial.seed))

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from allocators.core.types import Outcome, Rung
-from search.propose.early import merit, rank_correlation, signals
+from search.early import merit, rank_correlation, signals
 from search.report import Report, write
 from tests.benchmarks import early_signals
 from tests.search.replay.test_replay import (

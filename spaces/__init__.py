@@ -14,6 +14,7 @@ or is a table, a fixed grid like those of the papers, whose every point is train
     TABLE       True
     SEEDS       seeds behind each row unless `seeds=` says otherwise
     PUBLISHED   published accuracies, COMPARISONS  pairs of rows that are tested (`spaces/_tables.py`); may be left out
+    starting_points   where its recorded rows are searched (`replay=`); may be left out
 
 Its docstring is a data sheet: the question, the command, the knobs, what was measured.
 """

@@ -77,3 +77,10 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
         case "random":
             knobs["draw"] = "each"
     return Point(allocator, knobs, recipe)
+
+
+def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    """Of a search of the recorded rows: every rule at the middle of its knobs."""
+    recipe = {"rank": 8, "scaled_rate": 0.1}
+    others = [{"allocator": name} for name in ("random", "mola", "alphalora", "sensitivity", "lora_smoe")]
+    return [point | recipe for point in ({"allocator": "uniform", "experts_per_layer": EACH}, *others)]

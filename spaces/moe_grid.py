@@ -58,3 +58,10 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
     rank = trial.suggest_categorical("rank", [2, 4, 16])
     rate = trial.suggest_categorical("scaled_rate", [0.05, 0.1, 0.2])
     return Point(allocator, knobs, {"rank": rank, "lora_alpha": ALPHA, "scaled_rate": rate})
+
+
+def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
+    """Of a search of the recorded rows: no expert, every expert, a quarter at random and by MoE-Sieve."""
+    recipe = {"rank": 4, "scaled_rate": 0.1}
+    points = ({"allocator": "none"}, {"allocator": "all"}, {"allocator": "random", "fraction": 0.25})
+    return [point | recipe for point in (*points, {"allocator": "sieve", "fraction": 0.25})]

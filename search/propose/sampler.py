@@ -81,6 +81,7 @@ class Proposer:
     unfinished points that an earlier run started and did not finish: proposed first
     repeats    a point that is proposed again is trained again, with the next of its seeds (`seeds=auto`); else it is
                answered with the result that it has, as it is where no seed is left
+    draws      seed of what is drawn; None: the study's own
     answered   called with every point that needed no training
     """
 
@@ -92,6 +93,7 @@ class Proposer:
         known: Sequence[tuple[Outcome, Mapping[str, Any]]] = (),
         unfinished: Iterable[Proposal] = (),
         repeats: bool = False,
+        draws: int | None = None,
         answered: Callable[[Answered], None] = lambda _: None,
     ) -> None:
         import optuna
@@ -101,7 +103,7 @@ class Proposer:
         self._problem = problem
         self._answered = answered
         # A rerun must not walk through the points of the first run again: its draws start elsewhere.
-        seed = problem.seed + 7919 * len(known)
+        seed = (problem.seed if draws is None else draws) + 7919 * len(known)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._random = optuna.samplers.RandomSampler(seed=seed)
@@ -129,13 +131,13 @@ class Proposer:
         """The space's starting points; recipe settings that a point leaves out take the study's own values.
 
         Where neither task nor command line says how large updates are, they are those of `TRANSFERABLE`. A grid, which
-        is searched once it was recorded (`replay=`), has no starting points.
+        is searched once it was recorded (`replay=`), may have none.
         """
         suggested = (self._problem.task_recipe, self._problem.fixed_recipe)
         says = {"lora_alpha", "learning_rate", "scaled_rate"} & {name for layer in suggested for name in layer}
         own = settings_of(make_recipe(*(() if says else (TRANSFERABLE,)), *suggested))
         space = self._problem.space
-        points = [] if getattr(space, "TABLE", False) else space.starting_points(self._problem.shape)
+        points = space.starting_points(self._problem.shape) if hasattr(space, "starting_points") else []
         return [own | point | dict(self._problem.pins) for point in points]
 
     def propose(self) -> Proposal | None:

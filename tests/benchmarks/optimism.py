@@ -1,0 +1,206 @@
+"""How much does a search flatter what it picks, and what is its front worth? Replayed studies say.
+
+    python -m tests.benchmarks.optimism                                     both shipped tables, 20 studies a variant
+    python -m tests.benchmarks.optimism tables=tiny-moe studies=50 trials=16,40 variants=once,auto
+
+A study searches a recorded table (search/replay/tables/) with `sampler=ehvi`, one training after another. Studies take
+the table's seeds in turn and differ in what the sampler draws. The search sees accuracies on the validation split; its
+front is what it would report, the points that no other point beats by the mean of the seeds that it tried. The test
+split, which it never sees, judges:
+
+    optimism   validation less test accuracy of the front's own trainings, a mean over its points. What sets the two
+               splits apart without any selection is printed beside it: the same of all rows of the table
+    fresh      validation accuracy of the front's own trainings less the test accuracy of the same points at all seeds
+               of the table: what a user misses who trains the winner again
+    share      hypervolume of the front, by test accuracy at all seeds of the table, as a share of that of the whole
+               table (log parameters, accuracy above the table's worst): what the search was worth
+
+Variants
+    once       every point is tried with one seed (`seeds=1`)
+    three      the members of the front are trained until they have three seeds (`seeds=3`); repeats come on top
+    auto       the sampler decides which points it tries again, among the trials (`seeds=auto`)
+    random     random points, once: what searching adds
+
+Printed are means over the studies ± their standard errors. The JSON line's `ratios` are TABLE/VARIANT@TRIALS/WHAT.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from allocators.core import words
+from allocators.core.errors import StudyError, unknown
+from allocators.core.types import Outcome
+from search import replay
+from search.front import Candidate, Points, hypervolume
+from search.problem import Proposal
+from search.propose.sampler import Proposer
+from search.replay.problem import TableProblem, table_problem
+from tests.benchmarks._shared import parse
+from trainers.versions import versions
+
+VARIANTS = ("once", "three", "auto", "random")
+THREE = 3
+COLUMNS = ("optimism", "fresh", "share")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of the command line."""
+
+    tables: str = words.key("tiny-moe,tiny-dense", "shipped tables or FILE.parquet, separated by commas")
+    studies: int = words.key(20, "studies of each variant", least=1)
+    trials: str = words.key("16", "trainings of a study, several separated by commas")
+    variants: str = words.key(",".join(VARIANTS), "separated by commas")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A point by its size and its accuracy on the test split, a mean over all seeds of the table."""
+
+    trainable_params: int
+    accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """What one study came to; None where no training of its front has a test score."""
+
+    optimism: float | None
+    fresh: float | None
+    share: float
+    trainings: int
+
+
+def places_of(table: replay.Table) -> dict[str, Place]:
+    """By point; diverged trainings are left out."""
+    scores: dict[str, list[tuple[int, float]]] = {}
+    for row in table.rows.values():
+        tested = row.outcome.test.accuracy if row.outcome.test else row.outcome.accuracy
+        if tested is not None:
+            scores.setdefault(row.outcome.trial.point, []).append((row.outcome.trainable_params, tested))
+    return {
+        point: Place(found[0][0], statistics.fmean(accuracy for _, accuracy in found))
+        for point, found in scores.items()
+    }
+
+
+def area(places: Sequence[Place], *, reference: Place) -> float:
+    """Hypervolume in log parameters (in millionths, because sizes are whole) and accuracy up to `reference`."""
+    logs = [Place(_log(place), place.accuracy) for place in places]
+    return hypervolume(logs, reference=(float(_log(reference)), reference.accuracy or 0.0))
+
+
+def _log(place: Place) -> int:
+    return round(1e6 * math.log(place.trainable_params))
+
+
+def study(table: replay.Table, *, number: int, trials: int, variant: str) -> Study:
+    """Searches the table once and judges what it would report."""
+    problem = table_problem(table, seed=table.seeds[number % len(table.seeds)])
+    sampler = "random" if variant == "random" else "ehvi"
+    proposer = Proposer(problem, sampler=sampler, repeats=variant == "auto", draws=number)
+    points, trained = Points(), 0
+    while trained < trials and (proposal := proposer.propose()) is not None:
+        outcome = _answer(table, proposal)
+        proposer.tell(outcome)
+        points.add(outcome)
+        trained += 1
+    if variant == "three":
+        trained += _repeat(table, problem, points)
+    return judged(table, points.front, trained)
+
+
+def _answer(table: replay.Table, proposal: Proposal) -> Outcome:
+    return table.rows[proposal.trial.digest].outcome.updated(trial=proposal.trial)
+
+
+def _repeat(table: replay.Table, problem: TableProblem, points: Points) -> int:
+    """Trains the front again until its members have three seeds; how many trainings that took."""
+    trained = 0
+    while True:
+        lacking = [c for c in points.front if len(c.runs) < min(THREE, len(problem.seeds_of(c.runs[0].trial)))]
+        if not lacking:
+            return trained
+        first = min(lacking, key=lambda candidate: len(candidate.runs)).runs
+        seed = problem.seeds_of(first[0].trial)[len(first)]
+        digest = problem.repeat(first[0].trial, seed).digest
+        points.add(table.rows[digest].outcome)
+        trained += 1
+
+
+def judged(table: replay.Table, front: Sequence[Candidate], trained: int) -> Study:
+    """By the test split."""
+    places = places_of(table)
+    everything = list(places.values())
+    worst = Place(max(place.trainable_params for place in everything), min(p.accuracy or 0.0 for p in everything))
+    tested = [candidate for candidate in front if candidate.tested]
+    optimism = [candidate.optimism or 0.0 for candidate in tested]
+    fresh = [(c.accuracy or 0.0) - (places[c.point].accuracy or 0.0) for c in tested]
+    kept = [places[c.point] for c in front if c.point in places]
+    share = area(kept, reference=worst) / area(everything, reference=worst)
+    return Study(
+        statistics.fmean(optimism) if optimism else None, statistics.fmean(fresh) if fresh else None, share, trained
+    )
+
+
+def unselected(table: replay.Table) -> float | None:
+    """Validation less test accuracy, a mean over all rows: nothing was selected."""
+    rows = [row.outcome for row in table.rows.values() if row.outcome.test and row.outcome.accuracy is not None]
+    gaps = [(outcome.accuracy or 0.0) - (outcome.test.accuracy if outcome.test else 0.0) for outcome in rows]
+    return statistics.fmean(gaps) if gaps else None
+
+
+def summary(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error (0 for one value)."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return statistics.fmean(values), error
+
+
+def row_of(studies: Sequence[Study]) -> Mapping[str, tuple[float, float]]:
+    """Each number over the studies; without those that no study has."""
+    columns = {name: [getattr(one, name) for one in studies] for name in (*COLUMNS, "trainings")}
+    return {name: summary(known) for name, values in columns.items() if (known := [v for v in values if v is not None])}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints a line a variant and number of trials, and the JSON line."""
+    settings = parse(arguments, Settings)
+    variants = settings.variants.split(",")
+    for variant in variants:
+        if variant not in VARIANTS:
+            raise unknown("variant", variant, VARIANTS)
+    ratios: dict[str, float] = {}
+    for name in settings.tables.split(","):
+        table = replay.load(name)
+        gap = unselected(table)
+        said = "unknown" if gap is None else f"{gap:+.4f}"
+        print(
+            f"\n{table.name}: {len(table.rows)} trainings, {len(table.seeds)} seeds; all rows: validation − test {said}"
+        )
+        print(f"{'variant':<10}{'trials':>7}{'trainings':>11}{'optimism':>20}{'fresh':>20}{'share of front':>20}")
+        for trials in map(int, settings.trials.split(",")):
+            for variant in variants:
+                done = [study(table, number=n, trials=trials, variant=variant) for n in range(settings.studies)]
+                row = row_of(done)
+                cells = (f"{row[what][0]:+.4f} ± {row[what][1]:.4f}" if what in row else "" for what in COLUMNS)
+                line = "".join(f"{cell:>20}" for cell in cells)
+                print(f"{variant:<10}{trials:>7}{row['trainings'][0]:>11.1f}{line}", flush=True)
+                ratios |= {f"{table.name}/{variant}@{trials}/{what}": round(row[what][0], 4) for what in row}
+        if gap is not None:
+            ratios[f"{table.name}/unselected"] = round(gap, 4)
+    record = {"benchmark": "optimism", "device": "none", "versions": versions(), "settings": vars(settings)}
+    print(json.dumps(record | {"ratios": ratios}))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except StudyError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -196,6 +196,9 @@ def rows(seed: int, step: int, number: int, length: int, *, end: str) -> list[tu
 # Maps no letter to itself. Typed in, so that it depends on no random generator.
 CIPHER = dict(zip(LETTERS, "ypatcedjlbfzkosunghxiqmvrw", strict=True))
 SHIFT = dict(zip(LETTERS, LETTERS[1:] + LETTERS[0], strict=True))
+# A second image of the first 18 letters: the images that CIPHER gives these 18, dealt anew and none to the same letter,
+# so that all 26 images are about as frequent and knowing which are frequent hardly helps.
+SECOND = dict(zip(LETTERS[:18], "jnlzgpfyksoeudbatc", strict=True))
 # Small and capital letters, the most frequent first, and their images. The i-th from 0 is drawn with weight 1/(i + 4).
 BY_FREQUENCY = "VoSBqWQNUOZTXbDuMgecGFlLxjphPCwKaizdtfkEnymAJvRrHYIs"
 ZIPF_CIPHER = dict(zip(BY_FREQUENCY, "quLJTUoPnKXQNpjmkswzAlfMGOYEhSbDBWIcHyraVdtRgZxFieCv", strict=True))
@@ -215,14 +218,15 @@ def _translation(rng: Random, name: str, answer_of: Callable[[str], str]) -> Que
     """A word of 4 to 6 different letters; the choices differ in one character, at one position.
 
     Chance is 1/4 for anyone who does not know the right character there: it and the three wrong ones are drawn alike,
-    and none of the four occurs in the word or elsewhere in the answer, so copying a character of the prompt, or
-    avoiding repetition, helps nobody. Were the wrong choices wrong at different places, a scorer without knowledge
-    would be right 1 time in 8, because the right answer would have to win three separate comparisons.
+    and none of the four occurs in the word or elsewhere in the answer, which repeats no character, so copying a
+    character of the prompt, or avoiding repetition, helps nobody. Were the wrong choices wrong at different places, a
+    scorer without knowledge would be right 1 time in 8, because the right answer would have to win three separate
+    comparisons.
     """
     while True:
         word = "".join(rng.sample(LETTERS, rng.randint(4, 6)))
         answer = answer_of(word)
-        if not set(word) & set(answer):
+        if not set(word) & set(answer) and len(set(answer)) == len(answer):
             break
     place = rng.randrange(len(answer))
     wrong = rng.sample([c for c in LETTERS if c not in word + answer], 3)
@@ -244,6 +248,25 @@ def backcipher(rng: Random) -> Question:
 def backshift(rng: Random) -> Question:
     """The next letter of the alphabet for every letter, and the word backwards."""
     return _translation(rng, "next", lambda word: "".join(SHIFT[c] for c in reversed(word)))
+
+
+def turncipher(rng: Random) -> Question:
+    """The table of `cipher` and the word backwards, where 18 letters have a second image for every other neighbour.
+
+    44 facts to learn, of which 36 hold only beside the right neighbour: no linear map of the letter alone has them. The
+    26 of `CIPHER` answer most questions, so that the others are learnt after them and accuracy is graded.
+    """
+    return _translation(rng, "turn", _turned)
+
+
+def _turned(word: str) -> str:
+    """The image of each letter, last letter first: that of `SECOND` where b, d, f, … z follows the letter in the word.
+
+    A letter that has no second image, and the last one, which nothing follows, take the image of `CIPHER`.
+    """
+    following = [*word[1:], "a"]  # an even place of the alphabet, as if nothing followed
+    tables = [CIPHER | SECOND if LETTERS.index(c) % 2 else CIPHER for c in following]
+    return "".join(table[c] for c, table in zip(word, tables, strict=True))[::-1]
 
 
 def zipfcipher(rng: Random) -> Question:
@@ -279,10 +302,13 @@ def _drawn(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
 
 
 HELD_OUT: dict[str, Callable[[Random], Question]] = {
-    task.__name__: task for task in (cipher, backcipher, backshift, zipfcipher)
+    task.__name__: task for task in (cipher, backcipher, backshift, zipfcipher, turncipher)
 }
 SMALL = {"train": 1600, "test": 300}
-SPLITS = dict.fromkeys(HELD_OUT, SMALL) | {"zipfcipher": {"train": 1600, "validation": 400, "test": 1000}}
+SPLITS = dict.fromkeys(HELD_OUT, SMALL) | {
+    "zipfcipher": {"train": 1600, "validation": 400, "test": 1000},
+    "turncipher": {"train": 2400, "validation": 400, "test": 1000},
+}
 
 
 def questions(name: str, *, seed: int = 0) -> dict[str, list[Question]]:

@@ -83,19 +83,53 @@ def test_splits_share_no_word_and_no_command_with_the_mixture(name: str) -> None
     assert not {question.split(" ")[0] for question in everything} & commands
 
 
+def facts(name: str, word: str) -> list[tuple[str, bool]]:
+    """(letter, whether it stands before b, d, f, … z) in the order of the answer; False where that does not matter."""
+    before = [c in "bdfhjlnprtvxz" and name == "turncipher" for c in [*word[1:], "a"]]
+    order = -1 if name.startswith("back") or name == "turncipher" else 1
+    return list(zip(word, before, strict=True))[::order]
+
+
 @pytest.mark.parametrize("name", domains.HELD_OUT)
 def test_answers_of_all_splits_follow_from_the_train_split(name: str) -> None:
-    """The table is learnt from the training answers alone; it must be one-to-one and answer every question."""
-    backwards = name.startswith("back")
-    table: dict[str, str] = {}
+    """The tables are learnt from the training answers alone; each must be one-to-one, and together they answer every
+    question.
+    """
+    tables: dict[bool, dict[str, str]] = {False: {}, True: {}}
     for entry in committed(name, "train"):
         word, answer = entry["question"].split(" ")[1], entry["choices"][entry["label"]]
-        for source, target in zip(word[::-1] if backwards else word, answer, strict=True):
-            assert table.setdefault(source, target) == target
-    assert len(set(table.values())) == len(table) == (52 if name == "zipfcipher" else 26)
+        for (source, before), target in zip(facts(name, word), answer, strict=True):
+            assert tables[before].setdefault(source, target) == target
+    for table, size in zip(tables.values(), SIZES.get(name, (26, 0)), strict=True):
+        assert len(set(table.values())) == len(table) == size
     for entry in [entry for split in domains.SPLITS[name] for entry in committed(name, split)]:
-        word = entry["question"].split(" ")[1]
-        assert entry["choices"].index("".join(table[c] for c in (word[::-1] if backwards else word))) == entry["label"]
+        answer = "".join(tables[before][source] for source, before in facts(name, entry["question"].split(" ")[1]))
+        assert entry["choices"].index(answer) == entry["label"]
+
+
+SIZES = {"zipfcipher": (52, 0), "turncipher": (26, 26)}
+
+
+def test_eighteen_letters_have_a_second_image_and_eight_have_one() -> None:
+    """By hand: k stands before f, which takes the second image of k; f and m have no such neighbour."""
+    assert domains._turned("kfm") == domains.CIPHER["m"] + domains.CIPHER["f"] + domains.SECOND["k"]
+    assert domains._turned("mz") == domains.CIPHER["z"] + domains.SECOND["m"]
+    assert domains._turned("zb") == domains.CIPHER["b"] + domains.CIPHER["z"]
+    assert "".join(domains.SECOND) == domains.LETTERS[:18]
+    assert all(image not in (letter, domains.CIPHER[letter]) for letter, image in domains.SECOND.items())
+    assert set(domains.SECOND.values()) == {domains.CIPHER[letter] for letter in domains.SECOND}
+
+
+def test_images_of_the_turned_cipher_are_about_as_frequent_as_each_other() -> None:
+    """Always the image that is most frequent in training answers is right about one time in four."""
+    asked = [entry for split in domains.SPLITS["turncipher"] for entry in committed("turncipher", split)]
+    answers = "".join(entry["choices"][entry["label"]] for entry in asked)
+    counts = {c: answers.count(c) for c in domains.LETTERS}
+    right = 0
+    for entry in asked:
+        (column,) = (set(column) for column in zip(*entry["choices"], strict=True) if len(set(column)) > 1)
+        right += max(sorted(column), key=counts.__getitem__) in entry["choices"][entry["label"]]
+    assert abs(right / len(asked) - 0.25) < 0.04
 
 
 @given(st.sampled_from(sorted(domains.HELD_OUT)), st.integers(0, 2**32))

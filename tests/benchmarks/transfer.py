@@ -36,7 +36,7 @@ Cell = tuple[str, int, float]  # allocation, rank, scaled rate
 
 
 @dataclass(frozen=True)
-class Request:
+class Settings:
     """The keys of the command line."""
 
     tables: str = words.key("tiny-moe,tiny-dense", "shipped tables or FILE.parquet, separated by commas")
@@ -139,7 +139,7 @@ def plot(tables: Mapping[str, Mapping[Cell, float]], file: Path) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the tables and the JSON line, and draws the plot."""
-    request = parse(arguments, Request)
+    request = parse(arguments, Settings)
     ratios: dict[str, float] = {}
     tables = {}
     for name in request.tables.split(","):

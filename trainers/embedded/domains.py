@@ -18,7 +18,7 @@ import json
 import string
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import islice
@@ -199,10 +199,6 @@ SHIFT = dict(zip(LETTERS, LETTERS[1:] + LETTERS[0], strict=True))
 # A second image of the first 18 letters: the images that CIPHER gives these 18, dealt anew and none to the same letter,
 # so that all 26 images are about as frequent and knowing which are frequent hardly helps.
 SECOND = dict(zip(LETTERS[:18], "jnlzgpfyksoeudbatc", strict=True))
-# Small and capital letters, the most frequent first, and their images. The i-th from 0 is drawn with weight 1/(i + 4).
-BY_FREQUENCY = "VoSBqWQNUOZTXbDuMgecGFlLxjphPCwKaizdtfkEnymAJvRrHYIs"
-ZIPF_CIPHER = dict(zip(BY_FREQUENCY, "quLJTUoPnKXQNpjmkswzAlfMGOYEhSbDBWIcHyraVdtRgZxFieCv", strict=True))
-WEIGHTS = {letter: 1 / (rank + 4) for rank, letter in enumerate(BY_FREQUENCY)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,46 +265,11 @@ def _turned(word: str) -> str:
     return "".join(table[c] for c, table in zip(word, tables, strict=True))[::-1]
 
 
-def zipfcipher(rng: Random) -> Question:
-    """Every letter becomes another one, by a fixed table of 52, of which some are met far more often than others.
-
-    Letters follow Zipf's law (Mandelbrot's form), as words of a language do, so that the facts of the table are learnt
-    one after another and not all at once: accuracy is graded, and differs with what is adapted. A word has 5 to 7
-    different letters; the choices differ in one character. The letters behind the wrong ones are drawn together with
-    those of the word, and which are which is left to chance: knowing which characters are frequent helps nobody. No
-    letter that was drawn is the image of another.
-    """
-    while True:
-        letters = _drawn(rng, WEIGHTS, rng.randint(5, 7) + 3)
-        images = {c: ZIPF_CIPHER[c] for c in letters}
-        if not images.keys() & set(images.values()):
-            break
-    rng.shuffle(letters)
-    word, others = letters[:-3], letters[-3:]
-    place = rng.randrange(len(word))
-    answers = ["".join(images[c] for c in [*word[:place], at, *word[place + 1 :]]) for at in (word[place], *others)]
-    right = answers[0]
-    rng.shuffle(answers)
-    return Question(f"code {''.join(word)} >", tuple(answers), answers.index(right))
-
-
-def _drawn(rng: Random, weights: Mapping[str, float], number: int) -> list[str]:
-    """So many different letters, one after another by their weights."""
-    left, drawn = dict(weights), []
-    for _ in range(number):
-        drawn += rng.choices(list(left), list(left.values()))
-        del left[drawn[-1]]
-    return drawn
-
-
 HELD_OUT: dict[str, Callable[[Random], Question]] = {
-    task.__name__: task for task in (cipher, backcipher, backshift, zipfcipher, turncipher)
+    task.__name__: task for task in (cipher, backcipher, backshift, turncipher)
 }
 SMALL = {"train": 1600, "test": 300}
-SPLITS = dict.fromkeys(HELD_OUT, SMALL) | {
-    "zipfcipher": {"train": 1600, "validation": 400, "test": 1000},
-    "turncipher": {"train": 2400, "validation": 400, "test": 1000},
-}
+SPLITS = dict.fromkeys(HELD_OUT, SMALL) | {"turncipher": {"train": 2400, "validation": 400, "test": 1000}}
 
 
 def questions(name: str, *, seed: int = 0) -> dict[str, list[Question]]:

@@ -107,7 +107,7 @@ def test_answers_of_all_splits_follow_from_the_train_split(name: str) -> None:
         assert entry["choices"].index(answer) == entry["label"]
 
 
-SIZES = {"zipfcipher": (52, 0), "turncipher": (26, 26)}
+SIZES = {"turncipher": (26, 26)}
 
 
 def test_eighteen_letters_have_a_second_image_and_eight_have_one() -> None:
@@ -148,27 +148,6 @@ def test_right_answers_are_spread_over_the_four_places(name: str) -> None:
     labels = [entry["label"] for entry in committed(name, "test")]
     deviation = math.sqrt(len(labels) * 3 / 16)
     assert all(abs(labels.count(place) - len(labels) / 4) < 3.3 * deviation for place in range(4))
-
-
-def test_knowing_which_letters_are_frequent_helps_nobody() -> None:
-    """Always the most frequent image, or always the rarest, is right one time in four."""
-    rng, common, rare, number = Random(1), 0, 0, 4000
-    weight = {domains.ZIPF_CIPHER[c]: value for c, value in domains.WEIGHTS.items()}
-    for _ in range(number):
-        question = domains.zipfcipher(rng)
-        (place,) = (i for i, column in enumerate(zip(*question.choices, strict=True)) if len(set(column)) > 1)
-        weights = [weight[choice[place]] for choice in question.choices]
-        common += weights.index(max(weights)) == question.label
-        rare += weights.index(min(weights)) == question.label
-    assert abs(common / number - 0.25) < 0.025  # 3.7 standard deviations
-    assert abs(rare / number - 0.25) < 0.025
-
-
-def test_the_letters_of_the_zipf_cipher_follow_its_law_but_for_what_is_left_out() -> None:
-    letters = "".join(entry["question"].split(" ")[1] for entry in committed("zipfcipher", "train"))
-    counts = [letters.count(c) for c in domains.BY_FREQUENCY]
-    assert sum(counts[:13]) > 2 * sum(counts[26:39])
-    assert min(counts) > 20, "every fact is met"
 
 
 def test_a_wrong_command_line_says_what_is_possible(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ Starting points, all at T = 5 a layer: uniform, random, and alphalora with hill 
 Rounding is `largest_remainder`; `space.rounding` does not exist because equation 7 as published can load one layer with
 every correction. Needs no data for its signal.
 
-Measured with the first command, trials=8 and evaluations=1, one seed (± about .02), on one shared CPU core: 8.4
-minutes. At T = 40 uniform .970 and random .887; hill with β = 2.5 rounds to uniform there, since tiny-dense's layers
-hardly differ in hill (2.04 to 2.18). What the sampler drew was no better. The metrics paired over five seeds:
-space=dense_table.
+Measured in the papers' coordinates (lora_alpha = 2·rank), on task=tiny_backcipher with select_on=test, trials=8 and
+evaluations=1, one seed (± about .02), on one shared CPU core: 8.4 minutes. At T = 40 uniform .970 and random .887; hill
+with β = 2.5 rounds to uniform there, since tiny-dense's layers hardly differ in hill (2.04 to 2.18). What the sampler
+drew was no better. The metrics paired over five seeds: space=dense_table.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ Every seed of `random` draws its own experts, so that the row stands for random 
 Comparisons: hot 25 % against all, as an equivalence test with the paper's margin of two points; hot 25 % against random
 and greedy at the same number of experts (the paper's ablations), and against mass and coverage (ours).
 
-Measured with the first command (136 trainings), mean ± standard deviation over eight seeds: none .429 ± .076,
-random 25 % .490 ± .065, greedy 25 % .630 ± .077, hot 25 % .639 ± .095, mass 25 % .659 ± .088, all .758 ± .078. On this
-small model the hot quarter does not replace all experts (−.119, 95 % interval −.142 to −.096), but it is better than a
-random quarter (+.150, +.054 to +.245); greedy and mass cannot be told apart from it. Accuracy at the first of three
-evaluations does not rank as the end does (rank correlation −.36 over 17 rows).
+Measured with the first command, task=tiny_backcipher and select_on=test (136 trainings), mean ± standard deviation over
+eight seeds: none .429 ± .076, random 25 % .490 ± .065, greedy 25 % .630 ± .077, hot 25 % .639 ± .095, mass 25 % .659 ±
+.088, all .758 ± .078. On this small model the hot quarter does not replace all experts (−.119, 95 % interval −.142 to
+−.096), but it is better than a random quarter (+.150, +.054 to +.245); greedy and mass cannot be told apart from it.
+Accuracy at the first of three evaluations does not rank as the end does (rank correlation −.36 over 17 rows).
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from allocators.core.types import ExpertSelection
+from search.baselines import one_line
 from search.records import LINES, Records, read
 
 TRIALS, SEEDS = 6, 2
@@ -154,7 +155,8 @@ def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story: Story) -
     assert "adapter.load(model" in log
     base = records.untrained
     assert base is not None
-    assert f"Untrained, the base has {base['accuracy']:.3f} ± {base['stderr']:.3f}" in log
+    on_test = base["test"]
+    assert f"Untrained, the base has {on_test['accuracy']:.3f} ± {on_test['stderr']:.3f} on the test split" in log
     loaded = models.load("tiny-moe")
     place = records.adapter_of(best)
     assert place is not None
@@ -163,6 +165,27 @@ def test_the_winner_loads_and_has_the_accuracy_that_was_reported(story: Story) -
     task.prepare(loaded.tokenizer)
     assert task.evaluate(loaded.model).accuracy == best.accuracy
     assert attached.num_trainable == best.trainable_params
+    task.test.prepare(loaded.tokenizer)
+    assert best.test is not None
+    assert task.test.evaluate(loaded.model).accuracy == best.test.accuracy
+
+
+def test_the_front_and_the_one_line_recipes_have_a_score_on_the_test_split_and_others_none(story: Story) -> None:
+    from mlflow import MlflowClient
+
+    folder, killed, _ = story
+    records = read(folder)
+    assert not any(outcome.test for outcome in killed.outcomes.values()), "nothing is tested before the search is over"
+    points = records.points
+    judged = {*(c.point for c in points.front), *(c.point for c in one_line(points).values())}
+    for candidate in points:
+        assert {run.test is not None for run in candidate.complete} == {candidate.point in judged}
+    client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+    (experiment,) = [e for e in client.search_experiments() if e.name == "sieve"]
+    logged = [run.data.metrics.get("test_accuracy") for run in client.search_runs([experiment.experiment_id])]
+    tested = sorted(outcome.test.accuracy for outcome in records.finished.values() if outcome.test)
+    assert sorted(accuracy for accuracy in logged if accuracy is not None) == pytest.approx(tested)
+    assert len(tested) == sum(line["event"] == "tested" for line in lines(folder)), "each once"
 
 
 def test_the_report_and_its_files_are_there(story: Story) -> None:

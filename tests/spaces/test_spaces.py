@@ -122,7 +122,7 @@ def test_every_row_of_a_table_can_be_trained_and_has_a_name_of_its_own(name: str
     assert rows == everything, "every combination of knobs is an allocation"
     assert len({tuple(sorted(row.params.items())) for row in rows}) == len(rows) > 1
     assert {row.trial.allocator for row in rows} == set(problem_of(name).space.ALLOCATORS)
-    named = {(row.params.get("rank"), row.params.get("scaled_rate")) for row in rows}
+    named = {tuple(row.params.get(name) for name in ("rank", "scaled_rate", "learning_rate")) for row in rows}
     assert len({row.trial.recipe for row in rows}) == len(named), "what rows do not name is the same in all of them"
     assert problem_of(name).space.SEEDS > 1
 

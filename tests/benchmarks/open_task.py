@@ -3,9 +3,9 @@
     python -m tests.benchmarks.open_task                                    the shipped table of tiny-moe
     python -m tests.benchmarks.open_task tables=mine.parquet                of a table that search.replay exported
 
-A table is a full grid of allocations and recipes with several seeds; nothing is trained here. An accuracy is the mean over
-the seeds, on the test split where the table has it. A task on which everything is solved, or on which seeds disagree,
-tells no allocation from another, whatever is searched.
+A table is a full grid of allocations and recipes with several seeds; nothing is trained here. An accuracy is the mean
+over the seeds, on the test split where the table has it. A task on which everything is solved, or on which seeds
+disagree, tells no allocation from another, whatever is searched.
 
 The JSON line's `ratios` are
     TABLE/span_one_recipe      all experts less no expert, both with the recipe that is best on average over allocations
@@ -101,7 +101,8 @@ def seed_variance(rows: Sequence[Row]) -> float:
 
 def steps(rows: Sequence[Row]) -> list[Row]:
     """Points in the order of their parameters, each better than the one before by two standard errors."""
-    variance, chosen = seed_variance(rows), []
+    variance = seed_variance(rows)
+    chosen: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.trainable_params, -row.accuracy)):
         if not chosen:
             chosen.append(row)
@@ -115,15 +116,15 @@ def steps(rows: Sequence[Row]) -> list[Row]:
     return chosen
 
 
-def agreement(rows: Sequence[Row]) -> float:
-    """Mean rank correlation between two seeds; NaN where there are no two, or too few rows."""
+def agreement(rows: Sequence[Row]) -> float | None:
+    """Mean rank correlation between two seeds; None where there are no two, or too few rows."""
     seeds = sorted({seed for row in rows for seed in row.by_seed})
     found = [
         rank_correlation([(row.by_seed[a], row.by_seed[b]) for row in rows if {a, b} <= row.by_seed.keys()])
         for a, b in itertools.combinations(seeds, 2)
     ]
     known = [correlation for correlation in found if correlation is not None]
-    return statistics.fmean(known) if known else math.nan
+    return statistics.fmean(known) if known else None
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -144,9 +145,7 @@ def main(arguments: Sequence[str]) -> None:
             print(f"  {row.allocation:<28}{row.trainable_params:>9,}  {row.accuracy:.3f}   {seeds}")
         print("points of the front that two standard errors tell apart")
         for row in told_apart:
-            print(
-                f"  {row.allocation:<28}{row.trainable_params:>9,}  {row.accuracy:.3f}   rank {row.recipe[0]}, {row.recipe[1]:g}"
-            )
+            print(f"  {row.allocation:<28}{row.trainable_params:>9,}  {row.accuracy:.3f}   recipe {row.recipe}")
         numbers = {
             "span_one_recipe": span(with_it),
             "span_best_recipes": span(rows),
@@ -157,8 +156,9 @@ def main(arguments: Sequence[str]) -> None:
             "seed_sd": math.sqrt(seed_variance(rows)),
         }
         for what, value in numbers.items():
-            print(f"  {what:<24}{value:.3f}")
-            ratios[f"{table.name}/{what}"] = round(value, 4)
+            if value is not None:
+                print(f"  {what:<24}{value:.3f}")
+                ratios[f"{table.name}/{what}"] = round(value, 4)
     print(json.dumps({"benchmark": "open_task", "device": "none", "versions": versions(), "ratios": ratios}))
 
 

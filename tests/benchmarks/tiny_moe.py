@@ -1,6 +1,7 @@
 """Does the embedded MoE behave like the models that Sieve is about? Skew, dead experts, specialisation, accuracy.
 
-    python -m tests.benchmarks.tiny_moe                                   default task, 5 seeds
+    python -m tests.benchmarks.tiny_moe                                   default task, its tuned recipe, 5 seeds
+    python -m tests.benchmarks.tiny_moe task=tiny_backcipher              the earlier default, in the papers' coordinates
     python -m tests.benchmarks.tiny_moe task=tiny_cipher seeds=3 model=tiny-moe
 
 Four tables:
@@ -24,9 +25,9 @@ Last comes one JSON line; its `ratios` are
     separation              (all − none) ÷ pooled standard deviation over seeds: how clearly a task tells adapters apart
 
 Separation was fixed as the measure before any was computed, for tasks that start within .05 of chance and whose
-mean with all experts stays below .95. Two come out close: tiny_backshift 3.9 (all .949) and tiny_backcipher 3.6. The
-default is tiny_backcipher, second by the measure: four of backshift's five seeds with all experts answer everything,
-which leaves a search nothing to find. A cipher over 62 characters (1.2: nobody learns it in 100 steps) was dropped.
+mean with all experts stays below .95. With lora_alpha = 2·rank two came out close: tiny_backshift 3.9 (all .949) and
+tiny_backcipher 3.6, which was the default. With a recipe in good coordinates both are solved whatever is adapted: the
+default is tiny_turncipher since, and `python -m tests.benchmarks.open_task` asks what a task leaves to find.
 """
 
 from __future__ import annotations
@@ -135,7 +136,7 @@ def main(arguments: Sequence[str]) -> None:
     given = parse(arguments, Settings)
     torch.set_num_threads(1)
     loaded = models.load(given.model)
-    task = tasks.load_task(given.task)
+    task = tasks.load_task(given.task, select_on="test")
     assert isinstance(task, tasks.Task), "one task at a time"
     shape = shape_from_config(loaded.model.config, name=loaded.name)
     recipe = Recipe(**task.file.recipe)

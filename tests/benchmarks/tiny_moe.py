@@ -1,7 +1,7 @@
 """Does the embedded MoE behave like the models that Sieve is about? Skew, dead experts, specialisation, accuracy.
 
     python -m tests.benchmarks.tiny_moe                                   default task, its tuned recipe, 5 seeds
-    python -m tests.benchmarks.tiny_moe task=tiny_backcipher              the earlier default, in the papers' coordinates
+    python -m tests.benchmarks.tiny_moe task=tiny_backcipher              the earlier default, papers' coordinates
     python -m tests.benchmarks.tiny_moe task=tiny_cipher seeds=3 model=tiny-moe
 
 Four tables:

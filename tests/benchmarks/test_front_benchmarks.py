@@ -1,0 +1,92 @@
+"""What benchmarks of the front say about tables whose truth is known."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from allocators.core.errors import StudyError
+from allocators.core.types import Score
+from search import replay
+from search.replay import Row as Recorded
+from tests.benchmarks import open_task, optimism, transfer
+from tests.search.replay.test_replay import record
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> replay.Table:
+    """A small grid with three seeds; the test split is .05 below validation, whatever is trained."""
+    folder = tmp_path_factory.mktemp("recorded")
+    record(folder / "a", repeats=2)
+    made = replay.export([folder / "a"], folder / "small.parquet")
+
+    def tested(row: Recorded) -> Recorded:
+        accuracy = row.outcome.accuracy
+        score = None if accuracy is None else Score(accuracy - 0.05, 0.01)
+        return replace(row, outcome=row.outcome.updated(test=score))
+
+    return replace(made, rows={digest: tested(row) for digest, row in made.rows.items()})
+
+
+def row(allocation: str, params: int, *accuracies: float, rank: int = 4, rate: float = 0.1) -> open_task.Row:
+    return open_task.Row(allocation, (rank, rate), params, dict(enumerate(accuracies)), 0.01)
+
+
+def test_span_and_steps_of_a_front_by_hand() -> None:
+    rows = [
+        row("none", 100, 0.30, 0.32),
+        row("sieve", 200, 0.50, 0.52),
+        row("sieve", 200, 0.40, 0.42, rate=0.2),
+        row("random", 300, 0.51, 0.53),
+        row("all", 400, 0.80, 0.82),
+        row("all", 400, 0.90, 0.92, rate=0.2),
+    ]
+    assert open_task.best_recipe(rows) == (4, 0.2)  # of .41 and .91; the other has .31, .51, .52 and .81
+    assert open_task.span([r for r in rows if r.recipe == (4, 0.1)]) == pytest.approx(0.5)
+    assert open_task.span(rows) == pytest.approx(0.6)
+    apart = open_task.steps(rows)
+    assert [(r.allocation, r.trainable_params) for r in apart] == [("none", 100), ("sieve", 200), ("all", 400)]
+    assert apart[-1].accuracy == pytest.approx(0.91)
+    assert open_task.seed_variance(rows) == pytest.approx(0.0002)
+
+
+def test_seeds_agree_where_they_rank_alike() -> None:
+    alike = [row("a", 100 * n, 0.1 * n, 0.1 * n + 0.03) for n in range(1, 7)]
+    against = [row("a", 100 * n, 0.1 * n, 0.9 - 0.1 * n) for n in range(1, 7)]
+    assert open_task.agreement(alike) == pytest.approx(1.0)
+    assert open_task.agreement(against) == pytest.approx(-1.0)
+    assert open_task.agreement([row("a", 100, 0.5)]) is None
+
+
+def test_the_best_rate_is_found_where_it_is_planted() -> None:
+    peak = {0.05: 0.4, 0.1: 0.6, 0.2: 0.5}
+    cells = {(name, rank, rate): a + 0.01 * rank for name in "ab" for rank in (1, 4) for rate, a in peak.items()}
+    ratios = transfer.summary("t", cells)
+    assert {ratios[f"t/best_rate/{what}"] for what in ("rank=1", "rank=4", "a", "b")} == {0.1}
+    assert ratios["t/lost_by_one_rate/max"] == 0.0
+    assert ratios["t/lost_by_worst_rate/mean"] == pytest.approx(0.2)
+
+
+def test_a_table_that_is_no_full_grid_is_refused(table: replay.Table) -> None:
+    some = next(row for row in table.rows.values() if row.outcome.trial.recipe.rank == 4)
+    point = some.outcome.trial.point
+    holes = {d: row for d, row in table.rows.items() if row.outcome.trial.point != point}
+    assert transfer.cells_of(table)
+    with pytest.raises(StudyError, match="no full grid"):
+        transfer.cells_of(replace(table, rows=holes))
+
+
+@pytest.mark.parametrize("variant", optimism.VARIANTS)
+def test_the_gap_between_the_splits_is_what_was_planted(table: replay.Table, variant: str) -> None:
+    found = optimism.study(table, number=1, trials=8, variant=variant)
+    assert found.optimism == pytest.approx(0.05)
+    assert 0 < found.share <= 1
+    assert found.trainings >= 8
+    assert optimism.unselected(table) == pytest.approx(0.05)
+
+
+def test_a_front_that_has_everything_has_the_whole_share(table: replay.Table) -> None:
+    every = len({row.outcome.trial.point for row in table.rows.values()})
+    found = optimism.study(table, number=0, trials=every, variant="once")
+    assert found.share > 0.97  # seeds differ by .01, and with them which of two equal points is reported

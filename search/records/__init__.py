@@ -115,6 +115,7 @@ class Records:
         self._trained: dict[str, Outcome] = {}
         self._params: dict[str, dict[str, Any]] = {}
         self._rungs: dict[str, dict[int, Rung]] = {}
+        self._scores: dict[str, Score] = {}
 
     @property
     def name(self) -> str:
@@ -216,6 +217,8 @@ class Records:
             outcome = outcome.updated(adapter=adapter_name(digest))
         if not outcome.rungs:
             outcome = outcome.updated(rungs=self._curve(digest))
+        if outcome.test is None and outcome.status == "complete":
+            outcome = outcome.updated(test=self._scores.get(digest))
         if seconds:
             self.sampler_seconds.append(float(seconds))
         if reused:
@@ -233,12 +236,13 @@ class Records:
             self._trained[digest] = outcome
 
     def _apply_test(self, digest: str, score: Score) -> None:
-        if digest not in self.points.outcomes:
-            raise ValueError("what was evaluated on the test split has not finished")
-        outcome = self.outcomes[digest] = self.outcomes[digest].updated(test=score)
-        self.points.update(outcome)
-        if digest in self._trained:
-            self._trained[digest] = outcome
+        """For a training that has finished, or whose end was on a line that is damaged, until it ends again."""
+        self._scores[digest] = score
+        if digest in self.points.outcomes and self.outcomes[digest].status == "complete":
+            outcome = self.outcomes[digest] = self.outcomes[digest].updated(test=score)
+            self.points.update(outcome)
+            if digest in self._trained:
+                self._trained[digest] = outcome
 
     def _curve(self, digest: str) -> tuple[Rung, ...]:
         rungs = self._rungs.get(digest, {})

@@ -53,6 +53,7 @@ def test_results_are_those_of_rays_workers_and_no_ray_is_loaded(tmp_path: Path) 
         files = [tmp_path / workers / "adapters" / digest / "adapter.safetensors" for workers in studies]
         assert files[0].read_bytes() == files[1].read_bytes()
     assert studies["process"].untrained == studies["ray"].untrained
+    assert any(outcome["test"] for outcome in both[0].values()), "the front was evaluated on the test split"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
-from allocators.core.types import Rung, digest_of
+from allocators.core.types import Rung, Score, digest_of
 from search import records
 from search.records import LINES, read
 from search.records.folder import StudyFolder
@@ -28,7 +28,8 @@ POINTS = [outcome(selection(n, seed=n), accuracy=n / 10) for n in range(1, 6)]
 # What a driver may do, as (verb, number of the point)
 EVENTS = st.lists(
     st.tuples(
-        st.sampled_from(["started", "rung", "finished", "diverged", "answered"]), st.integers(0, len(POINTS) - 1)
+        st.sampled_from(["started", "rung", "finished", "diverged", "answered", "tested"]),
+        st.integers(0, len(POINTS) - 1),
     ),
     max_size=8,
 )
@@ -49,6 +50,8 @@ def play(study: StudyFolder, events: list[tuple[str, int]]) -> None:
                 study.append_finished(started(point).updated(status="diverged", message="loss is NaN"), params)
             case "answered":
                 study.append_answered(params, reason="duplicate", digest=point.digest)
+            case "tested":
+                study.append_tested(point.digest, Score(number / 10, 0.01, {"a": {"accuracy": 0.5, "stderr": 0.02}}))
 
 
 def state(seen: records.Records) -> str:
@@ -115,6 +118,32 @@ def test_a_damaged_line_in_the_middle_is_named_and_costs_only_itself(
     assert state(seen) == state(read(without))
     assert len(seen.problems) == 1
     assert f"line {bad + 1} " in seen.problems[0]
+
+
+@pytest.mark.parametrize(
+    "test", [{"accuracy": "high", "stderr": 0.1}, {"accuracy": 0.5}, [], {"accuracy": 0.5, "stderr": -1}]
+)
+def test_a_score_that_is_none_is_named_and_skipped(tmp_path: Path, test: object) -> None:
+    with open_study(tmp_path) as study:
+        study.append_finished(POINTS[0], {})
+    with (tmp_path / LINES).open("a") as file:
+        file.write(json.dumps({"event": "tested", "digest": POINTS[0].digest, "test": test}) + "\n")
+    seen = read(tmp_path)
+    assert seen.outcomes[POINTS[0].digest].test is None
+    assert len(seen.problems) == 1
+
+
+def test_a_score_is_of_its_training_on_the_front_and_in_what_was_trained(tmp_path: Path) -> None:
+    score, point = Score(0.4, 0.02), POINTS[0]
+    with open_study(tmp_path) as study:
+        study.append_finished(point, {})
+        study.append_finished(POINTS[1], {})
+        study.append_tested(point.digest, score)
+        assert list(study.finished) == [point.digest, POINTS[1].digest], "the order of their ends stays"
+        for seen in (study, read(tmp_path)):
+            assert seen.outcomes[point.digest].test == seen.trained[point.digest].test == score
+            assert seen.points.candidate_of(point.digest).test_accuracy == 0.4
+            assert seen.outcomes[POINTS[1].digest].test is None
 
 
 def test_what_it_took_to_propose_a_point_is_kept(tmp_path: Path) -> None:

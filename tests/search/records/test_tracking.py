@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from allocators.core.errors import StudyError
-from allocators.core.types import FINISHED
+from allocators.core.types import FINISHED, Score
 from search.records.folder import StudyFolder
 from search.records.tracking import Tracker
 from tests import ROOT
@@ -90,6 +90,9 @@ def check(folder: Path, study: StudyFolder, uri: str | None = None) -> None:
         history = client.get_metric_history(run.info.run_id, "accuracy") if done.rungs else []
         assert [(m.step, m.value) for m in history] == [(r.step, r.accuracy) for r in done.rungs]
         assert run.data.metrics["trainable_params"] == done.trainable_params
+        scores = client.get_metric_history(run.info.run_id, "test_accuracy") if done.test else []
+        assert [m.value for m in scores] == ([done.test.accuracy] if done.test else [])
+        assert ("test_accuracy" in run.data.metrics) == (done.test is not None)
         assert run.data.params["recipe.rank"] == str(done.trial.recipe.rank)
         saved = json.loads(Path(client.download_artifacts(run.info.run_id, "allocation.json")).read_text())
         assert saved == done.trial.allocation.to_json()
@@ -135,6 +138,29 @@ def test_sync_writes_a_whole_study_from_its_records(store: Path) -> None:
         study.append_finished(cut, {})
         tracker.sync(study)
         check(store, study)
+
+
+def test_scores_on_the_test_split_are_logged_once_whenever_they_came(store: Path) -> None:
+    first, second, third = (outcome(selection(number)) for number in (1, 2, 3))
+    score = Score(0.75, 0.02, {"mine+yours": {"accuracy": 0.5, "stderr": 0.01}})
+    with open_study(store / "demo") as study:
+        tracker = open_tracker(store)
+        tracker.sync(study)
+        for done in (first, second, third):
+            study.append_finished(done, {})
+            tracker.finished(study.outcomes[done.digest])
+        study.append_tested(first.digest, score)
+        tracker.tested(study.outcomes[first.digest])
+        tracker.tested(study.outcomes[first.digest])
+        study.append_tested(second.digest, score)  # and the driver is killed before it says so
+    with open_study(store / "demo") as study:
+        tracker = open_tracker(store)
+        tracker.sync(study)
+        tracker.sync(study)
+        tracker.close()
+        check(store, study)
+    _, _, children = runs(store)
+    assert sorted(run.data.metrics.get("test_stderr.mine-yours", 0.0) for run in children) == [0.0, 0.01, 0.01]
 
 
 def test_the_accuracy_of_every_task_is_a_metric(store: Path) -> None:

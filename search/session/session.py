@@ -134,7 +134,8 @@ class Session:
                     failed.append(reason)
 
         if jobs:
-            progress.message(f"evaluating {len(jobs)} trainings on the test split: the front and one-line recipes")
+            trainings = f"{len(jobs)} training{'s' if len(jobs) > 1 else ''}"
+            progress.message(f"evaluating {trainings} on the test split: of the front and of one-line recipes")
             workers.test(jobs, on_tested)
             progress.measured()
         if failed:

@@ -202,12 +202,13 @@ class RunConfig:
         least=2,
     )
     rank_by: str = _key(
-        "accuracy",
+        "eval_loss",
         "scheduler=pareto_halving: what trainings are ranked by at a rung; eval_loss is the loss of the right answers "
         "(accuracy, where the task's model writes its answers), loss that of training",
         decides="proposals",
         where="search",
         choices=SIGNALS,
+        before="accuracy",
     )
     first_rung: int = _key(
         1,

@@ -41,6 +41,8 @@ def front_table(
     splits    accuracies that are shown, a column each
     """
     settings, bend = varying(everything), knee(shown)
+    if "scaled_rate" in settings:  # with lora_alpha it says the rate, and a terminal is only so wide
+        settings.remove("learning_rate")
     repeated = any(candidate.spread is not None for candidate in shown)
     cut = max(len(shown) - rows, 0) if rows else 0
     more = f", {cut} smaller {'one' if cut == 1 else 'ones'} not shown" if cut else ""
@@ -50,7 +52,7 @@ def front_table(
     table.add_column("trainable parameters", justify="right")
     for split in splits:
         table.add_column(split, justify="right")
-    table.add_column("allocator and knobs")
+    table.add_column("allocator and knobs", overflow="fold")
     for name in settings:
         table.add_column(name, justify="right")
     table.add_column("seeds", justify="right")

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core.errors import ToolkitWarning
+from allocators.core.errors import StudyError, ToolkitWarning
 from allocators.core.types import ModelShape, Signal
 from search.config import load_arguments
 from search.show.config import ShowConfig
@@ -119,10 +119,16 @@ class Source:
 
     @cached_property
     def task(self) -> Task | Mixture:
-        """The task, loaded when it is first read."""
+        """The task, loaded when it is first read: as a study loads it, so that both share what is measured.
+
+        One that has nothing to select on can be measured all the same.
+        """
         from trainers import tasks
 
-        return tasks.load_task(self.task_name)
+        try:
+            return tasks.load_task(self.task_name)
+        except StudyError:
+            return tasks.load_task(self.task_name, select_on="test")
 
 
 @contextmanager

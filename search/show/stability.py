@@ -138,7 +138,7 @@ def _measured(request: Request) -> tuple[dict[str, Tensor], float]:
     """Every sample's score by block, [n], and the seconds that it took."""
     from trainers import models, tasks
 
-    task = tasks.load_task(request.task)
+    task = tasks.load_task(request.task, select_on="test")  # nothing is selected here
     if task.num_training < request.sizes[-1]:
         raise StudyError(
             f"task '{request.task}' has {task.num_training} training documents, {request.sizes[-1]} samples were "

@@ -152,6 +152,9 @@ class RunConfig:
         "again, and these trainings count among the trials",
         decides="running",
         where="amount",
+        least=1,
+        unset=-1,
+        names={"auto": AUTO},
     )
     time_budget: str = _key(
         "", "stop starting trials after this long: 90s, 10m, 2h (empty: no limit)", decides="running", where="amount"
@@ -405,12 +408,10 @@ class RunConfig:
             value = getattr(self, f.name)
             if value == getattr(defaults, f.name) and f.name != "space":
                 continue
-            if f.name == "seeds" and value == AUTO:
-                written.append("seeds=auto")
-            elif isinstance(value, Mapping):
+            if isinstance(value, Mapping):
                 written += [f"{_PREFIXES[f.name]}{name}={v}" for name, v in value.items()]
             else:
-                written.append(f"{f.name}={words.write_list(value) if isinstance(value, list) else value}")
+                written.append(f"{f.name}={words.written(self, f.name)}")
         return shlex.join(written)
 
 
@@ -487,8 +488,8 @@ def _take(
             where = source or f"{did_you_mean(key, _KINDS)} (help lists the keys)"
             raise StudyError(f"unknown key '{key}'{where}{did_you_mean(key, _KINDS) if source else ''}")
         else:
-            read = str(AUTO) if (key, text) == ("seeds", "auto") else text
-            values[key] = words.read(f"{key}{source}", read, _KINDS[key])
+            names = words.names_of(RunConfig, key)
+            values[key] = words.read(f"{key}{source}", text, _KINDS[key], names=names)
 
 
 def _without_brackets(task: str) -> str:
@@ -513,8 +514,6 @@ def check(config: RunConfig) -> None:
             f"first_rung={config.first_rung} must be before the end, which is at evaluation {config.evaluations}: "
             "lower it, or raise evaluations"
         )
-    if config.seeds < 1 and config.seeds not in (-1, AUTO):
-        raise StudyError(f"seeds must be at least 1, got {config.seeds}")
     _check_workers(config)
     _seconds(config.time_budget)
     for name in config.recipe:
@@ -591,7 +590,8 @@ def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
             )
     settings = {name: _setting(name, value, SETTINGS[name]) for name, value in merged.items()}
     if (scaled := settings.pop("scaled_rate", None)) is not None:
-        settings["learning_rate"] = scaled / settings.get("lora_alpha", Recipe().lora_alpha)
+        rate = scaled / settings.get("lora_alpha", Recipe().lora_alpha)
+        settings["learning_rate"] = _setting("learning_rate", rate, float)
     return Recipe(**settings)
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple, Protocol, TypeVar
 
-from allocators.core.types import Outcome
+from allocators.core.types import Outcome, Rung, Score
 
 
 class Scored(Protocol):
@@ -141,19 +141,23 @@ class Candidate:
         """The complete runs that were evaluated on the test split."""
         return tuple(run for run in self.complete if run.test is not None)
 
+    @cached_property
+    def on_test(self) -> Candidate | None:
+        """`tested`, with the accuracies that they have on the test split; None where none was evaluated there.
+
+        What compares points compares these by test accuracy; `best` is the run that is best there.
+        """
+        return _candidate(tuple(_on_test(run, run.test) for run in self.tested if run.test)) if self.tested else None
+
     @property
     def test_accuracy(self) -> float | None:
         """Mean over `tested`; None where none was."""
-        scores = [run.test.accuracy for run in self.tested if run.test]
-        return statistics.fmean(scores) if scores else None
+        return self.on_test.accuracy if self.on_test else None
 
     @property
     def test_stderr(self) -> float | None:
         """Standard error of `test_accuracy`: of the questions, and of the spread over seeds where there are several."""
-        scores = [run.test for run in self.tested if run.test]
-        if not scores:
-            return None
-        return math.hypot(max(s.stderr for s in scores), *_error_of_mean([s.accuracy for s in scores]))
+        return self.on_test.stderr if self.on_test else None
 
     @property
     def optimism(self) -> float | None:
@@ -202,6 +206,11 @@ def _candidate(runs: tuple[Outcome, ...]) -> Candidate:
     parts = [] if question_error is None else [question_error]
     parts += _error_of_mean(accuracies)
     return Candidate(runs, statistics.fmean(accuracies), math.hypot(*parts) if parts else None, spread, question_error)
+
+
+def _on_test(run: Outcome, score: Score) -> Outcome:
+    evaluation = Rung(0, run.tokens, score.accuracy, stderr=score.stderr, by_task=score.by_task)
+    return run.updated(accuracy=score.accuracy, rungs=(evaluation,))
 
 
 def _error_of_mean(accuracies: Sequence[float]) -> list[float]:

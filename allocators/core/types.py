@@ -677,6 +677,11 @@ class Outcome:
         return self.trial.digest
 
     @property
+    def judged(self) -> float | None:
+        """Accuracy on the test split where it was evaluated there, else as the search saw it."""
+        return self.test.accuracy if self.test else self.accuracy
+
+    @property
     def by_task(self) -> Mapping[str, Mapping[str, float]]:
         """`{"arc_easy": {"accuracy", "stderr"}}` where several tasks were trained and evaluated, else empty."""
         return self.rungs[-1].by_task if self.rungs and self.accuracy is not None else {}

@@ -18,13 +18,15 @@ import csv
 import math
 import re
 import shlex
+import sys
 import textwrap
 import typing
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, TypeVar
+from types import MappingProxyType
+from typing import Any, NoReturn, TypeVar
 
-from allocators.core.errors import StudyError, did_you_mean, unknown
+from allocators.core.errors import StudyError, ToolkitError, did_you_mean, unknown
 
 HELP = ("help", "-h", "--help")
 READING = (
@@ -49,12 +51,14 @@ class Limits:
     most      largest number
     unset     a number below `least` that stands for "as the program decides"
     choices   the possible values; none: any
+    names     words that stand for a number, whatever the bounds: `{"auto": -2}`
     """
 
     least: float | None = None
     most: float = math.inf
     unset: float | None = None
     choices: tuple[str, ...] = ()
+    names: Mapping[str, float] = field(default_factory=dict)
 
 
 def key(
@@ -65,13 +69,24 @@ def key(
     most: float = math.inf,
     unset: float | None = None,
     choices: Sequence[str] = (),
+    names: Mapping[str, float] = MappingProxyType({}),
     **facts: Any,
 ) -> Any:
     """A field of a command's dataclass: its default, its line in the help, what it allows, and further `facts`."""
-    metadata = {"help": meaning, "limits": Limits(least, most, unset, tuple(choices)), **facts}
+    metadata = {"help": meaning, "limits": Limits(least, most, unset, tuple(choices), names), **facts}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def run(main: Callable[[list[str]], object]) -> NoReturn:
+    """Runs a command with the words that were typed; a mistake of the user's is one line, and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except ToolkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
@@ -118,14 +133,16 @@ def build(settings: type[S], pairs: Iterable[tuple[str, str]]) -> S:
     for name, text in pairs:
         if name not in kinds:
             raise StudyError(f"unknown key '{name}'{did_you_mean(name, kinds)} (help lists the keys)")
-        given[name] = read(name, text, kinds[name])
+        given[name] = read(name, text, kinds[name], names=names_of(settings, name))
     built = settings(**given)
     check(built)
     return built
 
 
-def read(name: str, text: str, kind: Any) -> Any:
-    """A text as a value of that type. Raises StudyError that names the key."""
+def read(name: str, text: str, kind: Any, *, names: Mapping[str, float] = MappingProxyType({})) -> Any:
+    """A text as a value of that type, or what it stands for (`names_of`). Raises StudyError that names the key."""
+    if text in names:
+        return names[text]
     if kind is str:
         return text
     if kind is bool:
@@ -138,6 +155,18 @@ def read(name: str, text: str, kind: Any) -> Any:
         return _number(name, text)
     item = next(arg for arg in typing.get_args(kind) if arg is not ...)
     return (typing.get_origin(kind) or kind)(read(name, part, item) for part in read_list(text))
+
+
+def names_of(settings: Any, key: str) -> Mapping[str, float]:
+    """Words that stand for a number of this key."""
+    return next(_limits(f).names for f in fields(settings) if f.name == key)
+
+
+def written(settings: Any, key: str) -> str:
+    """The value of a key as it is typed."""
+    value = getattr(settings, key)
+    named = (name for name, number in names_of(settings, key).items() if number == value)
+    return next(named, write_list(value) if isinstance(value, list) else str(value))
 
 
 def _whole(name: str, text: str) -> int:
@@ -214,7 +243,7 @@ def check(settings: Any) -> None:
         value, limits = getattr(settings, f.name), _limits(f)
         if limits.choices and value not in limits.choices:
             raise unknown(f.name, str(value), [choice for choice in limits.choices if choice])
-        if limits.unset is not None and value == limits.unset:
+        if (limits.unset is not None and value == limits.unset) or value in limits.names.values():
             continue
         if limits.least is not None and not limits.least <= value < math.inf:
             auto = "" if limits.unset is None else f" (or {limits.unset:g}, the default)"

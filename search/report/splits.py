@@ -13,8 +13,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from allocators.core.types import Outcome, Rung
-from search.front import Candidate, candidates
+from search.front import Candidate
 from search.records import Records
 from search.text import Split
 
@@ -36,23 +35,7 @@ def tested(records: Records, points: Iterable[Candidate]) -> dict[str, Candidate
     """By point those that were evaluated on the test split, as it has them; empty where the search selected on it."""
     if selects_on_test(records):
         return {}
-    return {point.point: on_test(point) for point in points if point.tested}
-
-
-def on_test(point: Candidate) -> Candidate:
-    """The runs of a point that were evaluated on the test split, with the accuracies that they have there.
-
-    At least one was. What compares points compares these by test accuracy; `best` is the run that is best there.
-    """
-    (found,) = candidates(_on_test(run) for run in point.tested)
-    return found
-
-
-def _on_test(run: Outcome) -> Outcome:
-    assert run.test is not None
-    score = run.test
-    evaluation = Rung(0, run.tokens, score.accuracy, stderr=score.stderr, by_task=score.by_task)
-    return run.updated(accuracy=score.accuracy, rungs=(evaluation,))
+    return {point.point: point.on_test for point in points if point.on_test}
 
 
 def same_split(
@@ -86,13 +69,13 @@ class Optimism:
 
 def optimism(points: Iterable[Candidate]) -> Optimism | None:
     """Over those of the points that were evaluated on the test split; None where none was."""
-    chosen = [point for point in points if point.tested]
+    chosen = [(point, point.on_test) for point in points if point.on_test]
     if not chosen:
         return None
-    tests, drops = [point.test_accuracy or 0.0 for point in chosen], [point.optimism or 0.0 for point in chosen]
+    tests, drops = [judged.accuracy or 0.0 for _, judged in chosen], [point.optimism or 0.0 for point, _ in chosen]
     if len(chosen) > 1:
         error = statistics.stdev(drops) / math.sqrt(len(drops))
     else:
-        error = math.hypot(chosen[0].question_error or 0.0, on_test(chosen[0]).question_error or 0.0)
+        error = math.hypot(*(side.question_error or 0.0 for side in chosen[0]))
     test = statistics.fmean(tests)
     return Optimism(len(chosen), test + statistics.fmean(drops), test, error)

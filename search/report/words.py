@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from allocators.core.types import Outcome, best_under
-from search.config import load_arguments
+from search.config import AUTO, load_arguments
 from search.front import Candidate
 from search.report import allocations, attribution, broken
 from search.report.allocations import CONTROLS, EQUAL
@@ -326,8 +326,9 @@ def _done(results: Results) -> list[str]:
         asked -= sum(records.finished[digest].trial.seed == records.seed for digest in records.reused)
     statuses = Counter(outcome.status.replace("_", " ") for outcome in finished)
     kinds = ", ".join(f"{n} {status}" for status, n in sorted(statuses.items()))
-    # a study of an earlier version has no repeats, whatever its runs' seeds
-    repeats = sum(outcome.trial.seed != records.seed for outcome in finished) if "seeds" in config else 0
+    # a study of an earlier version has no repeats, whatever its runs' seeds; with seeds=auto they are among the trials
+    apart = config.get("seeds", AUTO) != AUTO
+    repeats = sum(outcome.trial.seed != records.seed for outcome in finished) if apart else 0
     own = f"{len(finished) - repeats}{f' of {asked}' if asked else ''} runs are finished"
     return [f"{own}{f', and {repeats} repeats with other seeds' if repeats else ''}: {kinds}."]
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
+from allocators.core import words
 from allocators.core.messages import Failed, PackJob, Tested, TestJob
 from allocators.core.types import Signal, canonical_json
 from search import report
@@ -42,7 +43,8 @@ def run_study(config: RunConfig, problem: Problem) -> int:
                 Session(config, problem, locations, records, tracker).train(left + repeats or tests)
             else:
                 finished = len(records.finished)
-                print(f"trials={config.trials}, seeds={config.seeds} and {finished} are finished: nothing to train")
+                seeds = words.written(config, "seeds")
+                print(f"trials={config.trials}, seeds={seeds} and {finished} are finished: nothing to train")
             summary = report.write(locations.folder)
             tracker.sync(records)
         except BaseException:

@@ -11,6 +11,8 @@ import torch
 
 from allocators.core import words
 from allocators.core.errors import StudyError
+from allocators.core.types import Outcome
+from search.text import point
 
 S = TypeVar("S")
 
@@ -24,6 +26,11 @@ def parse(argv: Sequence[str], settings: type[S]) -> S:
         return words.parse(argv, settings)
     except StudyError as error:
         sys.exit(f"error: {error}")
+
+
+def allocation_of(outcome: Outcome) -> str:
+    """`random fraction=0.25`: allocator and knobs, whether or not every seed draws anew."""
+    return point(outcome).replace(" draw=each", "")
 
 
 def clock(device: torch.device | str) -> float:

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from allocators.core import words
-from allocators.core.errors import ToolkitError
 from search import replay
 from search.early import NAMES, PARTS, signals
 from tests.benchmarks._shared import parse
@@ -73,7 +71,4 @@ def _shown(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except ToolkitError as error:
-        sys.exit(f"error: {error}")
+    words.run(main)

@@ -25,17 +25,14 @@ import itertools
 import json
 import math
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from allocators.core import words
-from allocators.core.errors import StudyError
 from allocators.core.types import Outcome
 from search import replay
 from search.early import rank_correlation
-from search.text import number
-from tests.benchmarks._shared import parse
+from tests.benchmarks._shared import allocation_of, parse
 from trainers.versions import versions
 
 Recipe = tuple[int, float]  # rank, scaled rate
@@ -73,12 +70,11 @@ def rows_of(table: replay.Table) -> list[Row]:
 
 
 def _row(outcomes: Sequence[Outcome]) -> Row:
-    trial = outcomes[0].trial
-    knobs = " ".join(f"{name}={number(value)}" for name, value in trial.knobs.items() if name not in ("draw", "score"))
-    scores = {o.trial.seed: (o.test.accuracy if o.test else o.accuracy) or 0.0 for o in outcomes}
+    settings = outcomes[0].trial.recipe
+    scores = {o.trial.seed: o.judged or 0.0 for o in outcomes}
     errors = [o.test.stderr if o.test else (o.rungs[-1].stderr or 0.0 if o.rungs else 0.0) for o in outcomes]
-    recipe = (trial.recipe.rank, float(f"{trial.recipe.scaled_rate:.6g}"))
-    return Row(f"{trial.allocator} {knobs}".strip(), recipe, outcomes[0].trainable_params, scores, max(errors))
+    recipe = (settings.rank, float(f"{settings.scaled_rate:.6g}"))
+    return Row(allocation_of(outcomes[0]), recipe, outcomes[0].trainable_params, scores, max(errors))
 
 
 def best_recipe(rows: Sequence[Row]) -> Recipe:
@@ -142,10 +138,10 @@ def main(arguments: Sequence[str]) -> None:
         )
         for row in sorted(with_it, key=lambda row: row.trainable_params):
             seeds = " ".join(f"{accuracy:.3f}" for accuracy in row.by_seed.values())
-            print(f"  {row.allocation:<28}{row.trainable_params:>9,}  {row.accuracy:.3f}   {seeds}")
+            print(f"  {row.allocation:<36}{row.trainable_params:>9,}  {row.accuracy:.3f}   {seeds}")
         print("points of the front that two standard errors tell apart")
         for row in told_apart:
-            print(f"  {row.allocation:<28}{row.trainable_params:>9,}  {row.accuracy:.3f}   recipe {row.recipe}")
+            print(f"  {row.allocation:<36}{row.trainable_params:>9,}  {row.accuracy:.3f}   recipe {row.recipe}")
         numbers = {
             "span_one_recipe": span(with_it),
             "span_best_recipes": span(rows),
@@ -163,8 +159,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    words.run(main)

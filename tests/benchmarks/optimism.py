@@ -29,18 +29,19 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from allocators.core import words
-from allocators.core.errors import StudyError, unknown
+from allocators.core.errors import unknown
 from allocators.core.types import Outcome
 from search import replay
-from search.front import Candidate, Points, hypervolume
+from search.front import Candidate, Points, candidates, hypervolume
 from search.problem import Proposal
 from search.propose.sampler import Proposer
 from search.replay.problem import TableProblem, table_problem
+from search.report.splits import optimism
 from tests.benchmarks._shared import parse
 from trainers.versions import versions
 
@@ -77,31 +78,54 @@ class Study:
     trainings: int
 
 
-def places_of(table: replay.Table) -> dict[str, Place]:
-    """By point; diverged trainings are left out."""
-    scores: dict[str, list[tuple[int, float]]] = {}
-    for row in table.rows.values():
-        tested = row.outcome.test.accuracy if row.outcome.test else row.outcome.accuracy
-        if tested is not None:
-            scores.setdefault(row.outcome.trial.point, []).append((row.outcome.trainable_params, tested))
-    return {
-        point: Place(found[0][0], statistics.fmean(accuracy for _, accuracy in found))
-        for point, found in scores.items()
-    }
+@dataclass(frozen=True)
+class Judge:
+    """What points of a table are worth by the test split, at all of its seeds."""
 
+    table: replay.Table
 
-def area(places: Sequence[Place], *, reference: Place) -> float:
-    """Hypervolume in log parameters (in millionths, because sizes are whole) and accuracy up to `reference`."""
-    logs = [Place(_log(place), place.accuracy) for place in places]
-    return hypervolume(logs, reference=(float(_log(reference)), reference.accuracy or 0.0))
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """By point; diverged trainings are left out."""
+        scores: dict[str, list[float]] = {}
+        sizes: dict[str, int] = {}
+        for outcome in self.table.outcomes.values():
+            if outcome.judged is not None:
+                scores.setdefault(outcome.trial.point, []).append(outcome.judged)
+                sizes[outcome.trial.point] = outcome.trainable_params
+        return {point: Place(sizes[point], statistics.fmean(found)) for point, found in scores.items()}
+
+    @cached_property
+    def unselected(self) -> float | None:
+        """Validation less test accuracy over all rows: nothing was selected."""
+        measured = optimism(candidates(self.table.outcomes.values()))
+        return measured.value if measured else None
+
+    def share(self, points: Iterable[str]) -> float:
+        """Of the table's hypervolume, what these points have."""
+        return self._area(self.places[point] for point in points if point in self.places) / self._whole
+
+    @cached_property
+    def _whole(self) -> float:
+        return self._area(self.places.values())
+
+    @cached_property
+    def _worst(self) -> tuple[float, float]:
+        places = self.places.values()
+        return float(max(map(_log, places))), min(place.accuracy or 0.0 for place in places)
+
+    def _area(self, places: Iterable[Place]) -> float:
+        """Of log parameters (in millionths, because sizes are whole) and accuracy, up to the table's worst."""
+        return hypervolume((Place(_log(place), place.accuracy) for place in places), reference=self._worst)
 
 
 def _log(place: Place) -> int:
     return round(1e6 * math.log(place.trainable_params))
 
 
-def study(table: replay.Table, *, number: int, trials: int, variant: str) -> Study:
+def study(judge: Judge, *, number: int, trials: int, variant: str) -> Study:
     """Searches the table once and judges what it would report."""
+    table = judge.table
     problem = table_problem(table, seed=table.seeds[number % len(table.seeds)])
     sampler = "random" if variant == "random" else "ehvi"
     proposer = Proposer(problem, sampler=sampler, repeats=variant == "auto", draws=number)
@@ -113,7 +137,7 @@ def study(table: replay.Table, *, number: int, trials: int, variant: str) -> Stu
         trained += 1
     if variant == "three":
         trained += _repeat(table, problem, points)
-    return judged(table, points.front, trained)
+    return judged(judge, points.front, trained)
 
 
 def _answer(table: replay.Table, proposal: Proposal) -> Outcome:
@@ -134,26 +158,16 @@ def _repeat(table: replay.Table, problem: TableProblem, points: Points) -> int:
         trained += 1
 
 
-def judged(table: replay.Table, front: Sequence[Candidate], trained: int) -> Study:
+def judged(judge: Judge, front: Sequence[Candidate], trained: int) -> Study:
     """By the test split."""
-    places = places_of(table)
-    everything = list(places.values())
-    worst = Place(max(place.trainable_params for place in everything), min(p.accuracy or 0.0 for p in everything))
-    tested = [candidate for candidate in front if candidate.tested]
-    optimism = [candidate.optimism or 0.0 for candidate in tested]
-    fresh = [(c.accuracy or 0.0) - (places[c.point].accuracy or 0.0) for c in tested]
-    kept = [places[c.point] for c in front if c.point in places]
-    share = area(kept, reference=worst) / area(everything, reference=worst)
+    measured = optimism(front)
+    fresh = [(c.accuracy or 0.0) - (judge.places[c.point].accuracy or 0.0) for c in front if c.tested]
     return Study(
-        statistics.fmean(optimism) if optimism else None, statistics.fmean(fresh) if fresh else None, share, trained
+        measured.value if measured else None,
+        statistics.fmean(fresh) if fresh else None,
+        judge.share(candidate.point for candidate in front),
+        trained,
     )
-
-
-def unselected(table: replay.Table) -> float | None:
-    """Validation less test accuracy, a mean over all rows: nothing was selected."""
-    rows = [row.outcome for row in table.rows.values() if row.outcome.test and row.outcome.accuracy is not None]
-    gaps = [(outcome.accuracy or 0.0) - (outcome.test.accuracy if outcome.test else 0.0) for outcome in rows]
-    return statistics.fmean(gaps) if gaps else None
 
 
 def summary(values: Sequence[float]) -> tuple[float, float]:
@@ -178,7 +192,8 @@ def main(arguments: Sequence[str]) -> None:
     ratios: dict[str, float] = {}
     for name in settings.tables.split(","):
         table = replay.load(name)
-        gap = unselected(table)
+        judge = Judge(table)
+        gap = judge.unselected
         said = "unknown" if gap is None else f"{gap:+.4f}"
         print(
             f"\n{table.name}: {len(table.rows)} trainings, {len(table.seeds)} seeds; all rows: validation − test {said}"
@@ -186,7 +201,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{'variant':<10}{'trials':>7}{'trainings':>11}{'optimism':>20}{'fresh':>20}{'share of front':>20}")
         for trials in map(int, settings.trials.split(",")):
             for variant in variants:
-                done = [study(table, number=n, trials=trials, variant=variant) for n in range(settings.studies)]
+                done = [study(judge, number=n, trials=trials, variant=variant) for n in range(settings.studies)]
                 row = row_of(done)
                 cells = (f"{row[what][0]:+.4f} ± {row[what][1]:.4f}" if what in row else "" for what in COLUMNS)
                 line = "".join(f"{cell:>20}" for cell in cells)
@@ -199,8 +214,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    words.run(main)

@@ -544,9 +544,8 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
     mine = {key: outcome for key, outcome in outcomes.items() if outcome.trial.seed == problem.seed}
     accuracies: dict[str, list[float]] = {}
     for outcome in (outcomes if mean else mine).values():
-        if outcome.accuracy is not None:
-            tested = outcome.test.accuracy if mean and outcome.test else outcome.accuracy
-            accuracies.setdefault(outcome.trial.point, []).append(tested)
+        if (accuracy := outcome.judged if mean else outcome.accuracy) is not None:
+            accuracies.setdefault(outcome.trial.point, []).append(accuracy)
     judged = {
         key: (statistics.fmean(accuracies[outcome.trial.point]), float(np.log(outcome.trainable_params)))
         for key, outcome in mine.items()

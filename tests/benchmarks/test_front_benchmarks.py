@@ -79,14 +79,14 @@ def test_a_table_that_is_no_full_grid_is_refused(table: replay.Table) -> None:
 
 @pytest.mark.parametrize("variant", optimism.VARIANTS)
 def test_the_gap_between_the_splits_is_what_was_planted(table: replay.Table, variant: str) -> None:
-    found = optimism.study(table, number=1, trials=8, variant=variant)
+    found = optimism.study(optimism.Judge(table), number=1, trials=8, variant=variant)
     assert found.optimism == pytest.approx(0.05)
     assert 0 < found.share <= 1
     assert found.trainings >= 8
-    assert optimism.unselected(table) == pytest.approx(0.05)
+    assert optimism.Judge(table).unselected == pytest.approx(0.05)
 
 
 def test_a_front_that_has_everything_has_the_whole_share(table: replay.Table) -> None:
     every = len({row.outcome.trial.point for row in table.rows.values()})
-    found = optimism.study(table, number=0, trials=every, variant="once")
+    found = optimism.study(optimism.Judge(table), number=0, trials=every, variant="once")
     assert found.share > 0.97  # seeds differ by .01, and with them which of two equal points is reported

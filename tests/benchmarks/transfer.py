@@ -1,6 +1,6 @@
 """Does the best learning rate move with the rank and the allocation? In the coordinates that spaces propose: hardly.
 
-    python -m tests.benchmarks.transfer                                        both shipped tables, and a plot
+    python -m tests.benchmarks.transfer                                        the shipped table of tiny-moe, and a plot
     python -m tests.benchmarks.transfer tables=mine.parquet png=mine.png       of a table that search.replay exported
 
 A table is a full grid of allocations, ranks and scaled rates (learning_rate·lora_alpha), several seeds each: nothing is
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +27,7 @@ from pathlib import Path
 from allocators.core import words
 from allocators.core.errors import StudyError
 from search import replay
-from search.text import number
-from tests.benchmarks._shared import parse
+from tests.benchmarks._shared import allocation_of, parse
 from trainers.versions import versions
 
 Cell = tuple[str, int, float]  # allocation, rank, scaled rate
@@ -39,7 +37,7 @@ Cell = tuple[str, int, float]  # allocation, rank, scaled rate
 class Settings:
     """The keys of the command line."""
 
-    tables: str = words.key("tiny-moe,tiny-dense", "shipped tables or FILE.parquet, separated by commas")
+    tables: str = words.key("tiny-moe", "shipped tables or FILE.parquet, separated by commas")
     png: str = words.key("build/benchmarks/transfer.png", "where the plot goes (empty: none)")
 
 
@@ -52,10 +50,8 @@ def cells_of(table: replay.Table) -> dict[Cell, float]:
     for row in table.rows.values():
         outcome = row.outcome
         recipe = outcome.trial.recipe
-        knobs = " ".join(f"{name}={number(value)}" for name, value in outcome.trial.knobs.items() if name != "draw")
-        cell = (f"{outcome.trial.allocator} {knobs}".strip(), recipe.rank, float(f"{recipe.scaled_rate:.6g}"))
-        accuracy = outcome.test.accuracy if outcome.test else outcome.accuracy
-        found.setdefault(cell, []).append(accuracy or 0.0)
+        cell = (allocation_of(outcome), recipe.rank, float(f"{recipe.scaled_rate:.6g}"))
+        found.setdefault(cell, []).append(outcome.judged or 0.0)
     rows, rates = {cell[:2] for cell in found}, {cell[2] for cell in found}
     if len(found) != len(rows) * len(rates):
         raise StudyError(f"{table.name} is no full grid: not every allocation and rank has all of {len(rates)} rates")
@@ -155,8 +151,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    words.run(main)

@@ -288,3 +288,8 @@ def test_what_a_task_or_the_command_line_suggests_is_where_a_search_starts() -> 
     assert first(task_recipe={"steps": 9}) == replace(transferable, steps=9)
     assert first(task_recipe={"rank": 2}) == replace(transferable, rank=2)
     assert first(task_recipe={"learning_rate": 1e-3}) == replace(make_recipe({}), learning_rate=1e-3)
+
+
+def test_a_rate_that_no_number_holds_is_said_and_never_reaches_a_record() -> None:
+    with pytest.raises(StudyError, match=r"recipe\.learning_rate must be a finite number"):
+        make_recipe({"lora_alpha": 1e-320, "scaled_rate": 0.1})

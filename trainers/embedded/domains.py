@@ -16,7 +16,6 @@ import ast
 import hashlib
 import json
 import string
-import sys
 import sysconfig
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -322,8 +321,4 @@ def _print_examples() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except StudyError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    words.run(main)

@@ -98,3 +98,20 @@ def test_any_text_is_a_value(text: str) -> None:
     value = words.read_value(text)
     assert value is None or isinstance(value, str | int | float)
     words.read_list(text)
+
+
+@dataclass(frozen=True)
+class Named:
+    """A number that may be left to the program, by a word."""
+
+    seeds: int = words.key(-1, "seeds", least=1, unset=-1, names={"auto": -2})
+
+
+def test_a_word_may_stand_for_a_number_that_the_bounds_leave_out() -> None:
+    auto = words.parse(["seeds=auto"], Named)
+    assert auto == Named(-2)
+    assert words.written(auto, "seeds") == "auto"
+    assert words.written(words.parse(["seeds=3"], Named), "seeds") == "3"
+    for wrong in ("seeds=0", "seeds=-3", "seeds=Auto"):
+        with pytest.raises(StudyError, match="seeds must be"):
+            words.parse([wrong], Named)

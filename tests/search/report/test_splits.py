@@ -16,7 +16,7 @@ from allocators.core.types import Outcome
 from search.front import candidates
 from search.records import UNTRAINED
 from search.report import Report, show, write
-from search.report.splits import on_test, optimism
+from search.report.splits import optimism
 from tests.search.report.written import data_of, rows_of
 from tests.search.studies import APART, CONFIG, IDENTITY, QUESTIONS, open_study, outcome, score, selection
 
@@ -50,7 +50,8 @@ def words_of(report: Report) -> str:
 def test_a_point_on_the_test_split_has_the_accuracies_that_it_has_there() -> None:
     runs = [both(4, a, t, seed=seed) for seed, (a, t) in enumerate([(0.6, 0.5), (0.64, 0.58), (0.7, None)])]
     (point,) = candidates(runs)
-    judged = on_test(point)
+    judged = point.on_test
+    assert judged is not None
     assert (judged.point, len(judged.runs)) == (point.point, 2)
     assert (judged.accuracy, judged.stderr) == (pytest.approx(0.54), point.test_stderr)
     assert judged.spread == pytest.approx(statistics.stdev((0.5, 0.58)))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from tests.trainers.conftest import char_tokenizer
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -55,3 +57,14 @@ def by_lm_eval(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
         return answers if len(paths) > 1 else answers[label]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def chatty() -> PreTrainedTokenizerBase:
+    """The character tokenizer with a chat template."""
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if not loop.last or add_generation_prompt %}\n"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    return tokenizer

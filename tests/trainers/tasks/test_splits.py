@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
-from tests.trainers.conftest import char_tokenizer, write_task
+from tests.trainers.conftest import write_task
 from trainers import tasks
 from trainers.tasks.splits import _Questions
 
@@ -177,17 +177,6 @@ def test_what_was_recorded_before_has_the_same_hash(name: str, options: dict[str
 
 
 # --- both splits are lm-eval's ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def chatty() -> PreTrainedTokenizerBase:
-    """The character tokenizer with a chat template."""
-    tokenizer = char_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if not loop.last or add_generation_prompt %}\n"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    return tokenizer
 
 
 @pytest.mark.parametrize(("shots", "chat"), [(0, False), (2, False), (2, True)])

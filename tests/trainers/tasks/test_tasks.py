@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from allocators.core.errors import StudyError
-from tests.trainers.conftest import char_tokenizer, write_task
+from tests.trainers.conftest import write_task
 from trainers import tasks
 from trainers.tasks.evaluation import Share
 
@@ -106,17 +106,6 @@ def test_generated_text_is_scored_as_lm_eval_does(
     assert len(correct) == 12
     assert (ours.accuracy, ours.stderr) == pytest.approx((accuracy, stderr), abs=1e-12)
     assert task.evaluate(model).correct == correct  # requests are built once and answered often
-
-
-@pytest.fixture(scope="module")
-def chatty() -> PreTrainedTokenizerBase:
-    """The character tokenizer with a chat template."""
-    tokenizer = char_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% if not loop.last or add_generation_prompt %}\n"
-        "{% endif %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    return tokenizer
 
 
 @pytest.mark.parametrize(("shots", "chat"), [(2, False), (0, True), (2, True)])

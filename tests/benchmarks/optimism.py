@@ -21,7 +21,8 @@ Variants
     auto       the sampler decides which points it tries again, among the trials (`seeds=auto`)
     random     random points, once: what searching adds
 
-Printed are means over the studies ± their standard errors. The JSON line's `ratios` are TABLE/VARIANT@TRIALS/WHAT.
+Printed are means over the studies ± their standard errors; `gain` is the share less that of the first variant, study by
+study. The JSON line's `ratios` are TABLE/VARIANT@TRIALS/WHAT.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Settings:
 
     tables: str = words.key("tiny-moe,tiny-dense", "shipped tables or FILE.parquet, separated by commas")
     studies: int = words.key(20, "studies of each variant", least=1)
-    trials: str = words.key("16", "trainings of a study, several separated by commas")
+    trials: tuple[int, ...] = words.key((16,), "trainings of a study, several separated by commas")
     variants: str = words.key(",".join(VARIANTS), "separated by commas")
 
 
@@ -198,12 +199,18 @@ def main(arguments: Sequence[str]) -> None:
         print(
             f"\n{table.name}: {len(table.rows)} trainings, {len(table.seeds)} seeds; all rows: validation − test {said}"
         )
-        print(f"{'variant':<10}{'trials':>7}{'trainings':>11}{'optimism':>20}{'fresh':>20}{'share of front':>20}")
-        for trials in map(int, settings.trials.split(",")):
+        heads = "".join(f"{what:>20}" for what in (*COLUMNS, "gain"))
+        print(f"{'variant':<10}{'trials':>7}{'trainings':>11}{heads}")
+        for trials in settings.trials:
+            first: list[Study] = []
             for variant in variants:
                 done = [study(judge, number=n, trials=trials, variant=variant) for n in range(settings.studies)]
-                row = row_of(done)
-                cells = (f"{row[what][0]:+.4f} ± {row[what][1]:.4f}" if what in row else "" for what in COLUMNS)
+                first = first or done
+                row = dict(row_of(done))
+                if done is not first:
+                    row["gain"] = summary([one.share - other.share for one, other in zip(done, first, strict=True)])
+                shown = (*COLUMNS, "gain")
+                cells = (f"{row[what][0]:+.4f} ± {row[what][1]:.4f}" if what in row else "" for what in shown)
                 line = "".join(f"{cell:>20}" for cell in cells)
                 print(f"{variant:<10}{trials:>7}{row['trainings'][0]:>11.1f}{line}", flush=True)
                 ratios |= {f"{table.name}/{variant}@{trials}/{what}": round(row[what][0], 4) for what in row}

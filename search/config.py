@@ -111,8 +111,8 @@ class RunConfig:
     )
     task: str = _key(
         "default",
-        "lm-evaluation-harness task, task file (.yaml), embedded task, or a group such as commonsense8; several: "
-        "task=[arc_easy,openbookqa]",
+        "lm-evaluation-harness task, task file (.yaml), embedded task (default: tiny_pairs, with model=tiny-dense "
+        "tiny_turncipher), or a group such as commonsense8; several: task=[arc_easy,openbookqa]",
         decides="results",
         where="task",
     )
@@ -468,7 +468,8 @@ def parse(argv: Sequence[str]) -> RunConfig:
         _take(config_file.load(file), values, groups, source=f" in {file}")
     _take([(key, text) for key, text in pairs if key != "config"], values, groups)
     config = RunConfig(**(values | groups))
-    config = replace(config, task=",".join(task_files.words(_without_brackets(config.task))))
+    task = ",".join(task_files.words(_without_brackets(config.task)))
+    config = replace(config, task=task_files.default_for(config.model, task))
     check(config)
     return config
 

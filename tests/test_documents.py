@@ -23,6 +23,7 @@ from search.show import stability
 from tests import ROOT
 from trainers import models
 from trainers.embedded import domains, pretrain
+from trainers.tasks import files as task_files
 
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 SOURCES = [f for p in ("allocators", "search", "spaces", "trainers", "tests") for f in sorted((ROOT / p).rglob("*.py"))]
@@ -45,7 +46,8 @@ def run(given: Sequence[str]) -> None:
     if words.asks_for_help(given):
         return
     asked = config.parse([word for word in given if not word.startswith("config=")])  # a file that the reader has
-    if asked.replay in ("", "tiny-moe", "tiny-dense") and asked.model in models.EMBEDDED and asked.task == "default":
+    embedded = asked.model in models.EMBEDDED and asked.task in task_files.EMBEDDED
+    if asked.replay in ("", "tiny-moe", "tiny-dense") and embedded:
         prepare(asked)
     elif asked.model in models.EMBEDDED and not asked.replay:
         space = load_space(asked.space, models.shape_of(asked.model))

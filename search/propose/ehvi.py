@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,8 @@ START = 5  # results, starting points included, before a model is worth fitting
 DRAWN = 100  # candidates drawn anew for a suggestion; those of earlier suggestions stay
 NEAR = 100  # candidates drawn near members of the front
 MOST = 4000  # candidates kept
+BELIEF = 8.0  # results that weigh as much as what is expected of the recipe
+FACTOR = 2.0  # by which an expected value may be wrong, as a standard deviation
 
 
 @dataclass
@@ -80,14 +83,19 @@ class EHVISampler(BaseSampler):
 
     resolve   runs the space on a trial and says what is known of its point; raises InfeasibleError or BudgetError
               where there is none
+    expected  by name of a parameter, the value above 0 that is expected to be about right: points far from it have to
+              promise more, the less the more results there are
     seed      of everything that is drawn
 
     The study's objectives are accuracy, maximised, and trainable parameters, minimised. Parameters count by their
     logarithm: a front spans decades, and on a linear axis nearly all of the area belongs to its largest points.
     """
 
-    def __init__(self, resolve: Callable[[Any], Known], *, seed: int = 0) -> None:
+    def __init__(
+        self, resolve: Callable[[Any], Known], *, expected: Mapping[str, float] = MappingProxyType({}), seed: int = 0
+    ) -> None:
         self._resolve = resolve
+        self._expected = expected
         self._random = np.random.default_rng(seed)
         self._independent = RandomSampler(seed=seed)
         self._model = AccuracyModel()
@@ -122,12 +130,34 @@ class EHVISampler(BaseSampler):
         fresh = [point for key, point in self._pool.items() if key not in tried]
         again = [each for each in done if len(each.runs) < each.point.known.seeds]
         if len(done) < START or not (fresh or again):
-            return fresh[int(self._random.integers(len(fresh)))] if fresh else None
+            return self._drawn(fresh, len(done)) if fresh else None
         from threadpoolctl import threadpool_limits
 
         with threadpool_limits(1):  # the other cores train
             gain = self._gain(fresh, again, list(tried.values()))
-        return [*fresh, *(each.point for each in again)][int(gain.argmax())]
+        points = [*fresh, *(each.point for each in again)]
+        return points[int((gain * self._trust(points, len(done))).argmax())]
+
+    def _drawn(self, fresh: Sequence[Candidate], results: int) -> Candidate:
+        """A point at random, sooner one that lies near what is expected."""
+        if not self._expected:
+            return fresh[int(self._random.integers(len(fresh)))]
+        trust_M = self._trust(fresh, max(results, 1))
+        return fresh[int(self._random.choice(len(fresh), p=trust_M / trust_M.sum()))]
+
+    def _trust(self, points: Sequence[Candidate], results: int) -> Array:
+        """What the gain of each point counts, relative to the others, for lying near what is expected. Shape [M].
+
+        π(x)^(β / results) with π(x) = Π N(ln x; ln expected, (ln FACTOR)²) and β = BELIEF: πBO (Hvarfner et al. 2022,
+        arXiv:2204.11051). A model of a dozen results is full of doubt wherever nothing was tried, and would look for
+        improvement there: at rates at which nothing is learnt.
+        """
+        distance_M = np.zeros(len(points))
+        for name, expected in self._expected.items():
+            values_M = np.array([float(point.params.get(name, expected)) for point in points])
+            distance_M += (np.log(np.maximum(values_M, 1e-300) / expected) / math.log(FACTOR)) ** 2
+        trust_M: Array = np.exp(-0.5 * BELIEF / results * (distance_M - distance_M.min()))
+        return trust_M
 
     def _tried(self, study: Study, number: int) -> dict[str, Tried]:
         """Points that were tried or are under way, by their keys."""

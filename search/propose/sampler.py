@@ -29,11 +29,20 @@ PATIENCE = 25
 EXHAUSTED = 400
 
 
-def _ehvi(problem: Problem, seed: int, *, repeats: bool) -> Any:
+# Recipe settings that say how large updates are: wrong by an order of magnitude they break a training.
+UPDATES = ("lora_alpha", "learning_rate", "scaled_rate")
+
+
+def _ehvi(problem: Problem, seed: int, *, repeats: bool, expected: Mapping[str, float]) -> Any:
     from search.propose.candidates import resolver  # brings numpy and scipy, which no other sampler needs
     from search.propose.ehvi import EHVISampler
 
-    return EHVISampler(resolver(problem, repeats=repeats), seed=seed)
+    return EHVISampler(resolver(problem, repeats=repeats), expected=expected, seed=seed)
+
+
+def expected(starting: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What a search expects of the settings that say how large updates are: the recipe of its first starting point."""
+    return {name: float(value) for point in starting[:1] for name, value in point.items() if name in UPDATES}
 
 
 def table_rows(problem: Problem, *, merge: bool = True) -> list[Proposal | Answered]:
@@ -81,6 +90,7 @@ class Proposer:
     unfinished points that an earlier run started and did not finish: proposed first
     repeats    a point that is proposed again is trained again, with the next of its seeds (`seeds=auto`); else it is
                answered with the result that it has, as it is where no seed is left
+    trust      sampler=ehvi keeps near the recipe of the starting points as long as few results say where to go
     draws      seed of what is drawn; None: the study's own
     answered   called with every point that needed no training
     """
@@ -93,6 +103,7 @@ class Proposer:
         known: Sequence[tuple[Outcome, Mapping[str, Any]]] = (),
         unfinished: Iterable[Proposal] = (),
         repeats: bool = False,
+        trust: bool = True,
         draws: int | None = None,
         answered: Callable[[Answered], None] = lambda _: None,
     ) -> None:
@@ -104,11 +115,13 @@ class Proposer:
         self._answered = answered
         # A rerun must not walk through the points of the first run again: its draws start elsewhere.
         seed = (problem.seed if draws is None else draws) + 7919 * len(known)
+        self._starting = self.starting_points()
+        trusted = expected(self._starting) if trust else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._random = optuna.samplers.RandomSampler(seed=seed)
             self._sampler = {
-                "ehvi": lambda: _ehvi(problem, seed, repeats=repeats),
+                "ehvi": lambda: _ehvi(problem, seed, repeats=repeats, expected=trusted),
                 "gp": lambda: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False),
                 "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
                 "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
@@ -125,7 +138,6 @@ class Proposer:
             self._seeds.setdefault(outcome.trial.point, set()).add(outcome.trial.seed)
             for trial in self._asked_before(params):
                 self._tell(trial, outcome)
-        self._starting = self.starting_points()
 
     def starting_points(self) -> list[dict[str, Any]]:
         """The space's starting points; recipe settings that a point leaves out take the study's own values.
@@ -134,7 +146,7 @@ class Proposer:
         is searched once it was recorded (`replay=`), may have none.
         """
         suggested = (self._problem.task_recipe, self._problem.fixed_recipe)
-        says = {"lora_alpha", "learning_rate", "scaled_rate"} & {name for layer in suggested for name in layer}
+        says = set(UPDATES) & {name for layer in suggested for name in layer}
         own = settings_of(make_recipe(*(() if says else (TRANSFERABLE,)), *suggested))
         space = self._problem.space
         points = space.starting_points(self._problem.shape) if hasattr(space, "starting_points") else []

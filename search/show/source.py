@@ -19,6 +19,7 @@ from allocators.core.types import ModelShape, Signal
 from search.config import load_arguments
 from search.show.config import ShowConfig
 from search.show.views import by_layer
+from trainers.tasks.files import default_for
 
 if TYPE_CHECKING:  # what is asked for may need neither a model nor a task
     from trainers.models import Loaded
@@ -32,7 +33,7 @@ class Source:
 
     def __init__(self, config: ShowConfig, shape: ModelShape) -> None:
         self.name, self.shape = shape.name, shape
-        self.task_name = config.task
+        self.task_name = default_for(self.name, config.task)
         self.samples, self.seed = config.samples, config.seed
         self.scratch = Path(config.cache)
         self.loading_seconds = 0.0

@@ -19,6 +19,7 @@ Variants
     once       every point is tried with one seed (`seeds=1`)
     three      the members of the front are trained until they have three seeds (`seeds=3`); repeats come on top
     auto       the sampler decides which points it tries again, among the trials (`seeds=auto`)
+    even       as once, but all scaled rates count alike: without trust in the recipe of the starting points
     random     random points, once: what searching adds
 
 Printed are means over the studies ± their standard errors; `gain` is the share less that of the first variant, study by
@@ -46,7 +47,7 @@ from search.report.splits import optimism
 from tests.benchmarks._shared import parse
 from trainers.versions import versions
 
-VARIANTS = ("once", "three", "auto", "random")
+VARIANTS = ("once", "three", "auto", "even", "random")
 THREE = 3
 COLUMNS = ("optimism", "fresh", "share")
 
@@ -129,7 +130,7 @@ def study(judge: Judge, *, number: int, trials: int, variant: str) -> Study:
     table = judge.table
     problem = table_problem(table, seed=table.seeds[number % len(table.seeds)])
     sampler = "random" if variant == "random" else "ehvi"
-    proposer = Proposer(problem, sampler=sampler, repeats=variant == "auto", draws=number)
+    proposer = Proposer(problem, sampler=sampler, repeats=variant == "auto", trust=variant != "even", draws=number)
     points, trained = Points(), 0
     while trained < trials and (proposal := proposer.propose()) is not None:
         outcome = _answer(table, proposal)

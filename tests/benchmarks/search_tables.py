@@ -31,7 +31,8 @@ as any other). A training that a scheduler stops counts the share that was train
 A table that is used up ends a search: its regret stands for larger budgets too. A variant pairs a sampler with a
 scheduler: `+halving` is `scheduler=pareto_halving` of propose/halving.py, `+auto` is `seeds=auto` (the seeds of an own
 table, the search's own first, are the runs of a point), `+repeats` trains a repeated point again however often, as
-Optuna alone does; `rows` draws the rows of the llm table themselves, each once, as benchmarks of schedulers do, and
+Optuna alone does; `ehvi-even` is ehvi without what the starting points' recipe lets it expect;
+`rows` draws the rows of the llm table themselves, each once, as benchmarks of schedulers do, and
 `nsga2-50` has Optuna's own population of 50 where `nsga2` has 10, as `sampler=nsga2` does.
 
 Printed are medians over the seeds with their quartiles; seeds are paired. The JSON line's `ratios` are
@@ -86,7 +87,7 @@ from search.propose import RUN, STDERR
 from search.propose.candidates import Known, resolver
 from search.propose.ehvi import EHVISampler
 from search.propose.halving import NO_HALVING, Halving
-from search.propose.sampler import EXHAUSTED, PATIENCE, Proposer
+from search.propose.sampler import EXHAUSTED, PATIENCE, Proposer, expected
 from search.records import write_atomically
 from search.replay.problem import TableProblem, table_problem
 
@@ -208,14 +209,20 @@ VARIANTS = {
     "nsga2": Variant(lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10)),
     "tpe": Variant(lambda table, seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed)),
     "gp": Variant(lambda table, seed: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False)),
-    "ehvi": Variant(lambda table, seed: EHVISampler(table.suggest, seed=seed)),
+    "ehvi": Variant(lambda table, seed: EHVISampler(table.suggest, expected=expected(table.starting), seed=seed)),
 }
-OTHERS = {"rows": Variant(Rows), "nsga2-50": Variant(lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed))}
+OTHERS = {
+    "ehvi-even": Variant(lambda table, seed: EHVISampler(table.suggest, seed=seed)),
+    "rows": Variant(Rows),
+    "nsga2-50": Variant(lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed)),
+}
 ALL = VARIANTS | OTHERS
 ALL |= {f"{name}+halving": variant._replace(scheduler=halving) for name, variant in ALL.items()}
 ALL |= {f"{name}+repeats": ALL[name]._replace(repeats="ever") for name in (*VARIANTS, "nsga2-50") if name != "ehvi"}
 ALL |= {f"{name}+auto": ALL[name]._replace(repeats="seeds") for name in ("gp", "tpe", "nsga2")}
-ALL["ehvi+auto"] = Variant(lambda table, seed: EHVISampler(_with_seeds(table), seed=seed), repeats="seeds")
+ALL["ehvi+auto"] = Variant(
+    lambda table, seed: EHVISampler(_with_seeds(table), expected=expected(table.starting), seed=seed), repeats="seeds"
+)
 
 
 def _with_seeds(table: Table) -> Callable[[Any], Known]:

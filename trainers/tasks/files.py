@@ -37,6 +37,9 @@ BENCHMARKS: dict[str, Path] = {
     file.stem: file for file in sorted((_EMBEDDED / "benchmarks").glob("*.yaml")) if file.stem[0] != "_"
 }
 
+DEFAULT = "default"
+_DEFAULT_OF = {"tiny-dense": "tiny_turncipher"}  # it is still at chance where tiny-moe knows most of tiny_pairs
+
 SELECT_ON = ("validation", "test")  # what a search counts accuracy on
 
 FEWSHOT_SEED = 1234  # lm-eval's own default: the same examples as its command line draws
@@ -70,6 +73,11 @@ def words(name: str) -> list[str]:
     if not all(names):
         raise StudyError(f"task '{name}' lacks a name: give one, or several as task=[arc_easy,openbookqa]")
     return names
+
+
+def default_for(model: str, task: str = DEFAULT) -> str:
+    """The task of this model where `task` says no more than "default": an embedded model may have one of its own."""
+    return _DEFAULT_OF.get(model, task) if task == DEFAULT else task
 
 
 def absolute(name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -226,9 +226,12 @@ def accuracy(params: dict[str, Any]) -> float:
     return 0.3 + 0.05 * width - 0.1 * abs(math.log10(params["rate"]) + 2)
 
 
-def make(space: Callable[[optuna.Trial], Known], seed: int = 0) -> optuna.Study:
+def make(
+    space: Callable[[optuna.Trial], Known], seed: int = 0, expected: Mapping[str, float] | None = None
+) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(directions=["maximize", "minimize"], sampler=EHVISampler(space, seed=seed))
+    sampler = EHVISampler(space, expected=expected or {}, seed=seed)
+    return optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
 
 
 @settings(max_examples=3, deadline=None)
@@ -257,6 +260,28 @@ def test_equal_seeds_propose_equal_points() -> None:
             study.tell(trial, (accuracy(trial.params), known.cost))
         runs.append([t.params for t in study.get_trials()])
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("results", [4, 16])
+def test_what_a_gain_counts_near_and_far_from_the_expected_value_by_hand(results: int) -> None:
+    """Twice off is one standard deviation; eight results weigh as much as what is expected; flat has no rate."""
+    rates: list[dict[str, Any]] = [{"rate": 1e-2}, {"rate": 2e-2}, {"rate": 2.5e-3}, {"kind": "flat"}]
+    points = [Candidate(params, {}, Known(str(place), 1), {}) for place, params in enumerate(rates)]
+    trust = EHVISampler(Space(), expected={"rate": 1e-2})._trust(points, results)
+    np.testing.assert_allclose(trust, [1, math.exp(-4 / results), math.exp(-16 / results), 1])
+    np.testing.assert_array_equal(EHVISampler(Space())._trust(points, results), 1)
+
+
+def test_few_results_keep_to_the_expected_value_and_many_find_the_best_wherever_it_is() -> None:
+    """The best rate is 10 times the expected one."""
+    study, space = make(Space(), expected={"rate": 1e-3}), Space()
+    for _ in range(60):
+        trial = study.ask()
+        cost = space(trial).cost
+        study.tell(trial, (accuracy(trial.params), cost))
+    off = [abs(math.log10(t.params["rate"] / 1e-3)) for t in study.get_trials() if "rate" in t.params]
+    assert max(off[:4]) < 0.7  # 1.3 on average where nothing is expected
+    assert min(abs(one - 1) for one in off) < 0.1
 
 
 def test_workers_that_ask_at_the_same_time_are_sent_to_different_places() -> None:

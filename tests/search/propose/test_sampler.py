@@ -60,6 +60,15 @@ def test_starting_points_come_first_with_the_studys_recipe() -> None:
     assert [p.trial.allocation.total_experts for p in first] == [0, 48, 12, 12]
 
 
+def test_the_first_points_of_a_search_have_about_the_recipe_of_the_starting_points() -> None:
+    proposer = Proposer(problem(task_recipe={"lora_alpha": 32.0, "learning_rate": 2e-3}))
+    proposals = [next_proposal(proposer) for _ in range(12)]  # all at once: no result says anything
+    recipes = [p.trial.recipe for p in proposals]
+    assert {recipe.scaled_rate for recipe in recipes[:4]} == {0.064}
+    assert all(0.064 / 4 < recipe.scaled_rate < 0.064 * 4 for recipe in recipes[5:])  # the fifth is the paper's
+    assert all(32 / 4 < recipe.lora_alpha < 32 * 4 for recipe in recipes[5:])
+
+
 def test_a_table_space_may_have_no_starting_points() -> None:
     assert Proposer(problem(space=spaces.sieve_ablation), sampler="random").starting_points() == []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -73,7 +74,7 @@ def test_the_generator_writes_the_committed_files_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", domains.HELD_OUT)
-def test_splits_share_no_word_and_no_command_with_the_mixture(name: str) -> None:
+def test_splits_share_no_question_and_no_command_with_the_mixture(name: str) -> None:
     questions = {split: {entry["question"] for entry in committed(name, split)} for split in domains.SPLITS[name]}
     assert {split: len(asked) for split, asked in questions.items()} == domains.SPLITS[name]
     everything = set().union(*questions.values())
@@ -90,7 +91,10 @@ def facts(name: str, word: str) -> list[tuple[str, bool]]:
     return list(zip(word, before, strict=True))[::order]
 
 
-@pytest.mark.parametrize("name", domains.HELD_OUT)
+CIPHERS = [name for name in domains.HELD_OUT if name != "pairs"]
+
+
+@pytest.mark.parametrize("name", CIPHERS)
 def test_answers_of_all_splits_follow_from_the_train_split(name: str) -> None:
     """The tables are learnt from the training answers alone; each must be one-to-one, and together they answer every
     question.
@@ -120,9 +124,29 @@ def test_eighteen_letters_have_a_second_image_and_eight_have_one() -> None:
     assert set(domains.SECOND.values()) == {domains.CIPHER[letter] for letter in domains.SECOND}
 
 
-def test_images_of_the_turned_cipher_are_about_as_frequent_as_each_other() -> None:
+def test_every_letter_and_every_image_has_seven_pairs_with_seven_different_images() -> None:
+    assert len(domains.PAIRS) == 91
+    assert Counter(domains.PAIRS.values()) == dict.fromkeys(domains.LETTERS[13:], 7)
+    for place in (0, 1):
+        for letter in domains.LETTERS[:13]:
+            images = [image for pair, image in domains.PAIRS.items() if pair[place] == letter]
+            assert len(set(images)) == len(images) == 7
+    assert all(pair[0] != pair[1] for pair in domains.PAIRS)
+
+
+@pytest.mark.parametrize("split", domains.LARGE)
+def test_answers_of_pairs_are_the_images_and_all_pairs_are_asked_in_training(split: str) -> None:
+    entries = committed("pairs", split)
+    asked = [entry["question"].split(" ")[1:-1] for entry in entries]
+    for words, entry in zip(asked, entries, strict=True):
+        assert entry["choices"][entry["label"]] == "".join(domains.PAIRS[word] for word in words)
+    assert split != "train" or {word for words in asked for word in words} == set(domains.PAIRS)
+
+
+@pytest.mark.parametrize("name", ["turncipher", "pairs"])
+def test_images_are_about_as_frequent_as_each_other(name: str) -> None:
     """Always the image that is most frequent in training answers is right about one time in four."""
-    asked = [entry for split in domains.SPLITS["turncipher"] for entry in committed("turncipher", split)]
+    asked = [entry for split in domains.SPLITS[name] for entry in committed(name, split)]
     answers = "".join(entry["choices"][entry["label"]] for entry in asked)
     counts = {c: answers.count(c) for c in domains.LETTERS}
     right = 0
@@ -135,9 +159,9 @@ def test_images_of_the_turned_cipher_are_about_as_frequent_as_each_other() -> No
 @given(st.sampled_from(sorted(domains.HELD_OUT)), st.integers(0, 2**32))
 def test_choices_differ_in_one_place_and_nothing_but_the_table_tells_them_apart(name: str, seed: int) -> None:
     question = domains.HELD_OUT[name](Random(seed))
-    word = question.question.split(" ")[1]
+    word = "".join(question.question.split(" ")[1:-1])
     columns = [set(column) for column in zip(*question.choices, strict=True)]
-    assert sorted(map(len, columns)) == [1] * (len(word) - 1) + [4]
+    assert sorted(map(len, columns)) == [1] * (len(columns) - 1) + [4]
     doubtful = max(columns, key=len)
     elsewhere = set().union(*(column for column in columns if column is not doubtful))
     assert not doubtful & (set(word) | elsewhere)

@@ -27,7 +27,7 @@ from allocators.core.types import Recipe, Trial, digest_of
 from search.front import Candidate
 from search.report.sections import Section
 from search.report.uncertainty import Noise, compare, half_width, interval, picked_elsewhere, pooled
-from search.text import human, number, point, varying
+from search.text import human, number, point, settings_of, varying
 
 CONTROLS = ("random", "uniform")  # what an allocation has to beat at equal parameters
 EQUAL = 0.02  # share by which "equal parameters" may differ
@@ -328,17 +328,17 @@ def _difference(worth: Worth) -> str:
 
 
 def _settings(tried: Tried) -> list[str]:
-    """Settings that recipes differ in; the learning rate as the scaled rate too."""
-    return varying(run for a in tried.allocations for c in a.points for run in c.runs)
+    """Settings that recipes differ in; where how large updates are is one, the scaled rate too."""
+    settings = varying(run for a in tried.allocations for c in a.points for run in c.runs)
+    if {"learning_rate", "lora_alpha"} & set(settings) and "scaled_rate" not in settings:
+        settings.append("scaled_rate")
+    return settings
 
 
 def _recipe(tried: Tried, recipe: Recipe) -> str:
-    """`rank 4, learning_rate 0.003, scaled rate 0.05`."""
-    settings = _settings(tried)
-    parts = [f"{name} {number(getattr(recipe, name))}" for name in settings]
-    if "learning_rate" in settings or "lora_alpha" in settings:
-        parts.append(f"scaled rate {number(recipe.scaled_rate)}")
-    return ", ".join(parts)
+    """`rank 4, learning_rate 0.003, scaled_rate 0.05`."""
+    values = settings_of(recipe)
+    return ", ".join(f"{name} {number(values[name])}" for name in _settings(tried))
 
 
 def sections(tried: Tried, worth: Sequence[Worth]) -> list[Section]:

@@ -104,12 +104,19 @@ class Rung(NamedTuple):
     """An evaluation of a training: which of `Table.evaluations` it is, share trained, quality (None: diverged).
 
     stderr   of the quality over the questions
+    loss     of the right answers
     """
 
     number: int
     share: float
     quality: float | None
     stderr: float = 0.0
+    loss: float | None = None
+
+    @property
+    def merit(self) -> float | None:
+        """As `rank_by=eval_loss`: low loss of the right answers, where it is recorded; else quality."""
+        return self.quality if self.quality is None or self.loss is None else -self.loss
 
 
 @dataclass(frozen=True)
@@ -345,7 +352,7 @@ def simulate(
             if covered.add(asker.rows[run]) >= until:
                 break
             asker.tell(run, rung)
-        elif scheduler.reached(run, rung.number, merit=rung.quality, cost=asker.costs[run]):
+        elif scheduler.reached(run, rung.number, merit=rung.merit, cost=asker.costs[run]):
             go_on(run)
         fill()
     return {"finished": finished, "seconds": asker.seconds / max(len(asker.rows), 1)}
@@ -567,7 +574,7 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
     def again(key: str, number: int) -> list[Rung]:
         outcome = by_seed[mine[key].trial.point][order[number]]
         curve = [
-            Rung(n, r.tokens / outcome.tokens, r.accuracy, r.stderr or 0.0)
+            Rung(n, r.tokens / outcome.tokens, r.accuracy, r.stderr or 0.0, r.eval_loss)
             for n, r in enumerate(outcome.rungs, start=1)
         ]
         last = Rung(max(len(curve), 1), 1.0, outcome.accuracy, curve[-1].stderr if curve else 0.0)

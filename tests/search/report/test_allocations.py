@@ -127,7 +127,7 @@ def test_the_best_recipe_and_what_a_fixed_one_loses_by_hand() -> None:
     }
     assert [a.fixed_loss for a in tried.allocations] == [pytest.approx(0.2), pytest.approx(0.0), None]
     (said,) = in_words(tried, [], None)
-    assert "one recipe for all (learning_rate 0.000469, scaled rate 0.03) loses 0.100 on average and 0.200" in said
+    assert "one recipe for all (learning_rate 0.000469, scaled_rate 0.03) loses 0.100 on average and 0.200" in said
 
 
 def test_without_a_recipe_that_was_tried_everywhere_the_median_one_loses() -> None:
@@ -259,4 +259,4 @@ def test_the_answer_stands_above_the_shares_in_the_report(tmp_path: Path, capsys
     assert "What the choice of the allocation is worth, each side at its best recipe" in said
     rows = next(s for s in data_of(tmp_path / "demo")["sections"] if s["title"] == titles[1])["rows"]
     assert len(rows) == 2 * len(SIZES)
-    assert all(row[4].endswith("scaled rate 0.03") and row[5] == "3" for row in rows)
+    assert all(row[4].endswith("scaled_rate 0.03") and row[5] == "3" for row in rows)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
+import torch
 
+from allocators import uniform
 from allocators.core.errors import StudyError
-from allocators.core.types import Score
+from allocators.core.types import Recipe, Score
 from search import replay
 from search.replay import Row as Recorded
-from tests.benchmarks import open_task, optimism, transfer
+from tests.benchmarks import open_task, optimism, router_rate, transfer
 from tests.search.replay.test_replay import record
+from trainers import models
+from trainers.adapter import attach, lora_moe
+from trainers.loop.flat import FlatBuffers
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +96,35 @@ def test_a_front_that_has_everything_has_the_whole_share(table: replay.Table) ->
     every = len({row.outcome.trial.point for row in table.rows.values()})
     found = optimism.study(optimism.Judge(table), number=0, trials=every, variant="once")
     assert found.share > 0.97  # seeds differ by .01, and with them which of two equal points is reported
+
+
+def test_the_steps_of_a_router_alone_are_multiplied() -> None:
+    """As AdamW to the bit where the factor is 1, no step where it is 0, three times as far where it is 3."""
+
+    def stepped(factors: list[float] | None) -> torch.Tensor:
+        values = torch.nn.Parameter(torch.linspace(-1, 1, 4))
+        values.grad = torch.tensor([0.3, -0.2, 0.1, 0.4])
+        with router_rate.steps_times(torch.tensor(factors)) if factors else nullcontext():
+            torch.optim.AdamW([values], lr=0.01, weight_decay=0.0).step()
+        return values.detach()
+
+    start, plain = torch.linspace(-1, 1, 4), stepped(None)
+    assert torch.equal(stepped([1.0, 1.0, 1.0, 1.0]), plain)
+    torch.testing.assert_close(stepped([0.0, 1.0, 3.0, 0.5]) - start, (plain - start) * torch.tensor([0, 1, 3, 0.5]))
+
+
+def test_routers_are_found_in_the_flat_buffer() -> None:
+    """The last row for each expert of every `down`; parts begin at multiples of 16 numbers, as the loop lays them."""
+    model = models.load("tiny-dense").model
+    shape = models.shape_of("tiny-dense")
+    allocation = uniform.allocate(None, shape, total_experts=2 * shape.num_layers)
+    adapter = attach(model, allocation, shape=shape, lora=Recipe(rank=3).lora, seed=0)
+    assert isinstance(adapter, lora_moe.LoraMoeAdapter)
+    flat = FlatBuffers(adapter.parameters())
+    factors = router_rate.factor_of_every_number(adapter, 0.25)
+    assert factors.shape == flat.values.shape
+    for (name, _), view in zip(adapter.named_parameters(), flat.views(factors), strict=True):
+        router = view[-2:] if name.endswith(".down") else view[:0]
+        assert (router == 0.25).all()
+        assert (view == 0.25).sum() == router.numel()
+    adapter.detach()

@@ -13,10 +13,12 @@ The JSON line's `ratios` are
                                few experts at rank 2: what parameters buy)
     TABLE/ceiling              the best row
     TABLE/steps                points of the front, each better than the one before by two standard errors (of the
-                               questions and of the spread between seeds, pooled over the rows)
+                               questions and of the spread between seeds, pooled over the rows with the same recipe)
     TABLE/agreement            Spearman's rank correlation of the rows between two seeds, mean over the pairs of seeds
+    TABLE/agreement_one_rate   the same over the rows with the scaled rate that is best on average
     TABLE/agreement_one_recipe the same over the allocations with the one recipe
     TABLE/seed_sd              standard deviation between the seeds of a row, pooled
+    TABLE/seed_sd_one_rate     the same of the rows with that scaled rate
 """
 
 from __future__ import annotations
@@ -83,6 +85,12 @@ def best_recipe(rows: Sequence[Row]) -> Recipe:
     return max(recipes, key=lambda recipe: statistics.fmean(r.accuracy for r in rows if r.recipe == recipe))
 
 
+def best_rate(rows: Sequence[Row]) -> float:
+    """The scaled rate with the highest accuracy on average over allocations and ranks."""
+    rates = sorted({row.recipe[1] for row in rows})
+    return max(rates, key=lambda rate: statistics.fmean(r.accuracy for r in rows if r.recipe[1] == rate))
+
+
 def span(rows: Sequence[Row]) -> float:
     """All experts less no expert, each at its best of these rows."""
     best = {name: max(r.accuracy for r in rows if r.allocation == name) for name in ("all", "none")}
@@ -97,14 +105,14 @@ def seed_variance(rows: Sequence[Row]) -> float:
 
 def steps(rows: Sequence[Row]) -> list[Row]:
     """Points in the order of their parameters, each better than the one before by two standard errors."""
-    variance = seed_variance(rows)
+    variances = {recipe: seed_variance([r for r in rows if r.recipe == recipe]) for recipe in {r.recipe for r in rows}}
     chosen: list[Row] = []
     for row in sorted(rows, key=lambda row: (row.trainable_params, -row.accuracy)):
         if not chosen:
             chosen.append(row)
             continue
         before = chosen[-1]
-        error = math.sqrt(sum(r.question_error**2 + variance / len(r.by_seed) for r in (before, row)))
+        error = math.sqrt(sum(r.question_error**2 + variances[r.recipe] / len(r.by_seed) for r in (before, row)))
         if row.trainable_params == before.trainable_params and row.accuracy > before.accuracy:
             chosen[-1] = row
         elif row.accuracy - before.accuracy > 2 * error:
@@ -131,10 +139,12 @@ def main(arguments: Sequence[str]) -> None:
         rows = rows_of(table)
         recipe = best_recipe(rows)
         with_it = [row for row in rows if row.recipe == recipe]
+        rate = best_rate(rows)
+        at_it = [row for row in rows if row.recipe[1] == rate]
         told_apart = steps(rows)
         print(
             f"\n{table.name}: {len(rows)} rows, {len(table.seeds)} seeds; best recipe on average: rank {recipe[0]}, "
-            f"scaled rate {recipe[1]:g}"
+            f"scaled rate {recipe[1]:g}; best rate on average: {rate:g}"
         )
         for row in sorted(with_it, key=lambda row: row.trainable_params):
             seeds = " ".join(f"{accuracy:.3f}" for accuracy in row.by_seed.values())
@@ -148,8 +158,10 @@ def main(arguments: Sequence[str]) -> None:
             "ceiling": max(row.accuracy for row in rows),
             "steps": len(told_apart),
             "agreement": agreement(rows),
+            "agreement_one_rate": agreement(at_it),
             "agreement_one_recipe": agreement(with_it),
             "seed_sd": math.sqrt(seed_variance(rows)),
+            "seed_sd_one_rate": math.sqrt(seed_variance(at_it)),
         }
         for what, value in numbers.items():
             if value is not None:

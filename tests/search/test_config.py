@@ -124,7 +124,8 @@ def test_what_changes_results_makes_another_study_and_what_does_not_goes_on() ->
     of_the_task = ("training_limit=9", "metric=acc_norm", "num_fewshot=0", "fewshot_seed=1", "chat_template=true")
     for word in (*of_the_model, *of_the_task, "task=[piqa,boolq]"):
         key = word.partition("=")[0]
-        assert {k for k, v in parse([word]).identity().items() if v != default[k]} == {key}
+        own_task = {"task"} if key == "model" else set()  # tiny-dense has a default task of its own
+        assert {k for k, v in parse([word]).identity().items() if v != default[k]} == {key} | own_task
 
 
 def test_every_key_says_what_it_decides_and_which_part_of_the_program_takes_it() -> None:

@@ -112,6 +112,8 @@ class _Nearest:
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         known = [choice for choice in choices if choice in self._values.get(name, choices)] or list(choices)
+        if len(known) == 1:  # nothing to draw; another branch of the space may have more
+            return known[0]
         if len(known) < 3 or not all(_is_number(choice) for choice in known):
             return self._trial.suggest_categorical(name, known)
         ordered = sorted(known)

@@ -1,6 +1,6 @@
 """Does the embedded task leave something to find? Span, ceiling, steps of the front and agreement of seeds.
 
-    python -m tests.benchmarks.open_task                                    the shipped table of tiny-moe
+    python -m tests.benchmarks.open_task                                    the shipped tables
     python -m tests.benchmarks.open_task tables=mine.parquet                of a table that search.replay exported
 
 A table is a full grid of allocations and recipes with several seeds; nothing is trained here. An accuracy is the mean
@@ -8,7 +8,8 @@ over the seeds, on the test split where the table has it. A task on which everyt
 disagree, tells no allocation from another, whatever is searched.
 
 The JSON line's `ratios` are
-    TABLE/span_one_recipe      all experts less no expert, both with the recipe that is best on average over allocations
+    TABLE/span_one_recipe      the largest allocation less the smallest (all experts less no expert, or five experts a
+                               layer less one), both with the recipe that is best on average over allocations
     TABLE/span_best_recipes    the same, each with its own best recipe (no expert at rank 16 has more parameters than a
                                few experts at rank 2: what parameters buy)
     TABLE/ceiling              the best row
@@ -44,7 +45,7 @@ Recipe = tuple[int, float]  # rank, scaled rate
 class Settings:
     """The keys of the command line."""
 
-    tables: str = words.key("tiny-moe", "shipped tables or FILE.parquet, separated by commas")
+    tables: str = words.key("tiny-moe,tiny-dense", "shipped tables or FILE.parquet, separated by commas")
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,11 @@ def best_rate(rows: Sequence[Row]) -> float:
 
 
 def span(rows: Sequence[Row]) -> float:
-    """All experts less no expert, each at its best of these rows."""
-    best = {name: max(r.accuracy for r in rows if r.allocation == name) for name in ("all", "none")}
-    return best["all"] - best["none"]
+    """The largest allocation less the smallest (on MoE bases all experts less none), each at its best of these rows."""
+    sizes = {row.allocation: min(r.trainable_params for r in rows if r.allocation == row.allocation) for row in rows}
+    largest, smallest = max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)
+    best = {name: max(r.accuracy for r in rows if r.allocation == name) for name in (largest, smallest)}
+    return best[largest] - best[smallest]
 
 
 def seed_variance(rows: Sequence[Row]) -> float:

@@ -27,7 +27,7 @@ Last comes one JSON line; its `ratios` are
 Separation was fixed as the measure before any was computed, for tasks that start within .05 of chance and whose
 mean with all experts stays below .95. With lora_alpha = 2·rank two came out close: tiny_backshift 3.9 (all .949) and
 tiny_backcipher 3.6, which was the default. With a recipe in good coordinates both are solved whatever is adapted: the
-default is tiny_turncipher since, and `python -m tests.benchmarks.open_task` asks what a task leaves to find.
+default is tiny_pairs since, and `python -m tests.benchmarks.open_task` asks what a task leaves to find.
 """
 
 from __future__ import annotations

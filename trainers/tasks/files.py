@@ -38,7 +38,7 @@ BENCHMARKS: dict[str, Path] = {
 }
 
 DEFAULT = "default"
-_DEFAULT_OF = {"tiny-dense": "tiny_turncipher"}  # it is still at chance where tiny-moe knows most of tiny_pairs
+_DEFAULT_OF = {"tiny-dense": "tiny_turncipher"}  # it has learnt little where tiny-moe knows most of tiny_pairs
 
 SELECT_ON = ("validation", "test")  # what a search counts accuracy on
 

@@ -20,7 +20,7 @@ from typing import Literal, Protocol
 from allocators.core.messages import Failed, PackJob, TaskDescribed, Tested, TestJob, UntrainedEvaluated
 from allocators.core.types import Outcome, Rung, Signal, SignalKind
 from search.problem import Proposal
-from search.records.reuse import FACTS
+from search.records.reuse import FACTS, TEST_DATA
 
 # Read by libraries when they are imported; a user's own settings stay.
 ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -50,7 +50,8 @@ class Facts:
     """What is trained on.
 
     task       in one line; empty where nothing is trained
-    versions   the part of an outcome's versions that has to agree where another study's training is reused
+    versions   the part of an outcome's versions that has to agree where another study's training is reused; that of the
+               test data only where its score on the test split is
     """
 
     task: str
@@ -59,7 +60,8 @@ class Facts:
     @classmethod
     def of(cls, described: TaskDescribed) -> Facts:
         """Of what a worker answers to a `TaskJob`."""
-        return cls(described.text, {name: described.versions[name] for name in FACTS})
+        names = [*FACTS, *({TEST_DATA} & described.versions.keys())]
+        return cls(described.text, {name: described.versions[name] for name in names})
 
 
 class Workers(Protocol):

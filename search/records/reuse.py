@@ -10,7 +10,8 @@ ours, everything else that decides a result has to agree too: what a rerun in th
 less what only says which points are proposed, and what the worker that trained it wrote into the outcome's versions:
 hash of the stored weights, number format, hash of the data. Versions of libraries and the device may differ, as they
 may between two runs of one study. Only what ended by itself is taken, complete or diverged, which the same seed does
-again; what failed, was stopped, or ran out of memory there may end otherwise here.
+again; what failed, was stopped, or ran out of memory there may end otherwise here. A score on the test split comes
+along where that split is the same; else the training is tested again, from its adapter.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 # Keys of a study's identity that need not agree: allocation, recipe and seed are in a training's digest.
 INDIFFERENT = frozenset(keys(decides="proposals"))
 FACTS = ("model", "numbers", "data")  # of an outcome's versions
+TEST_DATA = "test_data"  # the same, where a study selects on other questions than those of the test split
 TAKEN: tuple[Status, ...] = ("complete", "diverged")
 
 
@@ -94,16 +96,22 @@ class OtherStudies:
         """
         digest = trial.digest
         equal = [(r, o) for r in self._studies() if (o := r.outcomes.get(digest)) is not None and self._fits(o)]
-        for records, outcome in sorted(equal, key=lambda pair: pair[0].adapter_of(pair[1]) is None):
+        for records, outcome in sorted(equal, key=lambda pair: (pair[0].adapter_of(pair[1]) is None, not pair[1].test)):
             source, target = records.adapter_of(outcome), storage.join(self._place, ADAPTERS, digest)
             kept = target if source and _copied(source, target) else ""
             # the other study may know it by another allocator's name: this one's records keep to what it asked
-            taken = outcome.updated(trial=trial, trainable_params=trainable_params, adapter=kept, test=None)
+            test = outcome.test if self._same_test(outcome) else None
+            taken = outcome.updated(trial=trial, trainable_params=trainable_params, adapter=kept, test=test)
             return taken, records.reused.get(digest, records.name)
         return None
 
     def _fits(self, outcome: Outcome) -> bool:
-        return outcome.status in TAKEN and all(outcome.versions.get(key) == fact for key, fact in self._facts.items())
+        facts = {key: fact for key, fact in self._facts.items() if key != TEST_DATA}
+        return outcome.status in TAKEN and all(outcome.versions.get(key) == fact for key, fact in facts.items())
+
+    def _same_test(self, outcome: Outcome) -> bool:
+        """Whether it was tested, if it was, on the questions that this study tests on."""
+        return TEST_DATA in self._facts and outcome.versions.get(TEST_DATA) == self._facts[TEST_DATA]
 
     def _studies(self) -> Iterator[Records]:
         for header in sorted(self._folder.parent.glob(f"*/{HEADER}")):

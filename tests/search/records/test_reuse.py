@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from allocators.core.types import FINISHED, Outcome, Status, Trial
+from allocators.core.types import FINISHED, Outcome, Score, Status, Trial
 from search import report
 from search.config import RunConfig
 from search.records import LINES, read
@@ -121,6 +121,22 @@ def test_weights_number_format_and_data_have_to_be_the_same(fact: str, tmp_path:
 def test_another_allocation_recipe_or_seed_is_another_training(asked: Outcome, tmp_path: Path) -> None:
     other(tmp_path / "first", outcome())
     assert asking(tmp_path).take(*asked_for(asked)) is None
+
+
+@pytest.mark.parametrize(("theirs", "kept"), [("the same", True), ("other questions", False), ("", False)])
+def test_a_test_score_comes_along_where_the_test_split_is_the_same(theirs: str, kept: bool, tmp_path: Path) -> None:
+    tested = outcome().updated(test=Score(0.7, 0.01), versions={"test_data": theirs} if theirs else {})
+    other(tmp_path / "theirs", tested)
+    taken = asking(tmp_path, facts=FACTS | {"test_data": "the same"}).take(*asked_for())
+    assert taken is not None
+    assert taken[0].test == (Score(0.7, 0.01) if kept else None)
+
+
+def test_a_score_is_not_taken_by_a_study_that_does_not_say_what_it_tests_on(tmp_path: Path) -> None:
+    other(tmp_path / "theirs", outcome().updated(test=Score(0.7, 0.01), versions={"test_data": "the same"}))
+    taken = asking(tmp_path).take(*asked_for())
+    assert taken is not None
+    assert taken[0].test is None
 
 
 @pytest.mark.parametrize("status", ["started", *FINISHED])

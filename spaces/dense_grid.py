@@ -22,6 +22,9 @@ every allocation, so that the table also says whether the best scaled rate depen
 (`python -m tests.benchmarks.transfer tables=tiny-dense`).
 
 Comparisons: every rule against uniform at 2.5 experts a layer, rank 4 and scaled rate 0.1.
+
+Measured with the first command (240 trainings), on the test split, paired over five seeds, 95 %: random −.036 (−.092 to
++.020), MoLA-1234 −.083 (−.166 to −.001), alphalora −.074 (−.161 to +.012), sensitivity +.068 (−.047 to +.183).
 """
 
 from __future__ import annotations

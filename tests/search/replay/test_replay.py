@@ -101,6 +101,11 @@ def test_a_shipped_table_is_a_full_grid_at_every_seed_and_can_be_searched(name: 
     trials = [plain.resolve(point)[0] for point, _ in corners(plain)]
     found = {plain.repeat(trial, seed).digest for trial in trials for seed in shipped.seeds}
     assert found == set(shipped.rows), "the space is recorded, all of it"
+    proposer = Proposer(asked, sampler="random")  # any branch may come after any other
+    for _ in range(15):
+        proposal = proposer.propose()
+        assert proposal is not None
+        proposer.tell(shipped.rows[proposal.trial.digest].outcome)
     texts = json.dumps([shipped.about, *(row.outcome.to_json() for row in shipped.rows.values())])
     assert not re.search(r"[\"\s=]/\w+/", texts), "no folder of the machine that recorded it"
 

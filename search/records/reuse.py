@@ -81,7 +81,8 @@ class OtherStudies:
         self._folder = folder
         self._identity = redacted(identity)  # as it was written by the others
         self._defaults = redacted(defaults)
-        self._facts = facts
+        self._facts = {key: fact for key, fact in facts.items() if key != TEST_DATA}
+        self._test_data = facts.get(TEST_DATA)  # None: this study's trainings have no score beside their accuracy
         self._place = place
         self._followed: dict[Path, Followed | None] = {folder: None}  # None: of no use
 
@@ -100,18 +101,14 @@ class OtherStudies:
             source, target = records.adapter_of(outcome), storage.join(self._place, ADAPTERS, digest)
             kept = target if source and _copied(source, target) else ""
             # the other study may know it by another allocator's name: this one's records keep to what it asked
-            test = outcome.test if self._same_test(outcome) else None
+            same_test = self._test_data is not None and outcome.versions.get(TEST_DATA) == self._test_data
+            test = outcome.test if same_test else None
             taken = outcome.updated(trial=trial, trainable_params=trainable_params, adapter=kept, test=test)
             return taken, records.reused.get(digest, records.name)
         return None
 
     def _fits(self, outcome: Outcome) -> bool:
-        facts = {key: fact for key, fact in self._facts.items() if key != TEST_DATA}
-        return outcome.status in TAKEN and all(outcome.versions.get(key) == fact for key, fact in facts.items())
-
-    def _same_test(self, outcome: Outcome) -> bool:
-        """Whether it was tested, if it was, on the questions that this study tests on."""
-        return TEST_DATA in self._facts and outcome.versions.get(TEST_DATA) == self._facts[TEST_DATA]
+        return outcome.status in TAKEN and all(outcome.versions.get(key) == fact for key, fact in self._facts.items())
 
     def _studies(self) -> Iterator[Records]:
         for header in sorted(self._folder.parent.glob(f"*/{HEADER}")):

@@ -22,6 +22,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from allocators.core.types import Recipe, Trial, digest_of
 from search.front import Candidate
@@ -70,6 +71,14 @@ class Tried:
     def noise(self) -> Noise | None:
         """How much accuracy moves between seeds at the best recipes; near a broken one it moves more."""
         return pooled(a.best for a in self.allocations)
+
+    @cached_property
+    def settings(self) -> list[str]:
+        """Settings that recipes differ in; where how large updates are is one, the scaled rate too."""
+        settings = varying(run for a in self.allocations for c in a.points for run in c.runs)
+        if {"learning_rate", "lora_alpha"} & set(settings) and "scaled_rate" not in settings:
+            settings.append("scaled_rate")
+        return settings
 
     @property
     def losses(self) -> list[float]:
@@ -327,18 +336,10 @@ def _difference(worth: Worth) -> str:
     return f"{worth.rise:+.3f}" + ("" if worth.reach is None else f" ± {worth.reach:.3f}")
 
 
-def _settings(tried: Tried) -> list[str]:
-    """Settings that recipes differ in; where how large updates are is one, the scaled rate too."""
-    settings = varying(run for a in tried.allocations for c in a.points for run in c.runs)
-    if {"learning_rate", "lora_alpha"} & set(settings) and "scaled_rate" not in settings:
-        settings.append("scaled_rate")
-    return settings
-
-
 def _recipe(tried: Tried, recipe: Recipe) -> str:
     """`rank 4, learning_rate 0.003, scaled_rate 0.05`."""
     values = settings_of(recipe)
-    return ", ".join(f"{name} {number(values[name])}" for name in _settings(tried))
+    return ", ".join(f"{name} {number(values[name])}" for name in tried.settings)
 
 
 def sections(tried: Tried, worth: Sequence[Worth]) -> list[Section]:

@@ -36,6 +36,7 @@ from allocators.core.types import Outcome
 from search import replay
 from search.early import rank_correlation
 from tests.benchmarks._shared import allocation_of, parse
+from tests.benchmarks.transfer import best_on_average
 from trainers.versions import versions
 
 Recipe = tuple[int, float]  # rank, scaled rate
@@ -84,12 +85,6 @@ def best_recipe(rows: Sequence[Row]) -> Recipe:
     """The recipe with the highest accuracy on average over the allocations."""
     recipes = sorted({row.recipe for row in rows})
     return max(recipes, key=lambda recipe: statistics.fmean(r.accuracy for r in rows if r.recipe == recipe))
-
-
-def best_rate(rows: Sequence[Row]) -> float:
-    """The scaled rate with the highest accuracy on average over allocations and ranks."""
-    rates = sorted({row.recipe[1] for row in rows})
-    return max(rates, key=lambda rate: statistics.fmean(r.accuracy for r in rows if r.recipe[1] == rate))
 
 
 def span(rows: Sequence[Row]) -> float:
@@ -142,7 +137,7 @@ def main(arguments: Sequence[str]) -> None:
         rows = rows_of(table)
         recipe = best_recipe(rows)
         with_it = [row for row in rows if row.recipe == recipe]
-        rate = best_rate(rows)
+        rate = best_on_average({(row.allocation, *row.recipe): row.accuracy for row in rows})
         at_it = [row for row in rows if row.recipe[1] == rate]
         told_apart = steps(rows)
         print(

@@ -22,7 +22,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -32,17 +32,16 @@ from allocators import uniform
 from allocators.core import words
 from allocators.core.errors import StudyError
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, Recipe, canonical_json, digest_of
+from allocators.core.types import ExpertCounts, Recipe, digest_of
 from search.config import make_recipe
 from search.report.uncertainty import paired
 from tests.benchmarks._shared import parse
-from trainers import loop, models, tasks
-from trainers.adapter import attach
+from tests.benchmarks._trained import Kept, trained
+from trainers import models, tasks
+from trainers.adapter.base import Adapter
 from trainers.adapter.lora_moe import LoraMoeAdapter
 from trainers.tasks.files import default_for
 from trainers.versions import versions
-
-FOLDER = Path("build/benchmarks")
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,14 @@ def steps_times(factors: Tensor) -> Iterator[None]:
         torch.optim.AdamW = own  # type: ignore[misc]
 
 
+@contextmanager
+def router_steps_times(factor: float, adapter: Adapter) -> Iterator[None]:
+    """In this block the routers of an adapter move so many times as far as they would."""
+    assert isinstance(adapter, LoraMoeAdapter)
+    with steps_times(factor_of_every_number(adapter, factor)):
+        yield
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all trainings share."""
@@ -98,40 +105,20 @@ class Bench:
     task: tasks.Task
     allocation: ExpertCounts
 
-    def accuracy(self, recipe: Recipe, *, factor: float, seed: int) -> float:
-        """On the test split, after one training; kept in a file, and read from there the next time."""
+    @cached_property
+    def kept(self) -> Kept:
+        """What was trained before."""
         known = {"weights": self.loaded.identity, "data": self.task.data_hash, "allocation": self.allocation.to_json()}
-        file = FOLDER / f"router_rate-{digest_of(known | {'torch': torch.__version__})}.jsonl"
-        key = digest_of({"recipe": recipe.to_json(), "factor": factor, "seed": seed})
-        for line in file.read_text().splitlines() if file.exists() else []:
-            if (entry := json.loads(line))["key"] == key:
-                return float(entry["accuracy"])
-        found = self._trained(recipe, factor=factor, seed=seed)
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as stream:
-            stream.write(canonical_json({"key": key, "accuracy": found}) + "\n")
-        return found
+        return Kept("router_rate", depends_on=known)
 
-    def _trained(self, recipe: Recipe, *, factor: float, seed: int) -> float:
-        shape = shape_from_config(self.loaded.model.config, name=self.loaded.name)
-        adapter = attach(self.loaded.model, self.allocation, shape=shape, lora=recipe.lora, seed=seed)
-        assert isinstance(adapter, LoraMoeAdapter)
-        try:
-            with steps_times(factor_of_every_number(adapter, factor)):
-                result = loop.train(
-                    self.loaded.model,
-                    adapter,
-                    self.task,
-                    recipe,
-                    seed=seed,
-                    tokenizer=self.loaded.tokenizer,
-                    device="cpu",
-                    on_rung=lambda rung: True,
-                    evaluations=1,
-                )
-        finally:
-            adapter.detach()
-        return result.accuracy or 0.0  # a training that diverged
+    def accuracy(self, recipe: Recipe, *, factor: float, seed: int) -> float:
+        """On the test split, after one training; 0 where it diverged."""
+        during = partial(router_steps_times, factor)
+
+        def train() -> float:
+            return trained(self.loaded, self.task, self.allocation, recipe, seed=seed, during=during) or 0.0
+
+        return self.kept.get(digest_of({"recipe": recipe.to_json(), "factor": factor, "seed": seed}), train)
 
 
 def bench(settings: Settings) -> tuple[Bench, Recipe]:

@@ -39,7 +39,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 
@@ -48,15 +48,14 @@ from allocators import none, random_, sieve
 from allocators.core import words
 from allocators.core.errors import StudyError
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import Allocation, Recipe, Trial, canonical_json, digest_of
+from allocators.core.types import Allocation, Recipe, Trial
 from allocators.signals import routing
 from search.report.uncertainty import paired
 from tests.benchmarks._shared import parse
-from trainers import loop, models, tasks
-from trainers.adapter import attach
+from tests.benchmarks._trained import Kept, trained
+from trainers import models, tasks
 from trainers.embedded import pretrain
 
-FOLDER = Path("build/benchmarks")
 VARIANTS = ("none", "random", "hot", "all")
 
 Table = list[list[float]]  # [layer][expert] share of picks; a layer's shares sum to one
@@ -83,52 +82,23 @@ def row(name: str, values: Sequence[float]) -> str:
     return f"  {name:<20}" + "".join(f"{value:8.3f}" for value in values)
 
 
-def trained(loaded: models.Loaded, task: tasks.Task, allocation: Allocation, recipe: Recipe, *, seed: int) -> float:
-    """Accuracy after one training of the project's own adapter by its own loop."""
-    adapter = attach(
-        loaded.model,
-        allocation,
-        shape=shape_from_config(loaded.model.config, name=loaded.name),
-        lora=recipe.lora,
-        seed=seed,
-    )
-    try:
-        result = loop.train(
-            loaded.model,
-            adapter,
-            task,
-            recipe,
-            seed=seed,
-            tokenizer=loaded.tokenizer,
-            device="cpu",
-            on_rung=lambda rung: True,
-            evaluations=1,
-        )
-    finally:
-        adapter.detach()
-    if result.accuracy is None:
-        raise StudyError(f"the training with seed {seed} diverged: lower recipe.learning_rate in the task file")
-    return result.accuracy
-
-
 def accuracies(
     loaded: models.Loaded, task: tasks.Task, recipe: Recipe, selections: Mapping[str, Sequence[Allocation]]
 ) -> dict[str, list[float]]:
     """Accuracy by variant and seed; what an earlier run has trained is read from its file."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    provenance = {"weights": loaded.identity, "data": task.data_hash, "torch": torch.__version__}
-    file = FOLDER / f"tiny_moe-{digest_of(provenance)}.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    known = {entry["digest"]: entry["accuracy"] for entry in map(json.loads, lines)}
+    kept = Kept("tiny_moe", depends_on={"weights": loaded.identity, "data": task.data_hash})
     found: dict[str, list[float]] = {variant: [] for variant in selections}
+
+    def train(allocation: Allocation, seed: int) -> float:
+        accuracy = trained(loaded, task, allocation, recipe, seed=seed)
+        if accuracy is None:
+            raise StudyError(f"the training with seed {seed} diverged: lower recipe.learning_rate in the task file")
+        return accuracy
+
     for seed in range(len(next(iter(selections.values())))):  # seeds outside: an interrupted run holds whole pairs
         for variant, by_seed in selections.items():
             trial = Trial(by_seed[seed], recipe, loaded.name, task.name, seed)
-            if trial.digest not in known:
-                known[trial.digest] = trained(loaded, task, by_seed[seed], recipe, seed=seed)
-                with file.open("a") as stream:
-                    stream.write(canonical_json({"digest": trial.digest, "accuracy": known[trial.digest]}) + "\n")
-            found[variant].append(known[trial.digest])
+            found[variant].append(kept.get(trial.digest, partial(train, by_seed[seed], seed)))
     return found
 
 

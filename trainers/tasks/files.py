@@ -75,7 +75,7 @@ def words(name: str) -> list[str]:
     return names
 
 
-def default_for(model: str, task: str = DEFAULT) -> str:
+def default_for(model: str, task: str) -> str:
     """The task of this model where `task` says no more than "default": an embedded model may have one of its own."""
     return _DEFAULT_OF.get(model, task) if task == DEFAULT else task
 

@@ -190,9 +190,12 @@ def _number(pin: Value) -> int | float | None:
 def load_space(name: str, shape: ModelShape) -> ModuleType:
     """The space of that name, checked against the model.
 
-    Raises StudyError for an unknown name, or for a model without (or with) experts where the space needs the other.
+    Raises StudyError for an unknown name, for a file that lacks what a space has, or for a model without (or with)
+    experts where the space needs the other.
     """
     space = plugins.load("spaces", name, "space")
+    if lacking := [part for part in ("BASE", "ALLOCATORS") if not hasattr(space, part)]:
+        raise StudyError(f"space={name} has no {', no '.join(lacking)}: spaces/__init__.py says what a space defines")
     if space.BASE == "moe" and not shape.is_moe:
         raise StudyError(
             f"space={name} chooses among the experts of an MoE model, but {shape.name} is dense: "
@@ -207,7 +210,8 @@ def load_space(name: str, shape: ModelShape) -> ModuleType:
 
 
 def _alternatives(base: str) -> str:
-    fitting = [name for name in plugins.names("spaces") if base == plugins.load("spaces", name, "space").BASE]
+    spaces = {name: plugins.load("spaces", name, "space") for name in plugins.names("spaces")}
+    fitting = [name for name, space in spaces.items() if getattr(space, "BASE", "") == base]
     return f", or space={' | '.join(fitting)}" if fitting else ""
 
 

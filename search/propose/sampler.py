@@ -21,6 +21,7 @@ from search.propose import RUN, STDERR
 from search.records import Answered, Reason
 from search.text import settings_of
 from spaces._knobs import TRANSFERABLE
+from trainers.tasks.task_file import one_line
 
 log = logging.getLogger(__name__)
 
@@ -144,13 +145,27 @@ class Proposer:
 
         Where neither task nor command line says how large updates are, they are those of `TRANSFERABLE`. A grid, which
         is searched once it was recorded (`replay=`), may have none.
+
+        Raises StudyError where a point says of how large updates are what no recipe can have.
         """
         suggested = (self._problem.task_recipe, self._problem.fixed_recipe)
         says = set(UPDATES) & {name for layer in suggested for name in layer}
         own = settings_of(make_recipe(*(() if says else (TRANSFERABLE,)), *suggested))
         space = self._problem.space
         points = space.starting_points(self._problem.shape) if hasattr(space, "starting_points") else []
-        return [own | point | dict(self._problem.pins) for point in points]
+        complete = [own | point | dict(self._problem.pins) for point in points]
+        for point in complete:
+            for name in UPDATES:
+                try:
+                    make_recipe({name: point[name]})
+                except StudyError as error:
+                    raise self._no_starting_point(point, error) from error
+        return complete
+
+    def _no_starting_point(self, point: Mapping[str, Any], error: Exception) -> StudyError:
+        name = self._problem.space.__name__.rsplit(".", 1)[-1]
+        reason = str(error) if isinstance(error, StudyError) else one_line(error)
+        return StudyError(f"a starting point of space={name} is none of its points: {reason} ({dict(point)})")
 
     def propose(self) -> Proposal | None:
         """The next point that has to be trained; None when the space has nothing new."""
@@ -162,7 +177,12 @@ class Proposer:
         for attempt in range(EXHAUSTED):
             self._study.sampler = self._sampler if attempt < PATIENCE else self._random
             starting = self._starting.pop(0) if self._starting else None
-            trial, point, params = self._ask(starting)
+            try:
+                trial, point, params = self._ask(starting)
+            except (ValueError, KeyError, TypeError) as error:
+                if not starting:
+                    raise
+                raise self._no_starting_point(starting, error) from error
             try:
                 resolved, cost = self._problem.resolve(point)
             except (InfeasibleError, BudgetError) as error:

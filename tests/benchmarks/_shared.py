@@ -25,7 +25,8 @@ def parse(argv: Sequence[str], settings: type[S]) -> S:
     try:
         return words.parse(argv, settings)
     except StudyError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def allocation_of(outcome: Outcome) -> str:

@@ -127,6 +127,8 @@ def bench(settings: Settings) -> tuple[Bench, Recipe]:
     task = tasks.load_task(default_for(settings.model, settings.task), select_on="test")
     assert isinstance(task, tasks.Task), "one task at a time"
     shape = shape_from_config(loaded.model.config, name=loaded.name)
+    if shape.moe_layers:
+        raise StudyError(f"{settings.model} has experts and routers of its own: LoRA-MoE needs a dense model")
     total = int(settings.experts_per_layer * shape.num_layers + 0.5)
     allocation = uniform.allocate(None, shape, total_experts=total)
     own = {"rank": settings.rank, "lora_alpha": settings.lora_alpha}

@@ -149,7 +149,8 @@ def main(arguments: Sequence[str]) -> None:
     means = {variant: statistics.mean(values) for variant, values in found.items()}
     spreads = {variant: statistics.stdev(values) for variant, values in found.items()}
     print(f"d. accuracy after {recipe.steps} steps of {recipe.batch_size}, rank {recipe.rank}, {len(seeds)} seeds")
-    print(f"  {'untrained':<10}{untrained.accuracy:7.3f}   (chance .250, standard error of the test split .025)")
+    error = f"standard error of the test split {untrained.stderr:.3f}"
+    print(f"  {'untrained':<10}{untrained.accuracy:7.3f}   (chance .250, {error})")
     for variant in VARIANTS:
         params = selections[variant][0].trainable_params(shape, rank=recipe.rank)
         each = " ".join(f"{value:.3f}" for value in found[variant])

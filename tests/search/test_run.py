@@ -83,6 +83,13 @@ def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(
     assert expected in said(capsys, *words)
 
 
+def test_a_file_that_lacks_what_a_space_defines_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bare.py"
+    file.write_text('"""Bare."""\n\n\ndef suggest(trial, shape):\n    pass\n')
+    lines = said(capsys, f"plugins={file}", "space=bare", f"storage={tmp_path}")
+    assert lines == "error: space=bare has no BASE, no ALLOCATORS: spaces/__init__.py says what a space defines\n"
+
+
 def test_a_point_of_mola_is_pinned_as_it_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["space=mola", "model=tiny-dense", "space.allocator=mola", "space.pattern=8228", "space.rank=8"]
     assert main([*words, "dry_run=true", "trials=1"]) == 0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,7 +17,7 @@ from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape, ModuleShape, Outcome, Rung, Signal, Status
 from search.problem import Problem, Proposal, cheapest, check_budget, check_pins, corners, placeholder
 from search.propose import RUN, STDERR
-from search.propose.sampler import Answered, Proposer
+from search.propose.sampler import UPDATES, Answered, Proposer
 from tests.search.propose.proposals import next_proposal
 
 
@@ -67,6 +69,27 @@ def test_the_first_points_of_a_search_have_about_the_recipe_of_the_starting_poin
     assert {recipe.scaled_rate for recipe in recipes[:4]} == {0.064}
     assert all(0.064 / 4 < recipe.scaled_rate < 0.064 * 4 for recipe in recipes[5:])  # the fifth is the paper's
     assert all(32 / 4 < recipe.lora_alpha < 32 * 4 for recipe in recipes[5:])
+
+
+@pytest.mark.parametrize("value", ["x", None, 0, -3.0, math.nan, math.inf, [1]])
+@pytest.mark.parametrize("name", UPDATES)
+def test_a_starting_point_that_no_recipe_can_have_is_one_line(name: str, value: Any) -> None:
+    space = ModuleType("user_plugins.odd")
+    vars(space).update(vars(spaces.sieve), __name__="user_plugins.odd")
+    space.starting_points = lambda shape: [{"allocator": "none", name: value}]  # type: ignore[attr-defined]
+    with pytest.raises(StudyError, match="a starting point of space=odd is none of its points: ") as raised:
+        Proposer(problem(space=space))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("wrong", [{"allocator": "nobody"}, {"allocator": "none", "rank": "x"}])
+def test_a_starting_point_that_the_space_cannot_have_is_one_line(wrong: dict[str, Any]) -> None:
+    space = ModuleType("user_plugins.odd")
+    vars(space).update(vars(spaces.sieve), __name__="user_plugins.odd")
+    space.starting_points = lambda shape: [wrong]  # type: ignore[attr-defined]
+    with pytest.raises(StudyError, match="a starting point of space=odd is none of its points: ") as raised:
+        Proposer(problem(space=space)).propose()
+    assert "\n" not in str(raised.value)
 
 
 def test_a_table_space_may_have_no_starting_points() -> None:

@@ -33,7 +33,7 @@ import math
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
-from spaces._tables import Comparison, Published
+from spaces._tables import Comparison, Published, recipe_of_row, tuned_against_paper, with_each_recipe
 
 BASE = "dense"
 TABLE = True
@@ -42,50 +42,54 @@ ALLOCATORS = ("uniform", "mola", "alphalora")
 LAYOUTS = {5: "2468", 2.5: "1234", 7: "4-6-8-10"}  # the main budget first
 
 PAPER = "AlphaLoRA, arXiv:2410.10054"
+PAPERS = {"recipe": "paper"}
 SIX = "the mean of six tasks, each fine-tuned alone"
 UNIFORM = {"allocator": "uniform", "experts_per_layer": 5}
 MOLA = {"allocator": "mola", "experts_per_layer": 5}
 HILL = {"allocator": "alphalora", "experts_per_layer": 5, "metric": "hill"}
 
 PUBLISHED = (
-    Published("Llama-2-7b-hf", SIX, UNIFORM, 0.8414, PAPER),
-    Published("Llama-2-7b-hf", SIX, MOLA, 0.8459, PAPER),
-    Published("Llama-2-7b-hf", SIX, HILL, 0.8497, PAPER),
-    Published("Mistral-7B-v0.1", SIX, UNIFORM, 0.8765, PAPER),
-    Published("Mistral-7B-v0.1", SIX, MOLA, 0.8832, PAPER),
-    Published("Mistral-7B-v0.1", SIX, HILL, 0.8916, PAPER),
+    Published("Llama-2-7b-hf", SIX, UNIFORM | PAPERS, 0.8414, PAPER),
+    Published("Llama-2-7b-hf", SIX, MOLA | PAPERS, 0.8459, PAPER),
+    Published("Llama-2-7b-hf", SIX, HILL | PAPERS, 0.8497, PAPER),
+    Published("Mistral-7B-v0.1", SIX, UNIFORM | PAPERS, 0.8765, PAPER),
+    Published("Mistral-7B-v0.1", SIX, MOLA | PAPERS, 0.8832, PAPER),
+    Published("Mistral-7B-v0.1", SIX, HILL | PAPERS, 0.8916, PAPER),
 )
 
 _BEST = "hill is the best metric"
-COMPARISONS = (
-    Comparison("hill − uniform, 5 a layer", HILL, UNIFORM, "+0.8 points (Llama), +1.5 (Mistral)", PAPER),
-    Comparison("hill − MoLA-2468, 5 a layer", HILL, MOLA, "+0.4 points (Llama), +0.8 (Mistral)", PAPER),
-    Comparison("hill − alpha_hat, 5 a layer", HILL, HILL | {"metric": "alpha_hat"}, _BEST, PAPER),
-    Comparison("hill − stable_rank, 5 a layer", HILL, HILL | {"metric": "stable_rank"}, _BEST, PAPER),
-    *(
-        Comparison(
-            f"hill − uniform, {n} a layer",
-            HILL | {"experts_per_layer": n},
-            UNIFORM | {"experts_per_layer": n},
-            "swept by the paper",
-            PAPER,
-        )
-        for n in (2.5, 7)
-    ),
-)
+COMPARISONS = with_each_recipe(
+    (
+        Comparison("hill − uniform, 5 a layer", HILL, UNIFORM, "+0.8 points (Llama), +1.5 (Mistral)", PAPER),
+        Comparison("hill − MoLA-2468, 5 a layer", HILL, MOLA, "+0.4 points (Llama), +0.8 (Mistral)", PAPER),
+        Comparison("hill − alpha_hat, 5 a layer", HILL, HILL | {"metric": "alpha_hat"}, _BEST, PAPER),
+        Comparison("hill − stable_rank, 5 a layer", HILL, HILL | {"metric": "stable_rank"}, _BEST, PAPER),
+        *(
+            Comparison(
+                f"hill − uniform, {n} a layer",
+                HILL | {"experts_per_layer": n},
+                UNIFORM | {"experts_per_layer": n},
+                "swept by the paper",
+                PAPER,
+            )
+            for n in (2.5, 7)
+        ),
+    )
+) + tuned_against_paper({"uniform, 5 a layer": UNIFORM})
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
-    """One row: a number of experts a layer, a rule, and the metric of AlphaLoRA."""
+    """One row: a recipe, a number of experts a layer, a rule, and the metric of AlphaLoRA."""
+    recipe = recipe_of_row(trial)
     each = trial.suggest_categorical("experts_per_layer", list(LAYOUTS))
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     total = math.floor(each * shape.num_layers + 0.5)
     match allocator:
         case "mola":
-            return Point(allocator, {"pattern": LAYOUTS[each]})
+            return Point(allocator, {"pattern": LAYOUTS[each]}, recipe)
         case "alphalora":
             metric = trial.suggest_categorical("metric", ["hill", "alpha_hat", "stable_rank"])
             knobs = {"total_experts": total, "metric": metric, "beta": 2.5, "rounding": "largest_remainder"}
-            return Point(allocator, knobs)
+            return Point(allocator, knobs, recipe)
         case _:
-            return Point(allocator, {"total_experts": total})
+            return Point(allocator, {"total_experts": total}, recipe)

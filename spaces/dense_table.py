@@ -33,7 +33,7 @@ from typing import Any
 
 from allocators.core.layers import blocks, total_or_default
 from allocators.core.types import ExpertCounts, ModelShape, Point
-from spaces._tables import Comparison
+from spaces._tables import Comparison, recipe_of_row, tuned_against_paper, with_each_recipe
 
 BASE = "dense"
 TABLE = True
@@ -43,47 +43,52 @@ RETENTION = 0.6
 
 UNIFORM = {"allocator": "uniform"}
 _MOLA, _ALPHALORA = "MoLA, arXiv:2402.08562", "AlphaLoRA, arXiv:2410.10054"
-COMPARISONS = (
-    Comparison("random − uniform", {"allocator": "random"}, UNIFORM, "no difference is expected", "control"),
-    Comparison("MoLA-2468 − uniform", {"pattern": "2468"}, UNIFORM, "upper layers need more", _MOLA),
-    Comparison("MoLA-8642 − uniform", {"pattern": "8642"}, UNIFORM, "lower layers need less", _MOLA),
-    *(
-        Comparison(f"alphalora {m} − uniform", {"metric": m}, UNIFORM, "hill is better, and best", _ALPHALORA)
-        for m in ("hill", "alpha_hat", "stable_rank")
-    ),
-    Comparison("sensitivity − uniform", {"allocator": "sensitivity"}, UNIFORM, "not published", "equation 6 here"),
-    *(
-        Comparison(f"lora_smoe {s} − uniform", {"strategy": s}, UNIFORM, "better", "LoRA-SMoE, arXiv:2505.06272")
-        for s in ("S", "U")
-    ),
-)
+COMPARISONS = with_each_recipe(
+    (
+        Comparison("random − uniform", {"allocator": "random"}, UNIFORM, "no difference is expected", "control"),
+        Comparison("MoLA-2468 − uniform", {"pattern": "2468"}, UNIFORM, "upper layers need more", _MOLA),
+        Comparison("MoLA-8642 − uniform", {"pattern": "8642"}, UNIFORM, "lower layers need less", _MOLA),
+        *(
+            Comparison(f"alphalora {m} − uniform", {"metric": m}, UNIFORM, "hill is better, and best", _ALPHALORA)
+            for m in ("hill", "alpha_hat", "stable_rank")
+        ),
+        Comparison("sensitivity − uniform", {"allocator": "sensitivity"}, UNIFORM, "not published", "equation 6 here"),
+        *(
+            Comparison(f"lora_smoe {s} − uniform", {"strategy": s}, UNIFORM, "better", "LoRA-SMoE, arXiv:2505.06272")
+            for s in ("S", "U")
+        ),
+    )
+) + tuned_against_paper({"uniform": UNIFORM})
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
     """One row: a rule, and those of its knobs that the table varies."""
+    recipe = recipe_of_row(trial)
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     total = {"total_experts": total_or_default(shape, None)}
     match allocator:
         case "random":
-            return Point(allocator, total | {"draw": "each"})
+            return Point(allocator, total | {"draw": "each"}, recipe)
         case "mola":
-            return Point(allocator, {"pattern": trial.suggest_categorical("pattern", ["2468", "8642"])})
+            return Point(allocator, {"pattern": trial.suggest_categorical("pattern", ["2468", "8642"])}, recipe)
         case "alphalora":
             metric = trial.suggest_categorical("metric", ["hill", "alpha_hat", "stable_rank"])
-            return Point(allocator, total | {"metric": metric, "beta": 2.5, "rounding": "largest_remainder"})
+            return Point(allocator, total | {"metric": metric, "beta": 2.5, "rounding": "largest_remainder"}, recipe)
         case "sensitivity":
-            return Point(allocator, total | {"beta": 0.5})
+            return Point(allocator, total | {"beta": 0.5}, recipe)
         case "lora_smoe":
             knobs = {"retention": RETENTION, "strategy": trial.suggest_categorical("strategy", ["S", "U"])}
-            return Point(allocator, knobs | {"experts_per_block": experts_per_block(shape)})
+            return Point(
+                allocator, knobs | {"experts_per_block": experts_per_block(shape, rank=recipe["rank"])}, recipe
+            )
         case _:
-            return Point(allocator, total)
+            return Point(allocator, total, recipe)
 
 
-def experts_per_block(shape: ModelShape, *, rank: int = 8) -> int:
+def experts_per_block(shape: ModelShape, *, rank: int) -> int:
     """Most LoRA-SMoE experts a kept matrix whose parameters stay within uniform's: retention · cost(N) ≤ cost(uniform).
 
-    The share that A and the routers take depends a little on the rank; the published one is taken.
+    `rank` is that of the row: the share that A and the routers take depends a little on it.
     """
 
     def cost(n: int, gating: Any) -> int:

@@ -33,7 +33,7 @@ from typing import Any
 
 from allocators.core.types import ModelShape, Point
 from spaces._knobs import table_of_experts
-from spaces._tables import Comparison, Published
+from spaces._tables import Comparison, Published, recipe_of_row, tuned_against_paper, with_each_recipe
 
 BASE = "moe"
 TABLE = True
@@ -46,34 +46,40 @@ ALL = {"allocator": "all"}
 HOT = {"allocator": "sieve", "fraction": 0.25, "score": "count"}
 RANDOM = {"allocator": "random", "fraction": 0.25}
 GREEDY = {"allocator": "greedy", "fraction": 0.25}
+PAPERS = {"recipe": "paper"}
 OLMOE, QWEN = "OLMoE-1B-7B-0924", "Qwen1.5-MoE-A2.7B"
 
 PUBLISHED = (
-    Published(OLMOE, "spider", ALL, 0.396, PAPER),
-    Published(OLMOE, "spider", HOT, 0.399, PAPER),
-    Published(OLMOE, "gsm8k", ALL, 0.304, PAPER),
-    Published(OLMOE, "gsm8k", HOT, 0.304, PAPER),
-    Published(OLMOE, "gsm8k", RANDOM, 0.279, PAPER),
-    Published(OLMOE, "hellaswag", ALL, 0.805, PAPER),
-    Published(OLMOE, "hellaswag", HOT, 0.807, PAPER),
-    Published(QWEN, "spider", ALL, 0.520, PAPER),
-    Published(QWEN, "spider", HOT, 0.511, PAPER),
-    Published(QWEN, "gsm8k", ALL, 0.590, PAPER),
-    Published(QWEN, "gsm8k", HOT, 0.592, PAPER),
-    Published(QWEN, "hellaswag", ALL, 0.885, PAPER),
-    Published(QWEN, "hellaswag", HOT, 0.893, PAPER),
+    Published(OLMOE, "spider", ALL | PAPERS, 0.396, PAPER),
+    Published(OLMOE, "spider", HOT | PAPERS, 0.399, PAPER),
+    Published(OLMOE, "gsm8k", ALL | PAPERS, 0.304, PAPER),
+    Published(OLMOE, "gsm8k", HOT | PAPERS, 0.304, PAPER),
+    Published(OLMOE, "gsm8k", RANDOM | PAPERS, 0.279, PAPER),
+    Published(OLMOE, "hellaswag", ALL | PAPERS, 0.805, PAPER),
+    Published(OLMOE, "hellaswag", HOT | PAPERS, 0.807, PAPER),
+    Published(QWEN, "spider", ALL | PAPERS, 0.520, PAPER),
+    Published(QWEN, "spider", HOT | PAPERS, 0.511, PAPER),
+    Published(QWEN, "gsm8k", ALL | PAPERS, 0.590, PAPER),
+    Published(QWEN, "gsm8k", HOT | PAPERS, 0.592, PAPER),
+    Published(QWEN, "hellaswag", ALL | PAPERS, 0.885, PAPER),
+    Published(QWEN, "hellaswag", HOT | PAPERS, 0.893, PAPER),
 )
 
-COMPARISONS = (
-    Comparison("hot 25 % − all", HOT, ALL, "equal to within 2 points", PAPER, margin=0.02),
-    Comparison("hot 25 % − random 25 %", HOT, RANDOM, "hot is about 2.5 points better", PAPER),
-    Comparison("hot 25 % − greedy 25 %", HOT, GREEDY, "greedy is no better", PAPER),
-    Comparison("hot 25 % − mass 25 %", HOT, HOT | {"score": "mass"}, "not in the paper", "here"),
-    Comparison("hot 25 % − coverage of half", HOT, {"allocator": "coverage", "share": 0.5}, "not in the paper", "here"),
-)
+COMPARISONS = with_each_recipe(
+    (
+        Comparison("hot 25 % − all", HOT, ALL, "equal to within 2 points", PAPER, margin=0.02),
+        Comparison("hot 25 % − random 25 %", HOT, RANDOM, "hot is about 2.5 points better", PAPER),
+        Comparison("hot 25 % − greedy 25 %", HOT, GREEDY, "greedy is no better", PAPER),
+        Comparison("hot 25 % − mass 25 %", HOT, HOT | {"score": "mass"}, "not in the paper", "here"),
+        Comparison(
+            "hot 25 % − coverage of half", HOT, {"allocator": "coverage", "share": 0.5}, "not in the paper", "here"
+        ),
+    )
+) + tuned_against_paper({"hot 25 %": HOT, "all": ALL})
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
-    """One row; the recipe is the study's."""
+    """One row."""
+    recipe = recipe_of_row(trial)
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
-    return Point(allocator, table_of_experts(trial, allocator, FRACTIONS))
+    return Point(allocator, table_of_experts(trial, allocator, FRACTIONS), recipe)

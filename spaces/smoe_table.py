@@ -34,7 +34,7 @@ import math
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
-from spaces._tables import Comparison
+from spaces._tables import Comparison, recipe_of_row, tuned_against_paper, with_each_recipe
 
 BASE = "dense"
 TABLE = True
@@ -48,24 +48,27 @@ U = S | {"strategy": "U"}
 UNIFORM = {"allocator": "uniform", "retention": 0.6}
 
 _BEST = "LoRA-SMoE is best (Qwen2.5-3B, eight tasks)"
-COMPARISONS = (
-    Comparison("S − uniform, 60 %", S, UNIFORM, _BEST, PAPER),
-    Comparison("U − uniform, 60 %", U, UNIFORM, _BEST, PAPER),
-    Comparison("S − U, 60 %", S, U, "both are the paper's", PAPER),
-    *(
-        Comparison(f"S, 60 % − {100 * n:g} %", S, S | {"retention": n}, "60 % is its choice", PAPER)
-        for n in (0.4, 0.8, 1.0)
-    ),
-)
+COMPARISONS = with_each_recipe(
+    (
+        Comparison("S − uniform, 60 %", S, UNIFORM, _BEST, PAPER),
+        Comparison("U − uniform, 60 %", U, UNIFORM, _BEST, PAPER),
+        Comparison("S − U, 60 %", S, U, "both are the paper's", PAPER),
+        *(
+            Comparison(f"S, 60 % − {100 * n:g} %", S, S | {"retention": n}, "60 % is its choice", PAPER)
+            for n in (0.4, 0.8, 1.0)
+        ),
+    )
+) + tuned_against_paper({"uniform, 60 %": UNIFORM})
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
     """One row; uniform has as many experts in all as LoRA-SMoE keeps."""
+    recipe = recipe_of_row(trial)
     retention = trial.suggest_categorical("retention", [0.6, 0.4, 0.8, 1.0])
     allocator = trial.suggest_categorical("allocator", list(ALLOCATORS))
     if allocator == "uniform":
         total = math.floor(retention * EXPERTS * shape.num_layers + 0.5)
-        return Point(allocator, {"total_experts": total, "gating": "hydra"})
+        return Point(allocator, {"total_experts": total, "gating": "hydra"}, recipe)
     strategy = trial.suggest_categorical("strategy", ["S", "U"])
     each = trial.suggest_int("experts_per_block", EXPERTS, EXPERTS)
-    return Point(allocator, {"retention": retention, "strategy": strategy, "experts_per_block": each})
+    return Point(allocator, {"retention": retention, "strategy": strategy, "experts_per_block": each}, recipe)

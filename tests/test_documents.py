@@ -13,7 +13,7 @@ import pytest
 
 from allocators.core import plugins, words
 from allocators.core.errors import StudyError
-from search import config
+from search import config, evaluate
 from search.export import __main__ as export
 from search.problem import load_space
 from search.replay.__main__ import Target
@@ -69,6 +69,11 @@ def exported(given: Sequence[str]) -> None:
         export.parse(given)
 
 
+def evaluated(given: Sequence[str]) -> None:
+    if not words.asks_for_help(given):
+        evaluate.parse(given)
+
+
 def shown(given: Sequence[str]) -> None:
     if not words.asks_for_help(given):
         show.parse(given)
@@ -91,6 +96,7 @@ def pytest_words(given: Sequence[str]) -> None:
 PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "search.run": run,
     "search.report": one_folder,
+    "search.evaluate": evaluated,
     "search.export": exported,
     "search.replay": table,
     "allocators.show": shown,

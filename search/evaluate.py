@@ -1,0 +1,228 @@
+"""Evaluates a winner of a study on another task, beside its base without an adapter, question by question.
+
+    python -m search.evaluate studies/sieve-tiny-moe-default task=tiny_cipher            # the most accurate point
+    python -m search.evaluate studies/sieve-tiny-moe-default point=knee task=tiny_cipher,tiny_backcipher
+    python -m search.evaluate studies/sieve-tiny-moe-default task=arc_easy limit=500 num_fewshot=5
+    python -m search.evaluate help
+
+The split is the one that lm-eval reports: a task's test split, else its validation split. Nothing is trained, and
+nothing of the study changes: a line is added to evaluations.jsonl in its folder. Where no task is named, the study's
+own task is evaluated with the study's settings. A task needs a training split, as in a study.
+
+A difference is paired over the questions: d = mean of (score with the adapter − score of the base), and its standard
+error is that of the mean of these differences.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allocators.core import words
+from allocators.core.errors import StudyError, ToolkitError
+from search import records
+from search.config import load_arguments
+from search.export import find, locate
+from search.records.redact import redacted
+from search.report import Report
+from search.text import run_id
+from trainers import models, tasks
+
+if TYPE_CHECKING:  # a request that cannot work is refused without torch
+    from trainers.models import Loaded
+    from trainers.tasks import AnyTask, Evaluation
+
+FILE = "evaluations.jsonl"
+TASK_SETTINGS = ("metric", "num_fewshot", "fewshot_seed", "chat_template", "limit")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for besides the study's folder."""
+
+    point: str = words.key("best", "best (the most accurate), knee, or the id of a run: as many digits as are unique")
+    task: str = words.key("", "task, task file or group, several with commas (empty: the study's own task)")
+    limit: int = words.key(0, "evaluate on the first N questions of each task only (0: all)", least=0)
+    metric: str = words.key("", "what accuracy is, e.g. acc_norm (empty: as the task says)")
+    num_fewshot: int = words.key(-1, "examples before each question (-1: as the task says)", least=0, unset=-1)
+    chat_template: bool = words.key(False, "put prompts into the tokenizer's chat template")
+    batch_size: int = words.key(32, "sequences of one forward pass", least=1)
+    base: bool = words.key(True, "evaluate the base without the adapter too")
+    model: str = words.key("", "the base model, where it has moved since the study")
+    device: str = words.key("", "torch device (empty: cuda where there is one)")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One task: accuracy and standard error of the base (None where it was not evaluated) and with the adapter.
+
+    difference, error   paired over the questions; None without the base, error None with fewer than two questions
+    """
+
+    task: str
+    questions: int
+    metric: str
+    base: tuple[float, float] | None
+    adapted: tuple[float, float]
+    difference: float | None
+    error: float | None
+
+    @property
+    def line(self) -> str:
+        """The row in words."""
+        said = f"{self.task}: {_score(self.adapted)} with the adapter"
+        if self.base is not None and self.difference is not None:
+            error = "unknown" if self.error is None else f"{self.error:.3f}"
+            said += f", {_score(self.base)} without: {self.difference:+.3f} (standard error {error}, paired)"
+        return f"{said}; {self.metric} of {self.questions:,} question{'s' if self.questions > 1 else ''}"
+
+
+def _score(of: tuple[float, float]) -> str:
+    return f"{of[0]:.3f} ± {of[1]:.3f}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 2 the request cannot work."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not given or words.asks_for_help(given):
+            print(help_text(), file=sys.stdout if given else sys.stderr)
+            return 0 if given else 2
+        folder, request = parse(given)
+        for line in evaluate(folder, request):
+            print(line, flush=True)
+    except ToolkitError as error:
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def help_text() -> str:
+    """Usage, keys with their defaults, and the rest of this file's docstring."""
+    lines = ["usage: python -m search.evaluate STUDY [key=value ...]", "", "keys (default):", *words.help_of(Request)]
+    return "\n\n".join(["\n".join(lines), *(__doc__ or "").strip().split("\n\n")[2:]])
+
+
+def parse(given: Sequence[str]) -> tuple[str, Request]:
+    """The study's folder, and the rest. Raises StudyError with one line for what cannot work."""
+    folders, pairs = words.split(given)
+    if len(folders) != 1:
+        raise StudyError(f"give the folder of one study, got {len(folders)}: python -m search.evaluate STUDY task=NAME")
+    return folders[0], words.build(Request, pairs)
+
+
+def evaluate(folder: str | Path, request: Request) -> Iterator[str]:
+    """Evaluates one point; yields what to tell the user, line by line, and adds the result to the study's folder.
+
+    Raises StudyError where the study, the point, its adapter, its base or the task is missing.
+    """
+    report = Report(records.read(folder))
+    settings = report.records.header["config"]
+    if settings.get("replay"):
+        raise StudyError(f"{folder} asked a recorded table, which has no adapters: evaluate a study that trained")
+    candidate, run = find(report, request.point)
+    where = locate(report, run)
+    task = _task(request, settings)
+    yield f"run {run_id(run)}: {report.label(run)} ({report.accuracy_words(candidate)})"
+    loaded = models.load(
+        request.model or run.trial.model, device=request.device or _device(), **load_arguments(settings)
+    )
+    task.check_tokenizer(loaded.tokenizer)
+    task.prepare(loaded.tokenizer, rank=0, world_size=1)
+    base = _evaluated(loaded, task, None) if request.base else None
+    compared = _compared(request.task or settings["task"], base, _evaluated(loaded, task, where))
+    yield from (row.line for row in compared)
+    _record(report.records.folder, run.digest, request, task.data_hash, compared)
+
+
+def _task(request: Request, settings: Mapping[str, Any]) -> AnyTask:
+    """The task on the split that is reported; of the study's own task the study's settings hold where none is asked."""
+    options: dict[str, Any] = {name: getattr(request, name) for name in TASK_SETTINGS if hasattr(request, name)}
+    if not request.task:
+        defaults = Request()
+        asked = {name for name in options if options[name] != getattr(defaults, name)}
+        options |= {name: settings[name] for name in TASK_SETTINGS if name in settings and name not in asked}
+    if options["num_fewshot"] < 0:
+        options["num_fewshot"] = None
+    name = request.task or settings["task"]
+    return tasks.load_task(name, select_on="test", batch_size=request.batch_size, **options)
+
+
+def _device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _evaluated(loaded: Loaded, task: AnyTask, where: str | None) -> Evaluation:
+    """The base, with the adapter that lies at `where` if there is one."""
+    from trainers import adapter
+
+    loaded.model.eval()
+    if where is None:
+        return task.evaluate(loaded.model)
+    attached = adapter.load(loaded.model, where)
+    try:
+        loaded.model.eval()
+        return task.evaluate(loaded.model)
+    finally:
+        attached.detach()
+
+
+def _compared(name: str, base: Evaluation | None, adapted: Evaluation) -> list[Compared]:
+    """A row of each task; of several tasks their mean is the last one, in which each task counts the same."""
+    parts = [
+        row
+        for label, part in adapted.parts.items()
+        for row in _compared(label, None if base is None else base.parts[label], part)
+    ]
+    if parts:
+        errors = [row.error for row in parts if row.error is not None]
+        error = math.hypot(*errors) / len(parts) if len(errors) == len(parts) else None
+    else:
+        error = None if base is None else _paired_error(base.correct, adapted.correct)
+    mean = Compared(
+        task=f"mean of {len(parts)} tasks" if parts else name,
+        questions=sum(row.questions for row in parts) if parts else len(adapted.correct),
+        metric=adapted.metric,
+        base=None if base is None else (base.accuracy, base.stderr),
+        adapted=(adapted.accuracy, adapted.stderr),
+        difference=None if base is None else adapted.accuracy - base.accuracy,
+        error=error,
+    )
+    return [*parts, mean]
+
+
+def _paired_error(before: Sequence[float], after: Sequence[float]) -> float | None:
+    """Standard error of the mean difference over questions; one question has none."""
+    changes = [new - old for old, new in zip(before, after, strict=True)]
+    return statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
+
+
+def _record(folder: Path, digest: str, request: Request, data: str, compared: Sequence[Compared]) -> None:
+    """Adds one line to the study's evaluations; the study itself stays as it is."""
+    asked = {name: getattr(request, name) for name in ("task", *TASK_SETTINGS) if hasattr(request, name)}
+    line = {
+        "digest": digest,
+        "asked": asked,
+        "data": data,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "results": [
+            {"task": c.task, "questions": c.questions, "metric": c.metric, "accuracy": c.adapted[0]}
+            | {"stderr": c.adapted[1], "base": c.base and c.base[0], "difference": c.difference, "error": c.error}
+            for c in compared
+        ],
+    }
+    with (folder / FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""A winner on another task is counted as the study counts; what cannot work is one line."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from search import evaluate, run
+from search.records import read
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    storage = tmp_path_factory.mktemp("studies")
+    given = f"space=sieve space.allocator=none workers=process recipe.steps=6 limit=40 trials=1 storage={storage}"
+    assert run.main(given.split()) == 0
+    return storage / "sieve-tiny-moe-default"
+
+
+def test_on_its_own_task_a_winner_has_the_study_s_test_accuracy(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate.main([str(study)]) == 0
+    [outcome] = read(study).finished.values()
+    assert outcome.test is not None
+    [line] = (study / evaluate.FILE).read_text().splitlines()
+    [result] = json.loads(line)["results"]
+    assert (result["accuracy"], result["questions"]) == (pytest.approx(outcome.test.accuracy), 40)
+    untrained = json.loads((study / "untrained.json").read_text())["test"]["accuracy"]
+    assert result["base"] == pytest.approx(untrained)
+    said = capsys.readouterr().out
+    assert outcome.digest[:8] in said
+    assert f"{outcome.test.accuracy:.3f}" in said
+
+
+def test_several_tasks_have_a_row_each_and_their_mean(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(study), "task=tiny_cipher,tiny_backcipher", "limit=20"]) == 0
+    rows = json.loads((study / evaluate.FILE).read_text().splitlines()[-1])["results"]
+    assert [row["task"] for row in rows] == ["tiny_cipher", "tiny_backcipher", "mean of 2 tasks"]
+    assert rows[2]["accuracy"] == pytest.approx((rows[0]["accuracy"] + rows[1]["accuracy"]) / 2)
+    assert rows[2]["error"] == pytest.approx(math.hypot(rows[0]["error"], rows[1]["error"]) / 2)
+    assert [row["questions"] for row in rows] == [20, 20, 40]
+    assert "mean of 2 tasks" in capsys.readouterr().out
+
+
+def test_one_question_has_no_standard_error(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate.main([str(study), "task=tiny_cipher", "limit=1"]) == 0
+    assert "standard error unknown" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["point=zz"], "no run"),
+        (["task=nosuchtask"], "nosuchtask"),
+        (["limt=3"], "did you mean 'limit'"),
+        (["another-study"], "give the folder of one study, got 2"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    study: Path, capsys: pytest.CaptureFixture[str], given: list[str], says: str
+) -> None:
+    assert evaluate.main([str(study), *given]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1

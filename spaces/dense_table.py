@@ -21,7 +21,7 @@ draws its own layout.
 Measured with the first command, task=tiny_backcipher and select_on=test and evaluations=1 on one shared CPU core: 45
 trainings (hill rounds to uniform) in 40 minutes. Sensitivity .837, stable_rank .789, MoLA-8642 .740, uniform .605,
 MoLA-2468 .480, alpha_hat .437; standard deviations over seeds are .09 to .23, and differences to uniform are surest
-where seeds are paired (README).
+where seeds are paired (docs/measurements.md).
 
 Comparisons: every rule against uniform. With nine of them about one study in three shows a difference where there is
 none (1 − 0.95⁹, were they independent): read the intervals, not the verdicts.

@@ -151,6 +151,29 @@ def test_the_commands_were_read() -> None:
     assert len(CASES) > 80
 
 
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
+def test_links_lead_to_files_and_headings_that_are_there(file: Path) -> None:
+    for target in LINK.findall(file.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        place, _, heading = target.partition("#")
+        linked = (file.parent / place).resolve() if place else file
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+def test_the_readme_is_short_and_every_page_of_the_docs_opens_with_a_command() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 180
+    for page in (ROOT / "docs").glob("*.md"):
+        opening = page.read_text(encoding="utf-8").split("\n\n")[1]
+        assert opening.startswith("```\npython -m "), page.name
+
+
 @pytest.mark.parametrize("name", plugins.names("spaces"))
 def test_a_data_sheet_names_its_own_command(name: str) -> None:
     assert re.search(rf"space={name}\b", plugins.load("spaces", name, "space").__doc__ or "")

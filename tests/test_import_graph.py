@@ -26,7 +26,13 @@ import pytest
 
 from tests import ROOT
 
-RANK = {"allocators": 0, "trainers": 1, "spaces": 2, "search": 3}  # a package imports none of a higher rank
+RANK = {
+    "allocators": 0,
+    "trainers": 1,
+    "spaces": 2,
+    "search": 3,
+    "lora_expert_search": 4,
+}  # a package imports none of a higher rank
 PLUGINS = ("allocators", "spaces")
 MOST_FILES, MEDIAN_FILES, MOST_LINES = 12, 6, 60
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests import ROOT
 
-SOURCES = ("allocators", "search", "spaces", "trainers", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("allocators", "lora_expert_search", "search", "spaces", "trainers", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def python(site: Path, *words: str) -> str:
 
 
 def test_the_packages_come_from_the_wheel(installed: Path) -> None:
-    names = ", ".join(SOURCES[:4])
+    names = ", ".join(SOURCES[:5])
     code = f"import {names}; print(*(package.__path__[0] for package in ({names})))"
     assert all(Path(path).is_relative_to(installed) for path in python(installed, "-c", code).split())
 
@@ -62,7 +62,7 @@ def test_models_tasks_and_tables_are_in_it(installed: Path, words: tuple[str, ..
 
 
 def test_no_file_is_missing(installed: Path) -> None:
-    for package in SOURCES[:4]:
+    for package in SOURCES[:5]:
         sources = {
             f.relative_to(ROOT) for f in (ROOT / package).rglob("*") if f.is_file() and "__pycache__" not in f.parts
         }

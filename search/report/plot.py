@@ -17,6 +17,7 @@ from search.text import human, point
 if TYPE_CHECKING:  # seconds that nothing else here needs
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
 FAINT = 0.35  # opacity of points that were not evaluated on the test split, where others were
 GREYS = {"none": "#b8b8b8", "all": "#555555", "random": "#888888", "uniform": "#9a8f80"}
@@ -39,25 +40,30 @@ def colours(allocators: Iterable[str]) -> dict[str, str]:
 
 
 def png(results: Results) -> bytes:
+    """`figure` as a PNG file."""
+    picture = io.BytesIO()
+    figure(results).savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def figure(results: Results) -> Figure:
     """Accuracy against trainable parameters (log scale), the front drawn as a step and its points named."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    drawn = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    canvas = FigureCanvasAgg(drawn)
+    axes = drawn.add_subplot()
     _set_up(axes, results)
     if results.front:
         _draw_points(axes, results)
         with_errors = _draw_front(axes, results)
         title = "band: ± one standard error" if with_errors else None
-        figure.legend(fontsize=8, frameon=False, loc="outside right upper", title=title, title_fontsize=7)
+        drawn.legend(fontsize=8, frameon=False, loc="outside right upper", title=title, title_fontsize=7)
         _name_points(axes, canvas, results)  # last: what comes later would move the axes under the names
     else:
         axes.text(0.5, 0.5, "no finished trial yet", transform=axes.transAxes, ha="center", color="0.5")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    return drawn
 
 
 def _set_up(axes: Axes, results: Results) -> None:

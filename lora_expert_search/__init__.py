@@ -1,0 +1,153 @@
+"""Where should LoRA experts go? The toolkit as a Python library, with the keys and checks of the command line.
+
+    import lora_expert_search as les
+
+    study = les.search(space="sieve", model="tiny-moe", trials=16)     # trains; in a notebook too
+    study.points; study.front                                          # pandas DataFrames, a column a knob
+    study.best(max_params=50_000).load()                               # the base with the winner's adapter
+    study.best(max_params=50_000).export("winner", format="peft")
+    study.plot(); study                                                # a figure; the report page in a notebook cell
+    les.open_study("studies/sieve-tiny-moe-default").front             # later, elsewhere, while it runs
+
+    allocation = les.allocate("alphalora", model="tiny-dense", total_experts=40)     # only the rule, nothing is trained
+    model = les.load_model("tiny-dense").model
+    adapter = les.attach(model, allocation, rank=8)                    # then train adapter.parameters() as you like
+
+Importing it loads neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from allocators.core.errors import InfeasibleError, StudyError, ToolkitError
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, LoraSettings, Recipe
+from lora_expert_search.study import Point, Study, open_study
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from trainers.adapter import Adapter
+    from trainers.models import Loaded
+
+__all__ = [
+    "Allocation",
+    "ExpertCounts",
+    "ExpertSelection",
+    "InfeasibleError",
+    "LoraSettings",
+    "Point",
+    "Recipe",
+    "Study",
+    "StudyError",
+    "ToolkitError",
+    "allocate",
+    "attach",
+    "load_model",
+    "open_study",
+    "search",
+]
+
+
+def search(*, recipe: Mapping[str, Any] | None = None, pins: Mapping[str, Any] | None = None, **keys: Any) -> Study:
+    """Runs a study, or continues the one in the same folder, and returns its results.
+
+    recipe   settings that are fixed for the whole study: `{"steps": 200}` is `recipe.steps=200`
+    pins     knobs of the space that are fixed: `{"rank": 8}` is `space.rank=8`
+    keys     every key of `python -m search.run help`, by name; lists stand for several values
+
+    An interrupt (Ctrl-C, the stop button of a notebook) ends the search and returns what is there so far.
+
+    Raises StudyError for what cannot work, as the command does in one line.
+    """
+    from search.config import parse
+    from search.session import session
+    from search.session.make_workers import Locations
+    from search.session.prepare import prepare
+
+    config, problem = prepare(parse(as_words(keys, recipe=recipe or {}, space=pins or {})))
+    if config.dry_run:
+        raise StudyError("dry_run=true prints points and leaves no study: use the command line for it")
+    try:
+        session.run_study(config, problem)
+    except KeyboardInterrupt:
+        print("interrupted: the same call goes on where this one stopped")
+    return open_study(Locations.of(config).folder)
+
+
+def as_words(keys: Mapping[str, Any], **groups: Mapping[str, Any]) -> list[str]:
+    """Keys as the words of the command line: `{"trials": 16}` is `["trials=16"]`, a group's names get its prefix."""
+    pairs = list(keys.items())
+    pairs += [(f"{prefix}.{name}", value) for prefix, group in groups.items() for name, value in group.items()]
+    return [f"{name}={_text(value)}" for name, value in pairs if value is not None]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, list | tuple):
+        return ",".join(str(item) for item in value)
+    return str(value)
+
+
+def allocate(
+    allocator: str,
+    *,
+    model: str = "tiny-moe",
+    task: str = "default",
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+    **knobs: Any,
+) -> Allocation:
+    """What one rule would do with a model; nothing is trained.
+
+    A signal that the rule needs is measured, once, and kept under `studies/signals`.
+
+    allocator   `sieve`, `alphalora`, …: `python -m allocators.show help` lists them with their knobs
+    task        whose training documents a signal is measured on
+    options     further keys of `python -m allocators.show`: dtype, device, cache, samples, signal, plugins, …
+    knobs       of the rule, e.g. `fraction=0.25` or `total_experts=160`
+
+    Raises StudyError for an unknown rule, model or knob, InfeasibleError where the rule cannot work on this model.
+    """
+    from dataclasses import replace
+
+    from allocators.core import words
+    from search.show.config import ShowConfig
+    from search.show.look import look
+
+    asked = {"model": model, "task": task, "allocator": allocator, "seed": seed, **(options or {})}
+    config = words.parse(as_words(asked), ShowConfig)
+    answer = look(replace(config, allocator=(allocator,)), knobs).answers[0]
+    if answer.allocation is None:
+        raise InfeasibleError(f"{allocator}: {answer.reason}")
+    return answer.allocation
+
+
+def load_model(name: str, **options: Any) -> Loaded:
+    """A frozen base model with its tokenizer: embedded name, folder or Hugging Face id (`trainers.models.load`)."""
+    from trainers import models
+
+    return models.load(name, **options)
+
+
+def attach(model: PreTrainedModel, allocation: Allocation, *, seed: int = 0, **lora: Any) -> Adapter:
+    """Freezes `model` and puts LoRA where the allocation says; the model computes what it did until it is trained.
+
+    lora   settings of `LoraSettings`: rank, lora_alpha, lora_dropout, top_k, balance_coef
+
+    Raises StudyError for an unknown setting or a model that carries an adapter already, InfeasibleError where the
+    allocation does not fit the model.
+    """
+    from dataclasses import fields
+
+    from allocators.core.errors import unknown
+    from trainers import adapter, models
+
+    known = {f.name for f in fields(LoraSettings)}
+    for name in lora:
+        if name not in known:
+            raise unknown("setting of LoRA:", name, known)
+    shape = models.shape_of_model(model, name=model.name_or_path or type(model).__name__)
+    return adapter.attach(model, allocation, shape=shape, lora=LoraSettings(**lora), seed=seed)

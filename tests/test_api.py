@@ -1,0 +1,132 @@
+"""The Python API: the same keys, checks and results as the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lora_expert_search as les
+from search.session import session
+from trainers import adapter
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> les.Study:
+    return les.search(
+        space="sieve",
+        workers="process",
+        trials=2,
+        limit=40,
+        storage=tmp_path_factory.mktemp("studies"),
+        recipe={"steps": 4},
+        pins={"allocator": "none"},
+    )
+
+
+def test_a_study_has_its_points_as_a_frame_with_a_column_a_setting(study: les.Study) -> None:
+    assert list(study.points["allocator"]) == ["none", "none"]
+    assert {"digest", "accuracy", "test_accuracy", "trainable_params", "recipe.rank"} <= set(study.points.columns)
+    assert set(study.front["digest"]) <= set(study.points["digest"])
+    assert study.front["trainable_params"].is_monotonic_increasing
+    assert repr(study).startswith("Study(")
+
+
+def test_knobs_are_columns_and_ids_stay_text(tmp_path: Path) -> None:
+    replayed = les.search(replay="tiny-moe", trials=8, storage=tmp_path)
+    assert "knobs.fraction" in replayed.points.columns
+    assert replayed.points["digest"].map(len).eq(16).all()
+
+
+def test_the_best_point_loads_and_computes(study: les.Study) -> None:
+    point = study.best()
+    assert point.trainable_params == study.front["trainable_params"].iloc[-1]
+    loaded = point.load()
+    assert loaded.num_trainable == point.trainable_params
+    with torch.no_grad():
+        assert torch.isfinite(loaded.model(torch.tensor([[1, 2, 3]])).logits).all()
+
+
+def test_a_budget_below_every_point_is_one_line(study: les.Study) -> None:
+    with pytest.raises(les.StudyError, match="no point with at most 10 parameters: the smallest has"):
+        study.best(max_params=10)
+
+
+def test_a_point_is_exported_and_loads_back(study: les.Study, tmp_path: Path) -> None:
+    lines: list[str] = []
+    folder = study.point("best").export(tmp_path / "winner", say=lines.append, format="adapter")
+    assert json.loads((folder / "adapter.json").read_text())["metadata"]["accuracy"] == study.best().run.accuracy
+    assert any("format=adapter" in line for line in lines)
+
+
+def test_in_a_notebook_a_study_is_its_report_and_a_figure(study: les.Study) -> None:
+    assert "<iframe" in study._repr_html_()
+    assert study.plot().axes
+
+
+def test_the_same_call_goes_on_and_an_open_study_reads_what_is_there(study: les.Study) -> None:
+    again = les.search(
+        workers="process",
+        trials=3,
+        limit=40,
+        storage=study.folder.parent,
+        recipe={"steps": 4},
+        pins={"allocator": "none"},
+    )
+    assert len(again.points) == 3
+    assert len(les.open_study(study.folder).points) == 3
+    assert len(study.points) == 2
+    assert len(study.refresh().points) == 3
+
+
+def test_an_interrupt_returns_what_is_there(study: les.Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "run_study", interrupted)
+    there = les.search(workers="process", limit=40, storage=study.folder.parent, recipe={"steps": 4})
+    assert len(there.points) >= 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"trails": 3}, "trails"),
+        ({"trials": 0}, "trials"),
+        ({"space": "seive"}, "sieve"),
+        ({"dry_run": True}, "dry_run"),
+    ],
+)
+def test_what_the_command_line_refuses_the_api_refuses(keys: dict[str, Any], says: str) -> None:
+    with pytest.raises(les.StudyError, match=says):
+        les.search(**keys)
+
+
+def test_only_the_rules_inside_ones_own_training(tmp_path: Path) -> None:
+    allocation = les.allocate("uniform", model="tiny-dense", total_experts=16)
+    assert allocation.total_experts == 16 * 7
+    model = les.load_model("tiny-dense").model
+    attached = les.attach(model, allocation, rank=4, lora_alpha=8)
+    assert attached.num_trainable == allocation.trainable_params(attached.shape, rank=4)
+    model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in attached.parameters())
+    adapter.save(attached, tmp_path / "saved", metadata={})
+    assert adapter.read(tmp_path / "saved").allocation == allocation
+
+
+def test_rules_that_do_not_fit_are_one_line() -> None:
+    with pytest.raises(les.StudyError, match="rank"):
+        les.attach(les.load_model("tiny-moe").model, les.allocate("all"), rnk=3)
+    with pytest.raises(les.ToolkitError, match="dense"):
+        les.allocate("mola", model="tiny-moe")
+
+
+def test_importing_loads_neither_torch_nor_ray() -> None:
+    heavy = "('torch', 'ray', 'mlflow', 'transformers', 'pandas')"
+    code = f"import sys, lora_expert_search; print([m for m in {heavy} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

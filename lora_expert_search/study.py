@@ -22,7 +22,7 @@ from allocators.core.types import Allocation, Outcome, Recipe
 from search import records
 from search.export import Request, find, locate, write
 from search.front import Candidate
-from search.report import Report, page, plot, tables
+from search.report import Report, plot, tables
 from search.text import human, run_id
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ class Study:
         return f"Study({str(self.folder)!r}: {len(self.report.points)} points, {len(front)} on the front{best})"
 
     def _repr_html_(self) -> str:
-        content = page.html(self.report, words=self.report.words, sections=self.report.sections)
-        return f'<iframe srcdoc="{html.escape(content)}" width="100%" height="900" frameborder="0"></iframe>'
+        return f'<iframe srcdoc="{html.escape(self.report.page)}" width="100%" height="900" frameborder="0"></iframe>'
 
 
 @dataclass(frozen=True, repr=False)

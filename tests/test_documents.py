@@ -20,7 +20,7 @@ from search.replay.__main__ import Target
 from search.session.prepare import prepare
 from search.show import __main__ as show
 from search.show import stability
-from tests import ROOT
+from tests import ROOT, pictures
 from trainers import models
 from trainers.embedded import domains, pretrain
 from trainers.tasks import files as task_files
@@ -104,6 +104,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "search.show.stability": fields_of(stability.Request),
     "trainers.pretrain": fields_of(pretrain.Request),
     "trainers.embedded.domains": fields_of(domains.Request),
+    "tests.pictures": fields_of(pictures.Settings),
     "pytest": pytest_words,
 }
 FOREIGN = ("pip", "venv", "mypy", "ruff")

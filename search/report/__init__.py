@@ -46,6 +46,11 @@ class Report(Results):
         ]
 
     @property
+    def page(self) -> str:
+        """report.html."""
+        return page.html(self, headlines=words.headlines(self), words=self.words, sections=self.sections)
+
+    @property
     def files(self) -> list[Path]:
         """Paths of what `write` writes."""
         return [self.records.folder / name for name in FILES]
@@ -61,7 +66,7 @@ def write(folder: str | Path) -> Report:
         tables.front_csv(report),
         tables.points_csv(report),
         plot.png(report),
-        page.html(report, words=report.words, sections=report.sections),
+        report.page,
     )
     for file, content in zip(report.files, contents, strict=True):
         write_atomically(file, content)

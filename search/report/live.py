@@ -74,7 +74,7 @@ class Progress:
         self._first_start: float | None = None
         show = self._console.is_terminal and not quiet
         self._live = (
-            Live(get_renderable=self._view, console=self._console, refresh_per_second=2, transient=True)
+            Live(get_renderable=self.view, console=self._console, refresh_per_second=2, transient=True)
             if show
             else None
         )
@@ -193,7 +193,8 @@ class Progress:
             parts.append(f"{self._answered.total()} answered without training ({reasons})")
         return Text(" · ".join(part for part in parts if part))
 
-    def _view(self) -> RenderableType:
+    def view(self) -> RenderableType:
+        """The live table: front so far, running trainings, a bar, counts."""
         parts: list[RenderableType] = []
         if front := self._points.front:
             parts.append(front_table(front, self._tally.examples, title="Pareto front so far", rows=ROWS))

@@ -49,6 +49,16 @@ def sentences(results: Results) -> list[str]:
     ]
 
 
+def headlines(results: Results) -> list[str]:
+    """At most four of the sentences: the best point, the knee, the gain, and what the choice of allocation is worth."""
+    if not results.front:
+        return sentences(results)[:1]
+    best, *others = _best(results)
+    knee = [said for said in others if said.startswith("The knee")]
+    worth = allocations.in_words(results.tried, results.worths, None)
+    return [best, *knee, *_gained(results)[:1], *(worth[:1] if results.worths else [])]
+
+
 def _best(results: Results) -> list[str]:
     """The most accurate point, the best under some budgets, and the knee."""
 

@@ -1,6 +1,6 @@
 """report.html: one file that works offline, from `page.html`, `page.css`, `page.js` and the study's data as JSON.
 
-Path("report.html").write_text(html(results, words=[...], sections=[...]))
+Path("report.html").write_text(html(results, headlines=[...], words=[...], sections=[...]))
 """
 
 from __future__ import annotations
@@ -26,9 +26,13 @@ from search.text import human, number, probability, settings_of
 FOLDER = Path(__file__).parent
 
 
-def html(results: Results, *, words: Sequence[str], sections: Sequence[Section]) -> str:
-    """The page with the study's data inside. The data is text for the browser, never markup."""
-    data = json.dumps(_data(results, words, sections), separators=(",", ":"), allow_nan=False)
+def html(results: Results, *, headlines: Sequence[str], words: Sequence[str], sections: Sequence[Section]) -> str:
+    """The page with the study's data inside. The data is text for the browser, never markup.
+
+    headlines   the sentences that stand below the picture; the others among `words` are folded
+    """
+    more = [sentence for sentence in words if sentence not in headlines]
+    data = json.dumps(_data(results, headlines, more, sections), separators=(",", ":"), allow_nan=False)
     parts = {
         "title": escape(results.records.name),
         "style": (FOLDER / "page.css").read_text(encoding="utf-8"),
@@ -40,7 +44,9 @@ def html(results: Results, *, words: Sequence[str], sections: Sequence[Section])
     return re.sub(r"\{\{(\w+)\}\}", lambda slot: parts[slot[1]], template)
 
 
-def _data(results: Results, words: Sequence[str], sections: Sequence[Section]) -> dict[str, object]:
+def _data(
+    results: Results, headlines: Sequence[str], words: Sequence[str], sections: Sequence[Section]
+) -> dict[str, object]:
     header, places = results.records.header, AllocationMap.empty(results.records.shape)
     return {
         "name": results.title,
@@ -49,6 +55,7 @@ def _data(results: Results, words: Sequence[str], sections: Sequence[Section]) -
         "command": header["command"],
         "config": flattened(header["config"]),
         "versions": header["versions"] | _worker_versions(results),
+        "headlines": headlines,
         "words": words,
         "sections": [asdict(section) for section in sections],
         "colours": colours(c.best.trial.allocator for c in results.points),

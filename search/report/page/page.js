@@ -229,6 +229,7 @@ function under() {
   return el("div", { style: "margin-top:10px" }, "Best under ", field, " trainable parameters: ", answer);
 }
 
+const list = sentences => el("ul", {}, sentences.map(s => el("li", {}, s)));
 const slots = { chart: el("div"), details: el("div"), map: el("div"), table: el("div", { class: "scroll" }) };
 function draw() {
   const focus = document.activeElement && document.activeElement.getAttribute("aria-label");
@@ -242,17 +243,19 @@ function draw() {
 }
 function choose(p) { chosen = p; location.hash = p.digest; draw(); }
 
+const words = card("In words", list(S.headlines), front.length ? under() : null, S.words.length ? el("details", {}, el("summary", {}, `${S.words.length} more sentences`), list(S.words)) : null);
 const named = S.points.find(p => "#" + p.digest === location.hash);
 if (named) chosen = named;
 fill(document.getElementById("page"), {}, [
   el("h1", {}, S.name),
   el("div", { class: "soft small" }, `started ${S.started}` + (S.resumed.length ? `, resumed ${S.resumed.length === 1 ? "once" : S.resumed.length + " times, last"} ${last(S.resumed)}` : "")),
-  card("In words", el("ul", {}, S.words.map(w => el("li", {}, w))), front.length ? under() : null),
   chosen ? el("div", { class: "two" },
     el("div", { style: "min-width:0" },
       drawn.length ? card("Accuracy against trainable parameters", slots.chart, legend(), el("div", { class: "soft small" }, "Hover for a point's settings, click to choose it.")) : null,
+      words,
       card("Where the chosen point's experts are", slots.map)),
     card("The chosen point", slots.details)) : null,
+  chosen ? null : words,
   ...S.sections.map(section),
   S.points.length ? card("All points", slots.table) : null,
   S.answered.length ? card("Answered without training", el("table", {}, el("tbody", {}, S.answered.map(a => el("tr", {}, el("td", {}, a.reason), el("td", { class: "num" }, "" + a.count), el("td", { class: "wrap" }, a.messages.join("; "))))))) : null,

@@ -136,9 +136,9 @@ def test_a_long_measurement_shows_how_far_it_is_in_the_live_view_and_is_gone_aft
     with Progress(5, console=out) as progress:
         progress.measuring("spectrum", 7, 224, "model.layers.1.mlp.up_proj")
         shown = console(terminal=True)
-        shown.print(progress._view())
+        shown.print(progress.view())
         assert "measuring spectrum: 7 of 224  model.layers.1.mlp.up_proj" in text(shown)
         progress.measured()
         shown = console(terminal=True)
-        shown.print(progress._view())
+        shown.print(progress.view())
         assert "measuring" not in text(shown)

@@ -1,0 +1,88 @@
+"""The pictures of README and docs, made from a real study, so that they stay true.
+
+    python -m search.run space=sieve && python -m tests.pictures study=studies/sieve-tiny-moe-default
+
+Writes docs/pictures/: report.png, the head of report.html as headless Chromium shows it, and live.svg, the live view as
+it was after two thirds of the trainings. Needs Chromium on the path (Debian: apt-get install chromium).
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+
+from allocators.core import words
+from allocators.core.errors import StudyError
+from search import records, report
+from search.report.live import Progress
+from tests import ROOT
+
+FOLDER = ROOT / "docs" / "pictures"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is drawn."""
+
+    study: str = words.key("studies/sieve-tiny-moe-default", "folder of a finished study")
+    to: str = words.key(str(FOLDER.relative_to(ROOT)), "folder that the pictures are written to")
+    width: int = words.key(1240, "of the browser's window, pixels", least=320)
+    height: int = words.key(812, "of the browser's window, pixels", least=240)
+
+
+def main(argv: list[str]) -> None:
+    """Raises StudyError where there is no study or no browser."""
+    if words.asks_for_help(argv):
+        print((__doc__ or "").strip(), "", "keys:", *words.help_of(Settings), sep="\n")
+        return
+    settings = words.parse(argv, Settings)
+    folder = Path(settings.to)
+    folder.mkdir(parents=True, exist_ok=True)
+    page = report.write(settings.study).records.folder / "report.html"
+    screenshot(page, folder / "report.png", width=settings.width, height=settings.height)
+    (folder / "live.svg").write_text(live_view(settings.study), encoding="utf-8")
+    print(f"{folder / 'report.png'}\n{folder / 'live.svg'}")
+
+
+def browser() -> str | None:
+    """The browser's program; None where none is installed."""
+    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
+
+
+def screenshot(page: Path, to: Path, *, width: int, height: int) -> None:
+    """A page as a browser draws it, as PNG. Raises StudyError where there is no browser, or it draws nothing."""
+    program = browser()
+    if program is None:
+        raise StudyError("no Chromium is on the path: apt-get install chromium")
+    with tempfile.TemporaryDirectory() as profile:
+        words_ = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        words_ += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "--virtual-time-budget=5000"]
+        ran = subprocess.run(
+            [*words_, f"--screenshot={to}", page.absolute().as_uri()], capture_output=True, timeout=120
+        )
+    if ran.returncode or not to.exists():
+        raise StudyError(f"{program} drew nothing: {ran.stderr.decode(errors='replace').strip()[-200:]}")
+
+
+def live_view(study: str | Path) -> str:
+    """The live view after two thirds of a study's trainings, with the next two running, as SVG."""
+    outcomes = [outcome for outcome in records.read(study).finished.values() if outcome.rungs]
+    done = outcomes[: len(outcomes) * 2 // 3]
+    console = Console(record=True, force_terminal=True, width=112, file=StringIO())
+    progress = Progress(len(outcomes), done=done, console=console)
+    for outcome in outcomes[len(done) : len(done) + 2]:
+        progress.started(outcome)
+        progress.rung(outcome.digest, outcome.rungs[0])
+    console.print(progress.view())
+    return console.export_svg(title="python -m search.run space=sieve")
+
+
+if __name__ == "__main__":
+    words.run(main)

@@ -1,6 +1,7 @@
 """The pictures of README and docs, made from a real study, so that they stay true.
 
-    python -m search.run space=sieve && python -m tests.pictures study=studies/sieve-tiny-moe-default
+    python -m search.run space=sieve
+    python -m tests.pictures study=studies/sieve-tiny-moe-default
 
 Writes docs/pictures/: report.png, the head of report.html as headless Chromium shows it, and live.svg, the live view as
 it was after two thirds of the trainings. Needs Chromium on the path (Debian: apt-get install chromium).

@@ -231,7 +231,7 @@ def test_the_sampler_tries_points_again_and_these_trainings_are_among_the_trials
 
 
 def test_a_table_trains_every_row_with_every_seed_seed_by_seed(tmp_path: Path, mlflow_folder: Path) -> None:
-    problem = table_problem()
+    problem = table_problem(pins={"recipe": "tuned"})
     proposed, records, said, expected = drive(problem, tmp_path / "table", mlflow_folder, seeds=2, trials=100)
     seeds = [trial.seed for trial in proposed]
     rows = seeds.count(0)

@@ -23,7 +23,7 @@ from search.problem import Problem, Proposal, corners, load_space, placeholder
 from search.propose.sampler import Proposer, table_rows
 from search.session.prepare import prepare, prepare_training
 from spaces._knobs import TRANSFERABLE
-from spaces._tables import facts
+from spaces._tables import RECIPES, facts
 from tests.search.propose.proposals import next_proposal
 
 SPACES = plugins.names("spaces")
@@ -122,7 +122,7 @@ def test_every_row_of_a_table_can_be_trained_and_has_a_name_of_its_own(name: str
     assert rows == everything, "every combination of knobs is an allocation"
     assert len({tuple(sorted(row.params.items())) for row in rows}) == len(rows) > 1
     assert {row.trial.allocator for row in rows} == set(problem_of(name).space.ALLOCATORS)
-    named = {tuple(row.params.get(name) for name in ("rank", "scaled_rate", "learning_rate")) for row in rows}
+    named = {tuple(row.params.get(name) for name in ("rank", "scaled_rate", "recipe")) for row in rows}
     assert len({row.trial.recipe for row in rows}) == len(named), "what rows do not name is the same in all of them"
     assert problem_of(name).space.SEEDS > 1
 
@@ -147,7 +147,7 @@ def test_what_a_table_says_about_its_paper_names_single_rows(name: str) -> None:
 def test_rows_of_one_budget_cost_the_same(name: str, exact: tuple[str, ...]) -> None:
     knob = {"sieve_ablation": "fraction", "alphalora_table": "experts_per_layer"}[name]
     budgets: dict[float, set[int]] = {}
-    for row in rows_of(name):
+    for row in named({"recipe": "paper"}, rows_of(name)):
         if row.trial.allocator in (*exact, "uniform"):
             budgets.setdefault(row.params[knob], set()).add(row.trainable_params)
     assert len(budgets) == 3
@@ -155,8 +155,9 @@ def test_rows_of_one_budget_cost_the_same(name: str, exact: tuple[str, ...]) -> 
 
 
 @pytest.mark.parametrize("layers", [4, 8, 30])
-def test_every_rule_of_the_dense_table_gets_uniforms_parameters(layers: int) -> None:
-    rows, shape = rows_of("dense_table", layers), shape_for("dense_table", layers)
+@pytest.mark.parametrize("recipe_name", list(RECIPES))
+def test_every_rule_of_the_dense_table_gets_uniforms_parameters(layers: int, recipe_name: str) -> None:
+    rows, shape = named({"recipe": recipe_name}, rows_of("dense_table", layers)), shape_for("dense_table", layers)
     near = {"lora_smoe"} | ({"mola"} if layers % 4 else set())  # a layout of four groups does not divide 30 layers
     (budget,) = {row.trainable_params for row in rows if row.trial.allocator not in near}
     assert all(abs(r.trainable_params / budget - 1) < 0.03 for r in rows if r.trial.allocator == "mola")
@@ -171,31 +172,27 @@ def test_every_rule_of_the_dense_table_gets_uniforms_parameters(layers: int) -> 
 
 
 def test_the_papers_budgets_are_met_at_the_papers_depth() -> None:
-    totals = {
-        r.trial.knobs["total_experts"] for r in rows_of("alphalora_table", 32) if "total_experts" in r.trial.knobs
-    }
+    rows = named({"recipe": "paper"}, rows_of("alphalora_table", 32))
+    totals = {r.trial.knobs["total_experts"] for r in rows if "total_experts" in r.trial.knobs}
     assert totals == {80, 160, 224}
     layouts = {
         r.trial.knobs["pattern"]: r.trainable_params
-        for r in rows_of("alphalora_table", 32)
+        for r in rows
         if "pattern" in r.params or "pattern" in r.trial.knobs
     }
-    uniform = {
-        r.trial.knobs["total_experts"]: r.trainable_params
-        for r in rows_of("alphalora_table", 32)
-        if r.trial.allocator == "uniform"
-    }
+    uniform = {r.trial.knobs["total_experts"]: r.trainable_params for r in rows if r.trial.allocator == "uniform"}
     assert layouts == {"1234": uniform[80], "2468": uniform[160], "4-6-8-10": uniform[224]}
 
 
 def test_a_row_of_random_experts_draws_anew_for_every_seed_and_costs_the_same() -> None:
     problem = problem_of("sieve_ablation")
-    (row,) = named({"allocator": "random", "fraction": 0.25}, rows_of("sieve_ablation"))
+    rows = named({"recipe": "tuned"}, rows_of("sieve_ablation"))
+    (row,) = named({"allocator": "random", "fraction": 0.25}, rows)
     repeats = [problem.repeat(row.trial, seed) for seed in range(1, 5)]
     assert problem.repeat(row.trial, problem.seed) == row.trial
     assert len({trial.allocation for trial in [row.trial, *repeats]}) == 5
     assert {t.allocation.trainable_params(problem.shape, rank=t.recipe.rank) for t in repeats} == {row.trainable_params}
-    (hot,) = named({"allocator": "sieve", "fraction": 0.25, "score": "count"}, rows_of("sieve_ablation"))
+    (hot,) = named({"allocator": "sieve", "fraction": 0.25, "score": "count"}, rows)
     assert problem.repeat(hot.trial, 3).allocation == hot.trial.allocation
     assert problem.repeat(hot.trial, 3).seed == 3
 

@@ -22,10 +22,10 @@ from tests.search.report.written import data_of
 from tests.search.studies import APART, BOTH, CONFIG, EXPERTS, IDENTITY, open_study, outcome, score, selection
 
 ROWS: dict[str, tuple[dict[str, Any], ExpertSelection]] = {
-    "all": ({"allocator": "all"}, selection(EXPERTS)),
-    "hot": ({"allocator": "sieve", "fraction": 0.25, "score": "count"}, selection(4, seed=1)),
-    "random": ({"allocator": "random", "fraction": 0.25}, selection(4, seed=2)),
-    "greedy": ({"allocator": "greedy", "fraction": 0.25}, selection(4, seed=3)),
+    "all": ({"allocator": "all", "recipe": "paper"}, selection(EXPERTS)),
+    "hot": ({"allocator": "sieve", "fraction": 0.25, "score": "count", "recipe": "paper"}, selection(4, seed=1)),
+    "random": ({"allocator": "random", "fraction": 0.25, "recipe": "paper"}, selection(4, seed=2)),
+    "greedy": ({"allocator": "greedy", "fraction": 0.25, "recipe": "paper"}, selection(4, seed=3)),
 }
 HOT = (0.60, 0.62, 0.61, 0.63)
 MEASURED = {
@@ -84,7 +84,7 @@ def test_rows_of_a_grid_name_the_settings_that_differ(tmp_path: Path) -> None:
 
 def test_comparisons_are_the_paired_tests_and_say_their_n(tmp_path: Path) -> None:
     found = rows_of(table_study(tmp_path).sections[1])
-    random = found["hot 25 % − random 25 %"]
+    random = found["hot 25 % − random 25 %, paper"]
     reference = stats.ttest_rel(HOT, MEASURED["random"])
     interval = reference.confidence_interval(0.95)
     assert random["n"] == "4"
@@ -92,34 +92,35 @@ def test_comparisons_are_the_paired_tests_and_say_their_n(tmp_path: Path) -> Non
     assert float(random["p"]) == pytest.approx(reference.pvalue, abs=5e-4)
     assert random["reading"] == "the first is better"
     assert random["parameters"] == "14.08k / 14.08k"
-    assert found["hot 25 % − greedy 25 %"]["reading"] == "cannot be told apart"
+    assert found["hot 25 % − greedy 25 %, paper"]["reading"] == "cannot be told apart"
 
 
 def test_equality_is_shown_by_equivalence_and_not_by_failing_to_see_a_difference(tmp_path: Path) -> None:
-    close = rows_of(table_study(tmp_path / "a").sections[1])["hot 25 % − all"]
+    close = rows_of(table_study(tmp_path / "a").sections[1])["hot 25 % − all, paper"]
     assert close["reading"] == "equal to within 2 points"
     assert close["p"].startswith("TOST ")
     wide = MEASURED | {"all": tuple(a + d for a, d in zip(HOT, (0.05, -0.06, 0.04, -0.02), strict=True))}
-    loose = rows_of(table_study(tmp_path / "b", wide).sections[1])["hot 25 % − all"]
+    loose = rows_of(table_study(tmp_path / "b", wide).sections[1])["hot 25 % − all, paper"]
     assert loose["reading"] == "not shown to be equal to within 2 points"
     worse = MEASURED | {"all": tuple(a + 0.1 + d for a, d in zip(HOT, (0.01, -0.01, 0.0, 0.0), strict=True))}
-    apart = rows_of(table_study(tmp_path / "c", worse).sections[1])["hot 25 % − all"]
+    apart = rows_of(table_study(tmp_path / "c", worse).sections[1])["hot 25 % − all, paper"]
     assert apart["reading"] == "further apart than 2 points"
 
 
 def test_rows_that_coincide_are_absent_or_have_one_seed_are_not_tested(tmp_path: Path) -> None:
     one = {name: values[:1] for name, values in MEASURED.items()}
     found = rows_of(table_study(tmp_path, one).sections[1])
-    assert found["hot 25 % − mass 25 %"]["reading"] == "both rows are one allocation"
-    assert found["hot 25 % − coverage of half"]["reading"] == "not both rows were trained"
-    assert found["hot 25 % − random 25 %"]["reading"] == "one seed: no test"
+    assert found["hot 25 % − mass 25 %, paper"]["reading"] == "both rows are one allocation"
+    assert found["hot 25 % − coverage of half, paper"]["reading"] == "not both rows were trained"
+    assert found["hot 25 % − random 25 %, paper"]["reading"] == "one seed: no test"
     assert {row["p"] for row in found.values()} == {""}
 
 
 def test_published_numbers_stand_beside_only_where_model_and_task_are_the_papers(tmp_path: Path) -> None:
     here, *_ = table_study(tmp_path / "a").sections
     assert "published" not in here.head
-    assert here.notes[0].startswith("Not trained: allocator=sieve fraction=0.25 score=mass (the allocation of hot")
+    same = "Not trained: allocator=sieve fraction=0.25 score=mass recipe=paper (the allocation of hot"
+    assert here.notes[0].startswith(same)
     assert "this study has tiny-moe on shift, so none stands beside" in here.notes[1]
     assert "OLMoE-1B-7B-0924, Qwen1.5-MoE-A2.7B on spider, gsm8k, hellaswag" in here.notes[1]
     papers, *_ = table_study(tmp_path / "b", model="allenai/OLMoE-1B-7B-0924", task="gsm8k").sections
@@ -161,7 +162,7 @@ def test_rows_and_comparisons_are_by_test_accuracy_where_every_run_has_one(tmp_p
     assert rows.head == ("row", "trainable parameters", "validation", "test", "s.d. of test", "seeds")
     (hot,) = [row for label, row in rows_of(rows).items() if label.startswith("hot")]
     assert (hot["validation"], hot["test"], hot["s.d. of test"]) == ("0.615", "0.565", "0.013")
-    random = rows_of(comparisons)["hot 25 % − random 25 %"]
+    random = rows_of(comparisons)["hot 25 % − random 25 %, paper"]
     interval = stats.ttest_rel(LOWER["hot"], LOWER["random"]).confidence_interval(0.95)
     assert (random["difference"], random["95 % interval"]) == ("+0.020", f"{interval.low:+.3f} … {interval.high:+.3f}")
     assert "Accuracy is that on the test split." in comparisons.notes
@@ -173,11 +174,11 @@ def test_rows_and_comparisons_are_by_test_accuracy_where_every_run_has_one(tmp_p
 def test_a_comparison_of_which_a_run_was_not_tested_is_by_validation_and_says_so(tmp_path: Path) -> None:
     report = table_study(tmp_path / "a", tests=LOWER | {"greedy": LOWER["greedy"][:3]})
     rows, comparisons, *_ = report.sections
-    greedy = rows_of(comparisons)["hot 25 % − greedy 25 %"]
+    greedy = rows_of(comparisons)["hot 25 % − greedy 25 %, paper"]
     reference = stats.ttest_rel(MEASURED["hot"], MEASURED["greedy"])
     assert float(greedy["p"]) == pytest.approx(reference.pvalue, abs=5e-4)
     assert (
-        "Accuracy is that on the test split, but on the validation split for hot 25 % − greedy 25 %, since not every "
+        "Accuracy is that on the test split, but on the validation split for hot 25 % − greedy 25 %, paper, since not every "
         "training of both rows was evaluated on the test split." in comparisons.notes
     )
     untested = table_study(tmp_path / "b", tests={})

@@ -93,7 +93,11 @@ class WorkerState:
         self.device = device
         loaded = models.load(setup.model, device=str(device), **setup.options)
         self.name, self.identity, self.dtype = setup.model, loaded.identity, loaded.numbers
-        self.folder, self.scratch = partial(models.folder_of, self.name), Path(setup.signals)
+        self.notes = loaded.notes
+        # what lies on disk as fp8 is measured as it is resident, dequantised
+        stored = models.stored_as(models.config_of(self.name), name=self.name)
+        self.folder = None if stored else partial(models.folder_of, self.name)
+        self.scratch = Path(setup.signals)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.sharded = sharding.is_sharded(self.model)
         self.broken = False  # whether other workers of the group wait for this one, in vain
@@ -144,7 +148,7 @@ class WorkerState:
             case TaskJob():
                 from trainers import tasks
 
-                return TaskDescribed(tasks.sizes(self.task), self.versions)
+                return TaskDescribed(tasks.sizes(self.task), self.versions, self.notes)
 
     def untrained(self) -> UntrainedEvaluated:
         """The base alone on both splits. All workers of a group call this: each answers its share of the questions."""

@@ -19,6 +19,10 @@ class StudyError(ToolkitError):
     """Every trial would fail like this: stop, one line, exit code 2."""
 
 
+class NotFiniteError(StudyError):
+    """The base model computes numbers that are not finite: nothing can be trained on it, or measured by running it."""
+
+
 class TrialError(ToolkitError):
     """This point cannot be trained or was lost; record it and go on."""
 

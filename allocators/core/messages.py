@@ -123,10 +123,11 @@ class Failed:
 
 @dataclass(frozen=True)
 class TaskDescribed:
-    """The task in one line of text, and what the versions of every outcome will say."""
+    """The task in one line of text, what the versions of every outcome will say, and notes on the base's files."""
 
     text: str
     versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

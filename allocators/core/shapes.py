@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from allocators.core import checks
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import ModelShape, ModuleShape, Role
 
@@ -49,7 +50,7 @@ def shape_from_config(config: Mapping[str, Any] | Any, *, name: str) -> ModelSha
     config   config.json as a dict, or a transformers config object
     name     what messages and reports call the model
 
-    Raises StudyError for a model type that is not listed in `FAMILIES`, or sizes that are no whole numbers.
+    Raises StudyError for a model type that is not listed in `FAMILIES`, or sizes that no model can have.
     """
     given = config if isinstance(config, Mapping) else config.to_dict()
     model_type = given.get("model_type")
@@ -63,11 +64,29 @@ def shape_from_config(config: Mapping[str, Any] | Any, *, name: str) -> ModelSha
     key = next((k for k in _EXPERT_KEYS if k in family.defaults), None)
     if key is not None and key not in given:  # transformers reads any of the three names
         sizes[key] = next((given[k] for k in _EXPERT_KEYS if k in given), sizes[key])
-    for key in family.defaults:
-        if key not in _OPTIONAL and (type(sizes[key]) is not int or sizes[key] < 0):
-            raise StudyError(f"the config of {name} has {key}={sizes[key]!r}: it must be a whole number")
+    try:
+        _check(family, sizes)
+    except ValueError as error:
+        raise StudyError(f"the config of {name} cannot be right: {error}") from None
     modules = [m for layer in range(sizes["num_hidden_layers"]) for m in _layer(family, sizes, layer)]
     return ModelShape(name, tuple(modules), sizes["num_hidden_layers"])
+
+
+def _check(family: Family, c: Config) -> None:
+    """Raises ValueError for a size that no model can have."""
+    for key in (*family.defaults, *(() if family.latent else ("head_dim",))):
+        value = c.get(key)
+        if value is None and key in _OPTIONAL:
+            continue
+        if key == "mlp_only_layers":
+            for layer in checks.sequence(value, key):
+                checks.whole(layer, f"a layer of {key}")
+            continue
+        may_be_zero = key in _MAY_BE_ZERO or (key in _EXPERT_KEYS and "decoder_sparse_step" in family.defaults)
+        high = _MOST.get(key, _LARGEST)
+        checks.whole(value, key, low=0 if may_be_zero else 1, high=high)
+    if not family.latent and c.get("head_dim") is None and c["num_attention_heads"] > c["hidden_size"]:
+        raise ValueError(f"hidden_size {c['hidden_size']} leaves nothing for {c['num_attention_heads']} heads")
 
 
 def _layer(family: Family, c: Config, layer: int) -> Iterator[ModuleShape]:
@@ -162,6 +181,9 @@ def _sizes(hidden: int, width: int, layers: int, heads: int, key_heads: int | No
 _LATENT = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _QWEN_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": None}
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_MAY_BE_ZERO = ("first_k_dense_replace", "shared_intermediate_size")
+_LARGEST = 1 << 24  # of a width: no model is near it
+_MOST = {"num_hidden_layers": checks.MOST_LAYERS, **dict.fromkeys(_EXPERT_KEYS, checks.MOST_EXPERTS)}
 _OPTIONAL = ("num_key_value_heads", "head_dim", "q_lora_rank", "mlp_only_layers")  # None is a value
 
 FAMILIES: dict[str, Family] = {

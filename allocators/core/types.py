@@ -135,6 +135,8 @@ class Signal:
     unit         e.g. `tokens`, `1`
     provenance   model, revision or weight hash, data hash, samples, seed, code version: everything that the numbers
                  depend on, so that its digest names the cache file
+
+    A value that does not exist (the tail of a matrix of zeros) is an empty tuple.
     """
 
     kind: SignalKind
@@ -157,14 +159,25 @@ class Signal:
     def metric(self, key: str | int, name: str) -> tuple[float, ...]:
         """The values of one metric in one row.
 
-        Raises StudyError when the signal has no such row or metric.
+        Raises StudyError when the signal has no such row or metric, InfeasibleError where what was measured does not
+        have it: the row is empty then.
         """
         try:
-            return self.rows[str(key)][name]
+            values = self.rows[str(key)][name]
         except KeyError:
             row = self.rows.get(str(key))
             possible = f"metrics {sorted(row)}" if row is not None else f"rows {sorted(self.rows)}"
             raise StudyError(f"{self.kind} signal has no '{name}' for '{key}': it has {possible}") from None
+        if not values:
+            have = sorted(
+                metric for metric in self.rows[str(key)] if all(row.get(metric) for row in self.rows.values())
+            )
+            instead = f"choose {' or '.join(have)}, or " if have else ""
+            raise InfeasibleError(
+                f"{key} has no {name} (a matrix of zeros or of equal numbers has none): {instead}a rule that needs no "
+                f"{self.kind}"
+            )
+        return values
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads; rows are lists."""

@@ -12,6 +12,7 @@ again.
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from allocators.core.errors import StudyError, ToolkitWarning
+from allocators.core.errors import NotFiniteError, StudyError, ToolkitWarning
 from allocators.core.types import Signal, digest_of
 
 
@@ -41,7 +42,8 @@ def cached(
     measure   called without arguments where no good file exists; its signal must carry `provenance`
     warn      receives one line about a damaged file; by default a ToolkitWarning
 
-    Raises StudyError when the folder cannot be written; whatever `measure` raises passes through.
+    Raises StudyError when the folder cannot be written, NotFiniteError where a value was measured that is not finite;
+    whatever `measure` raises passes through.
     """
     file = _file(kind, provenance, folder)
     try:
@@ -60,6 +62,7 @@ def cached(
         if known is not None:
             return known
         signal = measure()
+        _check_finite(signal)
         assert signal.kind == kind
         assert digest_of(signal.to_json()["provenance"]) == digest_of(dict(provenance))
         try:
@@ -87,6 +90,14 @@ def load(file: Path) -> Signal:
         raise StudyError(f"signal file '{file}' cannot be read: {error.strerror or error}") from error
     except _Damaged as reason:
         raise StudyError(f"signal file '{file}' is damaged ({reason}): measure it again") from reason
+
+
+def _check_finite(signal: Signal) -> None:
+    for key, metrics in signal.rows.items():
+        for metric, values in metrics.items():
+            if not all(map(math.isfinite, values)):
+                where = f"layer {key}" if key.isdecimal() else key
+                raise NotFiniteError(f"the {signal.kind} of {where} is not finite ({metric}): try dtype=float32")
 
 
 def _file(kind: str, provenance: Mapping[str, Any], folder: Path) -> Path:

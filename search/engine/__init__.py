@@ -52,16 +52,18 @@ class Facts:
     task       in one line; empty where nothing is trained
     versions   the part of an outcome's versions that has to agree where another study's training is reused; that of the
                test data only where its score on the test split is
+    notes      what the user should know of the base's files, a line each
     """
 
     task: str
     versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, described: TaskDescribed) -> Facts:
         """Of what a worker answers to a `TaskJob`."""
         names = [*FACTS, *({TEST_DATA} & described.versions.keys())]
-        return cls(described.text, {name: described.versions[name] for name in names})
+        return cls(described.text, {name: described.versions[name] for name in names}, described.notes)
 
 
 class Workers(Protocol):

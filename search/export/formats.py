@@ -2,8 +2,9 @@
 
     load = FORMATS["merged"](conversion)        # files in conversion.target, what to say in conversion.notes
 
-What a format cannot express is refused with the reason, before or after the computation, but never handed out: the
-logits of what was written are compared with those of the adapter on its base.
+What a format cannot express is refused with the reason, before or after the computation, but never handed out: each
+form is loaded back from what was written, by the library that will use it, and its logits (of our own form its tensors)
+are compared with those of the adapter on its base.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from allocators.core import weight_files
 from allocators.core.errors import StudyError
 from allocators.core.types import Outcome
 from search.config import load_arguments
@@ -63,7 +65,10 @@ class Conversion:
     @property
     def base_params(self) -> int | None:
         """Of the base model, from the heads of its files; None where they do not lie here."""
-        return sum(_stored(self.base_folder).values()) if self.base_folder is not None else None
+        try:
+            return sum(_stored(self.base_folder).values()) if self.base_folder is not None else None
+        except StudyError:  # an adapter is exported without its base
+            return None
 
     @property
     def is_hub(self) -> bool:
@@ -77,6 +82,7 @@ class Conversion:
         try:
             loaded = models.load(self.base, **arguments)
             self.base_folder = models.folder_of(self.base)
+            self.notes += loaded.notes
             return loaded
         except StudyError as error:
             raise StudyError(f"the base model is needed for format={self.format}: {error}") from error
@@ -93,12 +99,14 @@ def write_adapter(conversion: Conversion) -> str:
     shutil.copyfile(conversion.source / "adapter.safetensors", conversion.target / "adapter.safetensors")
     text = json.dumps(portable(saved.config), indent=1) + "\n"
     (conversion.target / "adapter.json").write_text(text, encoding="utf-8")
+    _compare_adapters(conversion, saved)
     return load_code(portable(conversion.base), conversion.name, settings=conversion.settings)
 
 
 def write_merged(conversion: Conversion) -> str:
     """The base with the adapter in its weights."""
     from trainers import adapter
+    from trainers.models import files
 
     _refuse_to_merge(_checked(conversion), conversion.settings)
     dtype = "float32"
@@ -108,16 +116,43 @@ def write_merged(conversion: Conversion) -> str:
     attached = adapter.load(loaded.model, conversion.source)
     expected = _logits(loaded.model)
     attached.merge()
-    _compare(conversion, f"{dtype} weights", _logits(loaded.model), expected, exact=dtype == "float32")
-    with models.no_progress_bars():
+    merged = _logits(loaded.model)
+    with files.quiet():
         loaded.model.save_pretrained(conversion.target)
     loaded.tokenizer.save_pretrained(conversion.target)
-    code = ", trust_remote_code=True" if conversion.settings.get("trust_remote_code") else ""
+    trusted = bool(conversion.settings.get("trust_remote_code"))
+    again = _logits(_load_plain(conversion, dtype, trusted))
+    _refuse_other(conversion, again, merged)
+    _compare(conversion, f"{dtype} weights, loaded by transformers", again, expected, exact=dtype == "float32")
+    code = ", trust_remote_code=True" if trusted else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"model = AutoModelForCausalLM.from_pretrained({conversion.quoted}{code})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({conversion.quoted}{code})"
     )
+
+
+def _load_plain(conversion: Conversion, dtype: str, trusted: bool) -> Any:
+    """The merged model as its files have it, by plain transformers. Raises StudyError where they are not whole."""
+    from transformers import AutoModelForCausalLM
+
+    from trainers.models import files
+
+    load: Any = AutoModelForCausalLM.from_pretrained
+    try:
+        with files.quiet():
+            model, report = load(
+                conversion.target, trust_remote_code=trusted, local_files_only=not trusted, output_loading_info=True
+            )
+    except Exception as error:  # whatever transformers makes of its own files
+        raise _failed(conversion, f"it cannot be loaded again ({files.reason_of(error)})") from error
+    if dtype == "float32" and (other := {str(p.dtype) for p in model.parameters()} - {"torch.float32"}):
+        raise _failed(conversion, f"its files hold {min(other)}, not float32")
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[kind]:
+            example = min(map(str, report[kind]))
+            raise _failed(conversion, f"loaded again it has {kind.replace('_', ' ')}, e.g. {example}")
+    return model.eval()
 
 
 def _refuse_to_merge(saved: Saved, settings: Mapping[str, Any]) -> None:
@@ -209,14 +244,42 @@ def _logits(model: Any) -> Tensor:
         return logits_2SV
 
 
+def _compare_adapters(conversion: Conversion, saved: Saved) -> None:
+    """Raises StudyError where our files, read again, hold another adapter than the study's."""
+    import torch
+
+    from trainers import adapter
+
+    again = adapter.read(conversion.target)
+    same = (
+        again.allocation == saved.allocation and again.lora == saved.lora and again.shape.modules == saved.shape.modules
+    )
+    same &= again.config["base"]["fingerprint"] == saved.config["base"]["fingerprint"]
+    same &= again.weights.keys() == saved.weights.keys()
+    if not same or not all(torch.equal(again.weights[name], tensor) for name, tensor in saved.weights.items()):
+        raise _failed(conversion, "read again it holds another adapter")
+    conversion.notes.append(f"read again: all {len(saved.weights)} tensors are those that were trained")
+
+
+def _failed(conversion: Conversion, reason: str) -> StudyError:
+    return StudyError(
+        f"format={conversion.format} would not be what the adapter is: {reason}: nothing was written; use "
+        "format=adapter and report this"
+    )
+
+
+def _refuse_other(conversion: Conversion, logits: Tensor, expected: Tensor) -> None:
+    """Raises StudyError where logits differ by more than rounding in float32."""
+    difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+    if not difference <= DIFFERENT * largest:  # not finite is not equal either
+        raise _failed(conversion, f"logits differ by {difference:.3g}, the largest is {largest:.3g}")
+
+
 def _compare(conversion: Conversion, what: str, logits: Tensor, expected: Tensor, *, exact: bool) -> None:
     """Notes how far the logits are from the adapter's. Raises StudyError where that cannot be rounding."""
+    if exact:
+        _refuse_other(conversion, logits, expected)
     difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
-    if exact and not difference <= DIFFERENT * largest:  # not finite is not equal either
-        raise StudyError(
-            f"format={conversion.format} would compute something else than the adapter does (logits differ by "
-            f"{difference:.3g}, the largest is {largest:.3g}): nothing was written; use format=adapter and report this"
-        )
     conversion.notes.append(
         f"{what}: logits of 32 random tokens differ from those of the adapter on its base by {difference:.1e} at most "
         f"(the largest is {largest:.3g})"
@@ -243,14 +306,10 @@ def _local_folder(name: str) -> Path | None:
 
 def _stored(folder: Path) -> Counter[str]:
     """Type → number of values, from the heads of a model folder's safetensors."""
-    from safetensors import safe_open
-
     values: Counter[str] = Counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (it is no mapping)
-                tensor = tensors.get_slice(name)  # its head: nothing is loaded
-                values[tensor.get_dtype()] += math.prod(tensor.get_shape())
+    for file in weight_files.files_in(folder):
+        for tensor in weight_files.head(file).values():
+            values[tensor.dtype] += math.prod(tensor.shape)
     return values
 
 

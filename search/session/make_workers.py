@@ -68,9 +68,10 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
         table, count = problem.table, config.max_concurrent or WORKERS
         return SimulatedWorkers(table.outcomes, workers=count, source=config.replay, mark=table.mark)
     models.check_packages(attn=config.attn, quantization=config.quantization)
-    for line in models.remarks(
+    lines = models.remarks(
         config.model, problem.shape, quantization=config.quantization, trust_remote_code=config.trust_remote_code
-    ):
+    )
+    for line in [*lines, *models.left_out(config.model, trust_remote_code=config.trust_remote_code)]:
         print(f"note: {line}", file=sys.stderr)
     setup = worker_setup(config, locations)
     if config.workers == "process":

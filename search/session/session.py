@@ -170,6 +170,8 @@ class Session:
         facts = workers.facts()
         if facts.task:
             progress.message(facts.task)
+        for note in facts.notes:
+            progress.message(f"note: {note}")
         if self.config.untrained:
             self._evaluate_untrained(workers, progress)
         problem = self.problem.measured(self._signals(workers, progress))

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from allocators.core import plugins
-from allocators.core.errors import InfeasibleError, StudyError, ToolkitWarning, did_you_mean, unknown
+from allocators.core.errors import InfeasibleError, NotFiniteError, StudyError, ToolkitWarning, did_you_mean, unknown
 from allocators.core.layers import total_or_default
 from allocators.core.types import ModelShape, Signal
 from search.show.config import ShowConfig
@@ -48,12 +48,21 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
         plugins.check(module, shape, knobs_by_name[name])
         _check_types(name, module, knobs_by_name[name])
 
-    source = Source(config, shape)
+    source, lacking = Source(config, shape), dict[str, str]()
     for kind in sorted({m.NEEDS for m in modules.values() if m.NEEDS is not None} - set(signals)):
-        signals[kind], origin = source.measured(kind)
+        try:
+            signals[kind], origin = source.measured(kind)
+        except NotFiniteError as error:  # the rules that need none of it have an answer all the same
+            lacking[kind], origin = str(error), f"{kind} cannot be measured: {error}"
         origins.append(origin)
+    origins += models.left_out(model, trust_remote_code=config.trust_remote_code)
 
-    answers = [_ask(name, module, signals, shape, knobs_by_name[name], config.seed) for name, module in modules.items()]
+    answers = [
+        Answer(name, knobs_by_name[name], None, reason=lacking[module.NEEDS])
+        if module.NEEDS in lacking
+        else _ask(name, module, signals, shape, knobs_by_name[name], config.seed)
+        for name, module in modules.items()
+    ]
     if all(answer.allocation is None for answer in answers):
         raise InfeasibleError(f"{answers[0].name}: {answers[0].reason}")
     answers.sort(key=lambda answer: (answer.trainable_params(shape, rank=config.rank), answer.name))

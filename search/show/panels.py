@@ -77,7 +77,7 @@ def allocation_panel(answer: Answer, shape: ModelShape) -> Panel:
 
 def signal_panels(signal: Signal, shape: ModelShape) -> list[Panel]:
     """One panel a metric. Rows that are layers are shown as shares of the layer, rows that are modules as they are."""
-    metrics = dict.fromkeys(metric for row in signal.rows.values() for metric in row)
+    metrics = dict.fromkeys(metric for row in signal.rows.values() for metric, values in row.items() if values)
     panel = _panel_by_expert if by_layer(signal) else _panel_by_module
     return [panel(signal, metric, shape) for metric in metrics]
 
@@ -97,7 +97,7 @@ def _panel_by_module(signal: Signal, metric: str, shape: ModelShape) -> Panel:
     for key, metrics in signal.rows.items():
         path, _, expert = key.rpartition(".")
         module = modules.get(path if expert.isdecimal() else key)
-        if module is not None and metric in metrics:
+        if module is not None and metrics.get(metric):
             values_at.setdefault((module.layer, module.name), []).extend(metrics[metric])
     columns = tuple(dict.fromkeys(name for _, name in values_at))
     layers = sorted({layer for layer, _ in values_at})

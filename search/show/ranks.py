@@ -25,7 +25,7 @@ def signal_columns(signals: Mapping[str, Signal], shape: ModelShape) -> dict[str
             if by_layer(signal):
                 rows = {key: metrics.get(metric, ()) for key, metrics in signal.rows.items()}
                 columns[f"{kind}.{metric}"] = {(key, i): v for key, row in rows.items() for i, v in enumerate(row)}
-            elif all(metric in signal.rows.get(m.path, ()) for m in blocks(shape)):
+            elif all(signal.rows.get(m.path, {}).get(metric) for m in blocks(shape)):
                 columns[f"{kind}.{metric}"] = dict(enumerate(layer_values(signal, shape, metric=metric)))
     return columns
 

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +61,18 @@ class Source:
         line += f"measured in {seconds['measuring']:.1f} s" if seconds else f"kept in {self.scratch}"
         return signal, line + (f" after {seconds['loading']:.1f} s to load the model" if seconds.get("loading") else "")
 
-    def folder(self) -> Path:
-        """The folder of the weights, fetched first where need be. Raises StudyError where there is none."""
+    @cached_property
+    def folder(self) -> Callable[[], Path] | None:
+        """Gives the folder of the weights, fetched first where need be; None where the model's are dequantised ones."""
         from trainers import models
 
-        return models.folder_of(self.name)
+        return None if self._stored else partial(models.folder_of, self.name)
+
+    @cached_property
+    def _stored(self) -> str:
+        from trainers import models
+
+        return models.stored_as(models.config_of(self.name), name=self.name)
 
     @cached_property
     def identity(self) -> str:
@@ -91,7 +98,9 @@ class Source:
         from trainers import models
 
         asked = self._config
-        return models.numbers_of(self.device, dtype=asked.dtype, attn=asked.attn, quantization=asked.quantization)
+        return models.numbers_of(
+            self.device, dtype=asked.dtype, attn=asked.attn, quantization=asked.quantization, stored=self._stored
+        )
 
     @cached_property
     def _loaded(self) -> Loaded:
@@ -106,6 +115,8 @@ class Source:
         begun = time.monotonic()
         loaded = models.load(self.name, device=self.device, **load_arguments(vars(asked)))
         self.loading_seconds = time.monotonic() - begun
+        for line in loaded.notes:
+            _say(f"note: {line}")
         return loaded
 
     @property

@@ -195,16 +195,33 @@ class Adapter(ABC):
     def merge(self) -> None:
         """Adds the deltas to the base weights and detaches for good: what stays is a plain model.
 
-        Raises TrialError on a quantised base, which then stays as it is, with the adapter on it.
+        Raises TrialError on a quantised base, and where a weight serves several modules, each with LoRA of its own or
+        none: the base then stays as it is, with the adapter on it.
         """
         if kind := quantization_of(self.model):
             raise TrialError(
                 f"{self.shape.name} is quantised ({kind}): W + B·A is no {kind} matrix, merging would change what was "
                 "trained; use the adapter attached, or train on the base without quantization"
             )
+        if shared := self._shared_weight():
+            raise TrialError(
+                f"{shared[0]} and {shared[1]} of {self.shape.name} are one weight: a sum would put the LoRA of each "
+                "into both, merging would change what was trained; use the adapter attached"
+            )
         self.detach()
         self._puts.clear()
         self._merge()
+
+    def _shared_weight(self) -> tuple[str, str] | None:
+        """Paths of an adapted module and of another one with the same weight; None where no weight serves two."""
+        adapted = {name.rpartition(".")[0] for name in self._tensors}
+        owners: dict[int, str] = {}
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            for parameter in module._parameters.values():
+                other = owners.setdefault(id(parameter), path) if parameter is not None else path
+                if other != path and {path, other} & adapted:
+                    return other, path
+        return None
 
 
 def freeze(model: Any, owner: object) -> Callable[[], None]:

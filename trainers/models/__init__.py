@@ -13,7 +13,8 @@ model are fetched once, by commit; with HF_HUB_OFFLINE=1 only what is cached is 
 base.py         names, config, identity, sizes (hub.py, smollm2.py: models that come from elsewhere; discover.py: sizes
                 of families that allocators/core/shapes.py does not list)
 options.py      what `load` takes: which values exist, what they need and what they mean
-resident.py     `load` (quantized.py: packed weights; sharding.py: a model in parts)
+resident.py     `load` (files.py: the folder as transformers may read it; checks.py: whether what was read is whole;
+                quantized.py: packed weights; sharding.py: a model in parts)
 
 Importing this package loads neither torch nor transformers: the command line answers its `help` with it.
 """
@@ -24,6 +25,7 @@ from trainers.models.base import (
     config_of,
     folder_of,
     identity_of,
+    left_out,
     shape_of,
     shape_of_model,
 )
@@ -36,8 +38,9 @@ from trainers.models.options import (
     dtype_on,
     numbers_of,
     remarks,
+    stored_as,
 )
-from trainers.models.resident import Loaded, load, no_progress_bars
+from trainers.models.resident import Loaded, load
 
 __all__ = [
     "ATTENTION",
@@ -52,10 +55,11 @@ __all__ = [
     "dtype_on",
     "folder_of",
     "identity_of",
+    "left_out",
     "load",
-    "no_progress_bars",
     "numbers_of",
     "remarks",
     "shape_of",
     "shape_of_model",
+    "stored_as",
 ]

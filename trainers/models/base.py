@@ -11,15 +11,14 @@ hub.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core import shapes
+from allocators.core import shapes, weight_files
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import ModelShape
-from trainers.models import hub, smollm2
+from trainers.models import files, hub, smollm2
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,25 +43,30 @@ def config_of(name: str) -> dict[str, Any]:
     packaged model that is asked for the first time.
 
     Raises StudyError when the name is no embedded or packaged model, no model folder and no id that the hub or its
-    cache knows.
+    cache knows, and for a config.json that is no JSON object of a model.
     """
-    config: dict[str, Any] = json.loads(config_file(name).read_text(encoding="utf-8"))
+    file = config_file(name)
+    config = weight_files.json_object(file)
+    model_type = config.get("model_type", "")
+    if not isinstance(model_type, str):
+        raise StudyError(f"'{file}' has model_type {str(model_type)[:80]}, which is no text: it names one family")
+    if "transformers_weights" in config:
+        raise StudyError(
+            f"'{file}' names the weights by transformers_weights: call them {weight_files.SINGLE} and leave it out"
+        )
     return config
 
 
 def identity_of(name: str) -> str:
     """What the weights are, for provenance: the commit of a hub model, else `sha256:` of config and weight files.
 
-    Raises StudyError as `config_of` does, and where a folder holds no safetensors.
+    Raises StudyError as `config_of` does, and where a folder lacks safetensors that it should hold.
     """
     config = config_file(name)
     if hub.is_cached(config):
         return config.parent.name
-    weights = sorted(config.parent.glob("*.safetensors"))
-    if not weights:
-        raise StudyError(f"model folder '{config.parent}' has no *.safetensors: save it with save_pretrained(...)")
     digest = hashlib.sha256()
-    for file in (config, *weights):
+    for file in (config, *weight_files.files_in(config.parent)):
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
@@ -96,6 +100,22 @@ def shape_of(name: str, *, trust_remote_code: bool = False) -> ModelShape:
     return discover.shape_from_modules(model, name=name)
 
 
+def left_out(name: str, *, trust_remote_code: bool = False) -> list[str]:
+    """A note that names the linear maps of decoder layers that have no role, and so never get LoRA; [] for none.
+
+    The families of allocators/core/shapes.py have a role for every map but Qwen's `shared_expert_gate`.
+
+    Raises StudyError as `shape_of` does.
+    """
+    if config_of(name).get("model_type") in shapes.FAMILIES:
+        return []
+    from trainers.models import discover
+
+    model = discover.without_weights(config_file(name).parent, name, trust_remote_code)
+    paths = discover.left_out(model, name=name)
+    return [f"left out, as parts without a role in '{name}': {paths}"] if paths else []
+
+
 def shape_of_model(model: PreTrainedModel, *, name: str) -> ModelShape:
     """Sizes of the adaptable modules of a model in memory. Raises StudyError as `shape_of` does."""
     if model.config.model_type in shapes.FAMILIES:
@@ -118,7 +138,7 @@ def config_file(name: str) -> Path:
     if name and folder.is_dir():
         file = folder / "config.json"
         if not file.is_file():
-            raise StudyError(f"'{name}' is a folder without config.json: point to one that save_pretrained(...) wrote")
+            raise _no_config(name, folder)
         return file
     if not hub.is_hub_id(name):
         raise _not_found(name, "it is no folder here and no Hugging Face id")
@@ -126,6 +146,17 @@ def config_file(name: str) -> Path:
         return hub.config_file(name)
     except hub.NotFoundError as reason:
         raise _not_found(name, str(reason)) from None
+
+
+def _no_config(name: str, folder: Path) -> StudyError:
+    adapter = folder / files.ADAPTER_CONFIG
+    if adapter.is_file():
+        base = weight_files.json_object(adapter).get("base_model_name_or_path")
+        return StudyError(
+            f"'{name}' is a PEFT adapter of {str(base or 'an unnamed base')[:200]!r}, not a model: merge it first "
+            "(peft's merge_and_unload, then save_pretrained), or give its base"
+        )
+    return StudyError(f"'{name}' is a folder without config.json: point to one that save_pretrained(...) wrote")
 
 
 def _not_found(name: str, reason: str) -> StudyError:

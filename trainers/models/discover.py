@@ -6,18 +6,22 @@ The model is built without weights (torch's meta device) and its decoder layers 
 what it is and where it hangs, so a family that transformers adds tomorrow needs no line here:
 
     expert          a module of transformers' experts interface (3-D weights): gate_proj, up_proj, down_proj of each
-    router          in the block around it: what has a weight [experts, hidden]
+    router          in the block around it: what hangs below a name like `gate` or `router`, or has a weight
+                    [experts, hidden]
     shared_expert   other linear maps of that block, or of a block called `shared…`; with one output: a gate, left out
-    attention       linear maps below a module called `…attn` or `…attention`
-    mlp             linear maps of feed-forward blocks in layers without experts
+    attention       linear maps below a module called `…attn` or `…attention`, or beside one called q_proj
+    mlp             in layers without experts: linear maps of feed-forward blocks, or beside one called down_proj or fc2
 
-Anything else is left as it is: state-space and convolution blocks, norms, embeddings, the head, linear layers with a
-forward of their own, and the indexers of sparse attention, which choose positions and so have no gradient.
+Anything else is left as it is and named by `left_out`: state-space and convolution blocks, what lies inside of norms,
+linear layers with a forward of their own, and what a language model has no gradient for: the indexers of sparse
+attention, which choose positions, attention to an encoder that is not there, and a layer's list of the adapters of all
+layers. Embeddings and the head lie outside of the layers.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +29,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from allocators.core import checks
 from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape, ModuleShape, Role
+from trainers.models import files
 from trainers.models.quantized import is_quantized
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ATTENTION = re.compile(r"(^|[._])(attn|attention)([._]|$)")
-_NO_GRADIENT = re.compile(r"(^|[._])indexer([._]|$)")
+_LEFT_OUT = re.compile(r"(^|[._])(indexer|encoder_attn|cross_attn|cross_attention|adapter_list)([._]|$)|norm(\.|$)")
 _FEED_FORWARD = re.compile(r"(^|[._])(mlp|ffn|ff|feed_forward|feedforward)([._]|$)")
+_ROUTER = re.compile(r"(^|[._])(gate|router)([._]|$)")
+_MOST_SAID = 8
+# names that a linear map has in attention, and in a feed-forward block, whatever the block is called
+_OF_ATTENTION, _OF_MLP = {"q_proj", "qkv_proj", "query_key_value"}, {"down_proj", "fc2"}
 
 
 def without_weights(folder: Path, name: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -46,14 +56,21 @@ def without_weights(folder: Path, name: str, trust_remote_code: bool) -> PreTrai
 
     trust = {"trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=not trust_remote_code, **trust)
-        with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **trust)
-            return model
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+        with files.clean(folder) as clean, files.quiet():
+            config = AutoConfig.from_pretrained(clean, local_files_only=not trust_remote_code, **trust)
+            checks.whole(_num_layers(config), "num_hidden_layers", low=1, high=checks.MOST_LAYERS)
+            with torch.device("meta"):
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(config, **trust)
+                return model
+    except Exception as error:
+        reason = files.reason_of(error)
         hint = "; trust_remote_code=true runs it" if "custom code" in reason else ""
-        raise StudyError(f"the sizes of '{name}' cannot be read: {reason}{hint}") from error
+        raise StudyError(f"the sizes of '{name}' cannot be read from its config.json: {reason}{hint}") from error
+
+
+def _num_layers(config: Any) -> Any:
+    """1 where the config calls it by another name."""
+    return getattr(config.get_text_config(decoder=True), "num_hidden_layers", 1)
 
 
 def shape_from_modules(model: Any, *, name: str) -> ModelShape:
@@ -62,6 +79,23 @@ def shape_from_modules(model: Any, *, name: str) -> ModelShape:
     Raises StudyError for a model that is no stack of decoder layers, has experts outside of the experts interface, or
     holds nothing that can be adapted.
     """
+    path, layers = _decoder_layers(model, name)
+    modules = [m for m in _in_layers(layers, path) if isinstance(m, ModuleShape)]
+    if not modules:
+        raise StudyError(f"the layers of {type(model).__name__} hold no attention, experts or MLP that LoRA can go on")
+    return ModelShape(name, tuple(modules), len(layers))
+
+
+def left_out(model: Any, *, name: str) -> str:
+    """The linear maps of decoder layers that have no role, in one line; "" where there are none."""
+    path, layers = _decoder_layers(model, name)
+    maps = Counter(m for m in _in_layers(layers, path) if isinstance(m, str))
+    said = [f"{inside} ({count} of {len(layers)} layers)" for inside, count in maps.most_common()]
+    return ", ".join([*said[:_MOST_SAID], *([f"and {len(said) - _MOST_SAID} more"] if len(said) > _MOST_SAID else [])])
+
+
+def _decoder_layers(model: Any, name: str) -> tuple[str, nn.ModuleList]:
+    """The path of the layers and the layers. Raises StudyError as `shape_from_modules` does."""
     decoder = model.get_decoder()
     layers = getattr(decoder, "layers", None)
     path = next((path for path, module in model.named_modules() if module is decoder), None)
@@ -75,40 +109,56 @@ def shape_from_modules(model: Any, *, name: str) -> ModelShape:
                 f"{path}.{inside} ({type(module).__name__}) is outside of transformers' experts interface: the experts "
                 f"of '{name}' can neither be chosen nor adapted"
             )
-    modules = [m for n, layer in enumerate(layers) for m in _layer(layer, n, f"{path}.layers.{n}".lstrip("."))]
-    if not modules:
-        raise StudyError(f"the layers of {type(model).__name__} hold no attention, experts or MLP that LoRA can go on")
-    return ModelShape(name, tuple(modules), len(layers))
+    return f"{path}.layers".lstrip("."), layers
 
 
-def _layer(layer: nn.Module, number: int, at: str) -> Iterator[ModuleShape]:
-    inside = dict(layer.named_modules())
-    stacks = {path: module for path, module in inside.items() if hasattr(module, "is_concatenated")}
-    blocks = {
-        path.rpartition(".")[0]: module for path, module in stacks.items()
-    }  # "" where they hang in the layer itself
+def _in_layers(layers: nn.ModuleList, at: str) -> Iterator[ModuleShape | str]:
+    """What each layer adds to the shape, and the paths in it of linear maps that have no role.
 
-    def linear(path: str, module: Any, role: Role) -> ModuleShape:
-        return ModuleShape(f"{at}.{path}", number, module.in_features, module.out_features, role=role)
+    A module that hangs in several layers is one place for LoRA, in the first of them.
+    """
+    seen: set[nn.Module] = set()
+    for number, layer in enumerate(layers):
+        inside = dict(layer.named_modules())
+        stacks = {path: module for path, module in inside.items() if hasattr(module, "is_concatenated")}
+        for path, module in inside.items():
+            if path in stacks:
+                yield from _experts(f"{at}.{number}.{path}", number, module)
+            elif not any(path.startswith(f"{stack}.") for stack in stacks) and (size := _size_of(module)):
+                role = None if module in seen else _role(path, module, inside, stacks)
+                seen.add(module)
+                yield path if role is None else ModuleShape(f"{at}.{number}.{path}", number, *size, role=role)
 
-    for path, module in inside.items():
-        if path in stacks:
-            yield from _experts(f"{at}.{path}", number, module)
-            continue
-        if any(path.startswith(f"{stack}.") for stack in stacks):
-            continue
-        around = next((experts for block, experts in blocks.items() if not block or path.startswith(f"{block}.")), None)
-        if _ATTENTION.search(path):
-            if _is_linear(module) and not _NO_GRADIENT.search(path):
-                yield linear(path, module, "attention")
-        elif around is not None and _is_router(module, around):
-            experts, hidden = module.weight.shape
-            yield ModuleShape(f"{at}.{path}", number, int(hidden), int(experts), role="router")
-        elif _is_linear(module) and module.out_features > 1:
-            if around is not None or (blocks and "shared" in path):
-                yield linear(path, module, "shared_expert")
-            elif not blocks and _FEED_FORWARD.search(path):
-                yield linear(path, module, "mlp")
+
+def _size_of(module: nn.Module) -> tuple[int, int] | None:
+    """Input and output features of a module with one matrix; None for others, and for embeddings."""
+    if is_quantized(module) or isinstance(module, nn.Linear):
+        return module.in_features, module.out_features  # type: ignore[return-value]
+    weight = getattr(module, "weight", None)
+    if isinstance(module, nn.Embedding) or not isinstance(weight, nn.Parameter) or weight.ndim != 2:
+        return None
+    return int(weight.shape[1]), int(weight.shape[0])
+
+
+def _role(path: str, module: nn.Module, inside: dict[str, nn.Module], stacks: dict[str, Any]) -> Role | None:
+    """The role of a module with a matrix, by its path in the layer; None: it is left as it is."""
+    if _LEFT_OUT.search(path):
+        return None
+    above, _, _ = path.rpartition(".")
+    beside = {name for name, other in inside[above].named_children() if _is_linear(other)}
+    if _ATTENTION.search(path) or beside & _OF_ATTENTION:
+        return "attention" if _is_linear(module) else None
+    blocks = {stack.rpartition(".")[0]: experts for stack, experts in stacks.items()}  # "": in the layer itself
+    block = next((block for block in blocks if not block or path.startswith(f"{block}.")), None)
+    routed = block is not None and "shared" not in path
+    if routed and (_ROUTER.search(path[len(block or "") :]) or _is_router(module, blocks[block or ""])):
+        return "router"
+    if not _is_linear(module):
+        return None
+    if stacks:
+        shared = block is not None or "shared" in path
+        return "shared_expert" if shared and module.out_features > 1 else None  # type: ignore[operator]
+    return "mlp" if _FEED_FORWARD.search(path) or beside & _OF_MLP else None
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -8,10 +8,10 @@ With HF_HUB_OFFLINE=1 only what is cached is used.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
+from allocators.core import weight_files
 from allocators.core.errors import StudyError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -87,7 +87,7 @@ def is_complete(folder: Path) -> bool:
     """Whether all weights that transformers would load lie there, and a tokenizer."""
     if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")):
         return False
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return (folder / "model.safetensors").is_file()
-    return all((folder / shard).is_file() for shard in json.loads(index.read_bytes())["weight_map"].values())
+    try:
+        return all((folder / name).is_file() for name in weight_files.names_in(folder))
+    except StudyError:
+        return False

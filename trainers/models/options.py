@@ -9,6 +9,8 @@ Nothing is loaded here; what the options do is said at `load` (trainers/models/r
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
+from typing import Any
 
 from allocators.core.errors import StudyError, unknown
 from allocators.core.types import ModelShape
@@ -16,6 +18,9 @@ from allocators.core.types import ModelShape
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTION = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
 QUANTIZATION = ("nf4", "int8")
+
+# Forms in which a base may lie on disk besides plain weights; `load` turns them into plain ones.
+DEQUANTIZED = ("fp8", "mxfp4")
 
 # What an option needs besides this project's dependencies: the module, and what to type.
 PACKAGES = {
@@ -43,12 +48,39 @@ def dtype_on(device: str) -> str:
     return "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
 
 
-def numbers_of(device: str, *, dtype: str = "auto", attn: str = "auto", quantization: str = "") -> str:
+def numbers_of(
+    device: str, *, dtype: str = "auto", attn: str = "auto", quantization: str = "", stored: str = ""
+) -> str:
     """Everything besides the stored weights that decides what a model computes, for provenance: `bfloat16`,
-    `float32, nf4`, `bfloat16, eager`. Raises StudyError as `dtype_on` does.
+    `float32, nf4`, `bfloat16, eager`, `float32, of fp8`. Raises StudyError as `dtype_on` does.
+
+    stored   what `stored_as` says of the base
     """
-    parts = (dtype_on(device) if dtype == "auto" else dtype, quantization, "" if attn == "auto" else attn)
+    of = f"of {stored}" if stored else ""
+    parts = (dtype_on(device) if dtype == "auto" else dtype, of, quantization, "" if attn == "auto" else attn)
     return ", ".join(part for part in parts if part)
+
+
+def stored_as(config: Mapping[str, Any], *, name: str) -> str:
+    """`fp8` or `mxfp4` where config.json says that the weights lie in that form; "" where they are plain.
+
+    Raises StudyError for any other form: no LoRA was ever compared on it, and it may not be what its name says.
+    """
+    stored = [c.get("quantization_config") for c in (config, config.get("text_config")) if isinstance(c, Mapping)]
+    stored += [config.get("compression_config")]
+    given = next((value for value in stored if value is not None), None)
+    if given is None:
+        return ""
+    method = given.get("quant_method") if isinstance(given, Mapping) else None
+    if isinstance(method, str) and method in DEQUANTIZED:
+        return method
+    kind = (
+        "in a form that its quantization_config does not name" if not isinstance(method, str) else f"as {method[:40]}"
+    )
+    raise StudyError(
+        f"the weights of '{name}' are stored {kind}: plain weights are needed, or {' or '.join(DEQUANTIZED)}, which is "
+        "dequantised; take the model that it was made from, with quantization=nf4 or int8 where it shall be packed"
+    )
 
 
 def check_options(*, dtype: str, attn: str, quantization: str) -> None:

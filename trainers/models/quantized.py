@@ -9,7 +9,7 @@ bitsandbytes is an extra of this project (`pip install -e '.[quantization]'`) an
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -45,6 +45,14 @@ def keep_gradients(model: nn.Module) -> None:
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             vars(module)["support_avx512bf16_for_cpu"] = False
+
+
+def forget(model: Any) -> None:
+    """Takes the quantizer off a model that was dequantised while it was loaded: it is saved as what it is."""
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    vars(model).pop("_weight_conversions", None)  # how it was read: saved the same way it would be packed again
 
 
 def config_for(quantization: str, *, device: str, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocators.core.errors import StudyError
-from trainers.models.base import folder_of, identity_of
-from trainers.models.options import check_options, check_packages, numbers_of
+from trainers.models import files
+from trainers.models.base import config_of, folder_of, identity_of
+from trainers.models.options import check_options, check_packages, numbers_of, stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ class Loaded:
 
     identity   of the stored weights, see `identity_of`
     numbers    what was made of them, see `numbers_of`
+    notes      what the user should know of its files, a line each
     """
 
     model: PreTrainedModel
@@ -40,6 +42,7 @@ class Loaded:
     name: str
     identity: str
     numbers: str
+    notes: tuple[str, ...] = ()
 
     @property
     def weight_bytes(self) -> int:
@@ -74,26 +77,40 @@ def load(
     shard                    this worker's part only, of a model that all workers of torch.distributed load together:
                              see trainers/models/sharding.py
 
-    Raises StudyError for a name that `config_of` refuses, an option or device that does not exist here, and for a model
-    that would need pickled weights, or code from its repository without `trust_remote_code`.
+    A base that is stored as fp8 or mxfp4 is dequantised to `dtype`.
+
+    Raises StudyError for a name that `config_of` refuses, an option or device that does not exist here, for a model
+    that would need pickled weights, or code from its repository without `trust_remote_code`, and for one that is not
+    whole: tensors that its files lack or that have another size, values that are not finite, a tokenizer without an
+    eos token or with ids outside of the embedding.
     """
     check_options(dtype=dtype, attn=attn, quantization=quantization)
     check_packages(attn=attn, quantization=quantization)
-    numbers = numbers_of(device, dtype=dtype, attn=attn, quantization=quantization)
+    stored = stored_as(config_of(name), name=name)
+    if stored and quantization:
+        raise StudyError(
+            f"quantization={quantization} packs plain weights, and '{name}' is stored as {stored}: leave it out"
+        )
+    numbers = numbers_of(device, dtype=dtype, attn=attn, quantization=quantization, stored=stored)
     identity, folder = identity_of(name), folder_of(name)
-    from trainers.models import quantized, sharding
+    from trainers.models import checks, quantized, sharding
 
+    notes = checks.check_folder(folder, stored=stored, numbers=numbers)
     options = _options(numbers, device=device, attn=attn, quantization=quantization)
-    model, tokenizer = _read(
+    model, tokenizer, report = _read(
         name, folder, device, options, checkpointing=gradient_checkpointing, trusted=trust_remote_code, shard=shard
     )
+    notes += checks.check_report(report, name=name)
     model.requires_grad_(False).eval()
+    if stored:
+        quantized.forget(model)
     if shard:
         sharding.prepare(model)
     quantized.keep_gradients(model)
-    _ensure_pad_token(tokenizer, name)
+    checks.check_tokenizer(tokenizer, model, name=name)
+    checks.check_finite(model, name=name, numbers=numbers)
     _give_back_freed_memory()
-    return Loaded(model, tokenizer, name, identity, numbers)
+    return Loaded(model, tokenizer, name, identity, numbers, tuple(notes))
 
 
 def _options(numbers: str, *, device: str, attn: str, quantization: str) -> dict[str, Any]:
@@ -120,8 +137,11 @@ def _read(
     checkpointing: bool,
     trusted: bool,
     shard: bool,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a folder. Raises StudyError with transformers' reason in one line."""
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]:
+    """Model and tokenizer of a folder, and transformers' report of its tensors.
+
+    Raises StudyError with transformers' reason in one line.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -129,24 +149,29 @@ def _read(
 
     # Everything lies here by now: transformers asks the hub for code alone, where that lies elsewhere.
     trust = {"trust_remote_code": trusted, "local_files_only": not trusted}
+    # a tensor of another size is to be in the report, by name, like one that is missing
+    options = {**options, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     # straight to the device: several workers of a node need no copy each in RAM
     place: AbstractContextManager[dict[str, Any]] = (
         sharding.loading(torch.device(device)) if shard else nullcontext({"device_map": {"": device}})
     )
     try:
-        with no_progress_bars(), place as where:
-            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **where, **options, **trust)
-            tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+        with files.quiet(), files.clean(folder) as clean, place as where:
+            load: Any = AutoModelForCausalLM.from_pretrained
+            model, report = load(clean, **where, **options, **trust)
+            tokenizer = AutoTokenizer.from_pretrained(clean, **trust)
         if checkpointing:
             _checkpoint_layers(model)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except StudyError:
+        raise
+    except Exception as error:  # whatever transformers makes of somebody's files
+        reason = files.reason_of(error)
         code = "" if trusted else ", no remote code"
         hint = "; trust_remote_code=true runs it" if "custom code" in reason else ""
         raise StudyError(
             f"model '{name}' cannot be loaded (safetensors weights, a tokenizer{code}): {reason}{hint}"
         ) from error
-    return model, tokenizer
+    return model, tokenizer, report
 
 
 def _give_back_freed_memory() -> None:
@@ -161,28 +186,3 @@ def _checkpoint_layers(model: PreTrainedModel) -> None:
         warnings.simplefilter("ignore", FutureWarning)  # its new name is not in all the versions that are supported
         # non-reentrant: the other kind needs an input that asks for a gradient, and runs without hooks on the graph
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _ensure_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Padding is masked everywhere, so any known token serves; a new one would not fit the embedding."""
-    if tokenizer.pad_token_id is None:
-        token = tokenizer.eos_token or tokenizer.unk_token
-        if token is None:
-            raise StudyError(
-                f"the tokenizer of '{name}' has neither a pad, an eos nor an unk token: define one of them"
-            )
-        tokenizer.pad_token = token
-
-
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Loading bars would be drawn over the live table."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

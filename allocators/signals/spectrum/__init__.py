@@ -86,7 +86,8 @@ def measure(
     progress     called with (done, total, path) after each module
     resume       file that keeps the rows measured so far, written whole or not at all, removed at the end
 
-    A metric that a matrix does not have (a zero matrix has no tail) is left out of its row, with a warning.
+    A metric that a matrix does not have (a zero matrix has no tail, one with a NaN nothing) is empty in its row, with a
+    warning.
 
     Raises StudyError for weights or modules that are not there or not what the shape says.
     """
@@ -110,18 +111,20 @@ def measure(
 
 
 def _row(module: ModuleShape, weight: Tensor, device: str | None) -> dict[str, list[float]]:
+    names = {rule: "hill" if rule == "published" else f"hill_{rule}" for rule in XMIN_RULES}
+    row: dict[str, list[float]] = {name: [] for name in ("stable_rank", *names.values(), "alpha_hat")}
     try:
         lam = eigenvalues(weight.to(device) if device else weight)
     except StudyError as error:
-        raise StudyError(f"{module.path}: {error}") from error
-    row = {"stable_rank": [stable_rank(lam)]}
-    for rule in XMIN_RULES:
-        name = "hill" if rule == "published" else f"hill_{rule}"
+        warnings.warn(f"{module.path} has no spectrum: {error}", ToolkitWarning, stacklevel=3)
+        return row
+    row["stable_rank"] = [stable_rank(lam)]
+    for rule, name in names.items():
         try:
             row[name] = [fit_tail(lam, xmin_rule=rule).hill]
         except StudyError as error:
             warnings.warn(f"{module.path} has no {name}: {error}", ToolkitWarning, stacklevel=3)
-    if "hill" in row:
+    if row["hill"]:
         row["alpha_hat"] = [alpha_hat(lam, hill=row["hill"][0])]
     return row
 

@@ -8,13 +8,14 @@ Shards of a hub model are fetched when their first matrix is read.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from allocators.core import weight_files
 from allocators.core.errors import StudyError
 
 Weights = str | Path | nn.Module
@@ -35,6 +36,8 @@ def open_weights(weights: Weights) -> Callable[[str], Tensor]:
         file = file_of(where[name])
         if file is None:
             raise StudyError(f"'{weights}' lacks the shard {where[name]} that its index names: fetch it again")
+        if name not in weight_files.head(file):
+            raise StudyError(f"'{file}' lacks {name}, which the index says it holds: fetch it again")
         with safe_open(
             file, framework="pt"
         ) as tensors:  # for each anew: what was read of a mapped shard counts as ours
@@ -46,32 +49,40 @@ def open_weights(weights: Weights) -> Callable[[str], Tensor]:
 
 def _tensors(file_of: Callable[[str], Path | None], weights: str) -> Mapping[str, str]:
     """Tensor name -> name of the file that holds it."""
-    from safetensors import safe_open
-
-    index = file_of("model.safetensors.index.json")
-    if index is not None:
-        weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return weight_map
-    single = file_of("model.safetensors")
-    if single is None:
-        raise StudyError(
-            f"no model.safetensors for '{weights}': give a folder that save_pretrained(...) wrote, or a Hugging Face "
-            "id that is in the local cache or can be reached"
-        )
-    with safe_open(single, framework="pt") as tensors:
-        return dict.fromkeys(tensors.keys(), "model.safetensors")
+    if (single := file_of(weight_files.SINGLE)) is not None:
+        return dict.fromkeys(weight_files.head(single), weight_files.SINGLE)
+    if (index := file_of(weight_files.INDEX)) is not None:
+        return weight_files.shards_of(index)
+    raise StudyError(
+        f"no model.safetensors for '{weights}': give a folder that save_pretrained(...) wrote, or a Hugging Face "
+        "id that is in the local cache or can be reached"
+    )
 
 
 def _tensor_name(path: str, where: Mapping[str, str], weights: str) -> str:
-    """The tensor of a module: checkpoints may lack the leading `model.` or have something before it."""
+    """The tensor of a module: checkpoints may lack the leading `model.`, have something before it, or have these parts
+    in another order (`language_model.model.layers…` on disk, `model.language_model.layers…` in memory).
+    """
     name = f"{path}.weight"
     if name in where:
         return name
-    candidates = [n for n in where if name.endswith(f".{n}") or n.endswith(f".{name}")]
+    candidates = [n for n in where if name.endswith(f".{n}") or n.endswith(f".{name}")] or _reordered(name, where)
     if len(candidates) != 1:
         have = next((n for n in where if n.endswith("." + name.split(".", 3)[-1])), next(iter(where), "nothing"))
         raise StudyError(f"'{weights}' has {len(candidates)} tensors for {name}: it holds {len(where)}, e.g. {have}")
     return candidates[0]
+
+
+def _reordered(name: str, where: Iterable[str]) -> list[str]:
+    """Tensors with the same name from `layers` on, those whose parts before it differ least from the module's."""
+    before, layers, after = name.partition("layers.")
+    differing: dict[str, int] = {}
+    for other in where:
+        others, _, rest = other.partition("layers.")
+        if layers and rest == after:
+            left, right = Counter(before.split(".")), Counter(others.split("."))
+            differing[other] = ((left - right) + (right - left)).total()
+    return [other for other, number in differing.items() if number == min(differing.values())]
 
 
 def _in_folder(folder: Path, name: str) -> Path | None:

@@ -155,5 +155,5 @@ def test_unknown_family_says_what_is_possible() -> None:
 
 @pytest.mark.parametrize("bad", ["4096", None, -1, 1.5, True])
 def test_sizes_are_whole_numbers(bad: Any) -> None:
-    with pytest.raises(StudyError, match="config of m has hidden_size="):
+    with pytest.raises(StudyError, match="config of m cannot be right: hidden_size must be a whole number from 1"):
         shape_from_config({"model_type": "llama", "hidden_size": bad}, name="m")

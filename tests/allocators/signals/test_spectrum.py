@@ -7,6 +7,7 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from scipy.linalg import blas, lapack
 from torch import Tensor
 
 from allocators import alphalora
-from allocators.core.errors import StudyError, ToolkitWarning
+from allocators.core.errors import InfeasibleError, StudyError, ToolkitWarning
 from allocators.core.layers import layer_values
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import ModelShape, ModuleShape, Signal
@@ -539,10 +540,32 @@ def test_a_dead_matrix_keeps_its_row_and_is_named(tmp_path: Path) -> None:
     tensors[f"{dead}.weight"].zero_()
     with pytest.warns(ToolkitWarning, match=rf"{dead} has no hill"):
         signal = measure(save(tmp_path, tensors), SHAPE, provenance={})
-    assert signal.rows[dead] == {"stable_rank": (0.0,)}
+    assert {metric: values for metric, values in signal.rows[dead].items() if values} == {"stable_rank": (0.0,)}
     assert len(signal.rows) == len(SHAPE.modules)
-    with pytest.raises(StudyError, match=rf"no 'hill' for '{dead}'"):
+    assert Signal.from_json(signal.to_json()) == signal
+    with pytest.raises(
+        InfeasibleError, match=rf"{dead} has no hill .*: choose stable_rank, or a rule that needs no spec"
+    ):
         alphalora.allocate(signal, SHAPE)
+    assert alphalora.allocate(signal, SHAPE, metric="stable_rank").counts
+    with pytest.raises(StudyError, match="signal has no 'hil'") as typo:
+        alphalora.allocate(signal, SHAPE, metric="hil")
+    assert not isinstance(typo.value, InfeasibleError)
+
+
+@pytest.mark.parametrize("matrix", ["constant", "identity", "nan", "inf"])
+def test_a_matrix_without_a_tail_makes_the_rule_infeasible_and_ends_nothing(matrix: str, tmp_path: Path) -> None:
+    tensors, shape = weights_of(SHAPE), SHAPE
+    path = next(m.path for m in shape.modules if m.in_features == m.out_features)
+    weight = tensors[f"{path}.weight"]
+    torch.nn.init.eye_(weight) if matrix == "identity" else weight.fill_({"constant": 0.5}.get(matrix, 0.0))
+    if matrix in ("nan", "inf"):
+        weight[0, 1] = float(matrix)
+    with pytest.warns(ToolkitWarning, match=rf"{path} has no (hill|spectrum)"):
+        signal = measure(save(tmp_path, tensors), shape, provenance={})
+    with pytest.raises(InfeasibleError, match=rf"{path} has no hill") as error:
+        alphalora.allocate(signal, shape)
+    assert "\n" not in str(error.value)
 
 
 class TestWeightsThatCannotBeRead:
@@ -577,10 +600,41 @@ class TestWeightsThatCannotBeRead:
         tensors = {name: t.to(torch.float8_e4m3fn) for name, t in weights_of(SHAPE).items()}
         self.refused(save(tmp_path, tensors), "not quantised")
 
-    def test_weights_with_a_nan(self, tmp_path: Path) -> None:
-        tensors = weights_of(SHAPE)
-        tensors["model.layers.2.self_attn.o_proj.weight"][0, 0] = math.nan
-        self.refused(save(tmp_path, tensors), r"model\.layers\.2\.self_attn\.o_proj: the weights are not finite")
+    def test_a_pointer_and_a_file_that_is_cut(self, tmp_path: Path) -> None:
+        folder = save(tmp_path, weights_of(SHAPE))
+        file = folder / "model.safetensors"
+        content = file.read_bytes()
+        for size in (len(content) - 2000, len(content) - 1, 100, 8, 7, 0):
+            file.write_bytes(content[:size])
+            self.refused(folder, r"model\.safetensors' is (cut short|no safetensors file).*fetch it again")
+        file.write_bytes(content + b"\0")
+        self.refused(folder, "longer than its head says")
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        self.refused(folder, r"model\.safetensors' is a Git LFS pointer.*git lfs pull")
+
+    @pytest.mark.parametrize(
+        "index", ["", "[]", "{", "{}", '{"weight_map": {"a": "../up"}}', '{"weight_map": {"a": 1}}']
+    )
+    def test_an_index_that_is_none(self, index: str, tmp_path: Path) -> None:
+        folder = save(tmp_path, weights_of(SHAPE), shards=2)
+        (folder / "model.safetensors.index.json").write_text(index)
+        self.refused(folder, r"model\.safetensors\.index\.json'")
+
+
+def test_other_names_on_disk_are_those_of_the_resident_model(tmp_path: Path) -> None:
+    """Gemma 3: `language_model.model.layers…` in the file, `model.language_model.layers…` in memory, and a tower of
+    vision layers with the same names beside them.
+    """
+    tensors = weights_of(SHAPE)
+    expected = measure(save(tmp_path / "plain", tensors), SHAPE, provenance={})
+    stored = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    stored |= {name.replace("model.", "vision_tower.vision_model.encoder.", 1): torch.ones(4, 4) for name in tensors}
+    shape = replace(
+        SHAPE,
+        modules=tuple(replace(m, path=m.path.replace("model.", "model.language_model.", 1)) for m in SHAPE.modules),
+    )
+    signal = measure(save(tmp_path / "stored", stored), shape, provenance={})
+    assert [*signal.rows.values()] == [*expected.rows.values()]
 
 
 class Interrupted(Exception):

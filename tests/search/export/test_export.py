@@ -503,6 +503,9 @@ def test_the_values_of_a_base_are_counted_by_type_without_loading_them(tmp_path:
     tensors = {"a": torch.zeros(3, 5, dtype=torch.bfloat16), "b": torch.zeros(2), "c": torch.tensor(1.0)}
     save_file(tensors, tmp_path / "model-1.safetensors", metadata={"format": "pt"})
     save_file({"d": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, tmp_path / "model-2.safetensors")
+    save_file(tensors, tmp_path / "consolidated.safetensors")  # no part of the model: the index does not name it
+    weight_map = dict.fromkeys("abc", "model-1.safetensors") | {"d": "model-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert formats._stored(tmp_path) == {"BF16": 15, "F32": 3, "F8_E4M3": 16}
 
 

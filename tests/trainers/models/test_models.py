@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from allocators.core.errors import StudyError, TrialError
@@ -226,7 +227,7 @@ def test_what_decides_the_numbers_is_told(model_folder: Path) -> None:
 
 
 def test_code_beside_a_model_runs_where_it_is_asked_for(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_folder: Path, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -235,6 +236,8 @@ def test_code_beside_a_model_runs_where_it_is_asked_for(
     config |= {"model_type": "stranger", "architectures": ["Stranger"]}
     config["auto_map"] = {"AutoConfig": "code.StrangerConfig", "AutoModelForCausalLM": "code.Stranger"}
     (folder / "config.json").write_text(json.dumps(config))
+    # transformers knows no stranger: nothing stacks experts that were stored one by one
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
     (folder / "code.py").write_text(
         "from transformers import OlmoeConfig, OlmoeForCausalLM\n\n\n"
         "class StrangerConfig(OlmoeConfig):\n    model_type = 'stranger'\n\n\n"

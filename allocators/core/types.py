@@ -169,13 +169,11 @@ class Signal:
             possible = f"metrics {sorted(row)}" if row is not None else f"rows {sorted(self.rows)}"
             raise StudyError(f"{self.kind} signal has no '{name}' for '{key}': it has {possible}") from None
         if not values:
-            have = sorted(
-                metric for metric in self.rows[str(key)] if all(row.get(metric) for row in self.rows.values())
-            )
-            instead = f"choose {' or '.join(have)}, or " if have else ""
+            rows = self.rows.values()
+            have = sorted(metric for metric in self.rows[str(key)] if all(row.get(metric) for row in rows))
+            instead = f"metric={have[0]} exists everywhere" if have else f"take a rule that needs no {self.kind}"
             raise InfeasibleError(
-                f"{key} has no {name} (a matrix of zeros or of equal numbers has none): {instead}a rule that needs no "
-                f"{self.kind}"
+                f"{key} has no {name} (a matrix of zeros, of equal numbers or with a NaN has none): {instead}"
             )
         return values
 

@@ -207,7 +207,7 @@ def _load_with_peft(conversion: Conversion, revision: str | None) -> str:
     library, base = "from trainers import models", f"models.load({json.dumps(portable(conversion.base))}).model"
     if conversion.settings.get("quantization"):
         base = base_code(portable(conversion.base), conversion.settings)
-    elif conversion.is_hub:
+    elif conversion.is_hub and not models.stored_as(models.config_of(conversion.base), name=conversion.base):
         library = "from transformers import AutoModelForCausalLM"
         base = f"AutoModelForCausalLM.from_pretrained({json.dumps(conversion.base)}, revision={revision!r})"
     return f"from peft import PeftModel\n{library}\nmodel = PeftModel.from_pretrained({base}, {conversion.quoted})"

@@ -99,7 +99,8 @@ def _panel_by_module(signal: Signal, metric: str, shape: ModelShape) -> Panel:
         module = modules.get(path if expert.isdecimal() else key)
         if module is not None and metrics.get(metric):
             values_at.setdefault((module.layer, module.name), []).extend(metrics[metric])
-    columns = tuple(dict.fromkeys(name for _, name in values_at))
+    measured = {name for _, name in values_at}
+    columns = tuple(dict.fromkeys(m.name for m in shape.modules if m.name in measured))
     layers = sorted({layer for layer, _ in values_at})
     lowest = min(map(statistics.fmean, values_at.values()))  # also where a matrix lacks the metric
     heat = tuple(

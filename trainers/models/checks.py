@@ -20,6 +20,7 @@ import torch
 from allocators.core import weight_files
 from allocators.core.errors import NotFiniteError, StudyError
 from trainers.models import files, sharding
+from trainers.models.options import packing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -91,9 +92,14 @@ def _check_blocks(tensors: Mapping[str, weight_files.Stored], folder: Path) -> N
 
     Raises StudyError for such a matrix.
     """
-    config = weight_files.json_object(folder / "config.json")
-    quantization = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-    block = quantization.get("weight_block_size", (128, 128))
+    packing = packing_of(weight_files.json_object(folder / "config.json"))
+    block = packing.get("weight_block_size", [128, 128])
+    if block is None:  # a scale for the whole matrix
+        return
+    if not isinstance(block, list) or [type(width) for width in block] != [int, int]:
+        raise StudyError(
+            f"the config of '{folder}' has a weight_block_size that is no two whole numbers: fetch it again"
+        )
     for name, scale in tensors.items():
         weight = tensors.get(name.removesuffix("_scale_inv"))
         if (
@@ -107,7 +113,7 @@ def _check_blocks(tensors: Mapping[str, weight_files.Stored], folder: Path) -> N
         if any(scales > 1 and size != scales * width for size, scales, width in sizes):
             raise StudyError(
                 f"{name} of '{folder}' has {list(scale.shape)} scales for {list(weight.shape)} values, which blocks of "
-                f"{list(block)} do not divide: transformers would spread the scales wrongly; take plain weights"
+                f"{block} do not divide: transformers would spread the scales wrongly; take plain weights"
             )
 
 

@@ -61,14 +61,19 @@ def numbers_of(
     return ", ".join(part for part in parts if part)
 
 
+def packing_of(config: Mapping[str, Any]) -> Any:
+    """What config.json says of how the weights are packed, for the whole model or its text; None: nothing."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    given = [part.get(key) for part in parts for key in ("quantization_config", "compression_config")]
+    return next((value for value in given if value is not None), None)
+
+
 def stored_as(config: Mapping[str, Any], *, name: str) -> str:
     """`fp8` or `mxfp4` where config.json says that the weights lie in that form; "" where they are plain.
 
     Raises StudyError for any other form: no LoRA was ever compared on it, and it may not be what its name says.
     """
-    stored = [c.get("quantization_config") for c in (config, config.get("text_config")) if isinstance(c, Mapping)]
-    stored += [config.get("compression_config")]
-    given = next((value for value in stored if value is not None), None)
+    given = packing_of(config)
     if given is None:
         return ""
     method = given.get("quant_method") if isinstance(given, Mapping) else None

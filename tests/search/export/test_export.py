@@ -22,6 +22,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from allocators.core.errors import StudyError
@@ -48,6 +49,8 @@ from search.records.redact import portable, portable_command
 from search.report import Report
 from tests import ROOT
 from tests.search.propose.proposals import next_proposal
+from tests.trainers.conftest import char_tokenizer
+from tests.trainers.models.test_broken_models import write_fp8
 from tests.trainers.reference import fill
 from trainers import adapter, models, storage
 from trainers.versions import versions
@@ -212,6 +215,88 @@ def test_a_merged_model_is_plain_and_rounded_only_where_asked(exports: Exports, 
     assert "which is the rounding of the weights; dtype=float32 has none" in " ".join(lines)
     assert AutoTokenizer.from_pretrained(folder)("a b").input_ids == models.load("tiny-moe").tokenizer("a b").input_ids
     assert "lora" not in (folder / "config.json").read_text()
+
+
+def fp8_study(folder: Path) -> tuple[Path, str]:
+    """A study on a base that lies on disk in fp8, and the base's name."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    config = Qwen3Config(vocab_size=128, **sizes, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1)
+    Qwen3ForCausalLM(config).save_pretrained(folder / "plain")
+    char_tokenizer().save_pretrained(folder / "plain")
+    write_fp8(folder / "plain", folder / "packed", folder / "exact", block=32)
+    name = str(folder / "packed")
+    run = run_of(name, single(models.shape_of(name)))
+    run, _ = trained(run, str(folder / "study" / "adapters" / run.digest))
+    return write_study(folder / "study", [run], model=name), name
+
+
+@pytest.mark.parametrize("format", ["merged", "peft"])
+def test_a_base_that_is_stored_as_fp8_is_dequantised_told_and_compared_as_it_is_written(
+    format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, name = fp8_study(tmp_path)
+    attached = adapter.load(base(name), study / "adapters" / next((study / "adapters").iterdir()).name)
+    expected = logits(base(name))
+    attached.detach()
+    folder, lines = exported(study, to=tmp_path / "out", format=format, model=name)
+    assert "note: 'packed' is stored as fp8: dequantised to float32" in lines
+    if format == "merged":
+        stored = load_file(folder / "model.safetensors")
+        assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+        assert not any("scale" in tensor for tensor in stored)
+        assert "quantization" not in (folder / "config.json").read_text()
+        found = loaded_as_printed(lines, tmp_path, monkeypatch)
+        assert (logits(found) - expected).abs().max() < 1e-4 * expected.abs().max()
+        with pytest.raises(StudyError, match=r"is stored as F8_E4M3, .*: use dtype=float32"):
+            exported(study, to=tmp_path / "half", format="merged", dtype="stored")
+
+
+@pytest.mark.parametrize("damage", ["value", "missing", "half"])
+def test_a_merged_model_is_refused_where_its_files_are_something_else(
+    damage: str, exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = PreTrainedModel.save_pretrained
+
+    def damaged(model: PreTrainedModel, folder: Path) -> None:
+        save(model, folder)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in tensors if "q_proj" in name)
+        match damage:
+            case "value":
+                tensors[name] += 1
+            case "missing":
+                del tensors[name]
+            case "half":
+                config = json.loads((folder / "config.json").read_text()) | {"dtype": "float16"}
+                (folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", damaged)
+    study, known = exports["tiny-moe"]
+    said = {"value": "logits differ by", "missing": "loaded again it has missing keys", "half": "hold torch.float16"}
+    with pytest.raises(StudyError, match=f"format=merged would not be .*{said[damage]}.*nothing was written") as error:
+        exported(study, to=tmp_path / "out", point=known["some"][0], format="merged")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_our_own_form_is_refused_where_the_copy_is_another_adapter(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(source: Path, target: Path) -> None:
+        tensors = load_file(source)
+        tensors[min(tensors)] *= 2
+        save_file(tensors, target)
+
+    monkeypatch.setattr(shutil, "copyfile", damaged)
+    study, known = exports["tiny-moe"]
+    with pytest.raises(StudyError, match=r"format=adapter would not be .*read again it holds another adapter"):
+        exported(study, to=tmp_path / "out", point=known["some"][0], format="adapter")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_best_and_the_knee_and_ids(exports: Exports) -> None:

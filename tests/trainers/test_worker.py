@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from allocators.core.messages import Assignment, Finished, PackChosen, PackJob, Report, TaskJob, TrainJob, is_end
+from allocators.core.messages import (
+    Assignment,
+    Finished,
+    PackChosen,
+    PackJob,
+    Report,
+    TaskDescribed,
+    TaskJob,
+    TrainJob,
+    is_end,
+)
 from allocators.core.types import ExpertSelection, Outcome, Recipe, Trial
 from tests.trainers.conftest import worker_setup
-from trainers import storage
+from trainers import models, storage
 from trainers.adapter import Adapter
 from trainers.worker_slots import WorkerSlots
 from trainers.worker_state import WorkerState
@@ -26,6 +37,15 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> WorkerState:
     folder = tmp_path_factory.mktemp("worker")
     setup = worker_setup(folder, task="tiny_cipher", task_options={"limit": 16}, evaluations=2, calibration_samples=8)
     return WorkerState(setup, "cpu")
+
+
+def test_what_is_odd_about_the_files_of_the_base_is_told_with_the_task(tmp_path: Path) -> None:
+    folder = shutil.copytree(models.EMBEDDED["tiny-moe"], tmp_path / "moe")
+    (folder / "adapter_config.json").write_text("{}")
+    setup = worker_setup(tmp_path, model=str(folder), task="tiny_cipher", task_options={"limit": 8})
+    described = WorkerState(setup, "cpu").answer(TaskJob())
+    assert isinstance(described, TaskDescribed)
+    assert described.notes == ("adapter_config.json beside the weights of 'moe' is not used: the base is taken alone",)
 
 
 def trial(state: WorkerState, ids: tuple[int, ...] = (0, 3), **recipe: Any) -> tuple[Trial, int]:

@@ -27,6 +27,8 @@ from search.show.config import ShowConfig
 from search.show.source import Source
 from tests import ROOT
 from tests.allocators.models import dense_shape, moe_shape, routing
+from tests.trainers import reference
+from tests.trainers.conftest import char_tokenizer
 from trainers import models
 
 CONFIG = {"model_type": "olmoe", "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3, "num_experts": 8}
@@ -346,6 +348,42 @@ def test_the_spectrum_of_a_folder_is_measured_once_and_loads_no_model(
         answers.append(table(out))
     assert answers[0] == answers[1]
     assert len(list((tmp_path / "signals").glob("spectrum-*.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "value", "without"),
+    [
+        ("llama", "model.layers.0.mlp.up_proj", 0.0, {"alphalora": "up_proj has no hill"}),
+        ("llama", "model.layers.0.mlp.up_proj", float("nan"), {"alphalora": "up_proj has no hill"}),
+        ("olmoe", "model.layers.1.mlp.gate", float("nan"), {"sieve": "not finite: model.layers.1.mlp.gate.weight"}),
+    ],
+)
+def test_a_rule_that_a_matrix_makes_impossible_is_a_row_and_the_others_answer(
+    family: str, tensor: str, value: float, without: dict[str, str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from tests.allocators import tiny
+
+    made = reference.tiny_model(family) if family in reference.FAMILIES else tiny.model(family)
+    made.get_parameter(f"{tensor}.weight").data.fill_(value)
+    made.save_pretrained(tmp_path / "model")
+    char_tokenizer().save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    ((name, reason),) = without.items()
+    words = (f"model={tmp_path / 'model'}", f"cache={tmp_path}")
+    rows = table(output(capsys, *words, f"allocator={name},random", f"html={tmp_path / 'a.html'}"))
+    assert (rows[name][0], rows["random"][0] != "") == ("", True)
+    assert reason in (tmp_path / "a.html").read_text()
+    assert show.main((*words, f"allocator={name}")) == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_parts_of_a_model_without_a_role_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = CONFIG | {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention", "attention"]}
+    config |= {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "num_local_experts": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    answer = output(capsys, f"model={tmp_path}", "allocator=all")
+    assert "left out, as parts without a role" in answer
+    assert "mamba.in_proj (1 of 3 layers), mamba.out_proj (1 of 3 layers)" in answer
 
 
 def test_a_signal_of_another_model_is_refused(capsys: pytest.CaptureFixture[str], signal: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from search.problem import Problem, Proposal
 from search.propose.sampler import Proposer, table_rows
 from search.records import measured_signals
 from search.text import human, settings_of
+from trainers import models
 
 
 def dry_run(config: RunConfig, problem: Problem, folder: Path) -> None:
@@ -24,6 +25,8 @@ def dry_run(config: RunConfig, problem: Problem, folder: Path) -> None:
 
     folder   of the study: where an earlier run of it measured signals, counts are exact
     """
+    for note in [] if config.replay else models.left_out(config.model, trust_remote_code=config.trust_remote_code):
+        print(f"note: {note}", file=sys.stderr)
     known = {kind: signal for kind, signal in problem.signals.items() if signal.provenance.get("measured", True)}
     recorded, damaged = measured_signals(folder)
     for sentence in damaged:

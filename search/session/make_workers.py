@@ -60,7 +60,8 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
     study       the study's id
     trainings   how many are left
 
-    Raises StudyError where a package is missing that the model needs; prints what the user should know of the model.
+    Raises StudyError where a package is missing that the model needs, or its files are not whole; prints what the user
+    should know of the model.
     """
     if isinstance(problem, TableProblem):
         from search.engine.simulated import WORKERS, SimulatedWorkers
@@ -68,6 +69,7 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
         table, count = problem.table, config.max_concurrent or WORKERS
         return SimulatedWorkers(table.outcomes, workers=count, source=config.replay, mark=table.mark)
     models.check_packages(attn=config.attn, quantization=config.quantization)
+    models.check_files(config.model)
     lines = models.remarks(
         config.model, problem.shape, quantization=config.quantization, trust_remote_code=config.trust_remote_code
     )

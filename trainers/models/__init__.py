@@ -13,8 +13,9 @@ model are fetched once, by commit; with HF_HUB_OFFLINE=1 only what is cached is 
 base.py         names, config, identity, sizes (hub.py, smollm2.py: models that come from elsewhere; discover.py: sizes
                 of families that allocators/core/shapes.py does not list)
 options.py      what `load` takes: which values exist, what they need and what they mean
-resident.py     `load` (files.py: the folder as transformers may read it; checks.py: whether what was read is whole;
-                quantized.py: packed weights; sharding.py: a model in parts)
+files.py        whether a folder is whole, and how transformers may read it
+resident.py     `load` (checks.py: whether what was read is whole; quantized.py: packed weights; sharding.py: a model
+                in parts)
 
 Importing this package loads neither torch nor transformers: the command line answers its `help` with it.
 """
@@ -22,6 +23,7 @@ Importing this package loads neither torch nor transformers: the command line an
 from trainers.models.base import (
     EMBEDDED,
     PACKAGED,
+    check_files,
     config_of,
     folder_of,
     identity_of,
@@ -49,6 +51,7 @@ __all__ = [
     "PACKAGED",
     "QUANTIZATION",
     "Loaded",
+    "check_files",
     "check_options",
     "check_packages",
     "config_of",

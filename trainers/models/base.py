@@ -19,6 +19,7 @@ from allocators.core import shapes, weight_files
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import ModelShape
 from trainers.models import files, hub, smollm2
+from trainers.models.options import stored_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,6 +99,16 @@ def shape_of(name: str, *, trust_remote_code: bool = False) -> ModelShape:
 
     model = discover.without_weights(config_file(name).parent, name, trust_remote_code)
     return discover.shape_from_modules(model, name=name)
+
+
+def check_files(name: str) -> None:
+    """Looks at the weight files of a model that lie here, before anything is started; loads and fetches nothing.
+
+    Raises StudyError as `files.check` does.
+    """
+    config = config_file(name)
+    if not hub.is_cached(config) or hub.is_complete(config.parent):
+        files.check(config.parent, stored=stored_as(config_of(name), name=name), numbers="")
 
 
 def left_out(name: str, *, trust_remote_code: bool = False) -> list[str]:

@@ -1,23 +1,122 @@
-"""A model's folder as transformers may read it, and what transformers says about it in one line.
+"""A model's folder: whether it is whole, how transformers may read it, and what transformers says in one line.
 
-with files.clean(folder) as clean, files.quiet():
-    config = AutoConfig.from_pretrained(clean)
+    notes = files.check(folder, stored="", numbers="float32")       # StudyError for files that are cut, missing, mixed
+    with files.clean(folder) as clean, files.quiet(): …             # clean is what from_pretrained takes
+
+Importing this file loads neither torch nor transformers: a study looks at the files before it starts workers.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from allocators.core import weight_files
+from allocators.core.errors import StudyError
+from trainers.models.options import packing_of
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's; beside a base it is no part of it
 
 _BOM = b"\xef\xbb\xbf"
+# Types of tensors in a model that is not packed: weights, and what a few families keep of positions.
+_PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
+_EXPERT = re.compile(r"(.*\.experts)\.(\d{1,5})\.(.*)")
 _LONGEST = 300  # characters of somebody else's reason
+
+
+def check(folder: Path, *, stored: str, numbers: str) -> list[str]:
+    """Notes on the files of a model: what the user should know, a line each. Loads nothing.
+
+    stored    what `options.stored_as` says
+    numbers   what `options.numbers_of` says
+
+    Raises StudyError for weight files that are missing, cut short or Git LFS pointers, experts that differ from the
+    others, and weights that are not in the form that config.json says.
+    """
+    tensors = {
+        name: tensor for file in weight_files.files_in(folder) for name, tensor in weight_files.head(file).items()
+    }
+    _check_experts(tensors, folder)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    packed = sorted(dtype for dtype in dtypes if dtype not in _PLAIN)
+    if bool(packed) != bool(stored):
+        says = f"says that the weights are stored as {stored}" if stored else "has no quantization_config"
+        raise StudyError(
+            f"the files of '{folder}' hold {', '.join(packed or sorted(dtypes))}, and config.json {says}: are both of "
+            "one model?"
+        )
+    if stored == "fp8":
+        _check_blocks(tensors, folder)
+    notes = []
+    if stored:
+        notes.append(f"'{folder.name}' is stored as {stored}: dequantised to {numbers.partition(',')[0]}")
+    if (folder / ADAPTER_CONFIG).is_file():
+        notes.append(f"{ADAPTER_CONFIG} beside the weights of '{folder.name}' is not used: the base is taken alone")
+    return notes
+
+
+def _check_experts(tensors: Mapping[str, weight_files.Stored], folder: Path) -> None:
+    """Raises StudyError where one expert of a layer has other tensors than the rest, which cannot be stacked then."""
+    layers: dict[str, dict[str, dict[int, weight_files.Stored]]] = {}
+    for name, tensor in tensors.items():
+        if match := _EXPERT.fullmatch(name):
+            layer, number, part = match.groups()
+            layers.setdefault(layer, {}).setdefault(part, {})[int(number)] = tensor
+    for layer, parts in layers.items():
+        experts = sorted(set().union(*parts.values()))
+        for part, by_expert in parts.items():
+            if missing := [expert for expert in experts if expert not in by_expert]:
+                raise StudyError(
+                    f"the files of '{folder}' lack {layer}.{missing[0]}.{part}{more(missing)}, which other experts of "
+                    "the layer have: fetch them again"
+                )
+            sizes = Counter(tensor.shape for tensor in by_expert.values())
+            if len(sizes) > 1:
+                odd = min(by_expert, key=lambda expert: sizes[by_expert[expert].shape])
+                raise StudyError(
+                    f"{layer}.{odd}.{part} of '{folder}' is {list(by_expert[odd].shape)}, and those of other experts "
+                    f"{list(sizes.most_common(1)[0][0])}: fetch the files again"
+                )
+
+
+def _check_blocks(tensors: Mapping[str, weight_files.Stored], folder: Path) -> None:
+    """transformers takes the blocks of a scale to be equally large; where the last one is smaller, all would be wrong.
+
+    Raises StudyError for such a matrix.
+    """
+    packing = packing_of(weight_files.json_object(folder / "config.json"))
+    block = packing.get("weight_block_size", [128, 128])
+    if block is None:  # a scale for the whole matrix
+        return
+    if not isinstance(block, list) or [type(width) for width in block] != [int, int]:
+        raise StudyError(
+            f"the config of '{folder}' has a weight_block_size that is no two whole numbers: fetch it again"
+        )
+    for name, scale in tensors.items():
+        weight = tensors.get(name.removesuffix("_scale_inv"))
+        if (
+            weight is None
+            or weight is scale
+            or not weight.dtype.startswith("F8")
+            or len(weight.shape) != len(scale.shape)
+        ):
+            continue
+        sizes = list(zip(weight.shape[-2:], scale.shape[-2:], block or (), strict=False))
+        if any(scales > 1 and size != scales * width for size, scales, width in sizes):
+            raise StudyError(
+                f"{name} of '{folder}' has {list(scale.shape)} scales for {list(weight.shape)} values, which blocks of "
+                f"{block} do not divide: transformers would spread the scales wrongly; take plain weights"
+            )
+
+
+def more(several: Collection[object]) -> str:
+    """` and 3 more`, where there are others than the first."""
+    return f" and {len(several) - 1} more" if len(several) > 1 else ""
 
 
 @contextmanager

@@ -95,7 +95,7 @@ def load(
     identity, folder = identity_of(name), folder_of(name)
     from trainers.models import checks, quantized, sharding
 
-    notes = checks.check_folder(folder, stored=stored, numbers=numbers)
+    notes = files.check(folder, stored=stored, numbers=numbers)
     options = _options(numbers, device=device, attn=attn, quantization=quantization)
     model, tokenizer, report = _read(
         name, folder, device, options, checkpointing=gradient_checkpointing, trusted=trust_remote_code, shard=shard

@@ -178,8 +178,8 @@ def test_a_comparison_of_which_a_run_was_not_tested_is_by_validation_and_says_so
     reference = stats.ttest_rel(MEASURED["hot"], MEASURED["greedy"])
     assert float(greedy["p"]) == pytest.approx(reference.pvalue, abs=5e-4)
     assert (
-        "Accuracy is that on the test split, but on the validation split for hot 25 % − greedy 25 %, paper, since not every "
-        "training of both rows was evaluated on the test split." in comparisons.notes
+        "Accuracy is that on the test split, but on the validation split for hot 25 % − greedy 25 %, paper, since not "
+        "every training of both rows was evaluated on the test split." in comparisons.notes
     )
     untested = table_study(tmp_path / "b", tests={})
     rows, comparisons, *_ = untested.sections

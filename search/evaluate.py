@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core import words
+from allocators.core import command, words
 from allocators.core.errors import StudyError, ToolkitError
 from search import records
 from search.config import load_arguments
@@ -225,4 +225,4 @@ def _record(folder: Path, digest: str, request: Request, data: str, compared: Se
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

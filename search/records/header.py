@@ -16,6 +16,7 @@ from search.records.files import HEADER, read_bytes
 from search.records.redact import unmasked
 from trainers import storage
 
+_LONGEST = 1000  # characters of a name
 _ID = re.compile(r"[0-9a-f]{32}")
 _MODULE = {"path": "", "layer": 0, "in_features": 0, "out_features": 0, "num_experts": 0, "role": ""}
 _PUBLISHED = {"model": "", "task": "", "row": {}, "accuracy": 0.0, "source": ""}
@@ -56,6 +57,9 @@ def check(header: Mapping[str, Any]) -> None:
     checks.text(header["command"], "command")
     for name, version in checks.mapping(header["versions"], "versions").items():
         checks.text(version, f"version of {name}")
+    for name, content in checks.mapping(header.get("contents", {}), "contents").items():
+        if not checks.text(content, "contents").isprintable() or not name.isprintable() or len(name) > _LONGEST:
+            raise ValueError(f"contents must be a hash by a name, got {ascii(name)[:60]}")
     _check_settings(header["config"], "config")
     _check_settings(header["identity"], "identity")
     _check_shape(header["shape"])

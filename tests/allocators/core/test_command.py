@@ -111,3 +111,9 @@ def test_a_whole_study_ends_well_without_a_reader_in_ascii(tmp_path: Path) -> No
     )
     assert done.stderr == "0\n"
     assert {"front.csv", "points.csv", "front.png", "report.html"} <= {file.name for file in (tmp_path / "s").iterdir()}
+
+
+def test_every_command_of_a_study_is_run_so() -> None:
+    files = [file for file in (ROOT / "search").rglob("*.py") if '__name__ == "__main__"' in file.read_text()]
+    assert len(files) > 5
+    assert [file.name for file in files if "command.run(" not in file.read_text()] == []

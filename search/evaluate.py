@@ -25,11 +25,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core import words
+from allocators.core import command, words
 from allocators.core.errors import StudyError, ToolkitError
 from search import records
 from search.config import load_arguments
 from search.export import find, locate
+from search.records.files import EVALUATIONS, append_line
 from search.records.redact import redacted
 from search.report import Report
 from search.text import run_id
@@ -39,7 +40,6 @@ if TYPE_CHECKING:  # a request that cannot work is refused without torch
     from trainers.models import Loaded
     from trainers.tasks import AnyTask, Evaluation
 
-FILE = "evaluations.jsonl"
 TASK_SETTINGS = ("metric", "num_fewshot", "fewshot_seed", "chat_template", "limit")
 
 
@@ -220,9 +220,8 @@ def _record(folder: Path, digest: str, request: Request, data: str, compared: Se
             for c in compared
         ],
     }
-    with (folder / FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(json.dumps(redacted(line)), folder, EVALUATIONS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

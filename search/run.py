@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from allocators.core import plugins, words
+from allocators.core import command, plugins, words
 from allocators.core.errors import ToolkitError
 from search.config import RunConfig, help_text, parse
 from search.records.redact import redacted
@@ -31,6 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
         return 130
+
+
+def script() -> int:
+    """The installed command `lora-search`."""
+    return command.run(main)
 
 
 def overview() -> str:
@@ -61,4 +66,4 @@ def run(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from allocators.core import words
+from allocators.core import command, words
 from allocators.core.errors import StudyError, ToolkitError
 from search.export import Request, write
 from search.records.redact import redacted
@@ -74,4 +74,4 @@ def parse(given: Sequence[str]) -> tuple[str, Request]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -3,7 +3,7 @@
     read("studies/demo").finished        # without a lock, while the study runs too; `folder.py` is the one writer
 
 A folder holds
-    study.json          config, identity (what must not change between reruns), sizes of the model, versions
+    study.json          config, identity and contents (which a rerun must share), sizes of the model, versions
     outcomes.jsonl      the truth; appended by the one process that holds the folder's lock, fsynced line by line
     adapters/<digest>/  checkpoints/<digest>/  signals/  untrained.json  front.csv  points.csv  front.png  report.html
 With storage=URI, adapters and checkpoints lie at URI/<name of the study>/ instead.

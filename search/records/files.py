@@ -17,10 +17,21 @@ from allocators.core.errors import StudyError
 HEADER = "study.json"
 LINES = "outcomes.jsonl"
 UNTRAINED = "untrained.json"  # accuracy and stderr of the base, and by_task
+EVALUATIONS = "evaluations.jsonl"  # of other tasks (search/evaluate.py)
 LOCK = ".lock"
 ADAPTERS, CHECKPOINTS, SIGNALS = "adapters", "checkpoints", "signals"
 RAY = ".ray"  # Ray Train's own notes: a resume needs none of them
-WRITTEN = (HEADER, LINES, UNTRAINED, LOCK, RAY, ADAPTERS, CHECKPOINTS, SIGNALS)  # reports replace links by files
+WRITTEN = (
+    HEADER,
+    LINES,
+    UNTRAINED,
+    EVALUATIONS,
+    LOCK,
+    RAY,
+    ADAPTERS,
+    CHECKPOINTS,
+    SIGNALS,
+)  # reports replace links by files
 
 
 def leads_out(path: Path, folder: Path) -> bool:
@@ -49,6 +60,19 @@ def plain_file(folder: Path, *names: str) -> Path:
     if not stat.S_ISREG(path.stat().st_mode):
         raise StudyError(f"{path} is no plain file: put it back from a copy")
     return path
+
+
+def append_line(text: str, folder: Path, name: str) -> None:
+    """Adds a line to a file of a study folder, which is made where it is missing.
+
+    Raises StudyError where it is a link that leads out of the folder, no file, or cannot be written.
+    """
+    try:
+        path = plain_file(folder, name) if (folder / name).exists() else inside(folder, name)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise StudyError(f"{folder / name} cannot be written ({error.strerror})") from None
 
 
 def read_bytes(folder: Path, *names: str) -> bytes:

@@ -37,6 +37,7 @@ from search.records.files import (
     LINES,
     LOCK,
     RAY,
+    UNTRAINED,
     inside,
     read_bytes,
     refuse_links,
@@ -48,6 +49,8 @@ from trainers import storage
 from trainers.versions import versions
 
 log = logging.getLogger(__name__)
+
+MOST_NAMED = 5  # changed contents in a message
 
 
 class StudyFolder(Records):
@@ -68,6 +71,7 @@ class StudyFolder(Records):
         place: str = "",
         defaults: Mapping[str, Any] = MappingProxyType({}),
         table: Mapping[str, Any] = MappingProxyType({}),
+        contents: Mapping[str, str] = MappingProxyType({}),
     ) -> Self:
         """Locks the folder, checks that it is the same study, reads what is there.
 
@@ -77,6 +81,7 @@ class StudyFolder(Records):
         place      where the workers write, with its login: URI/<name>; empty: as the config's storage says
         defaults   of the identity's keys: a folder that an earlier version made lacks those that came later
         table      what a table space says about its paper (`spaces/_tables.py`), for the report
+        contents   hashes of what results depend on besides the identity, by what it is; "" where it is not known
 
         Passwords and keys are taken out of all of them before they are written.
 
@@ -86,6 +91,7 @@ class StudyFolder(Records):
         folder = Path(folder)
         asked = {"config": redacted(config), "identity": redacted(identity), "command": redacted_command(command)}
         asked |= {"shape": shape.to_json(), "versions": versions(), "table": dict(table)}
+        asked |= {"contents": dict(contents)} if contents else {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_links(folder)
@@ -250,6 +256,11 @@ def _header(folder: Path, lines: os.stat_result, asked: dict[str, Any], defaults
         return {"id": uuid.uuid4().hex, "name": folder.name, "started": now, "resumed": []} | asked | this
     old = read_header(folder)
     _refuse_another_study(folder, {**defaults, **old["identity"]}, asked["identity"])
+    if "contents" in asked:
+        recorded = old.get("contents") if lines.st_size else {}
+        asked |= {"contents": _same_contents(folder, recorded, asked["contents"])}
+        if not lines.st_size and old.get("contents") != asked["contents"]:
+            (folder / UNTRAINED).unlink(missing_ok=True)  # of another base or other questions
     is_copy = old["inode"] != lines.st_ino if "inode" in old else old["name"] != folder.name
     if is_copy:
         log.warning("%s is a copy of a study: it goes on as a study of its own", folder)
@@ -267,6 +278,37 @@ def _refuse_another_study(folder: Path, old: Mapping[str, Any], new: Mapping[str
             f"study folder {folder} was made with other settings: {what}; start another study with name=NEW, or "
             f"go back to the old settings to resume"
         )
+
+
+def _same_contents(folder: Path, old: Mapping[str, str] | None, new: Mapping[str, str]) -> dict[str, str]:
+    """What a study that goes on keeps on record of its contents.
+
+    old   empty where nothing is on record that depends on them; None where an earlier version kept none
+
+    Raises StudyError where something is not what it was: results of two contents would stand in one front.
+    """
+    if old is None:
+        log.warning(
+            "%s was made by an earlier version, which kept no hashes of model, tokenizer, task and data: whether these "
+            "have changed since cannot be checked",
+            folder,
+        )
+        return dict(new)
+    names = dict.fromkeys([*old, *new])
+    changed = [name for name in names if name not in old or name not in new or _differ(old[name], new[name])]
+    if old and changed:
+        more = f" and {len(changed) - MOST_NAMED} more" if len(changed) > MOST_NAMED else ""
+        raise StudyError(
+            f"what the results in {folder} depend on has changed since they were made: "
+            f"{'; '.join(changed[:MOST_NAMED])}{more}; put back what was there to go on, or start another study with "
+            "name=NEW"
+        )
+    return {name: new[name] or old[name] for name in new}
+
+
+def _differ(old: str, new: str) -> bool:
+    """Whether two hashes are known and not the same."""
+    return bool(old and new) and old != new
 
 
 def _recorded(outcome: Outcome) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from search.records.files import HEADER, read_bytes
 from search.records.redact import unmasked
 from trainers import storage
 
+_LONGEST = 1000  # characters of a name
 _ID = re.compile(r"[0-9a-f]{32}")
 _MODULE = {"path": "", "layer": 0, "in_features": 0, "out_features": 0, "num_experts": 0, "role": ""}
 _PUBLISHED = {"model": "", "task": "", "row": {}, "accuracy": 0.0, "source": ""}
@@ -56,9 +57,12 @@ def check(header: Mapping[str, Any]) -> None:
     checks.text(header["command"], "command")
     for name, version in checks.mapping(header["versions"], "versions").items():
         checks.text(version, f"version of {name}")
-    _check_settings(header["config"], "config")
-    _check_settings(header["identity"], "identity")
-    _check_shape(header["shape"])
+    for name, content in checks.mapping(header.get("contents", {}), "contents").items():
+        if not checks.text(content, "contents").isprintable() or not name.isprintable() or len(name) > _LONGEST:
+            raise ValueError(f"contents must be a hash by a name, got {ascii(name)[:60]}")
+    check_settings(header["config"], "config")
+    check_settings(header["identity"], "identity")
+    check_shape(header["shape"])
     _check_table(header.get("table", {}))
 
 
@@ -68,8 +72,11 @@ def _check_name(name: Any) -> None:
         raise ValueError(f"name must be that of a folder, got {ascii(name)[:60]}")
 
 
-def _check_settings(settings: Any, what: str) -> None:
-    """Values of the keys of the command line; a key of another version may have any plain value."""
+def check_settings(settings: Any, what: str) -> None:
+    """Raises ValueError where values of the keys of the command line are not of their kind.
+
+    A key of another version may have any plain value.
+    """
     kinds = RunConfig().to_json()
     for key, value in checks.mapping(settings, what).items():
         example = kinds.get(key)
@@ -85,7 +92,8 @@ def _check_settings(settings: Any, what: str) -> None:
             checks.scalar(value, f"{what}.{key}")
 
 
-def _check_shape(shape: Any) -> None:
+def check_shape(shape: Any) -> None:
+    """Raises KeyError, ValueError or TypeError for what are no sizes of a model."""
     checks.text(checks.mapping(shape, "shape")["name"], "shape.name")
     layers = checks.whole(shape["num_layers"], "shape.num_layers", high=checks.MOST_LAYERS)
     for module in checks.sequence(shape["modules"], "shape.modules"):

@@ -16,19 +16,29 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 _WORDS = r"key|secret|token|passw(?:or)?d|pwd|signature|credential"
+_VALUE = r"""(?P<value>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\s'",;}&]+)"""  # with its quotes, where it has some
 # In a text: what is kept of it, and what the secret looks like.
 _SECRETS = (
     # user:password@ and token@ of any scheme, git+https:// too, and of a URI that was taken for a path (s3:/…); a
-    # password may have an @ in it
+    # password may have an @ in it, and a slash where it is no port that the slash follows
+    re.compile(r"(:/{1,2})[^/\s?#'\":@]*:(?!\d{1,5}/)[^\s?#'\"]{1,300}(?=@)"),
     re.compile(r"(:/{1,2})[^/\s?#'\"]*(?=@)"),
     re.compile(rf"([?&;#](?:[^=&;#\s]*(?:{_WORDS})[^=&;#\s]*|sig|auth)=)[^&;#\s'\"]+", re.IGNORECASE),
     # an environment, as a shell, Python or a log writes it
     re.compile(
-        r"(\b(?:[A-Z0-9]+_)*(?:[A-Z0-9]*KEY|SECRET|TOKEN|PASSWORD|PASSWD|CREDENTIALS?)(?:_[A-Z0-9]+)*['\"]?"
-        r"\s*[=:]\s*['\"]?)[^\s'\",}&]+"
+        r"(\b(?:[A-Z0-9]+_)*(?:[A-Z0-9]*KEY|SECRET|TOKEN|PASSWORD|PASSWD|PASS|PAT|AUTH|CREDENTIALS?)(?:_[A-Z0-9]+)*"
+        rf"['\"]?\s*[=:]\s*){_VALUE}"
     ),
+    # a setting, as JSON, YAML, a command line or a driver of a database writes it
+    re.compile(
+        r"((?<![\w-])-{0,2}(?:[\w-]*[_-])?(?:password|passwd|pwd|secret|(?:api|access|account|secret|private)[_-]?key|"
+        r"(?:auth|access|private|refresh|hub|hf|api|bearer)[_-]?token|credentials?)['\"]?\s*[=:]\s*)"
+        rf"{_VALUE}",
+        re.IGNORECASE,
+    ),
+    re.compile(rf"((?<![\w.-])token=|--(?:token|password)\s+){_VALUE}"),
     re.compile(r"(authorization['\"]?\s*[=:]\s*['\"]?(?:bearer|basic|token)\s+)[^\s'\",}]+", re.IGNORECASE),
-    re.compile(r"(\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[abp]-))[A-Za-z0-9_-]{16,}"),
+    re.compile(r"(\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[abp]-|sk-))[A-Za-z0-9_-]{16,}"),
 )
 
 # A path that begins at the root or at home, after anything that can precede one in a command or a message.
@@ -53,8 +63,13 @@ def redacted(value: Any, key: str = "") -> Any:
     if _SECRET_KEY.search(key):
         return "***"
     for secret in _SECRETS:
-        value = secret.sub(r"\1***", value)
+        value = secret.sub(_masked, value)
     return value
+
+
+def _masked(found: re.Match[str]) -> str:
+    quote = (found.groupdict().get("value") or "")[:1]
+    return f"{found[1]}{quote}***{quote}" if quote in ("'", '"') else f"{found[1]}***"
 
 
 def unmasked(uri: str) -> str:

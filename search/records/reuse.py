@@ -8,7 +8,8 @@
 Equal digests are one training (allocation, recipe, model, task, seed). That one of another study may stand for one of
 ours, everything else that decides a result has to agree too: what a rerun in the same folder must share (`identity`),
 less what only says which points are proposed, and what the worker that trained it wrote into the outcome's versions:
-hash of the stored weights, number format, hash of the data. Versions of libraries and the device may differ, as they
+hash of the stored weights, number format, hash of the data. Of tokenizer, chat template and code the headers have the
+hashes, but for those of an earlier version. Versions of libraries and the device may differ, as they
 may between two runs of one study. Only what ended by itself is taken, complete or diverged, which the same seed does
 again; what failed, was stopped, or ran out of memory there may end otherwise here. A score on the test split comes
 along where that split is the same; else the training is tested again, from its adapter.
@@ -20,6 +21,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from allocators.core.errors import StudyError
@@ -65,6 +67,7 @@ class OtherStudies:
 
     identity   of this study; `defaults` of its keys, which a study of an earlier version may lack
     facts      what the versions of an outcome have to say about model, numbers and data
+    contents   hashes of this study's model, tokenizer, task files and data, as its header has them
     place      where this study's workers write: an adapter that is taken over is copied there, so that the other study
                can be deleted
     """
@@ -77,6 +80,7 @@ class OtherStudies:
         defaults: Mapping[str, Any],
         facts: Mapping[str, str],
         place: str,
+        contents: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._folder = folder
         self._identity = redacted(identity)  # as it was written by the others
@@ -84,6 +88,7 @@ class OtherStudies:
         self._facts = {key: fact for key, fact in facts.items() if key != TEST_DATA}
         self._test_data = facts.get(TEST_DATA)  # None: this study's trainings have no score beside their accuracy
         self._place = place
+        self._contents = contents
         self._followed: dict[Path, Followed | None] = {folder: None}  # None: of no use
 
     def __len__(self) -> int:
@@ -125,8 +130,14 @@ class OtherStudies:
         except StudyError as error:
             log.warning("nothing is reused from %s: %s", folder.name, error)
             return None
-        theirs = {**self._defaults, **followed.records.header["identity"]}
-        return followed if same_settings(self._identity, theirs) else None
+        header = followed.records.header
+        if not same_settings(self._identity, {**self._defaults, **header["identity"]}):
+            return None
+        theirs = header.get("contents", {})
+        if other := [name for name, mine in self._contents.items() if mine and theirs.get(name, "") not in ("", mine)]:
+            log.warning("nothing is reused from %s: it was made with another %s", folder.name, other[0])
+            return None
+        return followed
 
 
 class Followed:

@@ -5,8 +5,10 @@
     tracker.started(outcome); tracker.rung(digest, rung); tracker.finished(outcome)
     tracker.close(summary)
 
-MLflow is a view, outcomes.jsonl is the truth. A server that is down when a study starts is an error; one that fails
-later is warned about once, and the next `sync` (at the end of the study, or of the next one) writes what it missed.
+MLflow is a view, outcomes.jsonl is the truth, and no study waits for its view: what fails, at the start too, is warned
+about once and tried again from time to time, and every `sync` (at the start and at the end of a run) makes the view
+whole from the records, whatever has become of it: a server that was away or came back empty, a database that was
+deleted, is half made, or is an old copy. Only a URI that MLflow can never use is an error.
 Runs are found again by tags (`study_id` of the parent, `digest` of a child), never by memory, so nothing appears twice.
 One process writes a study; several studies may write to one database or server at a time.
 """
@@ -17,8 +19,10 @@ import logging
 import os
 import re
 import shlex
+import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,6 +32,7 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
+import sqlalchemy
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import Experiment, Metric, Param, RunTag
@@ -47,6 +52,9 @@ RunStatus = Literal["FINISHED", "FAILED", "KILLED"]
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 _BATCH_METRICS, _BATCH_PARAMS, _PARAM_LENGTH = 1000, 100, 6000  # MLflow's limits
 _PAGE = 1000
+_MADE_WITH = ("alembic_version", "experiments", "workspaces")  # have one row from the beginning
+_LOCK_SECONDS = 60  # that making a database may take another process
+_RETRY_SECONDS = 60.0  # after a failure, doubled by every further one
 
 
 class Summary(Protocol):
@@ -66,20 +74,24 @@ class Tracker:
 
     def __init__(
         self,
-        client: MlflowClient,
-        experiment: Experiment,
-        *,
         uri: str,
+        folder: Path,
+        *,
+        experiment: str,
         name: str,
         tags: Mapping[str, str],
         params: Mapping[str, Any],
     ) -> None:
-        self.uri = uri
-        self._client = client
-        self._experiment = experiment
+        self.uri, self._own = uri, uri == _own_uri(folder)
+        self._folder = folder
+        self._experiment_name = experiment
         self._name = name
         self._tags = {key: str(value) for key, value in tags.items()}
         self._params = params
+        self._client: MlflowClient
+        self._experiment: Experiment
+        self._records: Records | None = None
+        self._failures, self._failed_at, self._warned = 0, 0.0, ""
         self._down = False
         self._parent = ""
         self._study_id = ""
@@ -97,35 +109,43 @@ class Tracker:
         tags: Mapping[str, Any],
         params: Mapping[str, Any],
     ) -> Tracker:
-        """Connects and makes the database and the experiment where they are missing.
+        """A tracker, which connects when it is synced.
 
         uri      MLflow tracking URI; None: `mlflow.db` in `folder`
         folder   where a database keeps its artifacts (a server has its own place for them)
         params   of the parent run, nested is fine; passwords are taken out
 
-        Raises StudyError where MLflow cannot be reached, within seconds.
+        Raises StudyError where MLflow can never use the URI.
         """
         folder = Path(folder).absolute()
-        uri = uri or f"sqlite:///{folder}/mlflow.db"
+        uri = uri or _own_uri(folder)
         # MLflow announces every table that it makes, and prints whole stacks before it raises what we report in a line.
         for name in ("mlflow", "alembic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        try:
-            client = MlflowClient(tracking_uri=uri)
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / ".mlflow.lock"):  # four processes that made one sqlite schema at once: three failed
-                known = _experiment(client, experiment, uri, folder)
-        except Exception as error:
-            raise StudyError(
-                f"MLflow at {redacted(uri)} does not work ({_reason(error)}): start or correct it "
-                f"(sqlite:///FILE.db, http://HOST:PORT), or leave tracking_uri out to use a file in the storage folder"
-            ) from None
+        tracker = cls(uri, folder, experiment=experiment, name=study_name, tags=tags, params=redacted(params))
+        if not _is_database(uri) and not uri.startswith(("http://", "https://")):
+            try:
+                tracker._connect()
+            except Exception as error:
+                raise StudyError(
+                    f"MLflow at {redacted(uri)} does not work ({_reason(error)}): correct it "
+                    f"(sqlite:///FILE.db, http://HOST:PORT), or leave tracking_uri out to use a file in the storage "
+                    "folder"
+                ) from None
+        return tracker
+
+    def _connect(self) -> None:
+        """Makes the database and the experiment where they are missing. Raises whatever MLflow raises, at once."""
+        if _is_database(self.uri):
+            _make_database(self.uri, own=self._own)
+        self._client = MlflowClient(tracking_uri=self.uri)
+        known = _experiment(self._client, self._experiment_name, self.uri, self._folder)
         if known.lifecycle_stage != "active":
             raise StudyError(
-                f"MLflow experiment '{experiment}' at {redacted(uri)} was deleted: restore it with "
+                f"experiment '{self._experiment_name}' was deleted: restore it with "
                 f"'mlflow experiments restore --experiment-id {known.experiment_id}', or use another tracking_uri"
             )
-        return cls(client, known, uri=uri, name=study_name, tags=tags, params=redacted(params))
+        self._experiment = known
 
     @property
     def browse(self) -> str:
@@ -135,9 +155,8 @@ class Tracker:
 
     def sync(self, records: Records) -> None:
         """Makes the runs say what the records say: looks them up by their tags and adds what is missing."""
-        if self._down:  # what a failing call wrote is not known here
-            self._children.clear()
-            self._down = False
+        self._records = records
+        self._down = False
         self._safely(self._sync, records)
 
     def started(self, outcome: Outcome) -> None:
@@ -159,22 +178,33 @@ class Tracker:
 
     def close(self, summary: Summary | None = None, *, status: RunStatus = "FINISHED") -> None:
         """Ends the parent run, with the study's numbers and files; what is still running is marked KILLED."""
-        self._safely(self._close, summary, status)
+        if self._down and self._records is not None:
+            self.sync(self._records)
+        if self._parent:
+            self._safely(self._close, summary, status)
 
     def _safely(self, act: Callable[..., None], *arguments: Any) -> None:
         if self._down:
-            return
+            waited = time.monotonic() - self._failed_at
+            if self._records is None or waited < _RETRY_SECONDS * 2 ** min(self._failures - 1, 6):
+                return
+            act, arguments, self._down = self._sync, (self._records,), False  # the records have this event already
         try:
             act(*arguments)
         except Exception as error:  # whatever MLflow or its storage raises: a view must not end the study
-            self._down = True
-            log.warning(
-                "MLflow at %s fails (%s): the study goes on without it, the same command adds the missing runs",
-                redacted(self.uri),
-                _reason(error),
-            )
+            self._down, self._failed_at, self._failures = True, time.monotonic(), self._failures + 1
+            if (reason := _reason(error)) != self._warned:
+                self._warned = reason
+                log.warning(
+                    "MLflow at %s fails (%s): the study goes on without it, and the missing runs are added later, by "
+                    "the next run of the same command at the latest",
+                    redacted(self.uri),
+                    reason,
+                )
 
     def _sync(self, records: Records) -> None:
+        self._connect()
+        self._children.clear()  # what MLflow had is not what it has now
         self._study_id = records.header["id"]
         self._place = records.place
         self._parent = self._find_parent()
@@ -184,6 +214,7 @@ class Tracker:
                 self._finish(outcome)
             elif outcome.test is not None:
                 self._log_test(outcome)
+        self._failures, self._warned = 0, ""
 
     def _find_parent(self) -> str:
         """Looks up the parent run and its children by their tags; makes a parent where there is none."""
@@ -191,8 +222,7 @@ class Tracker:
         parent: MlflowRun | None = None
         for run in self._search(mine):
             if digest := run.data.tags.get("digest"):
-                if digest not in self._children:
-                    self._children[digest] = _Child.of(run, self._client)
+                self._children.setdefault(digest, _Child.of(run, self._client))
             else:
                 parent = run
         if parent is None:
@@ -245,10 +275,15 @@ class Tracker:
 
     def _log_rungs(self, digest: str, rungs: Iterable[Rung]) -> None:
         """Numbers of evaluations, by step; what the run has already is not logged again."""
+        assert self._records is not None
+        outcome = self._records.outcomes[digest]
+        if digest not in self._children:  # it was made before MLflow lost it
+            self._start(outcome)
         child, now = self._children[digest], int(time.time() * 1000)
+        every = {rung.step: rung for rung in (*outcome.rungs, *rungs)}  # those that MLflow missed too
         metrics = [
             Metric(name, float(rung[name]), now, int(rung["step"]))
-            for rung in map(_flat, rungs)
+            for rung in map(_flat, every.values())
             for name in rung
             if name != "step" and (name, int(rung["step"])) not in child.metrics
         ]
@@ -299,8 +334,6 @@ class Tracker:
         child.metrics |= {(metric.key, metric.step) for metric in metrics}
 
     def _close(self, summary: Summary | None, status: RunStatus) -> None:
-        if not self._parent:
-            return
         for child in self._children.values():
             if child.ended is None:
                 self._client.set_terminated(child.run_id, "KILLED")
@@ -347,6 +380,10 @@ class _Child:
         return child
 
 
+def _own_uri(folder: Path) -> str:
+    return f"sqlite:///{folder}/mlflow.db"
+
+
 def _is_database(uri: str) -> bool:
     """Whether runs lie in a database and not behind a server; the driver may be named: `postgresql+psycopg2://`."""
     return uri.partition(":")[0].partition("+")[0] in DATABASES
@@ -356,7 +393,81 @@ def _experiment(client: MlflowClient, name: str, uri: str, folder: Path) -> Expe
     if (known := client.get_experiment_by_name(name)) is not None:
         return known
     artifacts = (folder / "mlflow-artifacts" / name).as_uri() if _is_database(uri) else None
-    return client.get_experiment(client.create_experiment(name, artifact_location=artifacts))
+    try:
+        return client.get_experiment(client.create_experiment(name, artifact_location=artifacts))
+    except Exception:
+        if (known := client.get_experiment_by_name(name)) is not None:  # another study has made it just now
+            return known
+        raise
+
+
+def _make_database(uri: str, *, own: bool) -> None:
+    """Makes the file of a SQLite database where it is missing or half made: beside, whole, then moved into place.
+
+    MLflow's own way leaves a file that never works again where it is cut off, and two processes hinder each other. A
+    file with content is left as it is. Any other database is asked once.
+
+    own   it is the storage folder's: where it is no database any more, it is set aside
+
+    Raises what the database raises: MLflow would try for two minutes to open what cannot be opened.
+    """
+    url = sqlalchemy.make_url(uri)
+    if url.get_backend_name() != "sqlite":
+        sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect().close()
+        return
+    # A connection that is kept open goes on writing to a file that was deleted or replaced.
+    os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOLCLASS", "NullPool")
+    if not url.database or url.database == ":memory:" or url.database.startswith("file:"):
+        return
+    file = Path(url.database).absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock"), timeout=_LOCK_SECONDS):
+        if own:
+            _set_damage_aside(file)
+        if rows := _rows(file):
+            try:
+                MlflowClient(tracking_uri=uri)
+            except Exception:
+                if not _is_half_made(rows):
+                    raise
+            else:
+                return
+        for cut_off in file.parent.glob(f".{file.name}.new-*"):
+            cut_off.unlink()
+        beside = file.with_name(f".{file.name}.new-{os.getpid()}")
+        try:
+            MlflowClient(tracking_uri=url.set(database=str(beside)).render_as_string(hide_password=False))
+            os.replace(beside, file)
+        finally:
+            for left in (beside, Path(f"{beside}-journal")):
+                left.unlink(missing_ok=True)
+
+
+def _rows(file: Path) -> dict[str, int]:
+    """The number of rows, 2 at most, of every table of a SQLite database; none of a file that does not exist."""
+    if not file.exists():
+        return {}
+    with closing(sqlite3.connect(file)) as database:
+        tables = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        few = 'SELECT COUNT(*) FROM (SELECT 1 FROM "{}" LIMIT 2)'
+        return {name: database.execute(few.format(name.replace('"', '""'))).fetchone()[0] for name in tables}
+
+
+def _is_half_made(rows: Mapping[str, int]) -> bool:
+    """Whether a database holds nothing but what MLflow writes when it makes one."""
+    return "experiments" in rows and not any(number > (name in _MADE_WITH) for name, number in rows.items())
+
+
+def _set_damage_aside(file: Path) -> None:
+    """Moves a file that is no database; a folder, or a file that may not be read, stays where it is."""
+    try:
+        _rows(file)
+    except sqlite3.OperationalError:
+        return
+    except sqlite3.DatabaseError as error:
+        aside = file.with_name(f"{file.name}.damaged-{time.strftime('%Y%m%d-%H%M%S')}")
+        os.replace(file, aside)
+        log.warning("MLflow's database %s was damaged (%s): it is now %s, and a new one is made", file, error, aside)
 
 
 def _reason(error: BaseException) -> str:

@@ -28,10 +28,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from allocators.core.errors import StudyError, unknown
-from allocators.core.types import Outcome, Rung, Score, Trial, canonical_json, digest_of
+from allocators.core import checks, words
+from allocators.core.errors import StudyError, ToolkitError, unknown
+from allocators.core.types import Outcome, Signal, canonical_json, digest_of
 from search.config import before, keys
 from search.records import read
+from search.records.header import check_settings, check_shape
 from search.records.redact import portable, portable_command
 
 METADATA = b"lora-expert-search"
@@ -112,37 +114,51 @@ def load(name: str) -> Table:
         if name.endswith(".parquet") or "/" in name:
             raise StudyError(f"replay={name}: there is no such file")
         raise unknown("table of replay=", name, [shipped.stem for shipped in SHIPPED.glob("*.parquet")])
+    damage = (ArrowException, OSError, KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError)
     try:
         content = pq.read_table(file)
-        about = json.loads((content.schema.metadata or {})[METADATA])
-        if about["format"] != FORMAT:
-            raise StudyError(f"{file} has format {about['format']}, this version reads {FORMAT}: export it again")
-        rows = [_row(line) for line in content.to_pylist()]
-    except (ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        about = checks.mapping(json.loads((content.schema.metadata or {})[METADATA]), "what it is about")
+        known = about["format"] == FORMAT
+        rows = [_row(line) for line in content.to_pylist()] if known and _check(about) else []
+    except (*damage, ToolkitError) as error:
         raise StudyError(
-            f"{file} is no table of recorded trainings ({type(error).__name__}): make one with "
-            "python -m search.replay export STUDY to=FILE.parquet"
+            f"{file} is no table of recorded trainings ({type(error).__name__}: {words.shown(ascii(error.args[:1]))}): "
+            "make one with python -m search.replay export STUDY to=FILE.parquet"
         ) from None
+    if not known:
+        version = words.shown(ascii(about["format"]))
+        raise StudyError(f"{file} has format {version}, this version reads {FORMAT}: export it again")
+    if not rows:
+        raise StudyError(f"{file} holds no training: export a study with finished ones")
     # by the digest of today: a recipe may have got a setting since, at a default that changes nothing
     return Table(file.stem, about, {row.outcome.digest: row for row in rows})
+
+
+def _check(about: Mapping[str, Any]) -> bool:
+    """Raises KeyError, ValueError or TypeError where a field of a table's metadata is none; else True."""
+    check_settings(about["identity"], "identity")
+    checks.text(about["identity"]["space"], "space")
+    check_shape(about["shape"])
+    for kind, signal in checks.mapping(about["signals"], "signals").items():
+        if Signal.from_json(signal).kind != kind:
+            raise ValueError(f"the signal {kind} is another one")
+    return True
 
 
 def _row(line: Mapping[str, Any]) -> Row:
     params = {k.removeprefix("param."): v for k, v in line.items() if k.startswith("param.") and v is not None}
     tested = line.get("test_accuracy")  # none in a table of an earlier version
-    outcome = Outcome(
-        Trial.from_json(json.loads(line["trial"])),
-        line["status"],
-        line["trainable_params"],
-        line["accuracy"],
-        tuple(Rung.from_json(rung) for rung in line["rungs"]),
-        line["seconds"],
-        line["tokens"],
-        message=line["message"],
-        versions=json.loads(line["versions"]),
-        test=None if tested is None else Score(tested, line["test_stderr"]),
+    trial, versions = json.loads(line["trial"]), json.loads(line["versions"])
+    test = None if tested is None else {"accuracy": tested, "stderr": line["test_stderr"]}
+    names = ("status", "accuracy", "rungs", "seconds", "tokens", "message", "trainable_params")
+    outcome = Outcome.from_json(
+        {**{name: line[name] for name in names}, "trial": trial, "versions": versions, "test": test}
     )
-    return Row(outcome, params, line["study_seed"])
+    if outcome.status not in KEPT:
+        raise ValueError(f"a row has status {outcome.status}")
+    return Row(
+        outcome, checks.scalars(params, "params"), checks.whole(line["study_seed"], "study_seed", low=-checks.MOST)
+    )
 
 
 def export(folders: Iterable[str | Path], file: str | Path) -> Table:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from allocators.core import words
+from allocators.core import command, words
 from allocators.core.errors import ToolkitError
 from allocators.core.types import canonical_json
 from search.records.redact import redacted
@@ -49,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from allocators.core import words
+from allocators.core import command, words
 from allocators.core.errors import ToolkitError
 from search.records.redact import redacted
 from search.report import show, write
@@ -35,4 +35,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

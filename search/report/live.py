@@ -23,6 +23,7 @@ from rich.text import Text
 from allocators.core.types import Outcome, Rung
 from search.front import Points
 from search.propose.halving import tokens_saved
+from search.records.redact import redacted
 from search.report.tables import front_table
 from search.text import clock, human, point, varying
 
@@ -146,8 +147,8 @@ class Progress:
         return self._trials + self._repeats
 
     def message(self, text: str) -> None:
-        """Prints a line above the table."""
-        self._console.print(Text(text), soft_wrap=True)
+        """Prints a line above the table, without secrets that an error may quote."""
+        self._console.print(Text(redacted(text)), soft_wrap=True)
 
     @property
     def seconds_left(self) -> float | None:

@@ -22,6 +22,7 @@ from search.records.folder import StudyFolder
 from search.records.reuse import NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
 from search.records.tracking import Tracker
 from search.report.live import Progress
+from search.session.contents import contents_of, refuse_other_facts
 from search.session.dry_run import drawn
 from search.session.make_workers import Locations, make_workers
 from search.study import Conductor, trainings_left, untested
@@ -66,6 +67,7 @@ def _records(config: RunConfig, problem: Problem, locations: Locations) -> Study
         command=config.command(),
         place=locations.shared if storage.is_uri(locations.shared) else "",
         table=_tables.facts(problem.space) if problem.is_table else {},
+        contents=contents_of(config, cache=locations.folder.parent / ".contents.json"),
     )
 
 
@@ -168,6 +170,8 @@ class Session:
     def _prepare(self, workers: Workers, progress: Progress) -> tuple[OtherStudies | NoOtherStudies, Problem]:
         """What workers are asked before the first training. Gives other studies to reuse, and the measured problem."""
         facts = workers.facts()
+        trained = (outcome.versions for outcome in self.records.trained.values())
+        refuse_other_facts(self.records.folder, trained, facts.versions)
         if facts.task:
             progress.message(facts.task)
         for note in facts.notes:
@@ -224,6 +228,7 @@ class Session:
             defaults=before(),
             facts=facts,
             place=self.locations.shared,
+            contents=self.records.header.get("contents", {}),
         )
         count = len(others)
         progress.message(f"other studies in {folder.parent} have {count} trainings with the same settings")

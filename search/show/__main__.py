@@ -20,7 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from allocators.core import plugins, words
+from allocators.core import command, plugins, words
 from allocators.core.errors import StudyError, ToolkitError
 from search.records.redact import redacted
 from search.show.config import ShowConfig
@@ -89,4 +89,4 @@ def _saving(name: str, save: Callable[[Path], object]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

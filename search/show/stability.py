@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from allocators.core import words
+from allocators.core import command, words
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.signals.sensitivity import MAX_LENGTH, SCORES, Score, drawn, pad, per_sample
 from search.records.redact import redacted
@@ -201,4 +201,4 @@ def _draw_agreement(axes: Axes, rows: Sequence[Stability], request: Request) -> 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main))

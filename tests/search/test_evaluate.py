@@ -10,6 +10,7 @@ import pytest
 
 from search import evaluate, run
 from search.records import read
+from search.records.files import EVALUATIONS
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def test_on_its_own_task_a_winner_has_the_study_s_test_accuracy(
     assert evaluate.main([str(study)]) == 0
     [outcome] = read(study).finished.values()
     assert outcome.test is not None
-    [line] = (study / evaluate.FILE).read_text().splitlines()
+    [line] = (study / EVALUATIONS).read_text().splitlines()
     [result] = json.loads(line)["results"]
     assert (result["accuracy"], result["questions"]) == (pytest.approx(outcome.test.accuracy), 40)
     untrained = json.loads((study / "untrained.json").read_text())["test"]["accuracy"]
@@ -38,7 +39,7 @@ def test_on_its_own_task_a_winner_has_the_study_s_test_accuracy(
 
 def test_several_tasks_have_a_row_each_and_their_mean(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate.main([str(study), "task=tiny_cipher,tiny_backcipher", "limit=20"]) == 0
-    rows = json.loads((study / evaluate.FILE).read_text().splitlines()[-1])["results"]
+    rows = json.loads((study / EVALUATIONS).read_text().splitlines()[-1])["results"]
     assert [row["task"] for row in rows] == ["tiny_cipher", "tiny_backcipher", "mean of 2 tasks"]
     assert rows[2]["accuracy"] == pytest.approx((rows[0]["accuracy"] + rows[1]["accuracy"]) / 2)
     assert rows[2]["error"] == pytest.approx(math.hypot(rows[0]["error"], rows[1]["error"]) / 2)

@@ -138,11 +138,15 @@ def test_an_unwritable_folder_is_refused_before_anything_starts(
     assert "cannot be written" in said(capsys, f"storage={tmp_path / 'file'}")
 
 
-def test_a_tracking_server_that_is_down_is_refused_before_anything_starts(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_a_tracking_server_that_is_down_is_said_in_one_line_and_keeps_no_study_from_running(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    line = said(capsys, f"storage={tmp_path}", "tracking_uri=http://127.0.0.1:9")
-    assert "127.0.0.1:9" in line
+    words = ["replay=tiny-moe", "trials=2", "name=s", f"storage={tmp_path}", "tracking_uri=http://127.0.0.1:9"]
+    assert main(words) == 0
+    [line] = [record.getMessage() for record in caplog.records if "MLflow" in record.getMessage()]
+    assert "127.0.0.1:9 fails" in line
+    assert "\n" not in line
+    assert "2 of 2 finished" in capsys.readouterr().out
 
 
 def test_a_dry_run_prints_exact_counts_and_imports_neither_ray_nor_torch(tmp_path: Path) -> None:

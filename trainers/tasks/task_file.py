@@ -115,14 +115,23 @@ def metadata_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class FunctionName(str):
-    """The name of a function that a task file refers to."""
+    """The name of a function that a task file refers to; its module is looked up from `folder`."""
+
+    folder: Path
+
+    @classmethod
+    def of(cls, loader: yaml.SafeLoader, node: yaml.ScalarNode) -> FunctionName:
+        """As a file says it, which may be included by one of another folder."""
+        function = cls(loader.construct_scalar(node))
+        function.folder = Path(loader.name).parent
+        return function
 
 
 class _Loader(yaml.SafeLoader):
     """Reads task files without importing the functions they name."""
 
 
-_Loader.add_constructor("!function", lambda loader, node: FunctionName(loader.construct_scalar(node)))
+_Loader.add_constructor("!function", FunctionName.of)
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from search import export as adapter_export
 from search import replay, report
 from search.export.__main__ import parse as parse_words
 from search.records import LINES, read
+from search.records.files import EVALUATIONS, append_line
 from search.records.folder import StudyFolder
 from search.records.reuse import OtherStudies
 from tests.search.export.test_export import MOE, run_of, some, trained, write_study
@@ -291,6 +292,7 @@ LINKS = {
     "outcomes.jsonl": "outcomes.jsonl",
     "study.json": "adapter.json",
     "untrained.json": "adapter.json",
+    "evaluations.jsonl": "adapter.json",
     ".lock": "adapter.json",
     ".ray": "deep",
     "adapters": ".",
@@ -344,6 +346,24 @@ def test_links_of_report_files_are_replaced_and_links_to_the_study_are_fine(tmp_
     open_study(tmp_path / "s").close()
 
 
+def test_an_evaluation_is_not_written_through_a_link_or_into_a_pipe(tmp_path: Path, sentinel: Path) -> None:
+    folder, before = tmp_path / "s", contents(sentinel)
+    folder.mkdir()
+    for number in range(2):
+        append_line(f"{number}", folder, EVALUATIONS)
+    assert (folder / EVALUATIONS).read_text() == "0\n1\n"
+    for place in ("adapter.json", "new.json"):
+        (folder / EVALUATIONS).unlink()
+        (folder / EVALUATIONS).symlink_to(sentinel / place)
+        with pytest.raises(StudyError, match="leads out of the study folder"):
+            append_line("x", folder, EVALUATIONS)
+    (folder / EVALUATIONS).unlink()
+    os.mkfifo(folder / EVALUATIONS)
+    with pytest.raises(StudyError, match="is no plain file"):
+        append_line("x", folder, EVALUATIONS)
+    assert contents(sentinel) == before
+
+
 def test_a_pipe_is_no_file_to_wait_for(tmp_path: Path) -> None:
     open_study(tmp_path / "s").close()
     (tmp_path / "s" / LINES).unlink()
@@ -366,6 +386,8 @@ HEADERS: dict[str, object] = {
     "shape": {"name": "m", "num_layers": 10**12, "modules": []},
     "versions": {"torch": 2},
     "table": {"published": [{"row": 1}], "comparisons": []},
+    "contents": {"weights": 5},
+    "inode": "5",
 }
 FURTHER: list[tuple[str, object]] = [
     *HEADERS.items(),
@@ -380,6 +402,18 @@ FURTHER: list[tuple[str, object]] = [
     ("config", {"storage": 1e5}),
     ("shape", {"name": "m", "num_layers": 1, "modules": [{"path": "p", "layer": 7}]}),
     ("shape", "small"),
+    ("contents", None),
+    ("contents", {"a\nb": "1"}),
+    ("contents", {"a": "1\n2"}),
+    ("contents", [1]),
+    ("command", None),
+    ("versions", None),
+    ("config", None),
+    ("identity", None),
+    ("shape", None),
+    ("started", None),
+    ("inode", 1e300),
+    ("table", None),
     ("table", {"published": []}),
 ]
 

@@ -28,6 +28,16 @@ from tests.search.studies import open_study, outcome, started
         ),
         ("Authorization: Bearer hunter2", "Authorization: Bearer ***"),
         ("401 for hf_hunter2hunter2hunter2", "401 for hf_***"),
+        ("401 for sk-hunter2hunter2hunter2", "401 for sk-***"),
+        ("s3://AKIA:hun/ter2/hunter2@bucket/x", "s3://***@bucket/x"),
+        ("DB_PASSWORD='it is hunter2' A=b", "DB_PASSWORD='***' A=b"),
+        ('MY_AUTH="hunter2 hunter2" GITHUB_PAT=hunter2', 'MY_AUTH="***" GITHUB_PAT=***'),
+        ('{"password": "hunter2", "user": "me"}', '{"password": "***", "user": "me"}'),
+        ("wandb_api_key=hunter2 wandb_mode=x", "wandb_api_key=*** wandb_mode=x"),
+        ("mlflow_tracking_password: hunter2", "mlflow_tracking_password: ***"),
+        ("AccountKey=hunter2==;EndpointSuffix=x", "AccountKey=***;EndpointSuffix=x"),
+        ("pip --token hunter2 --user", "pip --token *** --user"),
+        ("connect(host='h', token='hunter2')", "connect(host='h', token='***')"),
     ],
 )
 def test_a_secret_is_taken_out_of_a_text_and_nothing_else(text: str, said: str) -> None:
@@ -44,6 +54,11 @@ def test_a_secret_is_taken_out_of_a_text_and_nothing_else(text: str, said: str) 
         "KeyError: 'x'",
         "tokens: many",
         "file:///a/b",
+        "http://host:5000/a/b@v1",
+        "https://github.com/a/b@main",
+        "eos_token: '</s>'",
+        "the keys q_proj, k_proj: no such module",
+        "accuracy of tokens 3: a token of the answer",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:
@@ -57,3 +72,8 @@ def test_messages_on_record_have_none(tmp_path: Path) -> None:
         study.append_answered({}, reason="infeasible", message="https://me:hunter2@host")
         assert study.finished[failed.digest].message == "s3://***@b: HF_TOKEN=***"
     assert "hunter2" not in (tmp_path / "outcomes.jsonl").read_text()
+
+
+def test_a_long_message_takes_no_longer_than_its_length_is_worth() -> None:
+    for text in ("A_" * 20_000, "-a" * 20_000, "password" * 5_000, "://" * 10_000, "'" * 40_000, "a:b/" * 10_000):
+        assert redacted(text) == text

@@ -336,3 +336,17 @@ def test_studies_against_one_table_share_their_results_through_tune(tmp_path: Pa
     records = read(tmp_path / "st" / "second")
     assert len(records.finished) == 8 + len(records.reused)
     assert f"Reused from first: {len(records.reused)} trainings" in said
+
+
+def test_nothing_is_taken_from_a_study_of_another_tokenizer_or_task_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, contents in (("one", {"tokenizer": "a", "data": ""}), ("two", {"tokenizer": "b"}), ("old", {})):
+        with open_study(tmp_path / name, identity=OWN, contents=contents) as study:
+            study.append_finished(outcome(selection(len(name), seed=len(contents)), versions=FACTS), {})
+    mine = {"tokenizer": "a", "data": "d"}
+    others = OtherStudies(
+        tmp_path / "mine", identity=OWN, defaults=OWN, facts=FACTS, place=str(tmp_path / "mine"), contents=mine
+    )
+    assert len(others) == 2
+    assert "nothing is reused from two: it was made with another tokenizer" in caplog.text

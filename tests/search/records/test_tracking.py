@@ -6,15 +6,19 @@ import itertools
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +30,7 @@ from mlflow.entities import Run
 
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED, Score
+from search.records import tracking
 from search.records.folder import StudyFolder
 from search.records.tracking import Tracker
 from tests import ROOT
@@ -36,7 +41,7 @@ from tests.search.studies import CONFIG, open_study, outcome, rung, selection, s
 def schema(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty MLflow database: making its tables takes seconds, copying it none."""
     folder = tmp_path_factory.mktemp("mlflow")
-    open_tracker(folder, experiment="Default").close()
+    tracking._make_database(f"sqlite:///{folder}/mlflow.db", own=True)
     return folder / "mlflow.db"
 
 
@@ -183,7 +188,9 @@ def test_what_still_runs_when_a_study_is_interrupted_is_killed(store: Path) -> N
         tracker = open_tracker(store)
         tracker.sync(study)
         begun = started(outcome())
+        study.append_started(begun, {})
         tracker.started(begun)
+        study.append_rung(begun.digest, rung(30, 0.2))
         tracker.rung(begun.digest, rung(30, 0.2))
         tracker.close(status="KILLED")
         _, [parent], [child] = runs(store)
@@ -217,11 +224,21 @@ class Client:
         return getattr(self._client, name)
 
 
+def limited(tracker: Tracker, calls: int) -> Callable[[], None]:
+    """As the tracker's own `_connect`, and then so many calls."""
+
+    def connect() -> None:
+        tracker._client = cast(MlflowClient, Client(tracker._client, calls))
+
+    return connect
+
+
 def test_cut_off_before_any_call_to_mlflow_the_next_run_makes_up_for_it(store: Path) -> None:
     for calls in itertools.count():
         with open_study(store / f"study{calls}") as study:
             cut, done = open_tracker(store, name=f"study{calls}"), outcome()
-            cut._client = cast(MlflowClient, Client(cut._client, calls))
+            cut._connect()
+            cut._connect = limited(cut, calls)  # type: ignore[method-assign]
             study.append_finished(done, {})
             try:
                 cut.sync(study)
@@ -300,14 +317,211 @@ def test_an_outage_is_warned_about_once_and_made_up_for(store: Path, caplog: pyt
         check(store, study)
 
 
-def test_a_server_that_is_down_is_one_line_and_no_password(tmp_path: Path) -> None:
+def test_a_server_that_is_down_is_one_line_and_no_password(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    with pytest.raises(StudyError, match=r"does not work \(.*refused.*tracking_uri") as raised:
-        open_tracker(tmp_path, f"http://me:hunter2@127.0.0.1:{port}")
-    assert "hunter2" not in str(raised.value)
-    assert "\n" not in str(raised.value)
+    with open_study(tmp_path / "demo") as study:
+        tracker = open_tracker(tmp_path, f"http://me:hunter2@127.0.0.1:{port}")
+        tracker.sync(study)
+        write(study, tracker, 2)
+        tracker.sync(study)
+        tracker.close()
+        assert len(study.finished) == 2
+    [line] = [record.getMessage() for record in caplog.records if record.name == "search.records.tracking"]
+    assert re.search(r"fails \(.*refused.*the study goes on without it", line)
+    assert "hunter2" not in line
+    assert "\n" not in line
+
+
+# --- databases that are missing, half made, damaged, old or replaced
+
+STARTER = """
+import sys
+from pathlib import Path
+from tests.search.records.test_tracking import open_study, open_tracker, write
+folder, name = Path(sys.argv[1]), sys.argv[2]
+print("ready", flush=True)
+sys.stdin.readline()
+with open_study(folder / name) as study:
+    tracker = open_tracker(folder, name=name)
+    tracker.sync(study)
+    write(study, tracker, 1)
+    tracker.close()
+    print("down" if tracker._down else "wrote", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_studies_that_start_at_once_on_a_new_folder_all_have_their_runs(tmp_path: Path) -> None:
+    names = ("one", "two")
+    starters = [
+        subprocess.Popen(
+            [sys.executable, "-c", STARTER, str(tmp_path), name],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name in names
+    ]
+    for starter in starters:
+        assert starter.stdout is not None
+        assert starter.stdout.readline() == "ready\n"
+    assert [starter.communicate("go\n")[0] for starter in starters] == ["wrote\n"] * len(names)
+    for name in names:
+        with open_study(tmp_path / name) as study:
+            check(tmp_path, study)
+    left = {file.name for file in tmp_path.iterdir()} - {*names, "mlflow-artifacts", ".mlflow.db.lock"}
+    assert left == {"mlflow.db"}
+
+
+def half_made(file: Path) -> None:
+    """As MLflow leaves it where the disk is full: tables, and no word of the version that they are of."""
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("DELETE FROM alembic_version")
+        database.execute("DROP TABLE params")
+        database.commit()
+
+
+def garbage(file: Path) -> None:
+    file.write_bytes(b"no database" * 1_000)
+
+
+def tables_of_its_own(file: Path) -> None:
+    file.unlink()
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("CREATE TABLE runs (id INTEGER)")
+        database.commit()
+
+
+@pytest.mark.parametrize("harm", [half_made, garbage])
+def test_a_database_that_is_no_good_is_made_anew(
+    harm: Callable[[Path], object], store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    harm(store / "mlflow.db")
+    with open_study(store / "demo") as study:
+        tracker = open_tracker(store)
+        tracker.sync(study)
+        write(study, tracker, 2)
+        tracker.close()
+        check(store, study)
+    damaged = [file.name for file in store.glob("mlflow.db.damaged-*")]
+    assert len(damaged) == len(loud(caplog)) == (harm is garbage)
+
+
+@pytest.mark.parametrize("harm", [garbage, tables_of_its_own])
+def test_a_file_of_somebody_elses_is_left_as_it_is(
+    harm: Callable[[Path], object], store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    harm(store / "mlflow.db")
+    theirs = (store / "mlflow.db").rename(store / "theirs.db")
+    before = theirs.read_bytes()
+    with open_study(store / "demo") as study:
+        open_tracker(store, f"sqlite:///{theirs}").sync(study)
+    if harm is garbage:
+        assert theirs.read_bytes() == before
+    else:
+        with closing(sqlite3.connect(theirs)) as database:
+            assert database.execute("SELECT COUNT(*) FROM runs").fetchone() == (0,)
+            assert [column[1] for column in database.execute("PRAGMA table_info(runs)")] == ["id"]
+    assert loud(caplog) == ["search.records.tracking"]
+
+
+def test_a_database_that_cannot_be_opened_is_said_at_once_and_no_study_waits_for_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"it waits {seconds} s"))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    for number, place in enumerate(("folder", "file/below.db")):
+        with open_study(tmp_path / f"demo{number}") as study:
+            tracker = open_tracker(tmp_path, f"sqlite:///{tmp_path / place}")
+            tracker.sync(study)
+            write(study, tracker, 1)
+            tracker.sync(study)
+            tracker.close()
+            assert len(study.finished) == 1
+        lines = [record.getMessage() for record in caplog.records if record.name == "search.records.tracking"]
+        assert len(lines) == number + 1
+        assert "\n" not in lines[-1]
+        assert "the study goes on without it" in lines[-1]
+
+
+def empty_again(store: Path, schema: Path) -> None:
+    """As a server that was started again with another database: the file is written over."""
+    shutil.copyfile(schema, store / "mlflow.db")
+
+
+def deleted(store: Path, schema: Path) -> None:
+    del schema
+    (store / "mlflow.db").unlink()
+
+
+def replaced(store: Path, schema: Path) -> None:
+    (store / "mlflow.db").unlink()
+    shutil.copyfile(schema, store / "mlflow.db")
+
+
+def old_copy(store: Path, schema: Path) -> None:
+    del schema
+    shutil.copyfile(store / "old.db", store / "mlflow.db")
+
+
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        (deleted, "in the run"),
+        (old_copy, "in the run"),
+        (replaced, "in the run"),
+        (empty_again, "between runs"),
+        (old_copy, "between runs"),
+        (empty_again, "in the run, and then it is killed"),
+        (old_copy, "in the run, and then it is killed"),
+    ],
+)
+def test_whatever_becomes_of_the_database_the_mirror_is_made_whole(
+    how: Callable[[Path, Path], None], when: str, store: Path, schema: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "_RETRY_SECONDS", 0.0)
+    with open_study(store / "demo") as study:
+        tracker = open_tracker(store)
+        tracker.sync(study)
+        write(study, tracker, 1)
+        shutil.copyfile(store / "mlflow.db", store / "old.db")
+        write(study, tracker, 1, first=3)
+        cut, late = outcome(selection(8)), outcome(selection(9))
+        for begun in (cut, late):
+            study.append_started(started(begun), {})
+            tracker.started(study.outcomes[begun.digest])
+        if when != "between runs":
+            how(store, schema)
+        for entry in late.rungs:
+            study.append_rung(late.digest, entry)
+            tracker.rung(late.digest, entry)
+        study.append_finished(late, {})
+        tracker.finished(study.outcomes[late.digest])
+        if when == "in the run":
+            study.append_finished(cut, {})
+            tracker.finished(study.outcomes[cut.digest])
+            tracker.sync(study)
+            tracker.close()
+            check(store, study)
+            [parent] = runs(store)[1]
+            assert parent.info.status == "FINISHED"
+            return
+        tracker.close(status="KILLED")
+        if when != "between runs":
+            assert {run.info.status for run in runs(store)[1]} == {"KILLED"}
+    if when == "between runs":
+        how(store, schema)
+    with open_study(store / "demo") as study:
+        study.append_finished(cut, {})
+        tracker = open_tracker(store)
+        tracker.sync(study)
+        tracker.close()
+        check(store, study)
+        assert [run.info.status for run in runs(store)[1]] == ["FINISHED"]
 
 
 @pytest.mark.parametrize("uri", ["nonsense://x", "./mlruns"])
@@ -317,14 +531,15 @@ def test_a_uri_that_cannot_work_is_one_line(tmp_path: Path, uri: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_deleted_experiment_is_one_line(store: Path) -> None:
-    open_tracker(store)
+def test_a_deleted_experiment_is_one_line(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_tracker(store)._connect()
     client = MlflowClient(tracking_uri=f"sqlite:///{store}/mlflow.db")
     experiment = client.get_experiment_by_name("sieve")
     assert experiment is not None
     client.delete_experiment(experiment.experiment_id)
-    with pytest.raises(StudyError, match="was deleted: restore it with"):
-        open_tracker(store)
+    with open_study(store / "demo") as study:
+        open_tracker(store).sync(study)
+    assert "was deleted: restore it with" in caplog.text
 
 
 def test_a_folder_with_spaces_and_accents(schema: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ model are fetched once, by commit; with HF_HUB_OFFLINE=1 only what is cached is 
 base.py         names, config, identity, sizes (hub.py, smollm2.py: models that come from elsewhere; discover.py: sizes
                 of families that allocators/core/shapes.py does not list)
 options.py      what `load` takes: which values exist, what they need and what they mean
+tokenizer.py    a tokenizer alone
 resident.py     `load` (quantized.py: packed weights; sharding.py: a model in parts)
 
 Importing this package loads neither torch nor transformers: the command line answers its `help` with it.
@@ -38,6 +39,7 @@ from trainers.models.options import (
     remarks,
 )
 from trainers.models.resident import Loaded, load, no_progress_bars
+from trainers.models.tokenizer import tokenizer_of
 
 __all__ = [
     "ATTENTION",
@@ -58,4 +60,5 @@ __all__ = [
     "remarks",
     "shape_of",
     "shape_of_model",
+    "tokenizer_of",
 ]

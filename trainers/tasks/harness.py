@@ -296,11 +296,16 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[Tokens]:
-    """(prompt, continuation) as lm-eval splits them into tokens, its treatment of spaces and BOS included."""
+    """(prompt, continuation) as lm-eval splits them into tokens, its treatment of spaces and BOS included.
+
+    Where there is neither a prompt nor a token of a continuation, both are empty: lm-eval raises IndexError there.
+    """
     lm = _without_model(tokenizer, batch_size)
+    nothing = {pair for pair in pairs if not pair[0] and not lm.tok_encode(pair[1], add_special_tokens=False)}
+    asked = [SimpleNamespace(args=pair) for pair in pairs if pair not in nothing]
     with quiet():
-        requests = lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
-    return [(context, continuation) for _, context, continuation in requests]
+        requests = iter(lm.loglikelihood(asked, disable_tqdm=True))
+    return [([], []) if pair in nothing else next(requests)[1:] for pair in pairs]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

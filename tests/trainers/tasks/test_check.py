@@ -185,10 +185,11 @@ def test_a_form_that_its_own_metric_calls_wrong_is_said_and_goes_on(tmp_path: Pa
         ("two\nrows", r"cut at the stop string '\n'"),
         ({"a": 1}, "a text is needed"),
         ([], "empty"),
+        ("", "no tokens"),
         ([[1]], "a text is needed"),
     ],
 )
-def test_an_answer_that_the_evaluation_cuts_is_refused(tmp_path: Path, answer: Any, why: str) -> None:
+def test_an_answer_that_the_evaluation_cannot_see_is_refused(tmp_path: Path, answer: Any, why: str) -> None:
     path = write(tmp_path, GEN, say("a", "b"), [*say("c", "d"), {"question": "e", "answer": answer}])
     refused(path, "split 'test', row 2", why)
 

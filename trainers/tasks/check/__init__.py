@@ -213,6 +213,9 @@ def _written(
     questions, origin = task.questions, task.questions.origin
     prompts = {number: requests[0].args[0] for number, requests in share.documents.items()}
     read = tokens.encode_prompts(tokenizer, list(prompts.values()))
+    for number, prompt in zip(prompts, read, strict=True):
+        if not prompt:
+            raise StudyError(f"{origin.name(number)}: its prompt is empty")
     answers = [
         written_answer(questions.task, questions.documents[number], in_conversation=task.chat_template)
         for number in prompts
@@ -222,8 +225,6 @@ def _written(
     tokens.check_ids(tokenizer, [*read, *(ids for pair in pairs for ids in pair)], limits)
     texts, room, long = {}, (limits.positions or POSITIONS) - end.most, 0
     for number, prompt, (context, completion) in zip(prompts, read, pairs, strict=True):
-        if not prompt:
-            raise StudyError(f"{origin.name(number)}: its prompt is empty")
         long += len(prompt) > room
         lengths.append(len(context) + len(completion))
         texts[number] = end.of(completion, tokenizer)

@@ -64,7 +64,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, tasks: Sequence[HarnessT
     if tokenizer.eos_token_id is None and (writes or tokenizer.bos_token_id is None):
         role = "ends an answer" if writes else "stands for an empty prompt"
         raise StudyError(
-            f"the tokenizer has no eos token, which {role}: name one of its tokens as eos_token in tokenizer_config.json"
+            f"the tokenizer has no eos token, which {role}: name one of its tokens as eos_token in "
+            "tokenizer_config.json"
         )
 
 
@@ -125,6 +126,8 @@ def ending(name: str, task: HarnessTask, limits: Limits) -> Ending:
 
 def wrong_row(context: Sequence[int], completion: Sequence[int]) -> str:
     """Why the tokens of a prompt and its answer cannot be trained on; "" where they can."""
+    if not context and not completion:
+        return "its prompt and its right answer are empty"
     if not completion:
         return "its right answer has no tokens: nothing could be learnt from it"
     return "" if context else "its prompt is empty"

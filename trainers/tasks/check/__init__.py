@@ -225,6 +225,8 @@ def _written(
     tokens.check_ids(tokenizer, [*read, *(ids for pair in pairs for ids in pair)], limits)
     texts, room, long = {}, (limits.positions or POSITIONS) - end.most, 0
     for number, prompt, (context, completion) in zip(prompts, read, pairs, strict=True):
+        if not completion:
+            raise StudyError(f"{origin.name(number)}: its right answer has no tokens")
         long += len(prompt) > room
         lengths.append(len(context) + len(completion))
         texts[number] = end.of(completion, tokenizer)

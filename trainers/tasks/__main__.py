@@ -53,10 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if words.asks_for_help(argv):
         print("\n".join([(__doc__ or "").strip(), "", *words.help_of(Settings())]))
         return 0
-    names, pairs = words.split(argv)
-    if len(names) > 1 or (names and any(name == "task" for name, _ in pairs)):
-        raise StudyError(f"one task is shown at a time, or several as one: task={','.join(names)}")
-    settings = words.build(Settings, [*(("task", name) for name in names), *pairs])
+    settings = parse(argv)
     name = default_for(settings.model, settings.task)
     chosen = tasks.check_task(name, select_on=settings.select_on)
     for sentence in chosen.code:
@@ -67,6 +64,14 @@ def main(argv: Sequence[str]) -> int:
     looked = tasks.look(task, tokenizer, limits)
     print("\n".join(_lines(task, tokenizer, looked, limits, settings)))
     return 0
+
+
+def parse(argv: Sequence[str]) -> Settings:
+    """A task's name and pairs of key and value. Raises StudyError for other words."""
+    names, pairs = words.split(argv)
+    if len(names) > 1 or (names and any(name == "task" for name, _ in pairs)):
+        raise StudyError(f"one task is shown at a time, or several as one: task={','.join(names)}")
+    return words.build(Settings, [*(("task", name) for name in names), *pairs])
 
 
 def _options(settings: Settings) -> dict[str, Any]:

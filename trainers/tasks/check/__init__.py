@@ -50,14 +50,17 @@ class Looked:
     asked: dict[str, list[int]] = field(default_factory=dict)
 
 
-def look(task: AnyTask, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> Looked:
-    """Raises StudyError with one line, which names task, split and row, for what cannot be trained or scored.
+def look(task: AnyTask, tokenizer: PreTrainedTokenizerBase, limits: Limits, *, trains: bool = True) -> Looked:
+    """`trains=False` looks at the evaluated documents alone.
+
+    Raises StudyError with one line, which names task, split and row, for what cannot be trained or scored.
 
     A split of a public data set may have rows that are only doubtful (choices that are the same): those are noted.
     """
     looked = Looked()
     task.check_tokenizer(tokenizer)
-    used = [part.training.task for part in task.datasets] + [part.questions.task for part in task.parts]
+    datasets = task.datasets if trains else ()
+    used = [part.training.task for part in datasets] + [part.questions.task for part in task.parts]
     tokens.check_tokenizer(tokenizer, used)
     if limits.asked and limits.positions is not None and limits.max_length > limits.positions:
         raise StudyError(
@@ -68,9 +71,9 @@ def look(task: AnyTask, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> L
     for part in task.parts:
         for counted in [part] if part.test is part else [part, part.test]:
             _look_at_questions(counted, tokenizer, limits, looked)
-    for part in task.datasets:
+    for part in datasets:
         _look_at_training(part.training, tokenizer, limits, looked)
-    for part in task.parts:
+    for part in task.parts if trains else ():
         _note_repeated(part, looked)
     return looked
 

@@ -121,7 +121,8 @@ def parse(given: Sequence[str]) -> tuple[str, Request]:
 def evaluate(folder: str | Path, request: Request) -> Iterator[str]:
     """Evaluates one point; yields what to tell the user, line by line, and adds the result to the study's folder.
 
-    Raises StudyError where the study, the point, its adapter, its base or the task is missing.
+    Raises StudyError where the study, the point, its adapter, its base or the task is missing, and where the right
+    answer of a row does not score 1.
     """
     report = Report(records.read(folder))
     settings = report.records.header["config"]
@@ -134,7 +135,8 @@ def evaluate(folder: str | Path, request: Request) -> Iterator[str]:
     loaded = models.load(
         request.model or run.trial.model, device=request.device or _device(), **load_arguments(settings)
     )
-    task.check_tokenizer(loaded.tokenizer)
+    limits = tasks.Limits.of(loaded.model.config.to_dict(), recipe={})
+    yield from (f"note: {note}" for note in tasks.look(task, loaded.tokenizer, limits, trains=False).notes)
     task.prepare(loaded.tokenizer, rank=0, world_size=1)
     base = _evaluated(loaded, task, None) if request.base else None
     compared = _compared(request.task or settings["task"], base, _evaluated(loaded, task, where))

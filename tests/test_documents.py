@@ -23,6 +23,7 @@ from search.show import stability
 from tests import ROOT, pictures
 from trainers import models
 from trainers.embedded import domains, pretrain
+from trainers.tasks import __main__ as task_shown
 from trainers.tasks import files as task_files
 
 TEXTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -87,6 +88,11 @@ def fields_of(settings: type) -> Callable[[Sequence[str]], None]:
     return parse
 
 
+def one_task(given: Sequence[str]) -> None:
+    if not words.asks_for_help(given):
+        task_shown.parse(given)
+
+
 def pytest_words(given: Sequence[str]) -> None:
     for word in given:
         if word.startswith("tests/"):
@@ -102,6 +108,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "allocators.show": shown,
     "allocators.signals.sensitivity": fields_of(stability.Request),
     "search.show.stability": fields_of(stability.Request),
+    "trainers.tasks": one_task,
     "trainers.pretrain": fields_of(pretrain.Request),
     "trainers.embedded.domains": fields_of(domains.Request),
     "tests.pictures": fields_of(pictures.Settings),

@@ -30,7 +30,7 @@ from search.replay import SHIPPED
 from trainers import tasks
 from trainers.models import base, hub
 from trainers.tasks.data import FORMATS, located_data
-from trainers.tasks.task_file import FunctionName, TaskFile, metadata_of, training_config
+from trainers.tasks.task_file import TaskFile, code_of, metadata_of, training_config
 
 _SMALL = 1 << 20  # bytes: hashed each time
 _SETTLED = 2_000_000_000  # ns: a file that was written so recently may change again within one tick of its clock
@@ -152,9 +152,7 @@ def _text(value: Any) -> str:
 
 def _code(file: TaskFile) -> dict[str, Path]:
     """Modules that hold the functions of a task file, and those beside them that they import, by their path from it."""
-    left = [
-        function.folder / f"{function.rpartition('.')[0].replace('.', '/')}.py" for function in _functions(file.config)
-    ]
+    left = [code for code in code_of(file.config) if code.suffix == ".py"]
     found: dict[str, Path] = {}
     while left:
         module = Path(os.path.normpath(left.pop()))
@@ -163,17 +161,6 @@ def _code(file: TaskFile) -> dict[str, Path]:
             found[name] = module
             left += _imported(module)
     return found
-
-
-def _functions(value: Any) -> Iterator[FunctionName]:
-    if isinstance(value, FunctionName):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _functions(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _functions(item)
 
 
 def _imported(module: Path) -> list[Path]:

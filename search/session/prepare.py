@@ -10,13 +10,15 @@ from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape
 from search.config import AUTO, RunConfig
 from search.problem import Problem, check_budget, check_pins, corners, kinds_read, load_space, placeholder
+from search.session.look import look
 
 
 def prepare(config: RunConfig) -> tuple[RunConfig, Problem]:
     """What the study searches, and its configuration with `trials` and `seeds` as numbers.
 
     Raises StudyError for anything that cannot work: unknown plug-in, space, model, task or knob, a model of the wrong
-    kind, a task without a training split, a budget below the smallest allocation.
+    kind, a task without a training split, a budget below the smallest allocation, a row that cannot be trained on or
+    scored.
     """
     for plugin in config.plugins:
         plugins.add(plugin)
@@ -26,6 +28,8 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Problem]:
             f"scheduler={config.scheduler} stops trainings early, and every row of a table (space={config.space}) is "
             "trained to its end: leave it out"
         )
+    if not config.replay:
+        look(config, problem)
     return amounts(config, problem), problem
 
 

@@ -149,10 +149,50 @@ def test_a_tracking_server_that_is_down_is_said_in_one_line_and_keeps_no_study_f
     assert "2 of 2 finished" in capsys.readouterr().out
 
 
-def test_a_dry_run_prints_exact_counts_and_imports_neither_ray_nor_torch(tmp_path: Path) -> None:
+def quiz(folder: Path, *labels: int, more: str = "") -> Path:
+    """A task file over four questions to train on, and one to test for each label."""
+    rows = {"train": [0, 1, 0, 1], "test": labels}
+    for split, own in rows.items():
+        lines = [{"question": f"{split} {n} ?", "choices": ["x", "y"], "label": label} for n, label in enumerate(own)]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    task = folder / "quiz.yaml"
+    task.write_text(
+        "task: quiz\ndataset_path: json\ndataset_kwargs: {data_files: {train: train.jsonl, test: test.jsonl}}\n"
+        "training_split: train\ntest_split: test\noutput_type: multiple_choice\ndoc_to_text: question\n"
+        f"doc_to_choice: choices\ndoc_to_target: label\nmetric_list: [{{metric: acc}}]\n{more}"
+    )
+    return task
+
+
+@pytest.mark.parametrize("dry", ["true", "false"])
+def test_a_row_that_cannot_be_scored_is_one_line_before_anything_starts(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, dry: str
+) -> None:
+    line = said(capsys, f"task={quiz(tmp_path, 0, -1)}", f"dry_run={dry}", f"storage={tmp_path / 'studies'}")
+    assert "task 'quiz', split 'test', row 1 (test.jsonl, line 2): its answer is the number -1" in line
+    assert not (tmp_path / "studies").exists()
+
+
+def test_what_is_doubtful_and_whose_code_runs_is_said_before(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code = tmp_path / "more_of_quiz.py"
+    code.write_text("print('runs')\ndef same(docs):\n    return docs\n")
+    task = quiz(tmp_path, 0, 1, more="process_docs: !function more_of_quiz.same\n")
+    words = [f"task={task}", "dry_run=true", "trials=1", "recipe.max_length=8", f"storage={tmp_path}"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    notes = [line for line in err.splitlines() if line.startswith("note: ")]
+    assert notes[0] == f"note: quiz.yaml runs code of {code}"
+    assert notes[1] == "note: 3 of 3 training rows of 'quiz' are cut to max_length=8"
+    assert out.startswith("runs")
+    assert "max_length=2048 is more than the 512 positions" in said(capsys, "dry_run=true", "recipe.max_length=2048")
+
+
+def test_a_dry_run_prints_exact_counts_and_imports_no_ray(tmp_path: Path) -> None:
     script = (
         "import sys; from search.run import main; code = main(sys.argv[1:]); "
-        "heavy = {'ray', 'torch', 'transformers', 'mlflow'} & set(sys.modules); "
+        "heavy = {'ray', 'mlflow'} & set(sys.modules); "
         "print('heavy:', sorted(heavy)); sys.exit(code)"
     )
     words = ["dry_run=true", "trials=4", "recipe.rank=8", f"storage={tmp_path}"]

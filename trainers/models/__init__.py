@@ -14,6 +14,7 @@ base.py         names, config, identity, sizes (hub.py, smollm2.py: models that 
                 of families that allocators/core/shapes.py does not list)
 options.py      what `load` takes: which values exist, what they need and what they mean
 files.py        whether a folder is whole, and how transformers may read it
+tokenizer.py    a tokenizer alone
 resident.py     `load` (checks.py: whether what was read is whole; quantized.py: packed weights; sharding.py: a model
                 in parts)
 
@@ -43,6 +44,7 @@ from trainers.models.options import (
     stored_as,
 )
 from trainers.models.resident import Loaded, load
+from trainers.models.tokenizer import tokenizer_of
 
 __all__ = [
     "ATTENTION",
@@ -65,4 +67,5 @@ __all__ = [
     "shape_of",
     "shape_of_model",
     "stored_as",
+    "tokenizer_of",
 ]

@@ -70,9 +70,11 @@ template. Examples come from where the file says; held-out documents are no exam
 for arc_easy), after the task's first filter; `load_task(metric=...)` names another one (`acc_norm`). Of several tasks
 it is the mean of theirs, each task counting the same, and its standard error √(Σ SE²)/K.
 
-task_file.py data.py index.py files.py     from names to task files, before anything is loaded
+task_file.py index.py files.py             from names to task files, before anything is loaded
+data/                                      where their data lie, and documents as the files have them
 harness.py                                 every name of lm-eval that is touched
 splits.py                                  which documents are selected on, and are not trained on
+check/                                     what is wrong with documents, before anything is trained on them
 rows.py task.py mixture.py                 training rows; one task; several (evaluation.py, scoring.py: their accuracy)
 
 Importing this package loads neither torch nor transformers nor lm-eval: the command line answers its `help` with it.
@@ -80,13 +82,17 @@ Importing this package loads neither torch nor transformers nor lm-eval: the com
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from allocators.core.errors import StudyError, unknown
-from trainers.tasks import harness
+from trainers.tasks import check, harness
+from trainers.tasks.check import Limits, Looked, look
 from trainers.tasks.data import located_data
+from trainers.tasks.data.read import as_datasets, read
 from trainers.tasks.evaluation import Evaluation
 from trainers.tasks.files import BENCHMARKS, EMBEDDED, FEWSHOT_SEED, absolute, check_task
 from trainers.tasks.harness import HarnessTask
@@ -101,12 +107,15 @@ __all__ = [
     "EMBEDDED",
     "AnyTask",
     "Evaluation",
+    "Limits",
+    "Looked",
     "Mixture",
     "Row",
     "Task",
     "absolute",
     "check_task",
     "load_task",
+    "look",
     "sizes",
 ]
 
@@ -189,7 +198,7 @@ def _parts(
             trainings[key] = make_training(one.file.name, one.trained, keep=keep)
         task = make_task(one.file, one.task, trainings[key])
         if selection.task is not one.task:
-            task = make_task(one.file, selection.task, trainings[key], split=selection.words, test=task)
+            task = make_task(one.file, selection.task, trainings[key], selection=selection, test=task)
         parts.append(task)
     return parts
 
@@ -201,16 +210,44 @@ def _built(file: TaskFile, splits: Splits) -> _Built:
         with harness.quiet():
             config = {**harness.read_config(file.path), **file.changes}
             other = training_config(config)
-            if other is not None:
-                split = other["training_split"]
-                # It evaluates nothing, but lm-eval wants a split that it could count on.
-                other |= {"test_split": None, "validation_split": split, "fewshot_split": None, "num_fewshot": 0}
-                other |= {"fewshot_config": {"samples": []}, "process_results": None}
             config |= located_data(config, folder)
-            task = harness.build(config)
-            trained = harness.build({**other, **located_data(other, folder)}) if other is not None else task
+            unused = ("validation_split",) if config.get("test_split") and splits.select_on == "test" else ()
+            task = _over_its_data(file, config, unused)
+            trained = task if other is None else _over_its_data(file, _only_trained(other, folder))
             return _Built(file, task, trained, splits.selection(file, config, task, trained))
     except StudyError:
         raise
     except Exception as error:  # lm-eval ran the user's file: whatever it raises says what is wrong with that file
-        raise StudyError(f"task '{file.name}' ({file.path.name}) cannot be built: {one_line(error)}") from error
+        raise StudyError(f"task '{file.name}' ({file.path.name}) cannot be built: {one_line(error, folder)}") from error
+
+
+def _only_trained(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The config of a `training:` block, made into that of a task. It evaluates nothing."""
+    split = config["training_split"]
+    return {
+        **config,
+        **located_data(config, folder),
+        # lm-eval wants a split that it could count on
+        **{"test_split": None, "validation_split": split, "fewshot_split": None, "num_fewshot": 0},
+        **{"fewshot_config": {"samples": []}, "process_results": None},
+    }
+
+
+def _over_its_data(file: TaskFile, config: Mapping[str, Any], unused: Collection[str] = ()) -> HarnessTask:
+    """Raises StudyError for a split that the data have not, and for a first document that makes no question."""
+    if config.get("custom_dataset"):
+        return harness.build(config)
+    splits = read(config)
+    few_shot = config.get("fewshot_config") or {}
+    keys = {"training_split", "validation_split", "test_split", "fewshot_split"} - {*unused}
+    for split in filter(None, (*(config.get(key) for key in sorted(keys)), few_shot.get("split"))):
+        if splits and split not in splits:
+            raise unknown(f"split of task '{file.name}' ({file.path.name})", split, map(str, splits))
+    if config.get("process_docs") or few_shot.get("process_docs"):
+        splits = as_datasets(splits)
+    try:
+        return harness.build(config, splits)
+    except Exception as error:
+        if wrong := check.first_document(file, config, splits):
+            raise StudyError(wrong) from error
+        raise

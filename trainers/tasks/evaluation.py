@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from trainers.tasks import harness
-from trainers.tasks.harness import HarnessTask, Request
+from trainers.tasks.data.origin import Origin
+from trainers.tasks.harness import Document, HarnessTask, Request
 from trainers.tasks.rows import right_choice
 
 if TYPE_CHECKING:
@@ -43,6 +44,20 @@ class Evaluation:
     def by_task(self) -> dict[str, dict[str, float]]:
         """`{"arc_easy": {"accuracy": 0.41, "stderr": 0.01}}`, for records."""
         return {label: {"accuracy": part.accuracy, "stderr": part.stderr} for label, part in self.parts.items()}
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The documents that a task evaluates, before they are asked.
+
+    metric, filtered   what accuracy is, after which filter
+    """
+
+    task: HarnessTask
+    documents: Sequence[Document]
+    origin: Origin
+    metric: str
+    filtered: str
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from allocators.core.errors import StudyError, did_you_mean
+from allocators.core.errors import StudyError, did_you_mean, unknown
 from trainers.tasks import index
-from trainers.tasks.data import check_data
+from trainers.tasks.data import check_data, flat, located_data
 from trainers.tasks.task_file import (
     OF_THE_DATA,
     FunctionName,
     TaskFile,
+    code_of,
     metadata_of,
     nothing_to_select_on,
     read_yaml,
@@ -42,6 +43,8 @@ _DEFAULT_OF = {"tiny-dense": "tiny_turncipher"}  # it has learnt little where ti
 
 SELECT_ON = ("validation", "test")  # what a search counts accuracy on
 
+_OUTPUT_TYPES = ("multiple_choice", "generate_until", "loglikelihood")
+
 FEWSHOT_SEED = 1234  # lm-eval's own default: the same examples as its command line draws
 
 
@@ -52,6 +55,16 @@ class Chosen:
     name: str
     files: tuple[TaskFile, ...]
     recipe: Mapping[str, Any]
+
+    @property
+    def code(self) -> list[str]:
+        """A sentence for each task file that runs code which came neither with this toolkit nor with lm-eval."""
+        said = []
+        for file in self.files:
+            code = dict.fromkeys(path for path in code_of(file.config) if not index.is_shipped(path, _EMBEDDED))
+            if code:
+                said.append(f"{file.path.name} runs code of {', '.join(str(path) for path in code)}")
+        return said
 
     @property
     def num_datasets(self) -> int:
@@ -181,6 +194,18 @@ def _find(name: str, folder: Path) -> Path:
     )
 
 
+def _counted_file_that_is_trained(file: TaskFile, training: Mapping[str, Any]) -> str:
+    """A local data file of both the training split and the one that is evaluated; "" where there is none."""
+    named = located_data(file.config, file.path.parent)["dataset_kwargs"].get("data_files")
+    if not isinstance(named, Mapping):
+        return ""
+    trained, counted = (
+        {Path(path).resolve(): path for path in flat(named.get(split, []))}
+        for split in (training["training_split"], file.evaluation_split)
+    )
+    return next((counted[path] for path in counted if path in trained), "")
+
+
 def _check(file: TaskFile) -> None:
     """Raises StudyError for what no data could mend."""
     config, block = file.config, metadata_of(file.config).get("training")
@@ -204,8 +229,16 @@ def _check(file: TaskFile) -> None:
         refuse(
             f"would be evaluated on what it is trained on ('{file.evaluation_split}'): set test_split to another split"
         )
-    if config.get("output_type") == "loglikelihood_rolling":
+    if same_data and (file_twice := _counted_file_that_is_trained(file, training)):
+        refuse(f"would be evaluated on what it is trained on: the file '{file_twice}' is named for both splits")
+    output_type = config.get("output_type") or "generate_until"  # as lm-eval has it
+    if output_type == "loglikelihood_rolling":
         refuse("measures perplexity: a search needs multiple_choice, generate_until or loglikelihood")
+    if output_type not in _OUTPUT_TYPES:
+        raise unknown(f"output_type of task '{file.name}' ({file.path.name})", str(output_type), _OUTPUT_TYPES)
+    for key in ("doc_to_text", "doc_to_target", *(["doc_to_choice"] if output_type == "multiple_choice" else [])):
+        if config.get(key) is None and not config.get("use_prompt"):
+            refuse(f"has no {key}: say how a row becomes a question with its right answer")
     if config.get("unsafe_code"):
         refuse("runs code that a model has written: that is not supported")
     if config.get("doc_to_image") or config.get("doc_to_audio"):

@@ -13,6 +13,7 @@ the version in constraints.txt.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -109,6 +110,9 @@ class LanguageModel(Protocol):
     def max_length(self) -> int:
         """The largest number of tokens that the model takes at once."""
 
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> list[int]:
+        """The tokens of a text."""
+
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a conversation."""
 
@@ -129,13 +133,61 @@ def read_config(path: Path) -> dict[str, Any]:
     return dict(load_yaml(path))
 
 
-def build(config: Mapping[str, Any]) -> HarnessTask:
-    """The task of a config, its documents loaded. Raises whatever the user's functions and data raise."""
+@functools.cache
+def templates() -> Any:
+    """lm-eval's environment of templates, with two differences: a template is compiled once and not once a document,
+    which takes most of the time, and runs in a sandbox, without a way from a text to Python's own modules.
+    """
+    from jinja2 import BaseLoader, StrictUndefined
+    from jinja2.sandbox import SandboxedEnvironment
+    from lm_eval import utils
+
+    class Templates(SandboxedEnvironment):
+        """Compiles a text once."""
+
+        @functools.lru_cache(maxsize=512)  # noqa: B019 - there is one of these in a process, and one for checks
+        def _compiled(self, source: Any) -> Any:
+            return super().from_string(source)
+
+        def from_string(self, source: Any, *_: Any, **__: Any) -> Any:
+            return self._compiled(source)
+
+    environment = Templates(loader=BaseLoader(), undefined=StrictUndefined, keep_trailing_newline=True)
+    environment.filters.update(utils.env.filters)
+    utils.env = environment
+    return environment
+
+
+def build(config: Mapping[str, Any], splits: Mapping[str, Any] | None = None) -> HarnessTask:
+    """The task of a config over documents by split (None: those that it loads itself).
+
+    Raises whatever the user's functions and data raise.
+    """
     from lm_eval.tasks import TaskManager
 
+    templates()
+    if splits is not None:
+        config = {**config, **_with_data(splits)}
     task: HarnessTask
     (task,) = TaskManager(include_defaults=False).load([dict(config)])["tasks"].values()
     return task
+
+
+def unbuilt(config: Mapping[str, Any], features: Iterable[str]) -> HarnessTask:
+    """A task that makes prompts and answers of documents with these fields, and does nothing else.
+
+    lm-eval tries the first document while it builds a task, and does not say what is wrong with it: this one can be
+    asked.
+    """
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.config.task import TaskConfig
+
+    task: Any = ConfigurableTask.__new__(ConfigurableTask)
+    task._config = TaskConfig(**config)
+    task.OUTPUT_TYPE, task.prompt, task.multiple_input = task.config.output_type, None, 0
+    task.features = list(features)
+    asked: HarnessTask = task
+    return asked
 
 
 def on_validation_split(task: HarnessTask, config: Mapping[str, Any]) -> HarnessTask:
@@ -145,7 +197,7 @@ def on_validation_split(task: HarnessTask, config: Mapping[str, Any]) -> Harness
     few_shot = task.config.fewshot_config
     if not config.get("training_split") and few_shot.split is None and few_shot.samples is None:
         changes["fewshot_split"] = split  # lm-eval would take it anyway; said, a question is no example of itself
-    return build({**config, **_with_data(task.dataset), **changes})
+    return build({**config, **changes}, task.dataset)
 
 
 def on_documents(config: Mapping[str, Any], documents: Sequence[Document], examples: Sequence[Document]) -> HarnessTask:
@@ -158,7 +210,7 @@ def on_documents(config: Mapping[str, Any], documents: Sequence[Document], examp
     }
     splits = {"training_split": None, "validation_split": None, "test_split": "documents", "fewshot_split": None}
     ready = {"process_docs": None, "fewshot_config": few_shot}
-    return build({**config, **_with_data({"documents": documents}), **splits, **ready})
+    return build({**config, **splits, **ready}, {"documents": documents})
 
 
 def _with_data(dataset: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,11 +296,22 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
 
 
 def tokenise(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[Tokens]:
-    """(prompt, continuation) as lm-eval splits them into tokens, its treatment of spaces and BOS included."""
+    """(prompt, continuation) as lm-eval splits them into tokens, its treatment of spaces and BOS included.
+
+    Where there is neither a prompt nor a token of a continuation, both are empty: lm-eval raises IndexError there.
+    """
     lm = _without_model(tokenizer, batch_size)
+    nothing = {pair for pair in pairs if not pair[0] and not lm.tok_encode(pair[1], add_special_tokens=False)}
+    asked = [SimpleNamespace(args=pair) for pair in pairs if pair not in nothing]
     with quiet():
-        requests = lm.loglikelihood([SimpleNamespace(args=pair) for pair in pairs], disable_tqdm=True)
-    return [(context, continuation) for _, context, continuation in requests]
+        requests = iter(lm.loglikelihood(asked, disable_tqdm=True))
+    return [([], []) if pair in nothing else next(requests)[1:] for pair in pairs]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text, as lm-eval reads a prompt."""
+    lm = _without_model(tokenizer, 1)
+    return [lm.tok_encode(text) for text in texts]
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Messages:
@@ -269,7 +332,11 @@ def _without_model(tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Langu
         from lm_eval.models.huggingface import HFLM
 
         class Tokeniser(HFLM):
-            """Hands back the tokens that it should have scored."""
+            """Hands back the tokens that it should have scored. A prompt is read once for all of its choices."""
+
+            @functools.lru_cache(maxsize=8)  # noqa: B019 - it lives as long as one call
+            def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> Any:
+                return super().tok_encode(string, *args, **kwargs)
 
             def _loglikelihood_tokens(self, requests: Any, **_: Any) -> Any:
                 return requests

@@ -66,6 +66,11 @@ def _by_name(largest: int) -> tuple[dict[str, Path], dict[str, Path]]:
     return tasks, groups
 
 
+def is_shipped(path: Path, *folders: Path) -> bool:
+    """Whether a file lies in one of those folders, or came with lm-eval."""
+    return any(path.is_relative_to(folder) for folder in (_folder(), *folders))
+
+
 def _folder() -> Path:
     spec = importlib.util.find_spec("lm_eval")
     if spec is None or not spec.submodule_search_locations:

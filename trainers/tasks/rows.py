@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from allocators.core.errors import StudyError
 from trainers.tasks import harness
-from trainers.tasks.harness import Document, HarnessTask, Messages
+from trainers.tasks.data.origin import Origin
+from trainers.tasks.harness import Document, HarnessTask, Messages, Tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,16 +106,25 @@ class TrainingData:
         return [row.input_ids for row in self._some_rows(chosen, tokenizer, max_length)]
 
     def _some_rows(self, indices: Sequence[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-        messages = harness.chat_template(tokenizer, self.batch_size) if self.chat_template else None
-        pairs = [self._pair(i, messages) for i in indices]
-        stop = self._stop_ids(tokenizer)
+        stop = self.stop_ids(tokenizer)
         rows = []
-        for context, completion in harness.tokenise(tokenizer, pairs, self.batch_size):
+        for context, completion in self.encoded(tokenizer, indices):
             ids = [*context, *completion, *stop]
             dropped = max(0, len(ids) - max_length)
             # The first token has nothing before it that could predict it.
             rows.append(Row(ids[dropped:], max(1, len(context) - dropped)))
         return rows
+
+    def encoded(self, tokenizer: PreTrainedTokenizerBase, indices: Sequence[int]) -> list[Tokens]:
+        """Prompt and completion of some documents, in full and without what ends a generated answer."""
+        messages = harness.chat_template(tokenizer, self.batch_size) if self.chat_template else None
+        return harness.tokenise(tokenizer, [self._pair(i, messages) for i in indices], self.batch_size)
+
+    @property
+    def origin(self) -> Origin:
+        """Where the documents come from."""
+        config = self.task.config
+        return Origin.of(self.task, config.task, config.training_split, self._chosen)
 
     def _pair(self, index: int, messages: Messages | None) -> tuple[str, str]:
         """Prompt and completion of a training document: the request of its right answer."""
@@ -122,9 +132,7 @@ class TrainingData:
         prefix = task.doc_to_prefix(doc)
         context = task.fewshot_context(doc, num_fewshot=0, gen_prefix=prefix, **harness.conversation(messages))
         if task.OUTPUT_TYPE == "generate_until":
-            # In a conversation the answer begins its own turn, as lm-eval has it for choices.
-            delimiter = "" if messages and not prefix else task.config.target_delimiter
-            return context, f"{delimiter}{self._written_answer(doc)}"
+            return context, written_answer(task, doc, in_conversation=messages is not None)
         requests = task.construct_requests(
             doc=doc,
             ctx=context,
@@ -136,25 +144,18 @@ class TrainingData:
         prompt, answer, *_ = request.args
         return prompt, answer
 
-    def _written_answer(self, doc: Document) -> str:
-        """The text that a model should generate; the first of several."""
-        target = self.task.doc_to_target(doc)
-        if self.task.config.doc_to_choice is not None and isinstance(target, int):
-            target = self.task.doc_to_choice(doc)[target]
-        return target[0] if isinstance(target, list) else str(target)
-
     def _right_choice(self, doc: Document, index: int) -> int:
         """Which of a document's choices is right. Raises StudyError where none is."""
         choice = right_choice(self.task, doc)
         if choice is None:
             raise StudyError(
-                f"training document {index} of task '{self.name}' has the answer {_right_answer(self.task, doc)!r}, "
+                f"training document {index} of task '{self.name}' has the answer {right_answer(self.task, doc)!r}, "
                 f"which is none of its {len(self.task.doc_to_choice(doc))} choices: correct the document or "
                 "doc_to_target"
             )
         return choice
 
-    def _stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    def stop_ids(self, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         """Tokens after a generated answer, so that a model learns to stop."""
         if self.task.OUTPUT_TYPE != "generate_until":
             return []
@@ -165,15 +166,25 @@ class TrainingData:
         return ids
 
 
+def written_answer(task: HarnessTask, doc: Document, *, in_conversation: bool) -> str:
+    """The text that a model should generate behind the prompt; of several right ones the first."""
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None and isinstance(target, int):
+        target = task.doc_to_choice(doc)[target]
+    # In a conversation the answer begins its own turn, as lm-eval has it for choices.
+    delimiter = "" if in_conversation and not task.doc_to_prefix(doc) else task.config.target_delimiter
+    return f"{delimiter}{target[0] if isinstance(target, list) else target}"
+
+
 def right_choice(task: HarnessTask, doc: Document) -> int | None:
     """Which of a document's choices is right, the first of several; None where its answer is no choice."""
-    answer, choices = _right_answer(task, doc), task.doc_to_choice(doc)
+    answer, choices = right_answer(task, doc), task.doc_to_choice(doc)
     if isinstance(answer, str) and answer in choices:
         return choices.index(answer)
     return answer if isinstance(answer, int) and 0 <= answer < len(choices) else None
 
 
-def _right_answer(task: HarnessTask, doc: Document) -> Any:
+def right_answer(task: HarnessTask, doc: Document) -> Any:
     """What a document says that its right answer is: the number of a choice, or its text."""
     answer = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     return answer[0] if isinstance(answer, list) and answer else answer

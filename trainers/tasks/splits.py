@@ -80,11 +80,13 @@ class Selection:
 
     task       evaluates these documents
     words      what they are: "test split", "held out: 160 of 1,600 training documents, seed 0"
+    split      the name of the split that they are of
     held_out   where they were taken from the training split
     """
 
     task: HarnessTask
     words: str
+    split: str
     held_out: HeldOut | None = None
 
 
@@ -120,21 +122,23 @@ class Splits:
         Raises StudyError where there is nothing besides the test split, and whatever the user's data raise.
         """
         if self.select_on == "test":
-            return Selection(task, "test split")
+            return Selection(task, "test split", file.evaluation_split)
         if file.names_validation_split:
             validation = task.validation_docs()
             others = (task.task_docs, trained.training_docs())
             if len(validation) and not any(_same(validation, other) for other in others):
                 count = min(len(validation), self.limit or len(validation))
                 on_validation = harness.on_validation_split(task, config)
-                return Selection(on_validation, f"validation split ({count:,} questions)")
+                words = f"validation split ({count:,} questions)"
+                return Selection(on_validation, words, config["validation_split"])
         held_out = self._held_out(file, task)
         # Examples that are no training documents place by place are told by their questions.
         there = held_out.source if harness.learns_from_training_split(task) else Source("", "")
         unseen = Unseen(there, [held_out], by_question=True)
         examples = [doc for place, doc in enumerate(harness.examples_of(task)) if unseen.allows(place, doc)]
         documents = cast("Any", task.training_docs()).select(held_out.places)
-        return Selection(harness.on_documents(config, documents, examples), held_out.words, held_out)
+        on_held_out = harness.on_documents(config, documents, examples)
+        return Selection(on_held_out, held_out.words, config["training_split"], held_out)
 
     def _held_out(self, file: TaskFile, task: HarnessTask) -> HeldOut:
         if not file.names_training_split or _same(documents := task.training_docs(), task.task_docs):

@@ -12,20 +12,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, cast
 
 from allocators.core.errors import StudyError, unknown
 from trainers.tasks import harness
-from trainers.tasks.evaluation import Counted, Evaluation, Share, gathered
+from trainers.tasks.data.origin import Origin
+from trainers.tasks.data.parse import exact
+from trainers.tasks.evaluation import Counted, Evaluation, Questions, Share, gathered
 from trainers.tasks.files import FEWSHOT_SEED
 from trainers.tasks.harness import Document, HarnessTask, LanguageModel
 from trainers.tasks.rows import Row, TrainingData
-from trainers.tasks.task_file import PROMPT, TaskFile
+from trainers.tasks.splits import Selection
+from trainers.tasks.task_file import PROMPT, TaskFile, training_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -64,10 +68,10 @@ class Task:
         chat_template: bool,
         batch_size: int,
         strict: bool,
-        split: str = "test split",
+        selection: Selection | None = None,
         test: Task | None = None,
     ) -> None:
-        self.file, self.split = file, split
+        self.file, self.split = file, selection.words if selection else "test split"
         self.test = test or self
         self.name, self.label = file.name, file.label
         self.limit = limit
@@ -75,6 +79,13 @@ class Task:
         self.chat_template = chat_template
         self.training = training
         self._task = task
+        held_out = selection.held_out if selection else None
+        self._origin = Origin.of(
+            held_out.task if held_out else task,
+            self.label,
+            selection.split if selection else file.evaluation_split,
+            held_out.places if held_out else None,
+        )
         self._fewshot_seed = fewshot_seed
         if task.config.num_fewshot is None or (num_fewshot is not None and task.config.num_fewshot != 0):
             task.set_config(key="num_fewshot", value=num_fewshot or 0)
@@ -121,8 +132,8 @@ class Task:
         config = self._task.dump_config()
         value: dict[str, Any] = {
             "config": {key: config.get(key) for key in _HASHED},
-            "training": self.training.documents,
-            "evaluation": self._documents,
+            "training": exact(self.training.documents),
+            "evaluation": exact(self._documents),
         }
         if self.training.task is not self._task:
             other = self.training.task.dump_config()
@@ -162,6 +173,16 @@ class Task:
         return [self._task.task_docs[i] for i in range(self.num_evaluation)]
 
     @property
+    def trains_on_other_data(self) -> bool:
+        """Whether the training rows have a form of their own, that of the file's `training:` block."""
+        return training_config(self.file.config) is not None
+
+    @property
+    def questions(self) -> Questions:
+        """What is evaluated, for a look at it."""
+        return Questions(self._task, self._documents, self._origin, self._metric, self._filter)
+
+    @property
     def chance(self) -> float | None:
         """Accuracy of answers drawn at random, the mean of 1/choices; None where a model writes its answer."""
         if self._task.OUTPUT_TYPE != "multiple_choice" or not self._metric.startswith("acc"):
@@ -193,10 +214,10 @@ class Task:
 
     # --- evaluation -----------------------------------------------------------------------------------------------
 
-    def prepare(self, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world_size: int = 1) -> None:
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world_size: int = 1) -> Share:
         """Builds and tokenises this worker's share of the evaluation requests; a second call changes nothing."""
         if self._prepared is not None and self._prepared.fits(tokenizer, rank, world_size):
-            return
+            return self._prepared
         # All requests on every worker, then a share of them: the examples of few-shot prompts are drawn in sequence.
         self.check_tokenizer(tokenizer)
         self._task.set_fewshot_seed(self._fewshot_seed)
@@ -209,6 +230,7 @@ class Task:
             world_size=world_size,
             batch_size=self.batch_size,
         )
+        return self._prepared
 
     def evaluate(self, model: nn.Module) -> Evaluation:
         """Accuracy of a transformers model as it is now, adapter included. Call `prepare` first.
@@ -275,7 +297,8 @@ class Task:
         answers: Sequence[object]
         nats: dict[int, tuple[float, int]] = {}
         if prepared.tokens is None:
-            answers = lm.generate_until(prepared.asked, disable_tqdm=True)
+            with _own_randomness(lm.model):
+                answers = lm.generate_until(prepared.asked, disable_tqdm=True)
         else:
             answers = scored = scoring.loglikelihoods(
                 lm.model, prepared.tokens, max_length=lm.max_length, batch_size=self.batch_size
@@ -304,6 +327,16 @@ def _accuracy_metric(name: str, task: HarnessTask, asked: str | None) -> tuple[s
         if asked in (None, one, metric):
             return metric, filtered or "none"
     raise unknown(f"accuracy of task '{name}':", str(asked), possible)
+
+
+@contextlib.contextmanager
+def _own_randomness(model: PreTrainedModel) -> Iterator[None]:
+    """Answers that are drawn (`do_sample`) are the same for the same model, and draw nothing from a training."""
+    import torch
+
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
 
 
 def _stable_text(value: Any) -> str:

@@ -9,7 +9,8 @@ How files look is said in trainers/tasks/. Neither torch nor lm-eval nor dataset
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import traceback
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def training_key(file: TaskFile) -> str:
     return f"{file.path.parent} { {key: other.get(key) for key in keys} }"
 
 
+def code_of(config: Any) -> Iterator[Path]:
+    """The files, or modules, whose functions a config names, wherever in it."""
+    if isinstance(config, FunctionName):
+        yield config.code
+    elif isinstance(config, Mapping | list):
+        for part in config.values() if isinstance(config, Mapping) else config:
+            yield from code_of(part)
+
+
 def metadata_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Empty where the file has no metadata, or no mapping as such."""
     metadata = config.get("metadata")
@@ -115,23 +125,27 @@ def metadata_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class FunctionName(str):
-    """The name of a function that a task file refers to; its module is looked up from `folder`."""
+    """The name of a function that a task file refers to, and the file that has it."""
 
-    folder: Path
+    code: Path
 
     @classmethod
-    def of(cls, loader: yaml.SafeLoader, node: yaml.ScalarNode) -> FunctionName:
-        """As a file says it, which may be included by one of another folder."""
-        function = cls(loader.construct_scalar(node))
-        function.folder = Path(loader.name).parent
-        return function
+    def of(cls, name: str, folder: Path) -> FunctionName:
+        """As lm-eval finds it: in a file beside the task file, else in an installed module."""
+        made = cls(name)
+        module = name.rpartition(".")[0]
+        beside = folder / f"{module.replace('.', '/')}.py"
+        made.code = beside if beside.is_file() else Path(module)
+        return made
 
 
 class _Loader(yaml.SafeLoader):
     """Reads task files without importing the functions they name."""
 
 
-_Loader.add_constructor("!function", FunctionName.of)
+_Loader.add_constructor(
+    "!function", lambda loader, node: FunctionName.of(loader.construct_scalar(node), Path(loader.name).parent)
+)
 
 
 def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -152,7 +166,12 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merged
 
 
-def one_line(error: BaseException) -> str:
-    """Type and first line of an error."""
+def one_line(error: BaseException, folder: Path | None = None) -> str:
+    """Type and first line of what an error came from first, and where in a file of that folder it was raised."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+    frames = traceback.extract_tb(error.__traceback__)
+    of_user = [f for f in frames if folder is not None and Path(f.filename).parent == folder.resolve()]
+    where = f" ({Path(of_user[-1].filename).name}, line {of_user[-1].lineno})" if of_user else ""
+    return f"{type(error).__name__}: {lines[0] if lines else 'it gives no reason'}{where}"

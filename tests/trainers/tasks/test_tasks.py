@@ -602,7 +602,9 @@ def test_functions_beside_a_task_file_are_used(tokenizer: PreTrainedTokenizerBas
 
 def test_a_task_file_that_does_not_fit_its_data_is_named(tmp_path: Path) -> None:
     path = write_task(tmp_path, "misfit", {"train": ROWS, "test": ROWS}, **{**CHOICE, "doc_to_choice": "{{nothing}}"})
-    with pytest.raises(StudyError, match=r"task '.*misfit\.yaml' \(misfit\.yaml\) cannot be built: ") as error:
+    with pytest.raises(
+        StudyError, match=r"task 'misfit', split 'test', row 0 \(test.jsonl, line 1\): .*'nothing' is"
+    ) as error:
         load(str(path))
     assert "\n" not in str(error.value)
 
@@ -702,10 +704,12 @@ def offline(name: str, folder: Path) -> Path:
     (file,) = known(name)
     local: dict[str, Any] = {"dataset_path": "json", "dataset_name": None}
     splits = {file.config.get("training_split"), file.evaluation_split} - {None}
+    for split in splits:
+        (folder / f"own_{split}.jsonl").write_text((folder / "own.jsonl").read_text())
     entry: dict[str, Any] = {
         "task": name,
         **local,
-        "dataset_kwargs": {"data_files": dict.fromkeys(splits, str(folder / "own.jsonl"))},
+        "dataset_kwargs": {"data_files": {split: str(folder / f"own_{split}.jsonl") for split in splits}},
     }
     if block := file.config["metadata"].get("training"):
         files = {block["training_split"]: str(folder / "metamath.jsonl")}
@@ -781,12 +785,8 @@ def test_rows_that_were_made_from_a_held_out_question_are_left_out(tmp_path: Pat
     path = offline("gsm8k_metamath", tmp_path)
     questions = [f"How much is {i} + {i}?" for i in range(20)]
     rows = [{"question": question, "answer": "#### 1"} for question in questions]
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    # Its test split is the same file here, and has to be another one.
-    config = yaml.safe_load(path.read_text())
-    config["task"][0]["dataset_kwargs"]["data_files"]["test"] = str(tmp_path / "test.jsonl")
-    path.write_text(yaml.safe_dump(config))
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 2"}) + "\n")
+    (tmp_path / "own_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "own_test.jsonl").write_text(json.dumps({"question": "?", "answer": "#### 2"}) + "\n")
     made = [{**METAMATH, "query": f"Say {i} twice.", "original_question": q} for i, q in enumerate(questions)]
     (tmp_path / "metamath.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     task = tasks.load_task(str(path))

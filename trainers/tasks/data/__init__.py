@@ -3,7 +3,7 @@
     located_data(file.config, file.path.parent)      # dataset_path and dataset_kwargs with absolute paths
     check_data(files)                                # StudyError: one line with all that is missing and how to fetch it
 
-`datasets` is not imported.
+read.py gives the documents themselves, with the text of local files as it is (parse.py), and imports `datasets`.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _how_to_fetch(missing: Mapping[tuple[str, str], tuple[str, Sequence[str]]]) 
 def _missing_files(file: TaskFile, data: Mapping[str, Any]) -> Iterator[str]:
     files = data["dataset_kwargs"].get("data_files", []) if data["dataset_path"] in FORMATS else []
     fetch = metadata_of(file.config).get("fetch")
-    for path in _flat(files):
+    for path in flat(files):
         if "://" not in path and not any(c in path for c in "*?[") and not Path(path).is_file():
             yield f"task '{file.name}' ({file.path.name}) needs the data file '{path}', which does not exist: " + (
                 f"fetch it with `{fetch}`"
@@ -93,10 +93,11 @@ def _missing_files(file: TaskFile, data: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _flat(value: Any) -> Iterator[str]:
+def flat(value: Any) -> Iterator[str]:
+    """The paths in `data_files`."""
     if isinstance(value, (dict, list)):
         for item in value.values() if isinstance(value, dict) else value:
-            yield from _flat(item)
+            yield from flat(item)
     else:
         yield value
 

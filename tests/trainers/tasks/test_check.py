@@ -1,0 +1,646 @@
+"""The look before a study: whatever would be wrong in silence, or in each trial, is one line with task, split and row.
+
+python -m pytest tests/trainers/tasks/test_check.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from allocators.core.errors import StudyError
+from tests.trainers.conftest import char_tokenizer
+from trainers import tasks
+from trainers.tasks import harness
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHOICES = ["ruby", "reed", "fern", "opal"]
+MC: dict[str, Any] = {
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{question}}",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "label",
+    "metric_list": [{"metric": "acc"}],
+}
+GEN: dict[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{question}}",
+    "doc_to_target": "answer",
+    "target_delimiter": "",
+    "generation_kwargs": {"until": ["\n"], "max_gen_toks": 8, "do_sample": False},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
+NORM = {"metric_list": [{"metric": "acc_norm"}]}
+LIMITS = tasks.Limits(max_length=64, positions=128, rows=64)
+
+
+def row(label: Any, choices: Any = CHOICES, question: Any = "which is ruby ?") -> dict[str, Any]:
+    return {"question": question, "choices": choices, "label": label}
+
+
+FOUR = [row(label) for label in range(4)]
+
+
+def say(*answers: Any) -> list[dict[str, Any]]:
+    return [{"question": f"q{number} :", "answer": answer} for number, answer in enumerate(answers)]
+
+
+def write(folder: Path, form: Mapping[str, Any], train: Any, test: Any = None, **changes: Any) -> Path:
+    """A task file called quiz; rows, or the text of a file as it is."""
+    for split, rows in (("train", train), ("test", train if test is None else test)):
+        text = rows if isinstance(rows, str) else "".join(json.dumps(one) + "\n" for one in rows)
+        (folder / f"{split}.jsonl").write_text(text)
+    config = {"task": "quiz", "dataset_path": "json", "training_split": "train", "test_split": "test", **form}
+    config["dataset_kwargs"] = {"data_files": {"train": "train.jsonl", "test": "test.jsonl"}}
+    path = folder / "quiz.yaml"
+    path.write_text(yaml.safe_dump({**config, **changes}))
+    return path
+
+
+def looked(
+    path: Path, tokenizer: PreTrainedTokenizerBase | None = None, limits: tasks.Limits = LIMITS, **options: Any
+) -> tasks.Looked:
+    return tasks.look(loaded(path, **options), tokenizer or char_tokenizer(), limits)
+
+
+def loaded(path: Path, **options: Any) -> tasks.Task:
+    task = tasks.load_task(str(path), **{"select_on": "test", **options})
+    assert isinstance(task, tasks.Task)
+    return task
+
+
+def refused(path: Path, *parts: str, **options: Any) -> str:
+    """The one line of a task that is refused."""
+    with pytest.raises(StudyError) as error:
+        looked(path, **options)
+    line = str(error.value)
+    assert "\n" not in line
+    for part in parts:
+        assert part in line, line
+    return line
+
+
+def trained(path: Path) -> list[str]:
+    """The text that each row learns."""
+    return [text for _, text in pairs(path)]
+
+
+def pairs(path: Path) -> list[tuple[str, str]]:
+    """Prompt and answer of each training row."""
+    training = loaded(path).training
+    return [training._pair(number, None) for number in range(len(training))]
+
+
+# --- right answers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "parts"),
+    [
+        (row(-1), ["-1", "the answers of this split are hidden: name another split"]),
+        (row(-100), ["-100", "hidden"]),
+        (row(4), ["the number 4, none of its 4 choices"]),
+        (row(None), ["label' is null or missing"]),
+        (row("jade"), ["'jade', none of its 4 choices"]),
+        (row(1.5), ["1.5"]),
+        (row({}), ["none of its 4 choices"]),
+        ({"question": "which ?", "choices": CHOICES}, ["'label' is null or missing"]),
+    ],
+)
+def test_an_evaluated_row_has_a_right_answer(tmp_path: Path, bad: dict[str, Any], parts: list[str]) -> None:
+    path = write(tmp_path, MC, FOUR, [*FOUR[:3], bad])
+    refused(path, "task 'quiz', split 'test', row 3 (test.jsonl, line 4): ", *parts)
+
+
+@pytest.mark.parametrize("text", ["jade", "Ruby", "ruby "])
+def test_an_answer_as_text_is_one_of_the_choices(tmp_path: Path, text: str) -> None:
+    good = [row(choice) for choice in CHOICES]
+    assert looked(write(tmp_path, MC, good)).training
+    line = refused(write(tmp_path, MC, good, [*good, row(text)]), "row 4", repr(text))
+    assert ("'ruby' is like it" in line) == (text != "jade")
+
+
+def test_lists_of_right_answers_and_templates_are_checked_too(tmp_path: Path) -> None:
+    many = [row([label, 0]) for label in range(4)]
+    looked(write(tmp_path, MC, many))
+    refused(write(tmp_path, MC, many, [*many[:2], row([])]), "split 'test', row 2", "hidden")
+    template = {**MC, "doc_to_target": "{{label}}"}
+    looked(write(tmp_path, template, FOUR))
+    refused(write(tmp_path, template, FOUR, [FOUR[0], row(-1)]), "split 'test', row 1", "'-1'", "hidden")
+
+
+def test_a_file_is_not_trained_on_and_tested_on(tmp_path: Path) -> None:
+    path = write(tmp_path, GEN, say("a"))
+    (tmp_path / "again.jsonl").symlink_to(tmp_path / "train.jsonl")
+    for name in ("train.jsonl", "./train.jsonl", ["train.jsonl"], "again.jsonl"):
+        files = {"data_files": {"train": "train.jsonl", "test": name}}
+        path = write(tmp_path, GEN, say("a"), dataset_kwargs=files)
+        refused(path, "evaluated on what it is trained on", "train.jsonl" if name != "again.jsonl" else "again.jsonl")
+
+
+def test_rows_that_are_tested_and_trained_on_are_counted(tmp_path: Path) -> None:
+    notes = looked(write(tmp_path, MC, FOUR, [FOUR[1], row(0, question="another ?")])).notes
+    assert notes == ["1 of 2 rows that 'quiz' is tested on is a training row too, word for word"]
+
+
+@pytest.mark.parametrize("rows", [[row(0), row("1"), row("C"), row(3)], [*FOUR[:2], {}], [FOUR[0], row(0, question=5)]])
+def test_faults_of_the_training_data_are_found_before(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    refused(write(tmp_path, MC, rows, FOUR), "task 'quiz', split 'train', row ")
+
+
+def test_held_out_rows_go_by_their_place_in_the_training_split(tmp_path: Path) -> None:
+    rows = [row(0, question=f"q{number} ?") for number in range(12)]
+    rows[7]["label"] = 9
+    refused(write(tmp_path, MC, rows, FOUR), "split 'train', row 7 (train.jsonl, line 8)", select_on="validation")
+
+
+# --- texts that are written -------------------------------------------------------------------------------------------
+
+
+def test_a_form_that_its_own_metric_calls_wrong_is_said_and_goes_on(tmp_path: Path) -> None:
+    rows, others = say("pine", "fir"), say("oak", "elm", "ash")
+    (note,) = looked(write(tmp_path, {**GEN, "target_delimiter": " "}, rows, others)).notes
+    assert note == (
+        "task 'quiz', split 'test', row 0 (test.jsonl, line 1): its right answer, ' oak', scores 0 by exact_match "
+        "(3 of 3 rows do): set target_delimiter: '' in the task file, or a filter (remove_whitespace)"
+    )
+    assert looked(write(tmp_path, GEN, rows, others)).notes == []
+    strip = [{"name": "strip", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]
+    assert looked(write(tmp_path, {**GEN, "target_delimiter": " ", "filter_list": strip}, rows, others)).notes == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        ("nine letters", "cut after max_gen_toks=8 of its 12 tokens"),
+        ("two\nrows", r"cut at the stop string '\n'"),
+        ({"a": 1}, "a text is needed"),
+        ([], "empty"),
+        ("", "no tokens"),
+        ([[1]], "a text is needed"),
+    ],
+)
+def test_an_answer_that_the_evaluation_cannot_see_is_refused(tmp_path: Path, answer: Any, why: str) -> None:
+    path = write(tmp_path, GEN, say("a", "b"), [*say("c", "d"), {"question": "e", "answer": answer}])
+    refused(path, "split 'test', row 2", why)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"max_gen_toks": 128}, ["max_gen_toks: 128", "the model takes 128 tokens"]),
+        ({"max_gen_toks": 1024}, ["max_gen_toks: 1024"]),
+        ({"max_gen_toks": 0}, ["max_gen_toks: 0", "at least 1"]),
+        ({"max_gen_toks": "8"}, ["whole number"]),
+        ({"max_gen_tokens": 8}, ["max_gen_tokens", "did you mean"]),
+        ({"do_sample": "false"}, ["do_sample", "true or false, without quotes"]),
+        ({"until": 5}, ["until"]),
+    ],
+)
+def test_settings_of_generation_are_checked(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    settings = {**GEN["generation_kwargs"], **changes}
+    refused(write(tmp_path, {**GEN, "generation_kwargs": settings}, say("a")), "generation_kwargs", *parts)
+
+
+def test_drawn_answers_repeat(tmp_path: Path, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    import torch
+
+    drawn = {"until": ["\n"], "max_gen_toks": 8, "do_sample": True, "temperature": 0.9}
+    task = loaded(write(tmp_path, {**GEN, "generation_kwargs": drawn}, say(*"abcdefgh")))
+    task.prepare(tokenizer)
+    answers = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        task.evaluate(model)
+        assert torch.equal(before, torch.get_rng_state())
+        answers.append([request.resps for request in task._task.instances])
+    assert answers[0] == answers[1]
+    assert len({text for (text,) in answers[0]}) > 1
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def ends_with(*added: str) -> PreTrainedTokenizerBase:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = char_tokenizer()
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in dict.fromkeys(added)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=" ".join(["$A", *added]), special_tokens=special
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("added", [("<eos>",), ("<pad>",), ("<eos>", "<eos>")])
+def test_a_tokenizer_that_ends_every_text_is_refused(tmp_path: Path, added: tuple[str, ...]) -> None:
+    rows = [row(0, ["a", "b", "c", "d"], "a :")]
+    refused(write(tmp_path, MC, rows), f"ends every text with {''.join(added)}", tokenizer=ends_with(*added))
+
+
+def test_a_tokenizer_without_eos_suits_choices_alone(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.eos_token = None
+    refused(write(tmp_path, MC, FOUR), "has no eos token", tokenizer=tokenizer)
+    tokenizer.bos_token = "<pad>"
+    assert looked(write(tmp_path, MC, FOUR), tokenizer=tokenizer).training
+    refused(write(tmp_path, GEN, say("a")), "has no eos token", tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("choices", "why"),
+    [
+        (["RUBY", "REED"], "choices 0 and 1 are the same tokens (unknown characters)"),
+        (["x", "x"], "choices 0 and 1 are the same tokens"),
+        (["a", "x", "x"], "choices 1 and 2 are the same tokens"),
+    ],
+)
+def test_choices_that_are_the_same_tokens_are_refused(tmp_path: Path, choices: list[str], why: str) -> None:
+    refused(write(tmp_path, MC, FOUR, [FOUR[0], row(0, choices)]), "split 'test', row 1", why)
+
+
+def test_ids_outside_of_the_embedding_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, MC, FOUR)
+    largest = max(char_tokenizer().get_vocab()[char] for char in "which is ruby ? reed fern opal")
+    assert looked(path, limits=tasks.Limits(rows=largest + 1)).training
+    refused(path, f"is {largest}, and the model's embedding has {largest} rows", limits=tasks.Limits(rows=largest))
+
+
+# --- empty texts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bad", "changes", "why"),
+    [
+        (row(0, ["", "y"]), NORM, "choice 0 is empty"),
+        (row(0, ["", "y"]), {"target_delimiter": ""}, "choice 0 is empty"),
+        (row(0, ["x", ""]), {"target_delimiter": ""}, "choice 1 is empty"),
+        (row(0, "xyz"), {"doc_to_choice": "choices"}, "its choices are the text 'xyz': a list of texts is needed"),
+        (row(0, []), {}, "it has no choices"),
+        (row(0, [5, 7]), {}, "choice 0 is the number 5: a text is needed"),
+        (row(0, None), {"doc_to_choice": "choices"}, "'choices' is null or missing"),
+        (row(0, ["x", None]), {}, "'choices[1]' is null or missing"),
+        (row(0, question=""), {"doc_to_text": "{{question}}\n"}, "its prompt is empty"),
+        (row(0, question="  "), {}, "its prompt is empty"),
+        (row(0, question=None), {}, "'question' is null or missing"),
+        (row(0, question="5"), {}, "its prompt is the number 5"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_empty_texts_are_named(
+    tmp_path: Path, bad: dict[str, Any], changes: dict[str, Any], why: str, place: int, split: str
+) -> None:
+    rows = [*FOUR[:place], bad, *FOUR[place:]]
+    path = write(tmp_path, {**MC, **changes}, *((rows, FOUR) if split == "train" else (FOUR, rows)))
+    refused(path, f"task 'quiz', split '{split}', row {place} ({split}.jsonl, line {place + 1}): ", why)
+
+
+# --- lengths ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_that_lose_their_prompt_are_counted(tmp_path: Path) -> None:
+    long = [row(0, ["x" * 60, "y"]), row(1, ["x" * 60, "y"]), row(0, ["x" * 90, "y"])]
+    notes = looked(write(tmp_path, MC, long, [row(0)]), limits=tasks.Limits(max_length=64)).notes
+    assert notes == ["2 of 3 training rows of 'quiz' are cut to max_length=64, 1 of them has no prompt left"]
+
+
+def test_a_max_length_above_the_positions_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, MC, FOUR)
+    refused(path, "max_length=2048 is more than the 512 positions", limits=tasks.Limits(2048, True, 512, None))
+    assert looked(path, limits=tasks.Limits(2048, False, 512, None)).training  # nobody asked, and no row is as long
+    path = write(tmp_path, MC, [*FOUR, row(0, ["x" * 600, "y"])], FOUR)
+    refused(
+        path,
+        "split 'train', row 4",
+        "616 tokens, and the model has 512 positions",
+        limits=tasks.Limits(2048, False, 512),
+    )
+
+
+def test_a_choice_as_long_as_the_model_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, MC, FOUR, [FOUR[0], row(1, ["x" * 512, "y"])])
+    refused(
+        path,
+        "split 'test', row 1",
+        "choice 0 has 513 tokens, and the model takes 512",
+        limits=tasks.Limits(positions=512),
+    )
+
+
+# --- the text of the file ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["2019-05-04", "2020-01-02"],
+        ["2019-05-04 10:00", "2019-05-04 10:00"],
+        ["2019-05-04t10:00:00z"],
+        [5, 7.5],
+        ["00501", "007"],
+        ["null", "none", "na", "nan", "true"],
+        [12345678901234567890123, 3],
+        ["1", 2, "03"],
+    ],
+)
+def test_the_characters_of_a_json_file_are_trained(tmp_path: Path, answers: list[Any]) -> None:
+    path = write(tmp_path, GEN, say(*answers))
+    assert trained(path) == [str(answer) for answer in answers]
+
+
+def test_numbers_are_trained_as_they_are_written(tmp_path: Path) -> None:
+    numbers = ["0.50", "1e3", "5.00", "1.0", "100000000000000000000.0", "-0", "3"]
+    path = write(tmp_path, GEN, "".join(f'{{"question": "q :", "answer": {number}}}\n' for number in numbers))
+    assert trained(path) == numbers
+    path.write_text(path.read_text().replace("doc_to_target: answer", "doc_to_target: '{{answer}}'"))
+    assert trained(path) == numbers
+    hashes = {loaded(path).data_hash}
+    (tmp_path / "train.jsonl").write_text((tmp_path / "train.jsonl").read_text().replace("0.50", "0.5"))
+    assert loaded(path).data_hash not in hashes
+
+
+@pytest.mark.parametrize("form", [GEN, {**GEN, "doc_to_target": "{{answer}}"}, {**GEN, "doc_to_text": "question"}])
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"question": "q", "answer": None}, "'answer' is null or missing"),
+        ({"question": "q"}, "'answer' is null or missing"),
+        ({"answer": "no"}, "'question' is null or missing"),
+        ({"question": "q", "answer": True}, "'answer' is the value true"),
+    ],
+)
+def test_null_and_missing_are_refused(tmp_path: Path, form: dict[str, Any], bad: dict[str, Any], why: str) -> None:
+    rows = [*say("yes"), bad]
+    refused(write(tmp_path, form, rows, say("a")), "split 'train', row 1 (train.jsonl, line 2): ", why)
+    refused(write(tmp_path, form, say("a"), rows), "split 'test', row 1 (test.jsonl, line 2): ", why)
+
+
+def test_a_template_may_ask_whether_a_field_is_null(tmp_path: Path) -> None:
+    text = "{% if hint %}{{hint}} {% endif %}{{ '' if note is none else note }}{{question}}"
+    rows = [{**say("a")[0], "hint": None, "note": None}, {**say("b")[0], "hint": "h", "note": "n"}, say("c")[0]]
+    assert looked(write(tmp_path, {**GEN, "doc_to_text": text}, rows)).training
+    refused(write(tmp_path, {**GEN, "doc_to_text": "{{question ~ hint}}"}, rows), "row 0", "'hint' is null")
+
+
+def csv_task(folder: Path, text: str, form: Mapping[str, Any] = GEN, **kwargs: Any) -> Path:
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").write_bytes(text.encode(kwargs.get("encoding", "utf-8")))
+    files = {"train": "train.csv", "test": "test.csv"}
+    return write(folder, form, [], dataset_path="csv", dataset_kwargs={"data_files": files, **kwargs})
+
+
+def test_the_cells_of_a_csv_file_are_trained_as_they_are(tmp_path: Path) -> None:
+    cells = ["00501", "na", "none", "nan", "2019-05-04", "1e3", "true", "5", "5.0", " x ", "null"]
+    path = csv_task(tmp_path, "question,answer\n" + "".join(f"q :,{cell}\n" for cell in cells))
+    assert trained(path) == cells
+    path = csv_task(tmp_path, 'question;answer\r\nq;"a\nb ""c"""\r\n\r\n', sep=";")
+    assert trained(path) == ['a\nb "c"']
+    path = csv_task(tmp_path, "q,1\nq,2.5\n", column_names=["question", "answer"])
+    assert trained(path) == ["1", "2.5"]
+
+
+def test_labels_of_a_csv_file_are_numbers(tmp_path: Path) -> None:
+    form = {**MC, "doc_to_choice": "{{[a, b]}}"}
+    assert looked(csv_task(tmp_path, "question,a,b,label\nwhich ?,x,y,1\nwhat ?,x,z,0\n", form)).training
+    refused(csv_task(tmp_path, "question,a,b,label\nwhich ?,x,y,1\nwhat ?,x,z,2\n", form), "row 1 (t", "line 3", "2")
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("question,answer\nq,\n", ["row 0 (t", "line 2)", "'answer' is null or missing"]),
+        ("question,answer\nq,a\nq\n", ["line 3", "1 cells for 2 columns"]),
+        ("question,answer\nq,a,b\n", ["line 2", "3 cells for 2 columns (question, answer)"]),
+        ("question,question\nq,a\n", ["two columns are called 'question'"]),
+        ('question,answer\nq,"a\n', ["line 2"]),
+        ("question,answer\n", ["holds no rows"]),
+        ("", ["holds no rows"]),
+    ],
+)
+def test_what_is_wrong_in_a_csv_file_has_its_line(tmp_path: Path, text: str, parts: list[str]) -> None:
+    refused(csv_task(tmp_path, text), *parts)
+
+
+def test_dates_as_choices_are_text(tmp_path: Path) -> None:
+    dates = ["2011-02-02", "2015-06-06"]
+    path = write(tmp_path, MC, [row(1, dates), row(0, dates)])
+    looked(path)
+    assert trained(path) == [" 2015-06-06", " 2011-02-02"]
+
+
+def test_functions_of_a_task_file_get_a_data_set_with_the_same_texts(tmp_path: Path) -> None:
+    rows = [
+        {"question": "2019-05-04 :", "answer": answer, "more": more}
+        for answer, more in (("01", 5), ("2020-01-01", 7.5))
+    ]
+    path = write(tmp_path, {**GEN, "doc_to_target": "{{answer}}/{{more}}"}, rows)
+    path.write_text(path.read_text() + "process_docs: !function quiz_functions.shout\n")
+    (tmp_path / "quiz_functions.py").write_text(
+        "def shout(docs):\n    return docs.map(lambda doc: {'question': doc['question'] * 2})\n"
+    )
+    assert pairs(path)[0] == ("2019-05-04 :2019-05-04 :", "01/5")
+    assert trained(path) == ["01/5", "2020-01-01/7.5"]
+
+
+# --- files that cannot be read ----------------------------------------------------------------------------------------
+
+GOOD = json.dumps(say("a")[0])
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (f"{GOOD}\n// more to come\n{GOOD}\n", ["line 2", "Expecting value: '// more to come'"]),
+        (f"{GOOD},\n{GOOD}\n", ["line 1", "a comma follows the object"]),
+        (f"{GOOD}\n{{'question': 'q'}}\n", ["line 2", "double quotes"]),
+        ('{"question": "q", "answer": None}\n', ["line 1", "None"]),
+        (f"{GOOD}\n[1, 2]\n", ["line 2", "an object", "a list: [1, 2]"]),
+        (f"{GOOD}\n5\n", ["line 2", "a number: 5"]),
+        (f"{GOOD}\nnull\n", ["line 2", "null"]),
+        (f'{{"data": [{GOOD}]}}', ["dataset_kwargs: {field: data}"]),
+        (f"{GOOD}\n{GOOD[:-9]}", ["line 2"]),
+        (f"[{GOOD},\n{GOOD}", ["the list is cut"]),
+        ("", ["holds no rows"]),
+        ("\n \n", ["holds no rows"]),
+        ('{"question": "q", "answer": "a", "answer": "b"}', ["line 1", "'answer' is there twice"]),
+        ('{"question": "q", "answer": Infinity}', ["line 1", "Infinity"]),
+        ('{"question": "q", "answer": "\\ud800"}', ["line 1", "half a character"]),
+        ("[" * 100_000, ["line 1", "nested too deeply"]),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_what_is_wrong_in_a_json_file_has_its_line(tmp_path: Path, text: str, parts: list[str], split: str) -> None:
+    path = write(tmp_path, GEN, *((text, say("a")) if split == "train" else (say("a"), text)))
+    refused(path, f"data file '{tmp_path / split}.jsonl'", *parts)
+
+
+def test_bytes_that_are_no_utf8_have_their_line(tmp_path: Path) -> None:
+    path = write(tmp_path, GEN, say("a"))
+    for encoding, line in (("latin-1", 2), ("utf-16", 1)):
+        (tmp_path / "test.jsonl").write_bytes(f'{GOOD}\n{{"question": "é", "answer": "a"}}\n'.encode(encoding))
+        refused(path, f"test.jsonl', line {line}", "save it as UTF-8")
+    (tmp_path / "test.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode())
+    assert looked(path).training
+
+
+def test_json_that_is_a_list_or_lies_under_a_key_or_is_packed_is_read(tmp_path: Path) -> None:
+    import gzip
+
+    rows = json.dumps(say("a", "b"), indent=1)
+    for text, kwargs in (
+        (rows, {}),
+        (f'{{"data": {rows}}}', {"field": "data"}),
+        ('{"question": "q",\n "answer": "a"}', {}),
+    ):
+        files = {"data_files": {"train": "train.jsonl", "test": "test.jsonl"}}
+        assert looked(write(tmp_path, GEN, text, text, dataset_kwargs={**files, **kwargs})).training
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as stream:
+        stream.write(f"{GOOD}\n{GOOD}\n")
+    packed = {"data_files": {"train": "train.jsonl", "test": ["rows.jsonl.gz", "t*t.jsonl"]}}
+    task = loaded(write(tmp_path, GEN, say("c"), dataset_kwargs=packed))
+    assert [document["answer"] for document in task.questions.documents] == ["a", "a", "c"]
+
+
+def test_a_folder_of_files_is_read_as_they_are(tmp_path: Path) -> None:
+    path = write(tmp_path, GEN, say("2019-05-04"), say("2020-01-02"))
+    for file in ("train.jsonl", "test.jsonl"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / file).rename(tmp_path / "data" / file)
+    path.write_text(
+        yaml.safe_dump({**yaml.safe_load(path.read_text()), "dataset_path": "data", "dataset_kwargs": None})
+    )
+    assert trained(path) == ["2019-05-04"]
+
+
+def test_columns_may_differ_between_splits_and_rows(tmp_path: Path) -> None:
+    more = [{**FOUR[0], "source": "a book"}, {**FOUR[1], "source": 5}]
+    assert looked(write(tmp_path, MC, FOUR, more)).training
+    assert looked(write(tmp_path, MC, more, FOUR)).training
+    mixed = [{**one, "extra": extra} for one, extra in zip(FOUR, [{"x": 1}, {"y": [2]}, None, "z"], strict=True)]
+    assert looked(write(tmp_path, MC, mixed)).training
+
+
+def test_a_label_that_is_missing_in_one_split_is_named(tmp_path: Path) -> None:
+    without = [{"question": "which ?", "choices": CHOICES}]
+    refused(write(tmp_path, MC, without, FOUR), "split 'train', row 0 (train.jsonl, line 1)", "label")
+    refused(write(tmp_path, MC, FOUR, without), "split 'test', row 0", "label")
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"test_split": "tset"}, ["unknown split", "'tset'", "choose from test, train; did you mean 'test'?"]),
+        ({"doc_to_text": None}, ["has no doc_to_text"]),
+        ({"doc_to_choice": None}, ["has no doc_to_choice"]),
+        ({"output_type": "multiple-choice"}, ["unknown output_type", "did you mean 'multiple_choice'?"]),
+        ({"doc_to_text": "{{nothing}}"}, ["split 'test', row 0 (test.jsonl, line 1)", "'nothing' is undefined"]),
+        ({"doc_to_text": "{{question"}, ["split 'test', row 0", "TemplateSyntaxError"]),
+        ({"doc_to_choice": "{{question}}"}, ["split 'test', row 0"]),
+        ({"doc_to_text": "{{question.__class__.__mro__}}"}, ["SecurityError"]),
+        ({"dataset_path": "jsonl"}, ["jsonl"]),
+    ],
+)
+def test_a_task_file_that_does_not_fit_says_where(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    path = write(tmp_path, MC, FOUR, **changes)
+    path.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(path.read_text()).items() if v is not None}))
+    refused(path, *parts)
+
+
+def test_an_error_of_a_function_names_its_file_and_line(tmp_path: Path) -> None:
+    path = write(tmp_path, MC, FOUR)
+    path.write_text(path.read_text() + "process_docs: !function broken_functions.take\n")
+    (tmp_path / "broken_functions.py").write_text("def take(docs):\n    return docs['nothing']\n")
+    refused(path, "(broken_functions.py, line 2)")
+
+
+def test_code_beside_a_task_file_is_said(tmp_path: Path) -> None:
+    path = write(tmp_path, MC, FOUR)
+    assert tasks.check_task(str(path)).code == []
+    path.write_text(path.read_text() + "fewshot_config: {samples: !function more.samples}\n")
+    (tmp_path / "more.py").write_text("raise SystemExit\n")
+    assert tasks.check_task(str(path)).code == [f"quiz.yaml runs code of {tmp_path / 'more.py'}"]
+
+
+# --- any rows ---------------------------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+WORDS = st.text("ab 0\n:é٣", max_size=4)
+ROW = st.fixed_dictionaries(
+    {},
+    optional={
+        "question": WORDS | JSON,
+        "choices": st.lists(WORDS, max_size=4) | st.lists(JSON, max_size=3) | JSON,
+        "label": st.integers(-2, 4) | WORDS | st.lists(st.integers(-1, 4), max_size=2) | JSON,
+        "answer": WORDS | JSON | st.lists(WORDS, max_size=2),
+    },
+)
+FORMS: list[dict[str, Any]] = [
+    MC,
+    {**MC, "doc_to_text": "question", "doc_to_choice": "choices", **NORM},
+    {**MC, "doc_to_target": "{{label}}", "target_delimiter": ""},
+    {**MC, "doc_to_text": "label", "doc_to_target": "question"},
+    GEN,
+    {**GEN, "doc_to_text": "{{question}} is", "doc_to_target": "{{answer}}"},
+    {**GEN, "output_type": "loglikelihood", "metric_list": [{"metric": "acc"}], "generation_kwargs": None},
+]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(ROW, min_size=1, max_size=3), form=st.sampled_from(FORMS))
+def test_any_rows_are_refused_in_one_line_or_score_1(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], form: dict[str, Any]
+) -> None:
+    path = write(tmp_path_factory.mktemp("any"), form, rows)
+    try:
+        notes = looked(path).notes
+    except StudyError as error:
+        said = str(error)
+    else:
+        said = "quiz"
+        if not any("scores 0" in note for note in notes):
+            assert set(scores_of_what_is_trained(loaded(path))) <= {1.0}
+    assert "\n" not in said
+    assert "quiz" in said or "data file" in said
+
+
+def scores_of_what_is_trained(task: tasks.Task) -> Sequence[float]:
+    """What the metric says of the very tokens that are trained, as both splits have the same rows."""
+    tokenizer = char_tokenizer()
+    share = task.prepare(tokenizer)
+    learnt = [
+        (one.input_ids[: one.labels_start], one.input_ids[one.labels_start :])
+        for one in task.training_rows(tokenizer, 10**6)
+    ]
+    answers: list[tuple[Any, Any]] = []
+    place = 0
+    for (number, requests), (_, completion) in zip(share.documents.items(), learnt, strict=True):
+        for request in requests:
+            if share.tokens is None:
+                text = str(tokenizer.decode(completion, skip_special_tokens=True))
+                answers.append((request, text.split("\n")[0]))
+            else:
+                _, context, continuation = share.tokens[place]
+                right = [*context, *continuation] == [*learnt[number][0], *completion]
+                answers.append((request, (-1.0 if right else -1e6, right)))
+            place += 1
+    questions = task.questions
+    return list(
+        harness.scores_of(
+            questions.task, share.documents, answers, metric=questions.metric, filtered=questions.filtered
+        ).values()
+    )

@@ -1,0 +1,33 @@
+"""A model's tokenizer without its weights: `tokenizer_of("tiny-moe")`. Imports transformers when it is called."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from allocators.core.errors import StudyError
+from trainers.models import hub
+from trainers.models.base import config_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def tokenizer_of(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Of a model that `config_of` knows. Of a hub model the tokenizer's files alone are fetched, of the same commit.
+
+    Raises StudyError as `config_of` does, and with transformers' reason where there is no tokenizer that it can read.
+    """
+    from transformers import AutoTokenizer
+
+    config = config_file(name)
+    cached = hub.is_cached(config) and not hub.is_complete(config.parent)
+    place, revision = (name, config.parent.name) if cached else (str(config.parent), None)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            place, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # tokenizers' own errors have no base but Exception
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        hint = "; trust_remote_code=true runs it" if "custom code" in reason else ""
+        raise StudyError(f"the tokenizer of model '{name}' cannot be read: {reason}{hint}") from error
+    return tokenizer

@@ -1,0 +1,123 @@
+"""What is wrong with one document, in words: no tokens and no model are needed.
+
+wrong_with(task, {"question": "which ?", "choices": ["x", "y"], "label": -1}, local=True)
+# "its answer is -1, none of its 2 choices: the answers of this split are hidden: name another split"
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from allocators.core.words import shown
+from trainers.tasks.check import nulls
+from trainers.tasks.harness import Document, HarnessTask
+from trainers.tasks.rows import right_answer, right_choice
+from trainers.tasks.task_file import one_line
+
+_HIDDEN = "the answers of this split are hidden: name another split"
+
+
+def wrong_with(task: HarnessTask, document: Document, *, local: bool) -> str:
+    """Why a document makes no question with a right answer; "" where it makes one.
+
+    local   it is a row of a file that its owner can correct: what is only doubtful is wrong too
+    """
+    try:
+        if local and (doubtful := _no_field(task, document) or nulls.spelled_out(task, document)):
+            return doubtful
+        prompt, prefix = task.doc_to_text(document), task.doc_to_prefix(document)
+        if not isinstance(prefix, str | None):
+            return f"its gen_prefix is {value_of(prefix)}: a text is needed"
+        if task.OUTPUT_TYPE == "multiple_choice":
+            return _wrong_choices(task, document, prompt, local=local)
+        if not isinstance(prompt, str):
+            return _wrong_prompt(prompt)
+        return _wrong_answer(task, document)
+    except Exception as error:  # the user's templates and functions raise what they like
+        return f"it makes no question: {one_line(error)}"
+
+
+def value_of(value: Any) -> str:
+    """A value for a message: `the text 'xyz'`, `the number 5`, `null`, `the list [1, 2]`."""
+    if value is None or isinstance(value, bool):
+        return f"the value {json.dumps(value)}" if value is not None else "null"
+    kinds = {str: "the text", int: "the number", list: "the list", tuple: "the list", dict: "the object"}
+    kind = next((word for of, word in kinds.items() if isinstance(value, of)), "the number")
+    return f"{kind} {shown(repr(value))}"
+
+
+def _no_field(task: HarnessTask, document: Document) -> str:
+    """A name that is meant as that of a field, and would be the text of every prompt or answer."""
+    for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        said = getattr(task.config, key, None)
+        if isinstance(said, str) and said.isidentifier() and said not in document:
+            return f"it has no field '{said}', which {key} names: its fields are {', '.join(document)}"
+    return ""
+
+
+def _wrong_prompt(prompt: Any) -> str:
+    return f"its prompt is {value_of(prompt)}: a text is needed (doc_to_text)"
+
+
+def _wrong_choices(task: HarnessTask, document: Document, prompt: Any, *, local: bool) -> str:
+    choices = task.doc_to_choice(document)
+    if not isinstance(choices, list | tuple):
+        return f"its choices are {value_of(choices)}: a list of texts is needed (doc_to_choice)"
+    if not choices:
+        return "it has no choices"
+    for number, choice in enumerate(choices):
+        if not isinstance(choice, str):
+            return f"choice {number} is {value_of(choice)}: a text is needed"
+        if local and not choice:
+            return f"choice {number} is empty"
+    if local and len(choices) == 1:
+        return f"it has one choice, {value_of(choices[0])}: any answer is right"
+    if task.multiple_input:  # the choices are prompts, and the target is what follows each
+        if not isinstance(task.doc_to_target(document), str):
+            return _wrong_prompt(prompt)
+    elif not isinstance(prompt, str):
+        return _wrong_prompt(prompt)
+    return "" if right_choice(task, document) is not None else _no_choice(right_answer(task, document), choices)
+
+
+def _no_choice(answer: Any, choices: Sequence[str]) -> str:
+    number = int(answer) if isinstance(answer, str) and answer.lstrip("-").isdecimal() else answer
+    said = f"its answer is {value_of(answer)}, none of its {len(choices)} choices"
+    if isinstance(number, int) and number < 0:
+        return f"{said}: {_HIDDEN}"
+    if isinstance(answer, list) and not answer:
+        return f"its answer is an empty list: {_HIDDEN}"
+    if answer is None or answer == "":
+        return f"{said}: {_HIDDEN}"
+    if isinstance(number, int):
+        text = ", as text: write it without quotes, or as {{label}}" if isinstance(answer, str) else ""
+        return f"{said} (numbers 0 to {len(choices) - 1}{text})"
+    like = [choice for choice in choices if isinstance(answer, str) and _plain(choice) == _plain(answer)]
+    near = f", though {value_of(like[0])} is like it" if like else ""
+    return f"{said} ({shown(', '.join(choices))}){near}"
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _wrong_answer(task: HarnessTask, document: Document) -> str:
+    """Of a task whose answer is a text that is written, or scored whole."""
+    target = task.doc_to_target(document)
+    if task.OUTPUT_TYPE == "generate_until" and task.config.doc_to_choice is not None:
+        choices = task.doc_to_choice(document)
+        if not isinstance(target, int) or not isinstance(choices, list | tuple) or not 0 <= target < len(choices):
+            return f"its answer is {value_of(target)}, not the number of one of its choices, {value_of(choices)}"
+        target = choices[target]
+    if task.OUTPUT_TYPE == "generate_until" and isinstance(target, list):
+        if not target:
+            return f"its list of right answers is empty: {_HIDDEN}"
+        wrong = [one for one in target if not isinstance(one, str | int | float) or isinstance(one, bool)]
+        return f"one of its right answers is {value_of(wrong[0])}: a text is needed" if wrong else ""
+    if target is None or isinstance(target, dict | list | tuple):
+        return f"its answer is {value_of(target)}: a text is needed (doc_to_target)"
+    if task.OUTPUT_TYPE == "loglikelihood" and not isinstance(target, str):
+        return f"its answer is {value_of(target)}: a text is needed (doc_to_target)"
+    return "" if str(target) or task.OUTPUT_TYPE == "generate_until" else "its answer is empty"

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core import weight_files
 from allocators.core.errors import StudyError
 from allocators.core.types import Outcome
+from allocators.signals import weight_files
 from search.config import load_arguments
 from search.records.redact import portable
 from search.report.words import base_code, load_code

@@ -16,8 +16,8 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from allocators.core import weight_files
 from allocators.core.errors import StudyError
+from allocators.signals import weight_files
 from trainers.models.options import packing_of
 
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's; beside a base it is no part of it

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from allocators.core import weight_files
 from allocators.core.errors import StudyError
+from allocators.signals import weight_files
 
 Weights = str | Path | nn.Module
 

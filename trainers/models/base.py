@@ -15,9 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core import shapes, weight_files
+from allocators.core import shapes
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import ModelShape
+from allocators.signals import weight_files
 from trainers.models import files, hub, smollm2
 from trainers.models.options import stored_as
 

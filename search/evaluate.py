@@ -25,7 +25,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core import command, words
+from allocators.core import words
 from allocators.core.errors import StudyError, ToolkitError
 from search import records
 from search.config import load_arguments
@@ -34,7 +34,7 @@ from search.records.files import EVALUATIONS, append_line
 from search.records.redact import redacted
 from search.report import Report
 from search.text import run_id
-from trainers import models, tasks
+from trainers import command, models, tasks
 
 if TYPE_CHECKING:  # a request that cannot work is refused without torch
     from trainers.models import Loaded

@@ -9,11 +9,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from allocators.core import command, plugins, words
+from allocators.core import plugins, words
 from allocators.core.errors import ToolkitError
 from search.config import RunConfig, help_text, parse
 from search.records.redact import redacted
 from search.session.prepare import prepare
+from trainers import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

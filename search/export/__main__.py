@@ -23,11 +23,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from allocators.core import command, words
+from allocators.core import words
 from allocators.core.errors import StudyError, ToolkitError
 from search.export import Request, write
 from search.records.redact import redacted
-from trainers import storage
+from trainers import command, storage
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from allocators.core import command, words
+from allocators.core import words
 from allocators.core.errors import ToolkitError
 from allocators.core.types import canonical_json
 from search.records.redact import redacted
 from search.replay import export
+from trainers import command
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from allocators.core import command, words
+from allocators.core import words
 from allocators.core.errors import ToolkitError
 from search.records.redact import redacted
 from search.report import show, write
+from trainers import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,13 +20,14 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from allocators.core import command, plugins, words
+from allocators.core import plugins, words
 from allocators.core.errors import StudyError, ToolkitError
 from search.records.redact import redacted
 from search.show.config import ShowConfig
 from search.show.files import draw_png, to_html
 from search.show.look import look
 from search.show.terminal import show_in_terminal
+from trainers import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from allocators.core import command, words
+from allocators.core import words
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.signals.sensitivity import MAX_LENGTH, SCORES, Score, drawn, pad, per_sample
 from search.records.redact import redacted
+from trainers import command
 
 if TYPE_CHECKING:  # only the plot needs it
     from matplotlib.axes import Axes

@@ -15,7 +15,7 @@ from tests import ROOT
 TALK = """
 import sys
 from pathlib import Path
-from allocators.core import command
+from trainers import command
 
 def main():
     with open({record!r}, "a") as record:
@@ -80,7 +80,7 @@ def test_a_user_without_a_name_or_a_home_has_both(tmp_path: Path) -> None:
 import getpass, os, stat, sys
 from pathlib import Path
 os.setresgid(54321, 54321, 54321); os.setresuid(54321, 54321, 54321)
-from allocators.core.command import _name_user_and_home
+from trainers.command import _name_user_and_home
 _name_user_and_home()
 print(getpass.getuser(), Path.home(), oct(stat.S_IMODE(Path.home().stat().st_mode)))
 """
@@ -89,7 +89,7 @@ print(getpass.getuser(), Path.home(), oct(stat.S_IMODE(Path.home().stat().st_mod
     tmp_path.chmod(0o777)
     names = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
     bare = {key: value for key, value in os.environ.items() if key not in names} | {"TMPDIR": "/tmp"}
-    preload = "import getpass, pwd, stat, tempfile, pathlib, allocators.core.command\n"  # its files may be root's alone
+    preload = "import getpass, pwd, stat, tempfile, pathlib, trainers.command\n"  # its files may be root's alone
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-c", preload + code], cwd=ROOT, env=bare, capture_output=True, text=True, check=False

@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from allocators.core import checks
-from allocators.core.errors import InfeasibleError, StudyError
+from allocators.core.errors import InfeasibleError, StudyError, shown
 
 Role = Literal["attention", "mlp", "expert", "router", "shared_expert"]
 
@@ -271,6 +272,8 @@ class ExpertSelection:
 
 
 Gating = Literal["routed", "hydra"]
+Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 @dataclass(frozen=True)
@@ -366,6 +369,58 @@ def allocation_from_json(data: Mapping[str, Any]) -> Allocation:
             raise StudyError(f"unknown allocation kind {other!r}: possible are expert_selection, expert_counts")
 
 
+class _Range(NamedTuple):
+    """What a setting can be: from `low` to `high`, both included; `beyond` and `below`: without the end itself."""
+
+    low: float
+    high: float
+    beyond: bool = False
+    below: bool = False
+
+    def missed_by(self, value: float) -> str:
+        """What the value must be and is not; empty for a value in the range."""
+        too_low = value <= self.low if self.beyond else value < self.low
+        if not too_low and (value < self.high if self.below else value <= self.high):
+            return ""
+        if self.high <= 1:
+            return f"in {'(' if self.beyond else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+        if not too_low:
+            return f"at most {self.high:g}"
+        return "positive" if self.beyond else f"at least {self.low:g}" if self.low else "not negative"
+
+
+_LARGEST = checks.LARGEST
+_RANGES = {
+    "rank": _Range(1, checks.MOST_EXPERTS),
+    "lora_alpha": _Range(0, _LARGEST, beyond=True),
+    "lora_dropout": _Range(0, 1, below=True),
+    "learning_rate": _Range(0, _LARGEST, beyond=True),
+    "weight_decay": _Range(0, _LARGEST),
+    "warmup_ratio": _Range(0, 1),
+    "max_grad_norm": _Range(0, _LARGEST),
+    "batch_size": _Range(1, 1 << 20),
+    "micro_batch_size": _Range(1, 1 << 20),
+    "steps": _Range(0, 10**9),
+    "epochs": _Range(0, 10**6),
+    "max_length": _Range(2, 1 << 24),
+    "top_k": _Range(1, checks.MOST_EXPERTS),
+    "balance_coef": _Range(0, _LARGEST),
+}
+
+
+def _check_ranges(settings: LoraSettings | Recipe) -> None:
+    """Raises StudyError for the first number that is not finite, of the wrong kind or out of its range."""
+    for f in fields(settings):
+        if (of := _RANGES.get(f.name)) is None:
+            continue
+        value, whole = getattr(settings, f.name), f.type == "int"
+        kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not kind or not math.isfinite(value):
+            raise StudyError(f"{f.name} must be a {'whole' if whole else 'finite'} number, got {shown(repr(value))}")
+        if must_be := of.missed_by(value):
+            raise StudyError(f"{f.name} must be {must_be}, got {value}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
     """The settings that an adapter is built from: the part of a `Recipe` that goes through the adapters as one value.
@@ -384,11 +439,7 @@ class LoraSettings:
     balance_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        _demand(
-            (self.rank >= 1, f"rank must be at least 1, got {self.rank}"),
-            (0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), got {self.lora_dropout}"),
-            (self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"),
-        )
+        _check_ranges(self)
 
     @property
     def scale(self) -> float:
@@ -429,7 +480,7 @@ class Recipe:
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
     warmup_ratio: float = 0.1
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     max_grad_norm: float = 1.0
     batch_size: int = 16
     micro_batch_size: int = 16
@@ -440,20 +491,11 @@ class Recipe:
     balance_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        _ = self.lora  # checks its settings
-        _demand(
-            (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
-            (0 <= self.warmup_ratio <= 1, f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}"),
-            (self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}"),
-            (self.micro_batch_size >= 1, f"micro_batch_size must be at least 1, got {self.micro_batch_size}"),
-            (self.steps >= 0, f"steps must not be negative, got {self.steps}"),
-            (self.steps > 0 or self.epochs > 0, "either steps or epochs must be positive"),
-            (self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}"),
-            (
-                self.schedule in ("cosine", "linear", "constant"),
-                f"schedule must be cosine, linear or constant, got '{self.schedule}'",
-            ),
-        )
+        _check_ranges(self)
+        if self.steps == 0 and self.epochs == 0:
+            raise StudyError("steps or epochs must be positive")
+        if self.schedule not in SCHEDULES:
+            raise StudyError(f"schedule must be cosine, linear or constant, got '{shown(str(self.schedule))}'")
 
     @property
     def lora(self) -> LoraSettings:
@@ -479,13 +521,6 @@ class Recipe:
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
         """Raises TypeError for a field that recipes do not have; one that is missing takes its default."""
         return cls(**data)
-
-
-def _demand(*demands: tuple[bool, str]) -> None:
-    """Raises StudyError with the message of the first demand that is not met."""
-    for met, message in demands:
-        if not met:
-            raise StudyError(message)
 
 
 @dataclass(frozen=True)

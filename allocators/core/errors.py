@@ -38,6 +38,10 @@ class InfeasibleError(TrialError):
     """The knobs ask for an allocation that does not exist on this model (for example zero experts)."""
 
 
+class RuleError(InfeasibleError):
+    """The code of an allocator failed at these knobs, or returned no allocation: none of its points has a training."""
+
+
 class BudgetError(TrialError):
     """The allocation exists but has more trainable parameters than `max_trainable_params`."""
 

@@ -21,9 +21,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from itertools import islice
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -200,6 +202,16 @@ class Signal:
         return digest_of(self.to_json())
 
 
+def _whole(value: Any, what: str) -> int:
+    """A whole number of any type; a mask or a share, which Python would take for one, is none."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InfeasibleError(f"{what} must be a whole number, got {shown(repr(value))}")
+
+
 @dataclass(frozen=True)
 class ExpertSelection:
     """Which routed experts of an MoE model get LoRA: ids per layer, ascending.
@@ -213,10 +225,13 @@ class ExpertSelection:
 
     def __post_init__(self) -> None:
         clean: dict[int, tuple[int, ...]] = {}
-        for layer, ids in sorted((int(layer), ids) for layer, ids in self.experts.items()):
-            unique = tuple(sorted({int(i) for i in ids}))
-            if len(unique) != len(tuple(ids)) or any(i < 0 for i in unique):
-                raise InfeasibleError(f"expert ids of layer {layer} must be distinct and not negative, got {list(ids)}")
+        for layer, given in sorted((_whole(layer, "a layer"), ids) for layer, ids in self.experts.items()):
+            ids = [_whole(i, f"an expert id of layer {layer}") for i in islice(given, checks.MOST_EXPERTS + 1)]
+            unique = tuple(sorted(set(ids)))
+            if len(unique) != len(ids) or len(ids) > checks.MOST_EXPERTS or any(i < 0 for i in unique):
+                raise InfeasibleError(
+                    f"expert ids of layer {layer} must be distinct and not negative, got {shown(str(ids[:20]))}"
+                )
             if unique:
                 clean[layer] = unique
         object.__setattr__(self, "experts", MappingProxyType(clean))
@@ -291,10 +306,12 @@ class ExpertCounts:
     def __post_init__(self) -> None:
         if self.gating not in ("routed", "hydra"):
             raise InfeasibleError(f"gating must be 'routed' or 'hydra', got '{self.gating}'")
-        negative = {path: n for path, n in self.counts.items() if n < 0}
-        if negative:
+        counts = {path: _whole(n, f"the experts of {path}") for path, n in self.counts.items()}
+        if negative := {path: n for path, n in counts.items() if n < 0}:
             raise InfeasibleError(f"expert counts must not be negative, got {negative}")
-        clean = {path: int(n) for path, n in sorted(self.counts.items()) if n}
+        if many := {path: n for path, n in counts.items() if n > checks.MOST_EXPERTS}:
+            raise InfeasibleError(f"a module has at most {checks.MOST_EXPERTS:,} experts, got {shown(str(many))}")
+        clean = {path: n for path, n in sorted(counts.items()) if n}
         object.__setattr__(self, "counts", MappingProxyType(clean))
 
     def __reduce__(self) -> tuple[Any, ...]:

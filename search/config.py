@@ -37,6 +37,7 @@ SAMPLERS = ("ehvi", "gp", "tpe", "nsga2", "random")
 SCHEDULERS = ("none", "pareto_halving")
 SIGNALS = ("accuracy", "loss", "eval_loss")  # of an evaluation on the way, which trainings can be ranked by
 AUTO = -2  # `seeds=auto`
+MOST_SEEDS = 10_000  # trainings of one point
 MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
 PROGRAM = ("python", "-m", "search.run")
 
@@ -154,7 +155,7 @@ class RunConfig:
         where="amount",
         least=1,
         unset=-1,
-        most=10_000,
+        most=MOST_SEEDS,
         names={"auto": AUTO},
     )
     time_budget: str = _key(

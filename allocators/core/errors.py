@@ -30,6 +30,10 @@ class NotFiniteError(StudyError):
     """The base model computes numbers that are not finite: nothing can be trained on it, or measured by running it."""
 
 
+class SpaceError(StudyError):
+    """The code of a space failed, or what it returned is no point."""
+
+
 class TrialError(ToolkitError):
     """This point cannot be trained or was lost; record it and go on."""
 

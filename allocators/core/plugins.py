@@ -144,12 +144,13 @@ def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Ma
 def failing(module: ModuleType, what: str, raised: Callable[[str], ToolkitError]) -> Iterator[None]:
     """Whatever a plug-in's code raises in the block is `raised` with one line: what, why, file and line.
 
-    An InfeasibleError passes, and so does what this project's own plug-ins raise on purpose.
+    An allocator's InfeasibleError passes, and so does what this project's own plug-ins raise on purpose.
     """
     try:
         yield
     except (Exception, SystemExit) as error:
-        if isinstance(error, InfeasibleError) or (isinstance(error, ToolkitError) and not _is_added(module)):
+        rules = isinstance(error, InfeasibleError) and raised is RuleError
+        if rules or (isinstance(error, ToolkitError) and not _is_added(module)):
             raise
         kind = "" if isinstance(error, ToolkitError) else f"{type(error).__name__}: "
         raise raised(f"{what} failed: {kind}{_text_of(error)} ({_place_in(module, error)})") from error
@@ -227,9 +228,7 @@ def _import_file(path: Path) -> ModuleType:
     except (Exception, SystemExit) as error:  # whatever the user's file raises, it is the user's line to read
         sys.modules.pop(name, None)
         place = "" if isinstance(error, SyntaxError) else f" ({_place_in(module, error)})"
-        raise StudyError(
-            f"plug-in {path} does not import: {type(error).__name__}: {_text_of(error)}{place}"
-        ) from error
+        raise StudyError(f"plug-in {path} does not import: {type(error).__name__}: {_text_of(error)}{place}") from error
     return module
 
 

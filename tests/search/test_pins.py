@@ -14,7 +14,8 @@ from allocators.core.errors import StudyError
 from allocators.core.shapes import shape_from_config
 from allocators.core.words import Value
 from search.config import RunConfig, parse
-from search.problem import PinnedTrial, Problem, check_pins, corners, load_space
+from search.points.asked import PinnedTrial
+from search.problem import Problem, check_pins, corners, load_space
 
 SPACES = plugins.names("spaces")
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 8, "vocab_size": 64}
@@ -72,11 +73,11 @@ def test_any_choice_survives_the_printed_command(value: Value) -> None:
     assert type(matched) is type(value)
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**18), 10**18))
+@given(st.floats(-1.7e308, 1.7e308), st.integers(-(10**18), 10**18))
 def test_any_number_survives_the_printed_command(number: float, whole: int) -> None:
     again = PinnedTrial(Anything(), printed_and_parsed(RunConfig(pins={"x": number, "n": whole})).pins)
-    assert again.suggest_float("x", 0, 1) == number
-    assert again.suggest_int("n", 0, 1) == whole
+    assert again.suggest_float("x", -1.7e308, 1.7e308) == number
+    assert again.suggest_int("n", -(10**18), 10**18) == whole
 
 
 @given(TEXTS, st.lists(TEXTS.map(str.strip).filter(bool), max_size=3))

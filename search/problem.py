@@ -54,20 +54,22 @@ class Problem:
 
         Raises SpaceError for whatever its code raises, and for what is no point of it.
         """
-        what = f"space {self.space_name}"
-        with plugins.failing(self.space, what, SpaceError):
+        with plugins.failing(self.space, f"space {self.space_name}", SpaceError):
             point = self.space.suggest(trial, self.shape)
-        place = plugins.place_of(self.space, self.space.suggest)
         if not isinstance(point, Point):
-            raise SpaceError(f"{what} suggests {plugins.returned(point)} and not a Point ({place})")
+            raise self.refused(f"suggest returned {plugins.returned(point)} and not a Point")
         try:
             checks.scalars(point.knobs, "knobs")
             checks.scalars(point.recipe, "recipe")
             if point.allocator not in self.space.ALLOCATORS:
                 raise ValueError(f"its ALLOCATORS lack {shown(repr(point.allocator))}")
         except ValueError as error:
-            raise SpaceError(f"{what} suggests what is no point of it: {error} ({place})") from None
+            raise self.refused(f"suggest returned what is no point of it: {error}") from None
         return point
+
+    def refused(self, reason: str) -> SpaceError:
+        """The error for a point that no allocator or recipe takes."""
+        return SpaceError(f"space {self.space_name}: {reason} ({plugins.place_of(self.space, self.space.suggest)})")
 
     def ask(self, trial: Any) -> tuple[Point, dict[str, Any]]:
         """The point that the space suggests on a trial, pinned knobs given, and its parameters."""
@@ -100,6 +102,11 @@ class Problem:
         if "seed" in inspect.signature(module.allocate).parameters:
             each = knobs.pop("draw", "once") == "each"
             knobs.setdefault("seed", seed if each and seed is not None else self.seed)
+        try:
+            plugins.check(module, self.shape, knobs)
+            plugins.check_values(module, knobs)
+        except StudyError as error:
+            raise self.refused(str(error)) from error
         signal = self.signals.get(module.NEEDS) if module.NEEDS else None
         return plugins.call(module, signal, self.shape, knobs)
 
@@ -160,7 +167,7 @@ def load_space(name: str, shape: ModelShape) -> ModuleType:
     if lacking := [part for part in ("BASE", "ALLOCATORS") if not hasattr(space, part)]:
         raise StudyError(f"space={name} has no {', no '.join(lacking)}: spaces/__init__.py says what a space defines")
     with plugins.failing(space, f"space {name}", SpaceError):
-        _check_parts(space, name)
+        _check_parts(space)
     if space.BASE == "moe" and not shape.is_moe:
         raise StudyError(
             f"space={name} chooses among the experts of an MoE model, but {shape.name} is dense: "
@@ -180,27 +187,31 @@ def _alternatives(base: str) -> str:
     return f", or space={' | '.join(fitting)}" if fitting else ""
 
 
-def _check_parts(space: ModuleType, name: str) -> None:
+def _check_parts(space: ModuleType) -> None:
     """Raises StudyError where what a space defines is not what spaces/__init__.py says."""
 
     def must(part: str, be: str) -> StudyError:
-        return StudyError(f"space={name} must have {part} {be}, got {shown(repr(getattr(space, part)))}")
+        return StudyError(f"{part} must be {be}, got {shown(repr(getattr(space, part)))}")
 
     if space.BASE not in ("moe", "dense"):
         raise must("BASE", "'moe' or 'dense'")
     names = space.ALLOCATORS
     if not isinstance(names, tuple | list) or not names or not all(isinstance(one, str) for one in names):
-        raise must("ALLOCATORS", "of one or more names of allocators")
+        raise must("ALLOCATORS", "a list of names of allocators")
     if not isinstance(getattr(space, "TABLE", False), bool):
         raise must("TABLE", "True or False")
     seeds = getattr(space, "SEEDS", 1)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
-        raise must("SEEDS", f"from 1 to {MOST_SEEDS:,}")
+        raise must("SEEDS", f"a number from 1 to {MOST_SEEDS:,}")
     for part in ("suggest", "starting_points"):
         if not callable(getattr(space, part, print)):
-            raise must(part, "as a function")
+            raise must(part, "a function")
     for one in names:
         plugins.load("allocators", one)
+    for part, kind in (("PUBLISHED", _tables.Published), ("COMPARISONS", _tables.Comparison)):
+        entries = getattr(space, part, ())
+        if not isinstance(entries, tuple | list) or not all(isinstance(entry, kind) for entry in entries):
+            raise must(part, f"a list of {kind.__name__}s (spaces/_tables.py)")
     canonical_json(_tables.facts(space))  # it goes into the study's records
 
 
@@ -232,15 +243,10 @@ def corners(problem: Problem, *, high: bool = False) -> Iterator[tuple[Point, di
 
 
 def _corner(problem: Problem, corner: Corner, asked: dict[str, Kind]) -> tuple[Point, dict[str, Any]]:
-    try:
-        answer = problem.ask(corner)
-        for name, kind in corner.asked.items():
-            if not problem.is_table and asked.setdefault(name, kind) != kind:
-                raise differs(name, asked[name], kind)
-    except SpaceError:
-        raise
-    except StudyError as error:
-        raise StudyError(f"space {problem.space_name}: {error}") from error
+    answer = problem.ask(corner)
+    for name, kind in corner.asked.items():
+        if not problem.is_table and asked.setdefault(name, kind) != kind:
+            raise problem.refused(str(differs(name, asked[name], kind)))
     return answer
 
 
@@ -266,19 +272,22 @@ def check_recipes(problem: Problem) -> None:
             try:
                 make_recipe(problem.task_recipe, point.recipe, problem.fixed_recipe)
             except StudyError as error:
-                raise StudyError(f"space {problem.space_name} with {dict(point.recipe)}: {error}") from error
+                raise problem.refused(f"with {shown(str(dict(point.recipe)))} {error}") from error
+
+
+def _resolved(problem: Problem, *, high: bool = False) -> Iterator[tuple[str, int | InfeasibleError]]:
+    """Of every corner the allocator, and its trainable parameters or why it has no allocation."""
+    unlimited = replace(problem, max_trainable_params=0)
+    for point, _ in corners(problem, high=high):
+        try:
+            yield point.allocator, unlimited.resolve(point)[1]
+        except InfeasibleError as error:
+            yield point.allocator, error
 
 
 def cheapest(problem: Problem) -> int | None:
     """Trainable parameters of the space's smallest allocation; None where none is feasible."""
-    unlimited = replace(problem, max_trainable_params=0)
-    costs = []
-    for point, _ in corners(problem):
-        try:
-            costs.append(unlimited.resolve(point)[1])
-        except InfeasibleError:
-            continue
-    return min(costs, default=None)
+    return min((cost for _, cost in _resolved(problem) if isinstance(cost, int)), default=None)
 
 
 def check_budget(problem: Problem) -> None:
@@ -292,6 +301,22 @@ def check_budget(problem: Problem) -> None:
             f"max_trainable_params={problem.max_trainable_params:,} is below the smallest allocation of "
             f"{problem.shape.name} in this space, {smallest:,}: raise it, or lower the rank"
         )
+
+
+def hopeless(problem: Problem) -> dict[str, str]:
+    """Allocators that have an allocation at no corner of the space, and why; the search goes on without them."""
+    reasons: dict[str, str] = {}
+    for high in (False, True):
+        able = set()
+        for allocator, cost in _resolved(problem, high=high):
+            if isinstance(cost, int):
+                able.add(allocator)
+            elif high is False:
+                reasons.setdefault(allocator, str(cost))
+        reasons = {allocator: reason for allocator, reason in reasons.items() if allocator not in able}
+        if not reasons:
+            break
+    return reasons
 
 
 def placeholder(kind: SignalKind, shape: ModelShape, *, datasets: int = 1) -> Signal:

@@ -25,8 +25,11 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -119,6 +122,30 @@ def check(module: ModuleType, shape: ModelShape, knobs: Mapping[str, Any]) -> No
         raise StudyError(f"{name} needs a value for {', '.join(missing)}")
 
 
+def check_values(module: ModuleType, knobs: Mapping[str, Any]) -> None:
+    """Raises StudyError for a value that an allocator's annotations rule out: no number, or none of the words."""
+    hints, name = _hints(module), plugin_name(module)
+    for knob, value in knobs.items():
+        hint = hints.get(knob)
+        if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+            raise unknown(f"{knob} of {name}", str(value), typing.get_args(hint))
+        wanted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        numbers = {int, float}.intersection(wanted)
+        if not numbers or {*wanted} - numbers - {types.NoneType} or type(value) in wanted:
+            continue
+        if float not in numbers or type(value) is not int:
+            whole = "" if float in numbers else "whole "
+            raise StudyError(f"{knob} of {name} must be a {whole}number, got '{shown(str(value))}'")
+
+
+@cache
+def _hints(module: ModuleType) -> Mapping[str, Any]:
+    try:
+        return typing.get_type_hints(module.allocate)
+    except Exception:  # a user's annotations may be there for type checkers only, or be no types at all
+        return {}
+
+
 def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Mapping[str, Any]) -> Allocation:
     """`module.allocate(signal, shape, **knobs)` behind a door that checks everything but the knobs' values.
 
@@ -131,29 +158,32 @@ def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Ma
         raise StudyError(f"{name} needs the {module.NEEDS} signal of {shape.name}, and none was measured")
     with failing(module, f"allocator {name}", RuleError):
         allocation = module.allocate(signal, shape, **knobs)
-    wanted = ExpertSelection if shape.is_moe else ExpertCounts
-    if not isinstance(allocation, wanted):
-        raise RuleError(
-            f"allocator {name} returned {returned(allocation)} and not {wanted.__name__}, which "
-            f"{'MoE' if shape.is_moe else 'dense'} models need ({place_of(module, module.allocate)})"
-        )
-    return allocation
+        wanted = ExpertSelection if shape.is_moe else ExpertCounts
+        if isinstance(allocation, wanted):
+            allocation.check(shape)
+            return allocation
+    raise RuleError(
+        f"allocator {name} returned {returned(allocation)} and not {wanted.__name__}, which "
+        f"{'MoE' if shape.is_moe else 'dense'} models need ({place_of(module, module.allocate)})"
+    )
 
 
 @contextmanager
 def failing(module: ModuleType, what: str, raised: Callable[[str], ToolkitError]) -> Iterator[None]:
     """Whatever a plug-in's code raises in the block is `raised` with one line: what, why, file and line.
 
-    An allocator's InfeasibleError passes, and so does what this project's own plug-ins raise on purpose.
+    What this project's own plug-ins raise on purpose passes as it is; of an added one an InfeasibleError stays one.
     """
     try:
         yield
-    except (Exception, SystemExit) as error:
-        rules = isinstance(error, InfeasibleError) and raised is RuleError
-        if rules or (isinstance(error, ToolkitError) and not _is_added(module)):
+    except ToolkitError as error:
+        if not _is_added(module):
             raise
-        kind = "" if isinstance(error, ToolkitError) else f"{type(error).__name__}: "
-        raise raised(f"{what} failed: {kind}{_text_of(error)} ({_place_in(module, error)})") from error
+        kind = InfeasibleError if isinstance(error, InfeasibleError) and raised is RuleError else raised
+        raise kind(f"{what}: {error} ({_place_in(module, error)})") from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {_text_of(error)}"
+        raise raised(f"{what} failed: {reason} ({_place_in(module, error)})") from error
 
 
 def returned(value: object) -> str:

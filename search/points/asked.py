@@ -175,7 +175,9 @@ def differs(name: str, one: Kind, other: Kind) -> StudyError:
     """The error for a knob that is asked for in two ways: a sampler learns one range a name."""
 
     def said(kind: Kind) -> str:
-        return f"{list(kind[1])}" if isinstance(kind[1], tuple) else f"a{' logarithmic' * bool(kind[1])} {kind[0]}"
+        if isinstance(kind[1], tuple):
+            return f"{list(kind[1])}"
+        return f"{'whole ' * (kind[0] == 'int')}numbers{' on a logarithmic scale' * bool(kind[1])}"
 
     what = "other choices" if one[0] == other[0] == "categorical" else "another kind"
     return StudyError(

@@ -48,7 +48,7 @@ def table_rows(problem: Problem, *, merge: bool = True) -> list[Proposal | Answe
     """
     points = list(corners(problem))
     if points != list(corners(problem, high=True)):
-        raise StudyError(f"space {problem.space.__name__} is a TABLE, so all of its knobs must be categorical")
+        raise StudyError(f"space {problem.space_name} is a TABLE, so all of its knobs must be categorical")
     rows: list[Proposal | Answered] = []
     seen: set[str] = set()
     for point, params in points:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, replace
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from search.problem import (
     check_pins,
     check_recipes,
     corners,
+    hopeless,
     kinds_read,
     load_space,
     placeholder,
@@ -69,6 +71,8 @@ def prepare_training(config: RunConfig) -> Problem:
     check_recipes(problem)
     check_budget(problem)
     starting_points(problem)  # says what is wrong with them
+    for allocator, reason in hopeless(problem).items():
+        print(f"warning: no point of {allocator} can be trained: {reason}", file=sys.stderr)
     return problem
 
 

@@ -39,6 +39,7 @@ SIGNALS = ("accuracy", "loss", "eval_loss")  # of an evaluation on the way, whic
 AUTO = -2  # `seeds=auto`
 MOST_SEEDS = 10_000  # trainings of one point
 MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
+OTHERS = ("signals", "mlflow.db", "mlflow-artifacts", ".mlflow.lock")  # beside the studies in a storage folder
 PROGRAM = ("python", "-m", "search.run")
 
 # What a key decides:
@@ -486,10 +487,12 @@ def _take(
             name = key.removeprefix(_PREFIXES[group])
             groups[group][name] = str(text) if isinstance(text, config_file.Quoted) else words.read_value(text)
         elif key in _PREFIXES:
-            raise StudyError(f"{key}{source} has no names: give {_PREFIXES[key]}NAME=VALUE")
+            raise StudyError(f"{shown(key)}{source} has no names: give {_PREFIXES[key]}NAME=VALUE")
         elif key not in _KINDS:
-            where = source or f"{did_you_mean(key, _KINDS)} (help lists the keys)"
-            raise StudyError(f"unknown key '{key}'{where}{did_you_mean(key, _KINDS) if source else ''}")
+            meant = did_you_mean(key, [*_KINDS, *SETTINGS])
+            if any(f"'{name}'" in meant for name in SETTINGS):
+                meant = meant.replace("'", f"'{_PREFIXES['recipe']}", 1)
+            raise StudyError(f"unknown key '{shown(key)}'{source}{meant}{'' if source else ' (help lists the keys)'}")
         else:
             names = words.names_of(RunConfig, key)
             values[key] = words.read(f"{key}{source}", text, _KINDS[key], names=names)
@@ -507,6 +510,8 @@ def check(config: RunConfig) -> None:
         raise StudyError(
             f"name={shown(config.name)} must be that of one folder below storage, of at most 255 bytes, without a slash"
         )
+    if config.name in OTHERS:
+        raise StudyError(f"name={config.name} is what studies share in the storage folder: choose another")
     if not is_folder_name(config.study_name):
         raise StudyError(f"'{shown(config.study_name)}' is too long for a folder: give the study a name with name=NAME")
     if config.workers == "process" and (reason := _needs_ray(config)):
@@ -523,11 +528,6 @@ def check(config: RunConfig) -> None:
         )
     _check_workers(config)
     _seconds(config.time_budget)
-    for name in config.recipe:
-        if name not in SETTINGS:
-            raise StudyError(
-                f"unknown key 'recipe.{name}': choose from {', '.join(sorted(SETTINGS))}{did_you_mean(name, SETTINGS)}"
-            )
     make_recipe(config.recipe)
 
 
@@ -592,8 +592,8 @@ def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
     for name in merged:
         if name not in SETTINGS:
             raise StudyError(
-                f"unknown recipe setting '{name}': choose from {', '.join(sorted(SETTINGS))}"
-                f"{did_you_mean(name, SETTINGS)}"
+                f"unknown recipe setting '{shown(str(name))}': choose from {', '.join(sorted(SETTINGS))}"
+                f"{did_you_mean(str(name), SETTINGS)}"
             )
     settings = {name: _setting(name, value, SETTINGS[name]) for name, value in merged.items()}
     if (scaled := settings.pop("scaled_rate", None)) is not None:

@@ -20,7 +20,9 @@ from search.config import MOST_SEED, MOST_SEEDS, SETTINGS, make_recipe
 from search.points.asked import Corner, Kind, PinnedTrial, differs
 from spaces import _tables
 
-MOST_CORNERS = 2_000
+MOST_CORNERS = 500  # combinations of choices that are walked one by one
+DRAWN_CORNERS = 100  # where there are more
+MOST_ROWS = 20_000  # of a table
 
 
 @dataclass(frozen=True)
@@ -219,14 +221,14 @@ def corners(problem: Problem, *, high: bool = False) -> Iterator[tuple[Point, di
     """Every branch of the space, its numeric knobs at their low (or high) end, with the parameters that led there.
 
     Walks all combinations of categorical choices, so the first and the last parameter count of a space and the names
-    of all its knobs are known without luck. Of more than `MOST_CORNERS` combinations it draws as many.
+    of all its knobs are known without luck. Of more than `MOST_CORNERS` combinations the others are sampled.
 
     Raises StudyError for a knob that is asked for in two ways, of which samplers could learn one, and for a table of
     more rows.
     """
     script: list[int] = []
     asked: dict[str, Kind] = {}
-    for _ in range(MOST_CORNERS):
+    for _ in range(MOST_ROWS if problem.is_table else MOST_CORNERS):
         corner = Corner(script, high=high)
         yield _corner(problem, corner, asked)
         taken = corner.taken
@@ -236,9 +238,9 @@ def corners(problem: Problem, *, high: bool = False) -> Iterator[tuple[Point, di
             return
         script = [choice for choice, _ in taken[:-1]] + [taken[-1][0] + 1]
     if problem.is_table:
-        raise StudyError(f"space={problem.space_name} is a table of more than {MOST_CORNERS:,} rows: pin some knobs")
+        raise StudyError(f"space={problem.space_name} is a table of more than {MOST_ROWS:,} rows: pin some knobs")
     draw = Random(0)
-    for _ in range(MOST_CORNERS):
+    for _ in range(DRAWN_CORNERS):
         yield _corner(problem, Corner([], high=high, draw=draw), asked)
 
 

@@ -229,6 +229,7 @@ def plugin_name(module: ModuleType) -> str:
     return module.__name__.rsplit(".", 1)[-1].removesuffix("_")
 
 
+@cache
 def _files(folder_package: str) -> dict[str, str]:
     """Plug-in name -> file stem."""
     spec = importlib.util.find_spec(folder_package)

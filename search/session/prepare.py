@@ -6,8 +6,8 @@ import sys
 from dataclasses import fields, replace
 from types import ModuleType
 
-from allocators.core import plugins
-from allocators.core.errors import StudyError
+from allocators.core import plugins, words
+from allocators.core.errors import StudyError, unknown
 from allocators.core.types import ModelShape
 from search.config import AUTO, RunConfig
 from search.points.starting import starting_points
@@ -94,6 +94,9 @@ def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:
             raise StudyError(f"{asked} is not what {config.replay} was recorded with ({recorded}): leave it out")
     problem = table_problem(table, seed=config.seed, max_trainable_params=config.max_trainable_params, pins=config.pins)
     problem = replace(problem, pins=check_pins(problem))
+    for name, pin in problem.pins.items():
+        if not words.matching(pin, occurring := table.values.get(name, [pin])):
+            raise unknown(f"value of space.{name} in the table", str(pin), map(str, occurring))
     starting_points(problem)  # says what is wrong with them
     return replace(config, **settings), problem
 

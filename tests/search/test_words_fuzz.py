@@ -77,26 +77,10 @@ def test_any_mapping_in_a_file_is_a_configuration_or_one_line(
 
 
 PIECES = [
-    "trials",
-    "recipe",
-    "pins",
-    "name",
-    ": ",
-    ":",
-    "\n",
-    "  ",
-    "- ",
-    "[",
-    "]",
-    "{",
-    "}",
-    ", ",
-    "&a ",
-    "*a",
-    "<<: ",
+    *("trials", "recipe", "pins", "name", "steps", "3", ": ", ":", "\n", "  ", "- ", "[", "]", "{", "}", ", ", "&a "),
+    *("*a", "<<: ", "'", '"', "|", ">", "!!", "!!int ", "!!binary ", "!!set ", "!!timestamp ", "!x ", "? ", "---\n"),
+    *("...\n", "%YAML 9\n", "#", "\t", "\0", "\ufeff", "\x85", "1e400", ".nan", "2001-13-45", "=", "~", "\\x"),
 ]
-PIECES += ["'", '"', "|", ">", "!!", "!!int ", "!!binary ", "!!set ", "!!timestamp ", "!x ", "? ", "---\n", "...\n"]
-PIECES += ["%YAML 9\n", "#", "\t", "\0", "\ufeff", "\x85", "1e400", ".nan", "2001-13-45", "=", "~", "\\x", "steps", "3"]
 TEXTS = st.one_of(st.lists(st.sampled_from(PIECES), max_size=14).map("".join), st.text(max_size=20))
 
 

@@ -49,7 +49,7 @@ def test_differences_inside_the_noise_are_called_that(tmp_path: Path) -> None:
 
 def test_an_unknown_error_is_said_to_be_unknown(tmp_path: Path) -> None:
     bare = [outcome(selection(n), accuracy=n / 10).updated(rungs=()) for n in (2, 6)]
-    assert "standard error of the evaluation was not recorded" in words_of(tmp_path, *bare)
+    assert "standard error of the evaluation is not known" in words_of(tmp_path, *bare)
 
 
 @pytest.mark.parametrize(("base", "reading"), [(0.3, "more than noise"), (0.56, "inside the noise")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -207,3 +208,17 @@ def test_a_dry_run_prints_exact_counts_and_imports_no_ray(tmp_path: Path) -> Non
     for selection in (full, ExpertSelection({})):
         assert f"{selection.trainable_params(shape, rank=8):,}" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_below_uv_run_a_local_ray_does_not_pack_the_working_folder(tmp_path: Path) -> None:
+    script = (
+        "from search.session.make_workers import Locations, make_workers; from search.session.prepare import prepare; "
+        "from search.config import parse; import sys; config, problem = prepare(parse(sys.argv[1:])); "
+        "make_workers(config, problem, Locations.of(config), study='s', trainings=1); "
+        "from ray._private import ray_constants; print('packs:', ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
+    for address, packs in (("local", "False"), ("auto", "True")):
+        command = [sys.executable, "-c", script, f"storage={tmp_path}", f"ray_address={address}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert f"packs: {packs}" in done.stdout

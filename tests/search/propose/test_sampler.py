@@ -224,3 +224,18 @@ def test_flat_routing_bounds_the_cost_of_every_real_routing(counts: list[int], s
 
     flat = coverage.allocate(placeholder("routing", shape), shape, share=share)
     assert coverage.allocate(real, shape, share=share).total_experts <= flat.total_experts
+
+
+def test_where_all_points_cost_the_same_it_is_accuracy_that_is_searched() -> None:
+    """A reference at the largest cost would leave no area to gain, and the first candidate would be taken."""
+    far: dict[str, list[float]] = {"ehvi": [], "random": []}
+    for sampler, distances in far.items():
+        proposer = Proposer(
+            problem(pins={"allocator": "all", "rank": 8, "lora_alpha": 16}), sampler=sampler, trust=False
+        )
+        for _ in range(14):
+            proposal = next_proposal(proposer)
+            distances.append(abs(math.log(proposal.params["scaled_rate"] / 0.02)) / 7)
+            done = Outcome(proposal.trial, "complete", proposal.trainable_params, 1 - distances[-1])
+            proposer.tell(done)
+    assert max(far["ehvi"][-4:]) < 0.1 < max(far["random"][-4:])

@@ -66,6 +66,16 @@ def test_what_training_gained_over_the_base_is_said_and_drawn(tmp_path: Path, ba
     assert report.metrics["untrained_accuracy"] == base
 
 
+@pytest.mark.parametrize("reached", [1.0, 0.0])
+def test_one_question_is_said_to_say_nothing(tmp_path: Path, reached: float) -> None:
+    with open_study(tmp_path) as study:
+        study.append_finished(outcome(accuracy=reached), {})
+        (tmp_path / UNTRAINED).write_text(json.dumps({"accuracy": 0.0, "stderr": 0.0, "by_task": {}}))
+        said = "\n".join(Report(study).words)
+    assert f"training is worth {reached:+.3f} at the most accurate point (standard error unknown: one question" in said
+    assert "more than noise" not in said
+
+
 def test_seeds_are_named(tmp_path: Path) -> None:
     assert "One seed stands behind each point" in words_of(tmp_path / "a", outcome())
     several = [outcome(selection(4), seed=s, accuracy=0.5 + s / 100) for s in range(3)]

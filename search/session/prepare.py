@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 from types import ModuleType
 
 from allocators.core import plugins, words
-from allocators.core.errors import StudyError, unknown
+from allocators.core.errors import StudyError, shown, unknown
 from allocators.core.types import ModelShape
-from search.config import AUTO, RunConfig
+from search.config import AUTO, RunConfig, make_recipe
 from search.points.starting import starting_points
 from search.problem import (
     Problem,
@@ -53,6 +53,10 @@ def prepare_training(config: RunConfig) -> Problem:
     shape = models.shape_of(config.model, trust_remote_code=config.trust_remote_code)
     space = load_space(config.space, shape)
     task = tasks.check_task(config.task, select_on=config.select_on)
+    try:
+        make_recipe(task.recipe)
+    except StudyError as error:
+        raise StudyError(f"task {shown(config.task)} suggests what no recipe has: {error}") from error
     kinds = kinds_read(space.ALLOCATORS)
     problem = Problem(
         space=space,

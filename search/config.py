@@ -26,7 +26,7 @@ from typing import Any, Literal, get_type_hints
 
 from allocators.core import words
 from allocators.core.checks import is_folder_name
-from allocators.core.errors import StudyError, did_you_mean
+from allocators.core.errors import StudyError, did_you_mean, shown
 from allocators.core.types import Recipe
 from allocators.core.words import Value
 from search import config_file
@@ -37,7 +37,9 @@ SAMPLERS = ("ehvi", "gp", "tpe", "nsga2", "random")
 SCHEDULERS = ("none", "pareto_halving")
 SIGNALS = ("accuracy", "loss", "eval_loss")  # of an evaluation on the way, which trainings can be ranked by
 AUTO = -2  # `seeds=auto`
+MOST_SEEDS = 10_000  # trainings of one point
 MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
+OTHERS = ("signals", "mlflow.db", "mlflow-artifacts", ".mlflow.lock")  # beside the studies in a storage folder
 PROGRAM = ("python", "-m", "search.run")
 
 # What a key decides:
@@ -154,6 +156,7 @@ class RunConfig:
         where="amount",
         least=1,
         unset=-1,
+        most=MOST_SEEDS,
         names={"auto": AUTO},
     )
     time_budget: str = _key(
@@ -451,7 +454,7 @@ def _seconds(text: str) -> float:
         return 0.0
     amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text, re.ASCII)
     if not amount or not math.isfinite(float(amount[1])):
-        raise StudyError(f"time_budget must look like 90s, 10m or 2h, got '{words.shown(text)}'")
+        raise StudyError(f"time_budget must look like 90s, 10m or 2h, got '{shown(text)}'")
     return float(amount[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[amount[2]]
 
 
@@ -484,10 +487,12 @@ def _take(
             name = key.removeprefix(_PREFIXES[group])
             groups[group][name] = str(text) if isinstance(text, config_file.Quoted) else words.read_value(text)
         elif key in _PREFIXES:
-            raise StudyError(f"{key}{source} has no names: give {_PREFIXES[key]}NAME=VALUE")
+            raise StudyError(f"{shown(key)}{source} has no names: give {_PREFIXES[key]}NAME=VALUE")
         elif key not in _KINDS:
-            where = source or f"{did_you_mean(key, _KINDS)} (help lists the keys)"
-            raise StudyError(f"unknown key '{key}'{where}{did_you_mean(key, _KINDS) if source else ''}")
+            meant = did_you_mean(key, [*_KINDS, *SETTINGS])
+            if any(f"'{name}'" in meant for name in SETTINGS):
+                meant = meant.replace("'", f"'{_PREFIXES['recipe']}", 1)
+            raise StudyError(f"unknown key '{shown(key)}'{source}{meant}{'' if source else ' (help lists the keys)'}")
         else:
             names = words.names_of(RunConfig, key)
             values[key] = words.read(f"{key}{source}", text, _KINDS[key], names=names)
@@ -502,7 +507,13 @@ def check(config: RunConfig) -> None:
     """Raises StudyError for a value that cannot work."""
     words.check(config)
     if config.name and not is_folder_name(config.name):
-        raise StudyError(f"name={words.shown(config.name)} must be that of one folder below storage, without a slash")
+        raise StudyError(
+            f"name={shown(config.name)} must be that of one folder below storage, of at most 255 bytes, without a slash"
+        )
+    if config.name in OTHERS:
+        raise StudyError(f"name={config.name} is what studies share in the storage folder: choose another")
+    if not is_folder_name(config.study_name):
+        raise StudyError(f"'{shown(config.study_name)}' is too long for a folder: give the study a name with name=NAME")
     if config.workers == "process" and (reason := _needs_ray(config)):
         raise StudyError(f"workers=process and {reason} do not go together: leave one of them out")
     if config.scheduler != "none" and config.evaluations < 2:
@@ -517,11 +528,6 @@ def check(config: RunConfig) -> None:
         )
     _check_workers(config)
     _seconds(config.time_budget)
-    for name in config.recipe:
-        if name not in SETTINGS:
-            raise StudyError(
-                f"unknown key 'recipe.{name}': choose from {', '.join(sorted(SETTINGS))}{did_you_mean(name, SETTINGS)}"
-            )
     make_recipe(config.recipe)
 
 
@@ -539,7 +545,7 @@ def _check_workers(config: RunConfig) -> None:
             f"{config.workers_per_trial}: set it to 2 or more, or leave shard out"
         )
     if config.pack != "auto" and not _is_count(config.pack):
-        raise StudyError(f"pack must be auto or at least 1, got {words.shown(config.pack)}")
+        raise StudyError(f"pack must be auto or at least 1, got {shown(config.pack)}")
     if config.pack != "1" and (reason := _no_pack(config)):
         raise StudyError(f"pack={config.pack} and {reason} do not go together: leave one of them out")
     if config.shard and config.quantization:
@@ -586,14 +592,16 @@ def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
     for name in merged:
         if name not in SETTINGS:
             raise StudyError(
-                f"unknown recipe setting '{name}': choose from {', '.join(sorted(SETTINGS))}"
-                f"{did_you_mean(name, SETTINGS)}"
+                f"unknown recipe setting '{shown(str(name))}': choose from {', '.join(sorted(SETTINGS))}"
+                f"{did_you_mean(str(name), SETTINGS)}"
             )
     settings = {name: _setting(name, value, SETTINGS[name]) for name, value in merged.items()}
     if (scaled := settings.pop("scaled_rate", None)) is not None:
-        rate = scaled / settings.get("lora_alpha", Recipe().lora_alpha)
-        settings["learning_rate"] = _setting("learning_rate", rate, float)
-    return Recipe(**settings)
+        settings["learning_rate"] = scaled / (settings.get("lora_alpha", Recipe().lora_alpha) or 1.0)
+    try:
+        return Recipe(**settings)
+    except StudyError as error:
+        raise StudyError(f"recipe.{error}") from None
 
 
 # What a recipe is made of, by name: the fields of `Recipe`, and the scaled rate in the place of the learning rate.
@@ -611,11 +619,9 @@ def _setting(name: str, value: Any, wanted: type) -> Any:
         fits = False
     if not fits:
         kind = "a whole number" if wanted is int else "a finite number"
-        raise StudyError(f"recipe.{name} must be {kind}, got {words.shown(repr(value))}")
-    if name in ("lora_alpha", "scaled_rate") and number <= 0:
+        raise StudyError(f"recipe.{name} must be {kind}, got {shown(repr(value))}")
+    if name == "scaled_rate" and number <= 0:
         raise StudyError(f"recipe.{name} must be positive, got {value}")
-    if name in ("weight_decay", "max_grad_norm", "epochs", "balance_coef") and number < 0:
-        raise StudyError(f"recipe.{name} must not be negative, got {value}")
     return number
 
 

@@ -99,7 +99,8 @@ class Candidate:
                      there are several; None where neither is known
     spread           standard deviation over the seeds; None for fewer than two
     question_error   standard error of the evaluation alone (the largest `stderr` of a last rung): more seeds do not
-                     lower it, as all answer the same questions
+                     lower it, as all answer the same questions. None where it is not known: 0 is that of one question,
+                     or of questions that were all answered alike, and says nothing of other questions
     """
 
     runs: tuple[Outcome, ...]
@@ -200,7 +201,7 @@ def _candidate(runs: tuple[Outcome, ...]) -> Candidate:
     if not complete:
         return Candidate(runs, None, None)
     accuracies = [run.accuracy or 0.0 for run in complete]
-    errors = [error for run in complete if run.rungs and (error := run.rungs[-1].stderr) is not None]
+    errors = [error for run in complete if run.rungs and (error := run.rungs[-1].stderr)]
     question_error = max(errors, default=None)
     spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
     parts = [] if question_error is None else [question_error]

@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from random import Random
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
-from allocators.core import plugins, words
-from allocators.core.errors import BudgetError, InfeasibleError, StudyError, unknown
-from allocators.core.types import Allocation, ModelShape, Point, Signal, SignalKind, Trial
+from allocators.core import checks, plugins
+from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError, shown, unknown
+from allocators.core.types import Allocation, ModelShape, Point, Signal, SignalKind, Trial, canonical_json
 from allocators.core.words import Value
-from search.config import MOST_SEED, SETTINGS, make_recipe
+from search.config import MOST_SEED, MOST_SEEDS, SETTINGS, make_recipe
+from search.points.asked import Corner, Kind, PinnedTrial, differs
+from spaces import _tables
 
-T = TypeVar("T")
+MOST_CORNERS = 500  # combinations of choices that are walked one by one
+DRAWN_CORNERS = 100  # where there are more
+MOST_ROWS = 20_000  # of a table
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,37 @@ class Problem:
     pins: Mapping[str, Value] = field(default_factory=dict)
 
     @property
-    def suggest(self) -> Callable[[Any, ModelShape], Point]:
-        """The space's own function from a trial to a point."""
-        suggest: Callable[[Any, ModelShape], Point] = self.space.suggest
-        return suggest
+    def space_name(self) -> str:
+        """The space by the name that `space=` takes."""
+        return plugins.plugin_name(self.space)
+
+    def suggest(self, trial: Any) -> Point:
+        """The point that the space suggests on a trial.
+
+        Raises SpaceError for whatever its code raises, and for what is no point of it.
+        """
+        with plugins.failing(self.space, f"space {self.space_name}", SpaceError):
+            point = self.space.suggest(trial, self.shape)
+        if not isinstance(point, Point):
+            raise self.refused(f"suggest returned {plugins.returned(point)} and not a Point")
+        try:
+            checks.scalars(point.knobs, "knobs")
+            checks.scalars(point.recipe, "recipe")
+            if point.allocator not in self.space.ALLOCATORS:
+                raise ValueError(f"its ALLOCATORS lack {shown(repr(point.allocator))}")
+        except ValueError as error:
+            raise self.refused(f"suggest returned what is no point of it: {error}") from None
+        return point
+
+    def refused(self, reason: str) -> SpaceError:
+        """The error for a point that no allocator or recipe takes."""
+        return SpaceError(f"space {self.space_name}: {reason} ({plugins.place_of(self.space, self.space.suggest)})")
 
     def ask(self, trial: Any) -> tuple[Point, dict[str, Any]]:
         """The point that the space suggests on a trial, pinned knobs given, and its parameters."""
-        pinned = PinnedTrial(trial, self.pins, learning_rate=self.fixed_recipe.get("learning_rate"))
-        return self.suggest(pinned, self.shape), pinned.params
+        rate = self.fixed_recipe.get("learning_rate")
+        pinned = PinnedTrial(trial, self.pins, anything=self.fixed_recipe, learning_rate=rate)
+        return self.suggest(pinned), pinned.params
 
     @property
     def is_table(self) -> bool:
@@ -78,6 +104,11 @@ class Problem:
         if "seed" in inspect.signature(module.allocate).parameters:
             each = knobs.pop("draw", "once") == "each"
             knobs.setdefault("seed", seed if each and seed is not None else self.seed)
+        try:
+            plugins.check(module, self.shape, knobs)
+            plugins.check_values(module, knobs)
+        except StudyError as error:
+            raise self.refused(str(error)) from error
         signal = self.signals.get(module.NEEDS) if module.NEEDS else None
         return plugins.call(module, signal, self.shape, knobs)
 
@@ -90,6 +121,8 @@ class Problem:
         recipe = make_recipe(self.task_recipe, point.recipe, self.fixed_recipe)
         allocation = self.allocate(point)
         params = allocation.trainable_params(self.shape, rank=recipe.rank)
+        if params == 0:
+            raise InfeasibleError(f"{point.allocator} adapts nothing at these knobs: there is nothing to train")
         trial = Trial(allocation, recipe, self.model, self.task, self.seed, point.allocator, dict(point.knobs))
         if self.max_trainable_params and params > self.max_trainable_params:
             raise BudgetError(f"{params:,} trainable parameters are more than {self.max_trainable_params:,}")
@@ -121,70 +154,9 @@ class Proposal:
     tests: bool = False
 
 
-class PinnedTrial:
-    """An Optuna trial whose pinned knobs are not suggested but given; everything else goes to the real trial.
-
-    learning_rate   that all points have: the knob scaled_rate then follows from the point's lora_alpha
-    """
-
-    def __init__(self, trial: Any, pins: Mapping[str, Value], *, learning_rate: Value | None = None) -> None:
-        self._trial = trial
-        self._pins = pins
-        self._learning_rate = None if learning_rate is None else _number(learning_rate)
-        self.params: dict[str, Any] = {}
-
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
-        """Raises StudyError where the pin is none of the choices, or may mean several."""
-        if name not in self._pins:
-            return self._keep(name, self._trial.suggest_categorical(name, choices))
-        meant = words.matching(self._pins[name], choices)
-        if not meant:
-            raise unknown(f"value of space.{name}", str(self._pins[name]), [str(c) for c in choices])
-        if len(meant) > 1:
-            several = ", ".join(map(repr, meant))
-            raise StudyError(f"space.{name}={self._pins[name]} is one of {several}: quote it, in a file (config=FILE)")
-        return self._keep(name, meant[0])
-
-    def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
-        """Raises StudyError where the pin is no finite number; it may lie outside the bounds."""
-        if name not in self._pins:
-            if name == "scaled_rate" and self._learning_rate is not None and "lora_alpha" in self.params:
-                return self._keep(name, float(self._learning_rate * self.params["lora_alpha"]))
-            suggested: float = self._trial.suggest_float(name, low, high, **options)
-            return self._keep(name, suggested)
-        value = _number(self._pins[name])
-        if value is None or not math.isfinite(value):
-            raise StudyError(
-                f"space.{name}={self._pins[name]} is not possible: it must be a number, the space uses {low} .. {high}"
-            )
-        return self._keep(name, float(value))
-
-    def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
-        """Raises StudyError where the pin is no whole number; it may lie outside the bounds."""
-        if name not in self._pins:
-            suggested: int = self._trial.suggest_int(name, low, high, **options)
-            return self._keep(name, suggested)
-        value = _number(self._pins[name])
-        if not isinstance(value, int):
-            raise StudyError(
-                f"space.{name}={self._pins[name]} is not possible: it must be whole, the space uses {low} .. {high}"
-            )
-        return self._keep(name, value)
-
-    def _keep(self, name: str, value: T) -> T:
-        self.params[name] = value
-        return value
-
-
 def kinds_read(allocators: Iterable[str]) -> list[SignalKind]:
     """Kinds of signal that these allocators read."""
     return sorted({kind for name in allocators if (kind := plugins.load("allocators", name).NEEDS)})
-
-
-def _number(pin: Value) -> int | float | None:
-    """A pin as the number that it is, or that a file has between quotes; None where it is none."""
-    value = words.read_value(pin) if isinstance(pin, str) else pin
-    return None if isinstance(value, bool | str) else value
 
 
 def load_space(name: str, shape: ModelShape) -> ModuleType:
@@ -196,6 +168,8 @@ def load_space(name: str, shape: ModelShape) -> ModuleType:
     space = plugins.load("spaces", name, "space")
     if lacking := [part for part in ("BASE", "ALLOCATORS") if not hasattr(space, part)]:
         raise StudyError(f"space={name} has no {', no '.join(lacking)}: spaces/__init__.py says what a space defines")
+    with plugins.failing(space, f"space {name}", SpaceError):
+        _check_parts(space)
     if space.BASE == "moe" and not shape.is_moe:
         raise StudyError(
             f"space={name} chooses among the experts of an MoE model, but {shape.name} is dense: "
@@ -215,43 +189,67 @@ def _alternatives(base: str) -> str:
     return f", or space={' | '.join(fitting)}" if fitting else ""
 
 
-class _Corner:
-    """A trial that takes one end of every numeric knob and a scripted choice of every categorical one."""
+def _check_parts(space: ModuleType) -> None:
+    """Raises StudyError where what a space defines is not what spaces/__init__.py says."""
 
-    def __init__(self, script: list[int], *, high: bool) -> None:
-        self._script = script
-        self._high = high
-        self.taken: list[tuple[int, int]] = []  # (choice, number of choices), in the order asked
+    def must(part: str, be: str) -> StudyError:
+        return StudyError(f"{part} must be {be}, got {shown(repr(getattr(space, part)))}")
 
-    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
-        turn = len(self.taken)
-        choice = self._script[turn] if turn < len(self._script) else 0
-        self.taken.append((choice, len(choices)))
-        return choices[choice]
-
-    def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
-        return high if self._high else low
-
-    def suggest_int(self, name: str, low: int, high: int, **options: Any) -> int:
-        return high if self._high else low
+    if space.BASE not in ("moe", "dense"):
+        raise must("BASE", "'moe' or 'dense'")
+    names = space.ALLOCATORS
+    if not isinstance(names, tuple | list) or not names or not all(isinstance(one, str) for one in names):
+        raise must("ALLOCATORS", "a list of names of allocators")
+    if not isinstance(getattr(space, "TABLE", False), bool):
+        raise must("TABLE", "True or False")
+    seeds = getattr(space, "SEEDS", 1)
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or not 1 <= seeds <= MOST_SEEDS:
+        raise must("SEEDS", f"a number from 1 to {MOST_SEEDS:,}")
+    for part in ("suggest", "starting_points"):
+        if not callable(getattr(space, part, print)):
+            raise must(part, "a function")
+    for one in names:
+        plugins.load("allocators", one)
+    for part, kind in (("PUBLISHED", _tables.Published), ("COMPARISONS", _tables.Comparison)):
+        entries = getattr(space, part, ())
+        if not isinstance(entries, tuple | list) or not all(isinstance(entry, kind) for entry in entries):
+            raise must(part, f"a list of {kind.__name__}s (spaces/_tables.py)")
+    canonical_json(_tables.facts(space))  # it goes into the study's records
 
 
 def corners(problem: Problem, *, high: bool = False) -> Iterator[tuple[Point, dict[str, Any]]]:
     """Every branch of the space, its numeric knobs at their low (or high) end, with the parameters that led there.
 
     Walks all combinations of categorical choices, so the first and the last parameter count of a space and the names
-    of all its knobs are known without luck.
+    of all its knobs are known without luck. Of more than `MOST_CORNERS` combinations the others are sampled.
+
+    Raises StudyError for a knob that is asked for in two ways, of which samplers could learn one, and for a table of
+    more rows.
     """
     script: list[int] = []
-    while True:
-        corner = _Corner(script, high=high)
-        yield problem.ask(corner)
+    asked: dict[str, Kind] = {}
+    for _ in range(MOST_ROWS if problem.is_table else MOST_CORNERS):
+        corner = Corner(script, high=high)
+        yield _corner(problem, corner, asked)
         taken = corner.taken
         while taken and taken[-1][0] + 1 == taken[-1][1]:
             taken.pop()
         if not taken:
             return
         script = [choice for choice, _ in taken[:-1]] + [taken[-1][0] + 1]
+    if problem.is_table:
+        raise StudyError(f"space={problem.space_name} is a table of more than {MOST_ROWS:,} rows: pin some knobs")
+    draw = Random(0)
+    for _ in range(DRAWN_CORNERS):
+        yield _corner(problem, Corner([], high=high, draw=draw), asked)
+
+
+def _corner(problem: Problem, corner: Corner, asked: dict[str, Kind]) -> tuple[Point, dict[str, Any]]:
+    answer = problem.ask(corner)
+    for name, kind in corner.asked.items():
+        if not problem.is_table and asked.setdefault(name, kind) != kind:
+            raise problem.refused(str(differs(name, asked[name], kind)))
+    return answer
 
 
 def check_pins(problem: Problem) -> dict[str, Value]:
@@ -262,23 +260,36 @@ def check_pins(problem: Problem) -> dict[str, Value]:
     seen = {name: value for _, params in corners(problem) for name, value in params.items()}
     for name in problem.pins:
         if name not in seen:
-            space = problem.space.__name__.rsplit(".", 1)[-1]
+            space = problem.space_name
             if name in SETTINGS:
                 raise StudyError(f"space={space} does not propose {name}: recipe.{name}={problem.pins[name]} fixes it")
             raise unknown(f"knob of space={space}", name, seen)
     return {name: seen[name] for name in problem.pins}
 
 
+def check_recipes(problem: Problem) -> None:
+    """Raises StudyError where the space proposes a recipe that cannot be, at one end of its ranges."""
+    for high in (False, True):
+        for point, _ in corners(problem, high=high):
+            try:
+                make_recipe(problem.task_recipe, point.recipe, problem.fixed_recipe)
+            except StudyError as error:
+                raise problem.refused(f"with {shown(str(dict(point.recipe)))} {error}") from error
+
+
+def _resolved(problem: Problem, *, high: bool = False) -> Iterator[tuple[str, int | InfeasibleError]]:
+    """Of every corner the allocator, and its trainable parameters or why it has no allocation."""
+    unlimited = replace(problem, max_trainable_params=0)
+    for point, _ in corners(problem, high=high):
+        try:
+            yield point.allocator, unlimited.resolve(point)[1]
+        except InfeasibleError as error:
+            yield point.allocator, error
+
+
 def cheapest(problem: Problem) -> int | None:
     """Trainable parameters of the space's smallest allocation; None where none is feasible."""
-    unlimited = replace(problem, max_trainable_params=0)
-    costs = []
-    for point, _ in corners(problem):
-        try:
-            costs.append(unlimited.resolve(point)[1])
-        except InfeasibleError:
-            continue
-    return min(costs, default=None)
+    return min((cost for _, cost in _resolved(problem) if isinstance(cost, int)), default=None)
 
 
 def check_budget(problem: Problem) -> None:
@@ -292,6 +303,22 @@ def check_budget(problem: Problem) -> None:
             f"max_trainable_params={problem.max_trainable_params:,} is below the smallest allocation of "
             f"{problem.shape.name} in this space, {smallest:,}: raise it, or lower the rank"
         )
+
+
+def hopeless(problem: Problem) -> dict[str, str]:
+    """Allocators that have an allocation at no corner of the space, and why; the search goes on without them."""
+    reasons: dict[str, str] = {}
+    for high in (False, True):
+        able = set()
+        for allocator, cost in _resolved(problem, high=high):
+            if isinstance(cost, int):
+                able.add(allocator)
+            elif high is False:
+                reasons.setdefault(allocator, str(cost))
+        reasons = {allocator: reason for allocator, reason in reasons.items() if allocator not in able}
+        if not reasons:
+            break
+    return reasons
 
 
 def placeholder(kind: SignalKind, shape: ModelShape, *, datasets: int = 1) -> Signal:

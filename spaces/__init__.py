@@ -16,5 +16,9 @@ or is a table, a fixed grid like those of the papers, whose every point is train
     PUBLISHED   published accuracies, COMPARISONS  pairs of rows that are tested (`spaces/_tables.py`); may be left out
     starting_points   where its recorded rows are searched (`replay=`); may be left out
 
+A knob has one range or one list of choices wherever it is asked for, and one name stands for one knob; a table may give
+a branch fewer choices. A range with one value is a default, which `space.NAME=` may change. What is wrong with a space,
+or with a starting point, is said before anything starts.
+
 Its docstring is a data sheet: the question, the command, the knobs, what was measured.
 """

@@ -17,6 +17,7 @@ MOST = 2**53  # whole numbers up to here are the same in JSON, in a float and in
 LARGEST = 1e15  # of a float: sums of squares of such stay finite
 MOST_EXPERTS = 1 << 16  # of a layer or a module
 MOST_LAYERS = 10_000
+_LONGEST_NAME = 255  # bytes of a file's name on Linux and macOS
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 
 
@@ -116,5 +117,6 @@ def like(value: Any, example: Any, what: str) -> Any:
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether it is the name of one folder in another, and nothing that leads elsewhere."""
-    return name not in ("", ".", "..") and "/" not in name and name.isprintable()
+    """Whether it is the name of one folder in another that file systems take, and nothing that leads elsewhere."""
+    short = len(name.encode(errors="replace")) <= _LONGEST_NAME
+    return name not in ("", ".", "..") and "/" not in name and name.isprintable() and short

@@ -13,6 +13,9 @@ An allocator is a module with
     allocate(signal, shape, *, knobs…) -> Allocation               a pure function
 
 and a space is a module with `suggest(trial, shape)`.
+
+A plug-in is somebody's code: whatever it raises or returns becomes one line with its file and line. A space that fails
+is a StudyError, since no point comes without it; an allocator that fails is a RuleError of the point that asked it.
 """
 
 from __future__ import annotations
@@ -22,13 +25,17 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Mapping
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from allocators.core.errors import StudyError, unknown
-from allocators.core.types import Allocation, ModelShape, Signal
+from allocators.core.errors import InfeasibleError, RuleError, StudyError, ToolkitError, one_line, shown, unknown
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Signal
 
 NEEDS = ("routing", "spectrum", "sensitivity", None)
 BASES = ("moe", "dense", "any")
@@ -65,7 +72,7 @@ def add(path_or_module: str) -> list[str]:
 
     Raises StudyError where nothing is found, a file fails to import or is no plug-in, or a name is taken.
     """
-    path = Path(path_or_module).expanduser()
+    path = _user_path(path_or_module)
     if path.is_dir():
         files = sorted(f for f in path.glob("*.py") if not f.name.startswith("_"))
         if not files:
@@ -115,19 +122,106 @@ def check(module: ModuleType, shape: ModelShape, knobs: Mapping[str, Any]) -> No
         raise StudyError(f"{name} needs a value for {', '.join(missing)}")
 
 
+def check_values(module: ModuleType, knobs: Mapping[str, Any]) -> None:
+    """Raises StudyError for a value that an allocator's annotations rule out: no number, or none of the words."""
+    hints, name = _hints(module), plugin_name(module)
+    for knob, value in knobs.items():
+        hint = hints.get(knob)
+        if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
+            raise unknown(f"{knob} of {name}", str(value), typing.get_args(hint))
+        wanted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        numbers = {int, float}.intersection(wanted)
+        if not numbers or {*wanted} - numbers - {types.NoneType} or type(value) in wanted:
+            continue
+        if float not in numbers or type(value) is not int:
+            whole = "" if float in numbers else "whole "
+            raise StudyError(f"{knob} of {name} must be a {whole}number, got '{shown(str(value))}'")
+
+
+@cache
+def _hints(module: ModuleType) -> Mapping[str, Any]:
+    try:
+        return typing.get_type_hints(module.allocate)
+    except Exception:  # a user's annotations may be there for type checkers only, or be no types at all
+        return {}
+
+
 def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Mapping[str, Any]) -> Allocation:
     """`module.allocate(signal, shape, **knobs)` behind a door that checks everything but the knobs' values.
 
     Raises StudyError as `check` does and when the signal is missing; InfeasibleError (from the allocator) when the
-    knobs' values ask for what does not exist.
+    knobs' values ask for what does not exist, RuleError when its code fails or returns something else.
     """
     check(module, shape, knobs)
+    name = plugin_name(module)
     if module.NEEDS is not None and signal is None:
-        raise StudyError(
-            f"{plugin_name(module)} needs the {module.NEEDS} signal of {shape.name}, and none was measured"
-        )
-    allocation: Allocation = module.allocate(signal, shape, **knobs)
-    return allocation
+        raise StudyError(f"{name} needs the {module.NEEDS} signal of {shape.name}, and none was measured")
+    with failing(module, f"allocator {name}", RuleError):
+        allocation = module.allocate(signal, shape, **knobs)
+        wanted = ExpertSelection if shape.is_moe else ExpertCounts
+        if isinstance(allocation, wanted):
+            allocation.check(shape)
+            return allocation
+    raise RuleError(
+        f"allocator {name} returned {returned(allocation)} and not {wanted.__name__}, which "
+        f"{'MoE' if shape.is_moe else 'dense'} models need ({place_of(module, module.allocate)})"
+    )
+
+
+@contextmanager
+def failing(module: ModuleType, what: str, raised: Callable[[str], ToolkitError]) -> Iterator[None]:
+    """Whatever a plug-in's code raises in the block is `raised` with one line: what, why, file and line.
+
+    What this project's own plug-ins raise on purpose passes as it is; of an added one an InfeasibleError stays one.
+    """
+    try:
+        yield
+    except ToolkitError as error:
+        if not _is_added(module):
+            raise
+        kind = InfeasibleError if isinstance(error, InfeasibleError) and raised is RuleError else raised
+        raise kind(f"{what}: {error} ({_place_in(module, error)})") from error
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {_text_of(error)}"
+        raise raised(f"{what} failed: {reason} ({_place_in(module, error)})") from error
+
+
+def returned(value: object) -> str:
+    """A value that a plug-in should not have returned, for a message: nothing of it is asked but its class."""
+    return "None" if value is None else f"a value of type {type(value).__name__}"
+
+
+def place_of(module: ModuleType, function: Any) -> str:
+    """File and line of a plug-in's function."""
+    line = getattr(getattr(function, "__code__", None), "co_firstlineno", None)
+    return f"{_file_of(module)}{f', line {line}' if line else ''}"
+
+
+def _place_in(module: ModuleType, error: BaseException) -> str:
+    """File and last line of the plug-in that led to an error; the file alone where none of its lines was reached."""
+    last, trace = "", error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == module.__file__:
+            last = f", line {trace.tb_lineno}"
+        trace = trace.tb_next
+    return f"{_file_of(module)}{last}"
+
+
+def _file_of(module: ModuleType) -> str:
+    return getattr(module, "__file__", None) or module.__name__
+
+
+def _text_of(error: BaseException) -> str:
+    """An error's own text, on one line and not longer than a few; an error may fail even at that."""
+    try:
+        text = one_line(str(error))
+    except Exception:
+        return "its text cannot be read"
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def _is_added(module: ModuleType) -> bool:
+    return any(module is other for modules in _added.values() for other in modules.values())
 
 
 def plugin_name(module: ModuleType) -> str:
@@ -135,6 +229,7 @@ def plugin_name(module: ModuleType) -> str:
     return module.__name__.rsplit(".", 1)[-1].removesuffix("_")
 
 
+@cache
 def _files(folder_package: str) -> dict[str, str]:
     """Plug-in name -> file stem."""
     spec = importlib.util.find_spec(folder_package)
@@ -143,30 +238,42 @@ def _files(folder_package: str) -> dict[str, str]:
     return {s.removesuffix("_"): s for s in sorted(stems) if not s.startswith("_") and s not in _COMMANDS}
 
 
+def _user_path(path_or_module: str) -> Path:
+    try:
+        path = Path(path_or_module).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a home that is not there, a null character
+        raise StudyError(f"plugins='{shown(path_or_module)}' cannot be read: {_text_of(error)}") from None
+    return path
+
+
 def _import_file(path: Path) -> ModuleType:
     name = f"user_plugins.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
-    assert spec is not None
-    assert spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise StudyError(f"plug-in {path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a module up by its name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises, it is the user's line to read
-        del sys.modules[name]
-        raise StudyError(f"plug-in {path} does not import: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever the user's file raises, it is the user's line to read
+        sys.modules.pop(name, None)
+        place = "" if isinstance(error, SyntaxError) else f" ({_place_in(module, error)})"
+        raise StudyError(f"plug-in {path} does not import: {type(error).__name__}: {_text_of(error)}{place}") from error
     return module
 
 
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:  # as above
-        raise StudyError(f"plugins='{name}' does not import: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # as above
+        raise StudyError(
+            f"plugins='{shown(name)}' does not import: {type(error).__name__}: {_text_of(error)}"
+        ) from error
 
 
 def _adopt(module: ModuleType) -> list[str]:
-    where = module.__file__
+    where = _file_of(module)
     folders = [folder for folder, entry in _ENTRY.items() if hasattr(module, entry)]
     if not folders:
         raise StudyError(f"plug-in {where} defines neither allocate(signal, shape, …) nor suggest(trial, shape)")
@@ -186,8 +293,11 @@ def check_allocator(module: ModuleType) -> None:
     """Raises StudyError where a module does not keep the contract of the top of this file."""
     possible: dict[str, tuple[Any, ...]] = {"NEEDS": NEEDS, "BASE": BASES, "FIXED_COST": (True, False)}
     for attribute, values in possible.items():
-        if getattr(module, attribute, "missing") not in values:
+        value = getattr(module, attribute, "missing")
+        if not isinstance(value, str | bool | None) or value not in values:
             raise StudyError(f"allocator {module.__file__} must set {attribute} to one of {values}")
+    if not inspect.isfunction(module.allocate):
+        raise StudyError(f"allocator {module.__file__} must define allocate as a function")
     parameters = list(inspect.signature(module.allocate).parameters.values())
     kinds = [p.kind for p in parameters]
     if [p.name for p in parameters[:2]] != ["signal", "shape"] or any(k is not k.KEYWORD_ONLY for k in kinds[2:]):

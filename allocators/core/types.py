@@ -20,14 +20,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
+from itertools import islice
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, get_args
 
 from allocators.core import checks
-from allocators.core.errors import InfeasibleError, StudyError
+from allocators.core.errors import InfeasibleError, StudyError, shown
 
 Role = Literal["attention", "mlp", "expert", "router", "shared_expert"]
 
@@ -199,6 +202,16 @@ class Signal:
         return digest_of(self.to_json())
 
 
+def _whole(value: Any, what: str) -> int:
+    """A whole number of any type; a mask or a share, which Python would take for one, is none."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise InfeasibleError(f"{what} must be a whole number, got {shown(repr(value))}")
+
+
 @dataclass(frozen=True)
 class ExpertSelection:
     """Which routed experts of an MoE model get LoRA: ids per layer, ascending.
@@ -212,10 +225,13 @@ class ExpertSelection:
 
     def __post_init__(self) -> None:
         clean: dict[int, tuple[int, ...]] = {}
-        for layer, ids in sorted((int(layer), ids) for layer, ids in self.experts.items()):
-            unique = tuple(sorted({int(i) for i in ids}))
-            if len(unique) != len(tuple(ids)) or any(i < 0 for i in unique):
-                raise InfeasibleError(f"expert ids of layer {layer} must be distinct and not negative, got {list(ids)}")
+        for layer, given in sorted((_whole(layer, "a layer"), ids) for layer, ids in self.experts.items()):
+            ids = [_whole(i, f"an expert id of layer {layer}") for i in islice(given, checks.MOST_EXPERTS + 1)]
+            unique = tuple(sorted(set(ids)))
+            if len(unique) != len(ids) or len(ids) > checks.MOST_EXPERTS or any(i < 0 for i in unique):
+                raise InfeasibleError(
+                    f"expert ids of layer {layer} must be distinct and not negative, got {shown(str(ids[:20]))}"
+                )
             if unique:
                 clean[layer] = unique
         object.__setattr__(self, "experts", MappingProxyType(clean))
@@ -271,6 +287,8 @@ class ExpertSelection:
 
 
 Gating = Literal["routed", "hydra"]
+Schedule = Literal["cosine", "linear", "constant"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 @dataclass(frozen=True)
@@ -288,10 +306,12 @@ class ExpertCounts:
     def __post_init__(self) -> None:
         if self.gating not in ("routed", "hydra"):
             raise InfeasibleError(f"gating must be 'routed' or 'hydra', got '{self.gating}'")
-        negative = {path: n for path, n in self.counts.items() if n < 0}
-        if negative:
+        counts = {path: _whole(n, f"the experts of {path}") for path, n in self.counts.items()}
+        if negative := {path: n for path, n in counts.items() if n < 0}:
             raise InfeasibleError(f"expert counts must not be negative, got {negative}")
-        clean = {path: int(n) for path, n in sorted(self.counts.items()) if n}
+        if many := {path: n for path, n in counts.items() if n > checks.MOST_EXPERTS}:
+            raise InfeasibleError(f"a module has at most {checks.MOST_EXPERTS:,} experts, got {shown(str(many))}")
+        clean = {path: n for path, n in sorted(counts.items()) if n}
         object.__setattr__(self, "counts", MappingProxyType(clean))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -366,6 +386,58 @@ def allocation_from_json(data: Mapping[str, Any]) -> Allocation:
             raise StudyError(f"unknown allocation kind {other!r}: possible are expert_selection, expert_counts")
 
 
+class _Range(NamedTuple):
+    """What a setting can be: from `low` to `high`, both included; `beyond` and `below`: without the end itself."""
+
+    low: float
+    high: float
+    beyond: bool = False
+    below: bool = False
+
+    def missed_by(self, value: float) -> str:
+        """What the value must be and is not; empty for a value in the range."""
+        too_low = value <= self.low if self.beyond else value < self.low
+        if not too_low and (value < self.high if self.below else value <= self.high):
+            return ""
+        if self.high <= 1:
+            return f"in {'(' if self.beyond else '['}{self.low:g}, {self.high:g}{')' if self.below else ']'}"
+        if not too_low:
+            return f"at most {self.high:g}"
+        return "positive" if self.beyond else f"at least {self.low:g}" if self.low else "not negative"
+
+
+_LARGEST = checks.LARGEST
+_RANGES = {
+    "rank": _Range(1, checks.MOST_EXPERTS),
+    "lora_alpha": _Range(0, _LARGEST, beyond=True),
+    "lora_dropout": _Range(0, 1, below=True),
+    "learning_rate": _Range(0, _LARGEST, beyond=True),
+    "weight_decay": _Range(0, _LARGEST),
+    "warmup_ratio": _Range(0, 1),
+    "max_grad_norm": _Range(0, _LARGEST),
+    "batch_size": _Range(1, 1 << 20),
+    "micro_batch_size": _Range(1, 1 << 20),
+    "steps": _Range(0, 10**9),
+    "epochs": _Range(0, 10**6),
+    "max_length": _Range(2, 1 << 24),
+    "top_k": _Range(1, checks.MOST_EXPERTS),
+    "balance_coef": _Range(0, _LARGEST),
+}
+
+
+def _check_ranges(settings: LoraSettings | Recipe) -> None:
+    """Raises StudyError for the first number that is not finite, of the wrong kind or out of its range."""
+    for f in fields(settings):
+        if (of := _RANGES.get(f.name)) is None:
+            continue
+        value, whole = getattr(settings, f.name), f.type == "int"
+        kind = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not kind or not math.isfinite(value):
+            raise StudyError(f"{f.name} must be a {'whole' if whole else 'finite'} number, got {shown(repr(value))}")
+        if must_be := of.missed_by(value):
+            raise StudyError(f"{f.name} must be {must_be}, got {value}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
     """The settings that an adapter is built from: the part of a `Recipe` that goes through the adapters as one value.
@@ -384,11 +456,7 @@ class LoraSettings:
     balance_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        _demand(
-            (self.rank >= 1, f"rank must be at least 1, got {self.rank}"),
-            (0 <= self.lora_dropout < 1, f"lora_dropout must be in [0, 1), got {self.lora_dropout}"),
-            (self.top_k >= 1, f"top_k must be at least 1, got {self.top_k}"),
-        )
+        _check_ranges(self)
 
     @property
     def scale(self) -> float:
@@ -429,7 +497,7 @@ class Recipe:
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
     warmup_ratio: float = 0.1
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Schedule = "cosine"
     max_grad_norm: float = 1.0
     batch_size: int = 16
     micro_batch_size: int = 16
@@ -440,20 +508,11 @@ class Recipe:
     balance_coef: float = 0.0
 
     def __post_init__(self) -> None:
-        _ = self.lora  # checks its settings
-        _demand(
-            (self.learning_rate > 0, f"learning_rate must be positive, got {self.learning_rate}"),
-            (0 <= self.warmup_ratio <= 1, f"warmup_ratio must be in [0, 1], got {self.warmup_ratio}"),
-            (self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}"),
-            (self.micro_batch_size >= 1, f"micro_batch_size must be at least 1, got {self.micro_batch_size}"),
-            (self.steps >= 0, f"steps must not be negative, got {self.steps}"),
-            (self.steps > 0 or self.epochs > 0, "either steps or epochs must be positive"),
-            (self.max_length >= 2, f"max_length must be at least 2, got {self.max_length}"),
-            (
-                self.schedule in ("cosine", "linear", "constant"),
-                f"schedule must be cosine, linear or constant, got '{self.schedule}'",
-            ),
-        )
+        _check_ranges(self)
+        if self.steps == 0 and self.epochs == 0:
+            raise StudyError("steps or epochs must be positive")
+        if self.schedule not in SCHEDULES:
+            raise StudyError(f"schedule must be cosine, linear or constant, got '{shown(str(self.schedule))}'")
 
     @property
     def lora(self) -> LoraSettings:
@@ -479,13 +538,6 @@ class Recipe:
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
         """Raises TypeError for a field that recipes do not have; one that is missing takes its default."""
         return cls(**data)
-
-
-def _demand(*demands: tuple[bool, str]) -> None:
-    """Raises StudyError with the message of the first demand that is not met."""
-    for met, message in demands:
-        if not met:
-            raise StudyError(message)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
-from allocators.core.errors import StudyError, ToolkitError, did_you_mean, unknown
+from allocators.core import checks
+from allocators.core.errors import StudyError, ToolkitError, did_you_mean, shown, unknown
 
 HELP = ("help", "-h", "--help")
 READING = (
@@ -108,11 +109,11 @@ def split(
         name, separator, text = word.partition("=")
         if not separator or ("/" in name and not example):
             if example:
-                raise StudyError(f"'{word}' is not key=value, for example {example} (help lists the keys)")
+                raise StudyError(f"'{shown(word)}' is not key=value, for example {example} (help lists the keys)")
             bare.append(word)
             continue
         if name in seen and name not in repeatable:
-            raise StudyError(f"{name} is given twice: leave one of them out")
+            raise StudyError(f"{shown(name)} is given twice: leave one of them out")
         seen.add(name)
         pairs.append((name, text))
     return bare, pairs
@@ -132,7 +133,7 @@ def build(settings: type[S], pairs: Iterable[tuple[str, str]]) -> S:
     given: dict[str, Any] = {}
     for name, text in pairs:
         if name not in kinds:
-            raise StudyError(f"unknown key '{name}'{did_you_mean(name, kinds)} (help lists the keys)")
+            raise StudyError(f"unknown key '{shown(name)}'{did_you_mean(name, kinds)} (help lists the keys)")
         given[name] = read(name, text, kinds[name], names=names_of(settings, name))
     built = settings(**given)
     check(built)
@@ -144,10 +145,10 @@ def read(name: str, text: str, kind: Any, *, names: Mapping[str, float] = Mappin
     if text in names:
         return names[text]
     if kind is str:
-        return text
+        return _text(name, text)
     if kind is bool:
         if text.strip().lower() not in ("true", "false"):
-            raise StudyError(f"{name} must be true or false, got '{text}'")
+            raise StudyError(f"{name} must be true or false, got '{shown(text)}'")
         return text.strip().lower() == "true"
     if kind is int:
         return _whole(name, text)
@@ -169,6 +170,17 @@ def written(settings: Any, key: str) -> str:
     return next(named, write_list(value) if isinstance(value, list) else str(value))
 
 
+def _text(name: str, text: str) -> str:
+    """As it was typed. No file, record or server takes a null character, or bytes that are no characters."""
+    try:
+        checks.text(text, name)
+    except ValueError:
+        raise StudyError(f"{name} must be text in UTF-8, got '{shown(text)}'") from None
+    if "\0" in text:
+        raise StudyError(f"{name} must not hold a null character, got '{shown(text)}'")
+    return text
+
+
 def _whole(name: str, text: str) -> int:
     try:
         if _WHOLE.fullmatch(text.strip()):
@@ -183,12 +195,6 @@ def _number(name: str, text: str) -> float:
     if not math.isfinite(value):
         raise StudyError(f"{name} must be a finite number, got '{shown(text)}'")
     return value
-
-
-def shown(text: str) -> str:
-    """A text for a message: of one that is very long, the beginning; on one line."""
-    line = " ".join(text.split())
-    return line if len(line) <= 80 else f"{line[:77]}..."
 
 
 def read_value(text: str) -> Value:
@@ -245,11 +251,14 @@ def check(settings: Any) -> None:
             raise unknown(f.name, str(value), [choice for choice in limits.choices if choice])
         if (limits.unset is not None and value == limits.unset) or value in limits.names.values():
             continue
-        if limits.least is not None and not limits.least <= value < math.inf:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if limits.least is not None and not limits.least <= value:
             auto = "" if limits.unset is None else f" (or {limits.unset:g}, the default)"
             raise StudyError(f"{f.name} must be at least {limits.least:g}, got {value}{auto}")
-        if limits.most < math.inf and value > limits.most:
-            raise StudyError(f"{f.name} must be at most {limits.most}, got {shown(str(value))}")
+        most = min(limits.most, checks.MOST)  # no record holds more
+        if not -checks.MOST <= value <= most:
+            raise StudyError(f"{f.name} must be at most {most}, got {shown(str(value))}")
 
 
 def help_of(settings: Any, *, only: Collection[str] | None = None, width: int = 110) -> list[str]:

@@ -13,25 +13,18 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from allocators.core.errors import BudgetError, InfeasibleError, StudyError
+from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError
 from allocators.core.types import Outcome, Point, Trial
-from search.config import make_recipe
+from search.points.starting import UPDATES, starting_points
 from search.problem import Problem, Proposal, corners
 from search.propose import RUN, STDERR
 from search.records import Answered, Reason
-from search.text import settings_of
-from spaces._knobs import TRANSFERABLE
-from trainers.tasks.task_file import one_line
 
 log = logging.getLogger(__name__)
 
 # Successive repeats after which plain random points are drawn, and after which the space counts as used up.
 PATIENCE = 25
 EXHAUSTED = 400
-
-
-# Recipe settings that say how large updates are: wrong by an order of magnitude they break a training.
-UPDATES = ("lora_alpha", "learning_rate", "scaled_rate")
 
 
 def _ehvi(problem: Problem, seed: int, *, repeats: bool, expected: Mapping[str, float]) -> Any:
@@ -55,7 +48,7 @@ def table_rows(problem: Problem, *, merge: bool = True) -> list[Proposal | Answe
     """
     points = list(corners(problem))
     if points != list(corners(problem, high=True)):
-        raise StudyError(f"space {problem.space.__name__} is a TABLE, so all of its knobs must be categorical")
+        raise StudyError(f"space {problem.space_name} is a TABLE, so all of its knobs must be categorical")
     rows: list[Proposal | Answered] = []
     seen: set[str] = set()
     for point, params in points:
@@ -116,7 +109,7 @@ class Proposer:
         self._answered = answered
         # A rerun must not walk through the points of the first run again: its draws start elsewhere.
         seed = (problem.seed if draws is None else draws) + 7919 * len(known)
-        self._starting = self.starting_points()
+        self._starting = starting_points(problem)
         trusted = expected(self._starting) if trust else {}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -140,33 +133,6 @@ class Proposer:
             for trial in self._asked_before(params):
                 self._tell(trial, outcome)
 
-    def starting_points(self) -> list[dict[str, Any]]:
-        """The space's starting points; recipe settings that a point leaves out take the study's own values.
-
-        Where neither task nor command line says how large updates are, they are those of `TRANSFERABLE`. A grid, which
-        is searched once it was recorded (`replay=`), may have none.
-
-        Raises StudyError where a point says of how large updates are what no recipe can have.
-        """
-        suggested = (self._problem.task_recipe, self._problem.fixed_recipe)
-        says = set(UPDATES) & {name for layer in suggested for name in layer}
-        own = settings_of(make_recipe(*(() if says else (TRANSFERABLE,)), *suggested))
-        space = self._problem.space
-        points = space.starting_points(self._problem.shape) if hasattr(space, "starting_points") else []
-        complete = [own | point | dict(self._problem.pins) for point in points]
-        for point in complete:
-            for name in UPDATES:
-                try:
-                    make_recipe({name: point[name]})
-                except StudyError as error:
-                    raise self._no_starting_point(point, error) from error
-        return complete
-
-    def _no_starting_point(self, point: Mapping[str, Any], error: Exception) -> StudyError:
-        name = self._problem.space.__name__.rsplit(".", 1)[-1]
-        reason = str(error) if isinstance(error, StudyError) else one_line(error)
-        return StudyError(f"a starting point of space={name} is none of its points: {reason} ({dict(point)})")
-
     def propose(self) -> Proposal | None:
         """The next point that has to be trained; None when the space has nothing new."""
         if self._unfinished:
@@ -177,12 +143,7 @@ class Proposer:
         for attempt in range(EXHAUSTED):
             self._study.sampler = self._sampler if attempt < PATIENCE else self._random
             starting = self._starting.pop(0) if self._starting else None
-            try:
-                trial, point, params = self._ask(starting)
-            except (ValueError, KeyError, TypeError) as error:
-                if not starting:
-                    raise
-                raise self._no_starting_point(starting, error) from error
+            trial, point, params = self._ask(starting)
             try:
                 resolved, cost = self._problem.resolve(point)
             except (InfeasibleError, BudgetError) as error:
@@ -236,7 +197,7 @@ class Proposer:
         """Optuna's trial of recorded parameters; none where the space cannot have them: the sampler then misses one."""
         try:
             return [self._ask(params)[0]]
-        except (ValueError, KeyError, TypeError) as error:
+        except SpaceError as error:
             log.warning("the sampler does not learn from recorded parameters that this space cannot have: %s", error)
             self._study.tell(len(self._study.trials) - 1, state=self._optuna.trial.TrialState.FAIL)
             return []

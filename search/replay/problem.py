@@ -15,7 +15,8 @@ from typing import Any
 
 from allocators.core.errors import InfeasibleError, StudyError
 from allocators.core.types import Allocation, ModelShape, Point, Recipe, Signal, SignalKind, Trial
-from search.problem import PinnedTrial, Problem, load_space
+from search.points.asked import PinnedTrial
+from search.problem import Problem, load_space
 from search.replay import Table
 
 
@@ -44,7 +45,7 @@ class TableProblem(Problem):
     def ask(self, trial: Any) -> tuple[Point, dict[str, Any]]:
         """The point with every suggested value moved to the nearest one of the table, and its parameters."""
         pinned = PinnedTrial(_Nearest(trial, self.table.values), self.pins)
-        return self.suggest(pinned, self.shape), pinned.params
+        return self.suggest(pinned), pinned.params
 
     def allocate(self, point: Point, *, seed: int | None = None) -> Allocation:
         """As the recording study allocated: a draw that all seeds share was made with that study's own seed."""

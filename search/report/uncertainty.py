@@ -102,7 +102,8 @@ def pooled(points: Iterable[Candidate]) -> Noise | None:
 class Difference:
     """rise: how much more accurate the second point is; stderr of that; chance: P(the second is the better one).
 
-    stderr and chance are None where neither the evaluation's error nor a spread between seeds is known.
+    stderr and chance are None where neither the evaluation's error nor a spread between seeds is known, and where both
+    are 0: one question, or questions that were all answered alike, say nothing.
     freedom: degrees of freedom of stderr, infinite where no spread between seeds is in it.
     """
 
@@ -145,8 +146,6 @@ def compare(lower: Candidate, higher: Candidate, *, noise: Noise | None, pool: b
     if known is None:
         return Difference(rise, None, None)
     error, freedom = known
-    if error < 1e-12:
-        return Difference(rise, error, 0.5 if abs(rise) < 1e-12 else float(rise > 0))
     from scipy import special  # lighter than scipy.stats, and every report comes here
 
     ratio = rise / error
@@ -167,7 +166,11 @@ def interval(point: Candidate, *, noise: Noise | None, pool: bool = False) -> tu
 
 
 def _error(points: Sequence[Candidate], noise: Noise | None, *, pool: bool) -> tuple[float, float] | None:
-    """Standard error of a sum or difference of the points' accuracies, and its degrees of freedom."""
+    """Standard error of a sum or difference of the points' accuracies, and its degrees of freedom.
+
+    None where it is not known: an error of 0 is that of one question, or of questions that were all answered alike, and
+    says nothing of other questions.
+    """
     variance, by_freedom, known = 0.0, 0.0, False
     shared = 0.0
     for point in points:
@@ -181,7 +184,7 @@ def _error(points: Sequence[Candidate], noise: Noise | None, *, pool: bool) -> t
             variance, by_freedom, known = variance + part, by_freedom + part**2 / (n - 1), True
     if noise is not None and shared:
         variance, by_freedom, known = variance + shared, by_freedom + shared**2 / noise.freedom, True
-    if not known:
+    if not known or variance < 1e-24:
         return None
     return math.sqrt(variance), variance**2 / by_freedom if by_freedom else math.inf
 

@@ -30,6 +30,7 @@ from search.text import Split, human, point, recipe_words, run_id
 
 MANY = 5  # comparisons inside the noise that are told one by one
 FAITHFUL = 0.8  # rank correlation between a third of the training and its end below which early results mislead
+ALIKE = "one question, or questions that were all answered alike, say nothing of others"
 
 
 def sentences(results: Results) -> list[str]:
@@ -89,12 +90,13 @@ def _gained(results: Results) -> list[str]:
         return []
     split = results.split_of(best) if base.get("test") else results.splits[0]
     here, judged = (base["test"], results.judged(best)) if split == "test" else (base, best)
-    error = math.hypot(judged.stderr or 0.0, here["stderr"])
+    error = math.hypot(judged.stderr or 0.0, here["stderr"]) or None
     gain = Difference((judged.accuracy or 0.0) - here["accuracy"], error, None)
+    known = f"standard error {error:.3f}: {gain.reading}" if error else f"standard error unknown: {ALIKE}"
     other = f" (validation {base['accuracy']:.3f} ± {base['stderr']:.3f})" if split == "test" else ""
     return [
         f"Untrained, the base has {here['accuracy']:.3f} ± {here['stderr']:.3f}{_on(split)}{other}: training is worth "
-        f"{gain.rise:+.3f} at the most accurate point (standard error {error:.3f}: {gain.reading})."
+        f"{gain.rise:+.3f} at the most accurate point ({known})."
     ]
 
 
@@ -120,7 +122,7 @@ def _honesty(results: Results) -> list[str]:
     shown = shown if len(shown) > 1 else results.front
     steps = [results.difference(lower, higher) for lower, higher in pairwise(shown)]
     if steps and all(step.stderr is None for step in steps):
-        said.append("The standard error of the evaluation was not recorded: small differences may be chance.")
+        said.append("The standard error of the evaluation is not known: small differences may be chance.")
     elif steps:
         said.append(_rise(results, shown, steps))
     return [*said, *_both_splits(results), *_picked(results)]
@@ -149,13 +151,17 @@ def _both_splits(results: Results) -> list[str]:
     return said
 
 
+def _known(error: float) -> str:
+    return f"{error:.3f}" if error else "an unknown error"
+
+
 def _of_rows(measured: Optimism) -> str:
     """In a table: nothing was selected, so that the difference is that of the splits."""
     rows = "row has" if measured.points == 1 else f"{measured.points} rows have"
     over = "the questions" if measured.points == 1 else "rows"
     return (
         f"Nothing was selected: on the test split the {rows} {measured.test:.3f} on average and on validation "
-        f"{measured.validation:.3f}, a difference of {measured.value:+.3f} ± {measured.stderr:.3f} (standard error "
+        f"{measured.validation:.3f}, a difference of {measured.value:+.3f} ± {_known(measured.stderr)} (standard error "
         f"over {over}). Rows are compared by test accuracy."
     )
 
@@ -177,7 +183,7 @@ def _of_front(results: Results, measured: Optimism) -> str:
     )
     return (
         f"On the test split, which nothing was selected on, {who} where validation said {measured.validation:.3f}: "
-        f"optimism {measured.value:.3f} ± {measured.stderr:.3f} ({error}{apart}){fallen}."
+        f"optimism {measured.value:.3f} ± {_known(measured.stderr)} ({error}{apart}){fallen}."
     )
 
 

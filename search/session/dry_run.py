@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def drawn(problem: Problem, *, trials: int, merge: bool) -> tuple[list[Proposal]
         return [row for row in rows if isinstance(row, Proposal)][:trials], reasons
     reasons = []
     proposer = Proposer(problem, sampler="random", answered=lambda point: reasons.append(point.reason))
-    return [p for _ in range(trials) if (p := proposer.propose()) is not None], reasons
+    return list(islice(iter(proposer.propose, None), trials)), reasons
 
 
 def _table(proposals: list[Proposal], title: str, known: Collection[str]) -> Table:

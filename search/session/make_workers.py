@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
         from search.engine.inprocess import InProcessWorkers
 
         return InProcessWorkers(setup, device="cpu" if config.gpus_per_worker == 0 else "")
+    if config.ray_address == "local":  # read when Ray is imported: below `uv run` it would pack the working folder
+        os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     from search.engine.groups import Resources
     from search.engine.workers import RayWorkers
 

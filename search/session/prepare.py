@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, replace
 from types import ModuleType
 
-from allocators.core import plugins
-from allocators.core.errors import StudyError
+from allocators.core import plugins, words
+from allocators.core.errors import StudyError, shown, unknown
 from allocators.core.types import ModelShape
-from search.config import AUTO, RunConfig
-from search.problem import Problem, check_budget, check_pins, corners, kinds_read, load_space, placeholder
+from search.config import AUTO, RunConfig, make_recipe
+from search.points.starting import starting_points
+from search.problem import (
+    Problem,
+    check_budget,
+    check_pins,
+    check_recipes,
+    corners,
+    hopeless,
+    kinds_read,
+    load_space,
+    placeholder,
+)
 from search.session.look import look
 
 
@@ -37,9 +49,14 @@ def prepare_training(config: RunConfig) -> Problem:
     """What a study searches that trains."""
     from trainers import models, tasks
 
+    check_twice(config)
     shape = models.shape_of(config.model, trust_remote_code=config.trust_remote_code)
     space = load_space(config.space, shape)
     task = tasks.check_task(config.task, select_on=config.select_on)
+    try:
+        make_recipe(task.recipe)
+    except StudyError as error:
+        raise StudyError(f"task {shown(config.task)} suggests what no recipe has: {error}") from error
     kinds = kinds_read(space.ALLOCATORS)
     problem = Problem(
         space=space,
@@ -55,7 +72,11 @@ def prepare_training(config: RunConfig) -> Problem:
         pins={**{k: v for k, v in config.recipe.items() if k in _knobs_of(space, shape)}, **config.pins},
     )
     problem = replace(problem, pins=check_pins(problem))
+    check_recipes(problem)
     check_budget(problem)
+    starting_points(problem)  # says what is wrong with them
+    for allocator, reason in hopeless(problem).items():
+        print(f"warning: no point of {allocator} can be trained: {reason}", file=sys.stderr)
     return problem
 
 
@@ -76,7 +97,12 @@ def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:
             asked = f"{key}={getattr(config, key)}" if key != "recipe" else f"recipe.{min(config.recipe)}"
             raise StudyError(f"{asked} is not what {config.replay} was recorded with ({recorded}): leave it out")
     problem = table_problem(table, seed=config.seed, max_trainable_params=config.max_trainable_params, pins=config.pins)
-    return replace(config, **settings), replace(problem, pins=check_pins(problem))
+    problem = replace(problem, pins=check_pins(problem))
+    for name, pin in problem.pins.items():
+        if not words.matching(pin, occurring := table.values.get(name, [pin])):
+            raise unknown(f"value of space.{name} in the table", str(pin), map(str, occurring))
+    starting_points(problem)  # says what is wrong with them
+    return replace(config, **settings), problem
 
 
 def amounts(config: RunConfig, problem: Problem) -> RunConfig:
@@ -88,6 +114,14 @@ def amounts(config: RunConfig, problem: Problem) -> RunConfig:
         seeds = getattr(problem.space, "SEEDS", 1) if problem.is_table else 1
     pins = {name: problem.pins[name] for name in config.pins}
     return replace(config, trials=trials, seeds=seeds, pins=pins)
+
+
+def check_twice(config: RunConfig) -> None:
+    """Raises StudyError for a setting that `recipe.NAME=` and `space.NAME=` both fix."""
+    rates = {"learning_rate": "scaled_rate"}  # one follows from the other
+    for name in config.recipe:
+        if pin := next((pin for pin in (name, rates.get(name)) if pin in config.pins), None):
+            raise StudyError(f"recipe.{name} and space.{pin} both fix {name}: leave one of them out")
 
 
 def _knobs_of(space: ModuleType, shape: ModelShape) -> set[str]:

@@ -15,7 +15,7 @@ from search import report
 from search.config import AUTO, RunConfig, before
 from search.engine import Workers
 from search.engine.memory import PeakMemory
-from search.problem import Problem
+from search.problem import Problem, cheapest, check_budget, hopeless
 from search.propose.halving import NO_HALVING, Halving, NoHalving
 from search.records.files import UNTRAINED, write_atomically
 from search.records.folder import StudyFolder
@@ -179,6 +179,11 @@ class Session:
         if self.config.untrained:
             self._evaluate_untrained(workers, progress)
         problem = self.problem.measured(self._signals(workers, progress))
+        if problem.needs:  # before this run these rules had stand-ins for their signals
+            for allocator, reason in hopeless(problem).items():
+                progress.message(f"no point of {allocator} can be trained: {reason}")
+            if cheapest(problem) is None:
+                check_budget(problem)  # raises with the reason
         if self.config.pack == "auto":
             self._choose_pack(problem, workers, progress)
         return self._other_studies(facts.versions, progress), problem

@@ -8,8 +8,6 @@ The command is `__main__.py`; `terminal.py` and `files.py` draw what comes of it
 from __future__ import annotations
 
 import importlib
-import types
-import typing
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -18,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from allocators.core import plugins
-from allocators.core.errors import InfeasibleError, NotFiniteError, StudyError, ToolkitWarning, did_you_mean, unknown
+from allocators.core.errors import InfeasibleError, NotFiniteError, StudyError, ToolkitWarning, did_you_mean
 from allocators.core.layers import total_or_default
 from allocators.core.types import ModelShape, Signal
 from search.show.config import ShowConfig
@@ -46,7 +44,7 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
     knobs_by_name = _deal(knobs, modules)
     for name, module in modules.items():
         plugins.check(module, shape, knobs_by_name[name])
-        _check_types(name, module, knobs_by_name[name])
+        plugins.check_values(module, knobs_by_name[name])
 
     source, lacking = Source(config, shape), dict[str, str]()
     for kind in sorted({m.NEEDS for m in modules.values() if m.NEEDS is not None} - set(signals)):
@@ -137,22 +135,3 @@ def _deal(knobs: Mapping[str, Any], modules: Mapping[str, ModuleType]) -> dict[s
         for taker in takers:
             dealt[taker][key] = value
     return dealt
-
-
-def _check_types(name: str, module: ModuleType, knobs: Mapping[str, Any]) -> None:
-    """Raises StudyError for a value that an allocator's annotations rule out: no number, or none of the words."""
-    try:
-        hints = typing.get_type_hints(module.allocate)
-    except NameError:  # a user's annotations may be there for type checkers only
-        return
-    for knob, value in knobs.items():
-        hint = hints.get(knob)
-        if typing.get_origin(hint) is typing.Literal and value not in typing.get_args(hint):
-            raise unknown(f"{knob} of {name}", str(value), typing.get_args(hint))
-        wanted = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        numbers = {int, float}.intersection(wanted)
-        if not numbers or {*wanted} - numbers - {types.NoneType} or type(value) in wanted:
-            continue
-        if float not in numbers or type(value) is not int:
-            whole = "" if float in numbers else "whole "
-            raise StudyError(f"{knob} of {name} must be a {whole}number, got '{value}'")

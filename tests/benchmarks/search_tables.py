@@ -83,11 +83,12 @@ from allocators.core.errors import BudgetError, InfeasibleError, StudyError, Too
 from allocators.core.types import Outcome, canonical_json, digest_of
 from search import propose, replay
 from search.config import RunConfig
+from search.points.starting import starting_points
 from search.propose import RUN, STDERR
 from search.propose.candidates import Known, resolver
 from search.propose.ehvi import EHVISampler
 from search.propose.halving import NO_HALVING, Halving
-from search.propose.sampler import EXHAUSTED, PATIENCE, Proposer, expected
+from search.propose.sampler import EXHAUSTED, PATIENCE, expected
 from search.records import write_atomically
 from search.replay.problem import TableProblem, table_problem
 
@@ -586,7 +587,7 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
         lambda key: again(key, 0),
         lambda key: float(mine[key].tokens),
         judged,
-        Proposer(problem, sampler="random").starting_points(),
+        starting_points(problem),
         evaluations=table.settings["evaluations"],
         again=again,
         seeds=len(table.seeds),

@@ -14,7 +14,9 @@ from allocators.core.errors import StudyError
 from allocators.core.shapes import shape_from_config
 from allocators.core.words import Value
 from search.config import RunConfig, parse
-from search.problem import PinnedTrial, Problem, check_pins, corners, load_space
+from search.points.asked import PinnedTrial, out_of_range
+from search.problem import Problem, check_pins, corners, load_space
+from search.session.prepare import prepare
 
 SPACES = plugins.names("spaces")
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 8, "vocab_size": 64}
@@ -72,11 +74,11 @@ def test_any_choice_survives_the_printed_command(value: Value) -> None:
     assert type(matched) is type(value)
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-(10**18), 10**18))
+@given(st.floats(-1.7e308, 1.7e308), st.integers(-(10**18), 10**18))
 def test_any_number_survives_the_printed_command(number: float, whole: int) -> None:
     again = PinnedTrial(Anything(), printed_and_parsed(RunConfig(pins={"x": number, "n": whole})).pins)
-    assert again.suggest_float("x", 0, 1) == number
-    assert again.suggest_int("n", 0, 1) == whole
+    assert again.suggest_float("x", -1.7e308, 1.7e308) == number
+    assert again.suggest_int("n", -(10**18), 10**18) == whole
 
 
 @given(TEXTS, st.lists(TEXTS.map(str.strip).filter(bool), max_size=3))
@@ -112,3 +114,49 @@ def test_a_pinned_number_is_finite(text: str) -> None:
         pinned.suggest_float("x", 0, 1)
     with pytest.raises(StudyError, match=r"space.x=.* is not possible: it must be whole"):
         pinned.suggest_int("x", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["space.rank=64"],
+            "space.rank=64 is not possible: it must be in 1 .. 32; recipe.rank=64 fixes it all the same",
+        ),
+        (["space.rank=0"], "space.rank=0 is not possible: it must be in 1 .. 32"),
+        (
+            ["space.scaled_rate=9"],
+            "space.scaled_rate=9 is not possible: it must be in 0.0005 .. 0.5; recipe.",
+        ),
+        (["space.fraction=0.3"], "on the grid 0.0625 .. 0.9375 in steps of 0.0625, for example 0.25 or 0.3125"),
+        (["space.fraction=1"], "space.fraction=1 is not possible: it must be in 0.0625 .. 0.9375"),
+        (["space.allocator=seive"], "unknown value of space.allocator 'seive': choose from"),
+        (["recipe.rank=4", "space.rank=8"], "recipe.rank and space.rank both fix rank: leave one of them out"),
+        (["recipe.learning_rate=1e-3", "space.scaled_rate=0.1"], "both fix learning_rate: leave one of them out"),
+        (["replay=tiny-moe", "space.rank=3"], "unknown value of space.rank '3': choose from 16, 2, 4"),
+        (["replay=tiny-moe", "space.fraction=0.3"], "unknown value of space.fraction '0.3': choose from"),
+    ],
+)
+def test_a_pin_that_the_space_could_not_suggest_is_one_line(words: list[str], said: str) -> None:
+    with pytest.raises(StudyError) as error:
+        prepare(parse(words))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_the_command_line_fixes_of_the_recipe_may_lie_outside_the_space() -> None:
+    assert prepare(parse(["recipe.rank=64", "recipe.scaled_rate=0.7"]))[1].pins == {"rank": 64, "scaled_rate": 0.7}
+
+
+def test_a_knob_with_one_value_has_a_default_that_a_pin_changes() -> None:
+    words = ["space=smoe_table", "model=tiny-dense", "space.experts_per_block=1"]
+    assert prepare(parse(words))[1].pins == {"experts_per_block": 1}
+
+
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(0, 40))
+def test_what_lies_on_a_grid_may_be_pinned_and_nothing_else(low: int, step: int, place: int) -> None:
+    high = low + 10 * step
+    assert (out_of_range(low + place, low, high, step=step) == "") == (place % step == 0 and place <= 10 * step)
+    fine = [low / 16 + k * step / 16 for k in range(11)]
+    assert all(out_of_range(value, fine[0], fine[-1], step=step / 16) == "" for value in fine)
+    assert out_of_range(fine[1] + step / 40, fine[0], fine[-1], step=step / 16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -207,3 +208,46 @@ def test_a_dry_run_prints_exact_counts_and_imports_no_ray(tmp_path: Path) -> Non
     for selection in (full, ExpertSelection({})):
         assert f"{selection.trainable_params(shape, rank=8):,}" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_below_uv_run_a_local_ray_does_not_pack_the_working_folder(tmp_path: Path) -> None:
+    script = (
+        "from search.session.make_workers import Locations, make_workers; from search.session.prepare import prepare; "
+        "from search.config import parse; import sys; config, problem = prepare(parse(sys.argv[1:])); "
+        "make_workers(config, problem, Locations.of(config), study='s', trainings=1); "
+        "from ray._private import ray_constants; print('packs:', ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ENABLE_UV_RUN_RUNTIME_ENV"}
+    for address, packs in (("local", "False"), ("auto", "True")):
+        command = [sys.executable, "-c", script, f"storage={tmp_path}", f"ray_address={address}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert f"packs: {packs}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kwargs", "line"),
+    [
+        ("{recipe: {steps: .inf}}", "", "suggests what no recipe has: recipe.steps must be a whole number, got inf"),
+        ("{recipe: {learning_rate: 1.e+400}}", "", "recipe.learning_rate must be a finite number, got inf"),
+        ("{recipe: {rankk: 3}}", "", "unknown recipe setting 'rankk': choose from"),
+        ("{recipe: {weight_decay: -1}}", "", "recipe.weight_decay must be not negative, got -1"),
+        ("{recipe: {lora_alpha: 0}}", "", "recipe.lora_alpha must be positive, got 0"),
+        ('{recipe: {rank: "8"}}', "", "recipe.rank must be a whole number, got '8'"),
+        ("{recipe: {steps: [1]}}", "", "recipe.steps must be a whole number, got [1]"),
+        ("{recipe: [1]}", "", "metadata: recipe must hold names and values, got [1]"),
+        ("{recipe: {1: 2}}", "", "metadata: recipe must hold names and values, got {1: 2}"),
+        ("[1]", "", "metadata must hold names and values, got [1]"),
+        ("{}", "[a]", "dataset_kwargs must hold names and values, got ['a']"),
+    ],
+)
+def test_what_a_task_file_suggests_is_checked(
+    capsys: pytest.CaptureFixture[str], task_without_training: Path, metadata: str, kwargs: str, line: str
+) -> None:
+    text = task_without_training.read_text().replace("test_split: test", "test_split: test\ntraining_split: train")
+    text = text.replace("{test: test.jsonl}", "{test: test.jsonl, train: train.jsonl}")
+    if kwargs:
+        text = "\n".join(f"dataset_kwargs: {kwargs}" if "data_files" in row else row for row in text.splitlines())
+    task_without_training.write_text(f"{text}\nmetadata: {metadata}\n")
+    rows = '{"question": "1+2=", "choices": ["2", "3"], "label": 1}\n'
+    (task_without_training.parent / "train.jsonl").write_text(rows)
+    assert line in said(capsys, f"task={task_without_training}")

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from allocators.core.errors import StudyError
+from allocators.core.errors import StudyError, shown
 
 # What turns a document into a prompt and its completion.
 PROMPT = (
@@ -163,7 +163,15 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     for include in includes if isinstance(includes, list) else [includes]:
         merged.update(read_yaml(path.parent / include, (*seen, path)))
     merged.update(config)
+    for key, value in {"dataset_kwargs": merged.get("dataset_kwargs"), "metadata": merged.get("metadata")}.items():
+        _names_and_values(path, key, value)
+    _names_and_values(path, "metadata: recipe", metadata_of(merged).get("recipe"))
     return merged
+
+
+def _names_and_values(path: Path, key: str, value: Any) -> None:
+    if value is not None and not (isinstance(value, Mapping) and all(isinstance(name, str) for name in value)):
+        raise StudyError(f"task file '{path}': {key} must hold names and values, got {shown(repr(value))}")
 
 
 def one_line(error: BaseException, folder: Path | None = None) -> str:

@@ -15,9 +15,10 @@ import spaces.sieve
 import spaces.sieve_ablation
 from allocators.core.errors import StudyError
 from allocators.core.types import ModelShape, ModuleShape, Outcome, Rung, Signal, Status
+from search.points.starting import UPDATES, starting_points
 from search.problem import Problem, Proposal, cheapest, check_budget, check_pins, corners, placeholder
 from search.propose import RUN, STDERR
-from search.propose.sampler import UPDATES, Answered, Proposer
+from search.propose.sampler import Answered, Proposer
 from tests.search.propose.proposals import next_proposal
 
 
@@ -77,7 +78,7 @@ def test_a_starting_point_that_no_recipe_can_have_is_one_line(name: str, value: 
     space = ModuleType("user_plugins.odd")
     vars(space).update(vars(spaces.sieve), __name__="user_plugins.odd")
     space.starting_points = lambda shape: [{"allocator": "none", name: value}]  # type: ignore[attr-defined]
-    with pytest.raises(StudyError, match="a starting point of space=odd is none of its points: ") as raised:
+    with pytest.raises(StudyError, match="starting point 1 of space=odd is none of its points: ") as raised:
         Proposer(problem(space=space))
     assert "\n" not in str(raised.value)
 
@@ -87,13 +88,13 @@ def test_a_starting_point_that_the_space_cannot_have_is_one_line(wrong: dict[str
     space = ModuleType("user_plugins.odd")
     vars(space).update(vars(spaces.sieve), __name__="user_plugins.odd")
     space.starting_points = lambda shape: [wrong]  # type: ignore[attr-defined]
-    with pytest.raises(StudyError, match="a starting point of space=odd is none of its points: ") as raised:
-        Proposer(problem(space=space)).propose()
+    with pytest.raises(StudyError, match="starting point 1 of space=odd is none of its points: ") as raised:
+        Proposer(problem(space=space))
     assert "\n" not in str(raised.value)
 
 
 def test_a_table_space_may_have_no_starting_points() -> None:
-    assert Proposer(problem(space=spaces.sieve_ablation), sampler="random").starting_points() == []
+    assert starting_points(problem(space=spaces.sieve_ablation)) == []
 
 
 @settings(max_examples=5, deadline=None)
@@ -223,3 +224,18 @@ def test_flat_routing_bounds_the_cost_of_every_real_routing(counts: list[int], s
 
     flat = coverage.allocate(placeholder("routing", shape), shape, share=share)
     assert coverage.allocate(real, shape, share=share).total_experts <= flat.total_experts
+
+
+def test_where_all_points_cost_the_same_it_is_accuracy_that_is_searched() -> None:
+    """A reference at the largest cost would leave no area to gain, and the first candidate would be taken."""
+    far: dict[str, list[float]] = {"ehvi": [], "random": []}
+    for sampler, distances in far.items():
+        proposer = Proposer(
+            problem(pins={"allocator": "all", "rank": 8, "lora_alpha": 16}), sampler=sampler, trust=False
+        )
+        for _ in range(14):
+            proposal = next_proposal(proposer)
+            distances.append(abs(math.log(proposal.params["scaled_rate"] / 0.02)) / 7)
+            done = Outcome(proposal.trial, "complete", proposal.trainable_params, 1 - distances[-1])
+            proposer.tell(done)
+    assert max(far["ehvi"][-4:]) < 0.1 < max(far["random"][-4:])

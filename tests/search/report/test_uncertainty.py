@@ -115,9 +115,15 @@ def test_nothing_known_is_said_to_be_nothing() -> None:
     assert (found.stderr, found.chance) == (None, None)
 
 
-def test_certain_differences_are_certain() -> None:
-    assert compare(point(0.0), point(1.0, experts=8), noise=None).chance == 1.0
-    assert compare(point(1.0), point(1.0, experts=8), noise=None).chance == 0.5
+@pytest.mark.parametrize(("before", "after"), [(0.0, 1.0), (1.0, 1.0), (1.0, 0.0)])
+def test_one_question_or_questions_answered_alike_say_nothing_of_others(before: float, after: float) -> None:
+    lower, higher = point(before), point(after, experts=8)
+    found = compare(lower, higher, noise=None)
+    assert (found.rise, found.stderr, found.chance, found.inside_noise) == (after - before, None, None, False)
+    assert found.reading == "standard error unknown"
+    assert interval(lower, noise=None) is None
+    assert (lower.stderr, lower.question_error) == (None, None)
+    assert compare(point(before, before), point(after, after), noise=None).chance is None
 
 
 def test_the_winners_curse_is_the_pick_against_its_fresh_seeds() -> None:

@@ -49,7 +49,7 @@ def test_differences_inside_the_noise_are_called_that(tmp_path: Path) -> None:
 
 def test_an_unknown_error_is_said_to_be_unknown(tmp_path: Path) -> None:
     bare = [outcome(selection(n), accuracy=n / 10).updated(rungs=()) for n in (2, 6)]
-    assert "standard error of the evaluation was not recorded" in words_of(tmp_path, *bare)
+    assert "standard error of the evaluation is not known" in words_of(tmp_path, *bare)
 
 
 @pytest.mark.parametrize(("base", "reading"), [(0.3, "more than noise"), (0.56, "inside the noise")])
@@ -64,6 +64,16 @@ def test_what_training_gained_over_the_base_is_said_and_drawn(tmp_path: Path, ba
     assert reading in said
     assert data_of(folder)["untrained"]["accuracy"] == base
     assert report.metrics["untrained_accuracy"] == base
+
+
+@pytest.mark.parametrize("reached", [1.0, 0.0])
+def test_one_question_is_said_to_say_nothing(tmp_path: Path, reached: float) -> None:
+    with open_study(tmp_path) as study:
+        study.append_finished(outcome(accuracy=reached), {})
+        (tmp_path / UNTRAINED).write_text(json.dumps({"accuracy": 0.0, "stderr": 0.0, "by_task": {}}))
+        said = "\n".join(Report(study).words)
+    assert f"training is worth {reached:+.3f} at the most accurate point (standard error unknown: one question" in said
+    assert "more than noise" not in said
 
 
 def test_seeds_are_named(tmp_path: Path) -> None:

@@ -27,6 +27,16 @@ def allocate(signal: Signal | None, shape: ModelShape, *, pattern: str | int = "
 
     Raises InfeasibleError for a pattern that is none, has more groups than the model has layers, or is all zeros.
     """
+    groups = groups_in(pattern, shape)
+    sizes = largest_remainder([1] * len(groups), shape.num_layers, minimum=1)
+    return on_layers([n for n, size in zip(groups, sizes, strict=True) for _ in range(size)], shape)
+
+
+def groups_in(pattern: str | int, shape: ModelShape) -> list[int]:
+    """The numbers of a pattern, one a group of layers.
+
+    Raises InfeasibleError for a pattern that is none, or has more groups than the model has layers.
+    """
     text = str(pattern)  # a command line or YAML file reads 2468 as a number
     if not re.fullmatch(r"\d+(-\d+)*", text):
         raise InfeasibleError(f"pattern must be digits such as 2468 or numbers such as 4-6-8-10, got '{pattern}'")
@@ -35,5 +45,4 @@ def allocate(signal: Signal | None, shape: ModelShape, *, pattern: str | int = "
         raise InfeasibleError(
             f"pattern '{pattern}' has {len(groups)} groups, and {shape.name} has only {shape.num_layers} layers"
         )
-    sizes = largest_remainder([1] * len(groups), shape.num_layers, minimum=1)
-    return on_layers([n for n, size in zip(groups, sizes, strict=True) for _ in range(size)], shape)
+    return groups

@@ -14,7 +14,7 @@ from typing import Any
 
 from allocators.core import checks, plugins
 from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError, shown, unknown
-from allocators.core.types import Allocation, ModelShape, Point, Signal, SignalKind, Trial, canonical_json
+from allocators.core.types import Allocation, ModelShape, ModuleShape, Point, Signal, SignalKind, Trial, canonical_json
 from allocators.core.words import Value
 from search.config import MOST_SEED, MOST_SEEDS, SETTINGS, make_recipe
 from search.points.asked import Corner, Kind, PinnedTrial, differs
@@ -97,11 +97,15 @@ class Problem:
         """Raises InfeasibleError where the knobs give no allocation on this model.
 
         An allocator that draws (it has a `seed`) draws with the study's seed, so that all seeds of a point train one
-        allocation; where the point's knob `draw` is "each", with the trial's own `seed`.
+        allocation; where the point's knob `draw` is "each", with the trial's own `seed`. One that gives ranks (it has a
+        `rank`) gives as many parameters as LoRA of the recipe's rank on every matrix has.
         """
         module = plugins.load("allocators", point.allocator)
         knobs = dict(point.knobs)
-        if "seed" in inspect.signature(module.allocate).parameters:
+        parameters = inspect.signature(module.allocate).parameters
+        if "rank" in parameters and "rank" not in knobs:
+            knobs["rank"] = make_recipe(self.task_recipe, point.recipe, self.fixed_recipe).rank
+        if "seed" in parameters:
             each = knobs.pop("draw", "once") == "each"
             knobs.setdefault("seed", seed if each and seed is not None else self.seed)
         try:
@@ -136,7 +140,8 @@ class Problem:
         """The same point with another seed: of adapter, data order, and of the draw where `draw` is each."""
         if trial.knobs.get("draw") != "each":
             return replace(trial, seed=seed)
-        return replace(trial, seed=seed, allocation=self.allocate(Point(trial.allocator, trial.knobs), seed=seed))
+        point = Point(trial.allocator, trial.knobs, {"rank": trial.recipe.rank})
+        return replace(trial, seed=seed, allocation=self.allocate(point, seed=seed))
 
 
 @dataclass(frozen=True)
@@ -330,14 +335,25 @@ def placeholder(kind: SignalKind, shape: ModelShape, *, datasets: int = 1) -> Si
     """
     rows: dict[str, dict[str, tuple[float, ...]]]
     if kind == "routing":
-        metrics = ("count", "mass")
-        rows = {str(layer): dict.fromkeys(metrics, (1.0,) * shape.experts_in(layer)) for layer in shape.moe_layers}
+        rows = {
+            str(layer): dict.fromkeys(("count", "mass"), (1.0,) * shape.experts_in(layer)) for layer in shape.moe_layers
+        }
     elif kind == "spectrum":
         # not flat: then AlphaLoRA would be uniform, and be answered as its repeat
-        rows = {m.path: dict.fromkeys(("hill", "alpha_hat", "stable_rank"), (2.0 + m.layer,)) for m in shape.modules}
+        metrics = ("hill", "alpha_hat", "stable_rank", "snr", "condition")
+        rows = {key: dict.fromkeys(metrics, (2.0 + m.layer,)) for m in shape.modules for key in _rows_of(m)}
     else:
         by_size = sorted(shape.modules, key=lambda m: (m.lora_params(8) + m.in_features, m.path))
-        rows = {m.path: {"sum_sq_grad": (float(place),) * datasets} for place, m in enumerate(by_size, start=1)}
+        rows = {
+            key: {"sum_sq_grad": (float(place),) * datasets}
+            for place, m in enumerate(by_size, start=1)
+            for key in _rows_of(m)
+        }
     return Signal(
         kind, rows, axis="expert" if kind == "routing" else "dataset", unit="1", provenance={"measured": False}
     )
+
+
+def _rows_of(module: ModuleShape) -> list[str]:
+    """Keys of a module's rows in a signal: of a stack one an expert."""
+    return [f"{module.path}.{i}" for i in range(module.num_experts)] if module.num_experts else [module.path]

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Literal
 
-from allocators.core.types import Outcome, Recipe
+from allocators.core.types import Allocation, ModuleRanks, Outcome, Recipe
 from search.front import Candidate
 
 Split = Literal["accuracy", "validation", "test"]  # "accuracy": of a study that has one number, on the test split
@@ -77,6 +77,13 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def amount(allocation: Allocation) -> str:
+    """`12 experts`, or `total rank 320` where modules have ranks."""
+    if isinstance(allocation, ModuleRanks):
+        return f"total rank {allocation.total_rank}"
+    return f"{allocation.total_experts} experts"
 
 
 def point(outcome: Outcome) -> str:

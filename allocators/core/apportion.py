@@ -1,8 +1,9 @@
-"""From real weights to whole experts: the only place that rounds.
+"""From real weights to whole experts and whole ranks: the only place that rounds.
 
     apportion([2.1, 2.9, 3.7], 10)                        # [2, 3, 5]; AlphaLoRA's equation 6, corrected by equation 7
     apportion(v, 160, rounding="largest_remainder")       # nearest whole numbers that sum to the total
     floor_share(0.25, 64)                                 # 16: Sieve's floor(fraction · E)
+    ranks_for([.7, .1, .1, .1], [64] * 4, 16 * 64, maximum=[8] * 4)   # (8, 3, 3, 2): parameters, as ranks
 
 Arithmetic is exact (fractions of integers), so ties are ties on every machine and the first one wins.
 """
@@ -101,9 +102,107 @@ def largest_remainder(
     return tuple(counts)
 
 
+def ranks_for(
+    weights: Sequence[float],
+    costs: Sequence[int],
+    budget: int,
+    *,
+    maximum: Sequence[int],
+    minimum: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """Ranks, one a module, that follow the weights and spend a budget of parameters: FIM-LoRA's order of steps.
+
+        t_i = min(λ w_i, maximum_i) with λ such that Σ c_i t_i = budget     whoever reaches its maximum stays there, and
+                                                                            the rest is shared again (water-filling)
+        r_i = ⌊t_i⌋, and what that leaves goes to the largest remainders, first on ties, as far as it pays for a rank
+        r_i = max(r_i, minimum_i), paid for by the modules of the least weight, last on ties
+
+    Costs differ between modules, so that a rest smaller than any module's price of a rank may stay unspent, and the
+    budget is never overdrawn. Where the weights cannot take the budget, because all that are positive are at their
+    maximum, the modules without weight share what is left equally.
+
+    costs      parameters of one rank of a module, in + out
+    maximum    most a module may have
+    minimum    least a module gets; zeros unless given
+
+    Raises InfeasibleError for weights that are not numbers from 0 up, or a budget below the minimum.
+    """
+    exact = _exact(weights)
+    low = [0] * len(costs) if minimum is None else list(minimum)
+    least = sum(c * r for c, r in zip(costs, low, strict=True))
+    if any(r < 0 for r in low) or any(a > b for a, b in zip(low, maximum, strict=True)):
+        raise InfeasibleError(
+            f"ranks must be from 0 up to the largest possible, got {low[:3]}… to {list(maximum)[:3]}…"
+        )
+    if budget < least:
+        raise InfeasibleError(
+            f"{budget:,} parameters are below the {least:,} of the least rank in every module: raise rank, or lower "
+            "min_rank"
+        )
+    targets = _filled(exact, costs, budget, maximum)
+    ranks = [math.floor(t) for t in targets]
+    by_remainder = sorted((i for i, t in enumerate(targets) if t), key=lambda i: ranks[i] - targets[i])
+    _spend(ranks, by_remainder, costs, budget, maximum)
+    by_weight = sorted(range(len(ranks)), key=lambda i: (exact[i], -i))
+    _lift(ranks, low, by_weight, costs, budget)
+    _spend(ranks, by_remainder, costs, budget, maximum)  # where a dear module paid for a cheap one
+    return tuple(ranks)
+
+
+def _filled(weights: Sequence[Fraction], costs: Sequence[int], budget: int, maximum: Sequence[int]) -> list[Fraction]:
+    """min(λ w, maximum) that costs the budget; modules without weight share equally what the others cannot take."""
+    targets = [Fraction(0)] * len(weights)
+    left = Fraction(budget)
+    for group in ([i for i, w in enumerate(weights) if w], [i for i, w in enumerate(weights) if not w]):
+        share = [weights[i] or Fraction(1) for i in group]
+        # the factor λ at which a module is full, ascending: before it, the module takes λ·w
+        order = sorted(range(len(group)), key=lambda k: Fraction(maximum[group[k]]) / share[k])
+        slope = sum((costs[group[k]] * share[k] for k in order), Fraction(0))
+        for place, k in enumerate(order):
+            i = group[k]
+            if left <= 0 or left * share[k] < maximum[i] * slope:  # nobody after this one is full either
+                for rest in order[place:]:
+                    targets[group[rest]] = max(left, Fraction(0)) / slope * share[rest]
+                return targets
+            targets[i] = Fraction(maximum[i])
+            left -= costs[i] * maximum[i]
+            slope -= costs[i] * share[k]
+    return targets
+
+
+def _spend(ranks: list[int], order: Sequence[int], costs: Sequence[int], budget: int, maximum: Sequence[int]) -> None:
+    """One rank more in this order, round after round, for everyone whose price the rest of the budget covers."""
+    left = budget - sum(c * r for c, r in zip(costs, ranks, strict=True))
+    more = True
+    while more:
+        more = False
+        for i in order:
+            if ranks[i] < maximum[i] and costs[i] <= left:
+                ranks[i] += 1
+                left -= costs[i]
+                more = True
+
+
+def _lift(ranks: list[int], minimum: Sequence[int], order: Sequence[int], costs: Sequence[int], budget: int) -> None:
+    """Nobody below the minimum; where that overdraws the budget, ranks are taken in this order, module by module."""
+    ranks[:] = map(max, ranks, minimum)
+    over = sum(c * r for c, r in zip(costs, ranks, strict=True)) - budget
+    for i in order:
+        if over <= 0:
+            return
+        taken = min(ranks[i] - minimum[i], -(-over // costs[i]))
+        ranks[i] -= taken
+        over -= taken * costs[i]
+
+
 def floor_share(share: float, size: int) -> int:
     """floor(share · size) for the share that is meant: 0.29 of 100 is 29, though 0.29 * 100 is 28.99…"""
     return math.floor(share * size + 1e-9)
+
+
+def nearest_share(share: float, size: int) -> int:
+    """floor(share · size + 1/2): a half goes up, as D-MoLE's script rounds."""
+    return math.floor(share * size + 0.5 + 1e-9)
 
 
 def _exact(weights: Sequence[float]) -> list[Fraction]:

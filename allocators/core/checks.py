@@ -17,6 +17,7 @@ MOST = 2**53  # whole numbers up to here are the same in JSON, in a float and in
 LARGEST = 1e15  # of a float: sums of squares of such stay finite
 MOST_EXPERTS = 1 << 16  # of a layer or a module
 MOST_LAYERS = 10_000
+MOST_RANK = 1 << 16  # of a module
 _LONGEST_NAME = 255  # bytes of a file's name on Linux and macOS
 _DIGEST = re.compile(r"[0-9a-f]{16}")
 

@@ -10,9 +10,11 @@ An allocator is a module with
     NEEDS        "routing" | "spectrum" | "sensitivity" | None     the signal it reads
     BASE         "moe" | "dense" | "any"                           the models it answers for
     FIXED_COST   bool    True when the number of trainable parameters does not depend on the signal's values
+    GIVES        "experts" | "ranks"     what its allocations are about: "ranks" for `ModuleRanks`; may be left out
     allocate(signal, shape, *, knobs…) -> Allocation               a pure function
 
-and a space is a module with `suggest(trial, shape)`.
+and a space is a module with `suggest(trial, shape)`. Where a point does not say otherwise, the knob `seed` of an
+allocator is the study's seed, and its knob `rank` the rank of the recipe.
 
 A plug-in is somebody's code: whatever it raises or returns becomes one line with its file and line. A space that fails
 is a StudyError, since no point comes without it; an allocator that fails is a RuleError of the point that asked it.
@@ -39,6 +41,7 @@ from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, Mod
 
 NEEDS = ("routing", "spectrum", "sensitivity", None)
 BASES = ("moe", "dense", "any")
+GIVES = ("experts", "ranks")
 _COMMANDS = ("show",)  # files of a plug-in folder that are commands, not plug-ins
 _ENTRY = {"allocators": "allocate", "spaces": "suggest"}
 _added: dict[str, dict[str, ModuleType]] = {folder: {} for folder in _ENTRY}
@@ -91,6 +94,12 @@ def knobs_of(module: ModuleType) -> dict[str, Any]:
     """An allocator's knobs and their defaults (`inspect.Parameter.empty` where a knob must be given)."""
     parameters = inspect.signature(module.allocate).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def gives(module: ModuleType) -> str:
+    """What its allocations are about: experts, or ranks."""
+    given: str = getattr(module, "GIVES", "experts")
+    return given
 
 
 def fits(module: ModuleType, shape: ModelShape) -> bool:
@@ -292,6 +301,8 @@ def _adopt(module: ModuleType) -> list[str]:
 def check_allocator(module: ModuleType) -> None:
     """Raises StudyError where a module does not keep the contract of the top of this file."""
     possible: dict[str, tuple[Any, ...]] = {"NEEDS": NEEDS, "BASE": BASES, "FIXED_COST": (True, False)}
+    if hasattr(module, "GIVES"):
+        possible["GIVES"] = GIVES
     for attribute, values in possible.items():
         value = getattr(module, attribute, "missing")
         if not isinstance(value, str | bool | None) or value not in values:

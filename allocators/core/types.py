@@ -6,6 +6,7 @@ Read this file first. Standard library only; every value is immutable, has a JSO
     Signal       one measurement: spectrum, sensitivity or routing         (`allocators/signals/`)
     Allocation   = ExpertCounts (experts to *add* to a dense model)
                  | ExpertSelection (experts to *adapt* in an MoE model)    (`allocators/*.py`)
+                 | ModuleRanks (a LoRA rank for every module, of either)
     Recipe       LoRA and optimiser settings of one training run; `.lora` is the part that adapters are built from
     Point        what a space proposes: allocator, knobs, recipe settings
     Trial        allocation + recipe + model + task + seed: one training run, named by its digest
@@ -364,7 +365,109 @@ class ExpertCounts:
         return digest_of(self.to_json())
 
 
-Allocation = ExpertCounts | ExpertSelection
+@dataclass(frozen=True)
+class ModuleRanks:
+    """Plain LoRA with a rank of its own for every module, on a dense or an MoE model; 0: the module is left alone.
+
+    ranks     rank by module path, zeros left out
+    experts   ranks [E] by the path of a projection of stacked experts, one an expert; all zeros are left out
+
+    Nothing is adapted besides: attention, router and shared experts have LoRA where they have a rank. The scale
+    lora_alpha/rank of the recipe holds for every module (its alpha follows its rank), so that a comparison of
+    placements measures no scale, and a server that knows one alpha/r serves all of them.
+    """
+
+    ranks: Mapping[str, int]
+    experts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    kind: Literal["module_ranks"] = field(default="module_ranks", init=False)
+
+    def __post_init__(self) -> None:
+        if twice := sorted(set(self.ranks) & set(self.experts)):
+            raise InfeasibleError(f"{twice[0]} has both a rank and ranks of experts: a module has one of the two")
+        plain = {path: _rank(r, path) for path, r in sorted(self.ranks.items())}
+        stacks = {path: tuple(_rank(r, path) for r in ranks) for path, ranks in sorted(self.experts.items())}
+        object.__setattr__(self, "ranks", MappingProxyType({path: r for path, r in plain.items() if r}))
+        object.__setattr__(self, "experts", MappingProxyType({path: rs for path, rs in stacks.items() if any(rs)}))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (allocation_from_json, (self.to_json(),))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ModuleRanks):
+            return NotImplemented
+        return dict(self.ranks) == dict(other.ranks) and dict(self.experts) == dict(other.experts)
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.ranks.items()), tuple(self.experts.items())))
+
+    def of(self, module: ModuleShape) -> tuple[int, ...]:
+        """The module's rank, or of a stack the rank of each of its experts; zeros where it is left alone."""
+        if module.num_experts:
+            return self.experts.get(module.path, (0,) * module.num_experts)
+        return (self.ranks.get(module.path, 0),)
+
+    @property
+    def total_rank(self) -> int:
+        """Σr over modules and experts. Modules differ in size: parameters, and not Σr, say what a model costs."""
+        return sum(self.ranks.values()) + sum(map(sum, self.experts.values()))
+
+    @property
+    def total_experts(self) -> int:
+        """Experts that have a rank in at least one of their projections, over all layers; 0 on a dense base."""
+        adapted = {(path.rpartition(".")[0], i) for path, rs in self.experts.items() for i, r in enumerate(rs) if r}
+        return len(adapted)
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises InfeasibleError where a module does not exist, or a stack has not as many experts as ranks."""
+        modules = {module.path: module for module in shape.modules}
+        for path in (*self.ranks, *self.experts):
+            if path not in modules:
+                raise InfeasibleError(
+                    f"{shape.name} has no module {path!r}; it has {len(modules)}, e.g. {sorted(modules)[:3]}"
+                )
+        for path in self.ranks:
+            if size := modules[path].num_experts:
+                raise InfeasibleError(
+                    f"{path} is a stack of {size} experts: give `experts` {size} ranks, one an expert"
+                )
+        for path, ranks in self.experts.items():
+            size = modules[path].num_experts
+            if not size:
+                raise InfeasibleError(f"{path} is no stack of experts: give `ranks` its one rank")
+            if len(ranks) != size:
+                raise InfeasibleError(f"{path} of {shape.name} has {size} experts, got {len(ranks)} ranks")
+
+    def trainable_params(self, shape: ModelShape, *, rank: int = 0) -> int:  # noqa: ARG002
+        """Exact number of trainable parameters, Σ r(in+out) over modules and experts.
+
+        rank   of the recipe; it has no say here, because every module has its own
+        """
+        self.check(shape)
+        return sum(module.lora_params(r) for module in shape.modules for r in self.of(module))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `allocation_from_json` reads."""
+        experts = {path: list(ranks) for path, ranks in self.experts.items()}
+        return {"kind": self.kind, "ranks": dict(self.ranks), "experts": experts}
+
+    @property
+    def digest(self) -> str:
+        """Two allocations with the same digest give every module the same rank."""
+        return digest_of(self.to_json())
+
+
+def _rank(value: Any, path: str) -> int:
+    """A whole number that is not negative. Raises InfeasibleError for anything else."""
+    try:
+        rank = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        rank = None
+    if rank is None or not 0 <= rank <= checks.MOST_RANK:
+        raise InfeasibleError(f"the rank of {path} must be a whole number from 0 to {checks.MOST_RANK}, got {value!r}")
+    return rank
+
+
+Allocation = ExpertCounts | ExpertSelection | ModuleRanks
 
 
 def allocation_from_json(data: Mapping[str, Any]) -> Allocation:
@@ -382,8 +485,20 @@ def allocation_from_json(data: Mapping[str, Any]) -> Allocation:
                 {path: checks.whole(n, f"experts of {path}", high=most) for path, n in counts.items()},
                 checks.text(data["gating"], "gating"),  # type: ignore[arg-type]
             )
+        case "module_ranks":
+            ranks, stacks = checks.mapping(data["ranks"], "ranks"), checks.mapping(data["experts"], "experts")
+            high = checks.MOST_RANK
+            return ModuleRanks(
+                {path: checks.whole(r, f"rank of {path}", high=high) for path, r in ranks.items()},
+                {
+                    path: tuple(checks.whole(r, f"rank in {path}", high=high) for r in checks.sequence(each, path))
+                    for path, each in stacks.items()
+                },
+            )
         case other:
-            raise StudyError(f"unknown allocation kind {other!r}: possible are expert_selection, expert_counts")
+            raise StudyError(
+                f"unknown allocation kind {other!r}: possible are expert_selection, expert_counts, module_ranks"
+            )
 
 
 class _Range(NamedTuple):
@@ -442,7 +557,8 @@ def _check_ranges(settings: LoraSettings | Recipe) -> None:
 class LoraSettings:
     """The settings that an adapter is built from: the part of a `Recipe` that goes through the adapters as one value.
 
-    rank, lora_alpha, lora_dropout   LoRA: y = Wx + (lora_alpha/rank)·B·A·drop(x)
+    rank, lora_alpha, lora_dropout   LoRA: y = Wx + (lora_alpha/rank)·B·A·drop(x); where modules have ranks of their own
+                                     (`ModuleRanks`), rank is that of a module that has its even share
     top_k                            experts per token of added LoRA-MoE layers (dense bases only)
     balance_coef                     coefficient of the balance loss of added LoRA-MoE layers
 

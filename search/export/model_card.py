@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from allocators.core.maps import AllocationMap
-from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Outcome
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, ModuleRanks, Outcome
 from search.front import Candidate
 from search.records.redact import portable
 from search.text import Split, accuracy_text, number, point, run_id, settings_of
@@ -188,7 +188,7 @@ def _data(card: Card) -> list[tuple[str, str]]:
 
 
 def map_lines(allocation: Allocation, shape: ModelShape) -> list[str]:
-    """A line a layer with one mark an expert (MoE), or a line a kind of module with one number a layer (dense)."""
+    """A line a layer with one mark an expert (a selection), or a line a kind of module with one number a layer."""
     rows = AllocationMap.of(allocation, shape)
     match allocation:
         case ExpertSelection():
@@ -199,17 +199,23 @@ def map_lines(allocation: Allocation, shape: ModelShape) -> list[str]:
             return [*lines, "and attention, routers and shared experts, in every layer"]
         case ExpertCounts():
             what = "with a router each" if allocation.gating == "routed" else "HydraLoRA: one A, several B, a router"
-            numbers = [["" if experts is None else str(experts) for experts in row] for row in rows.cells]
-            layers = [str(layer) for layer in range(shape.num_layers)]
-            wide = max(len(cell) for row in (*numbers, layers) for cell in row)
-            left = max(len(name) for name in (*rows.rows, "layer"))
-            return [
-                f"{allocation.total_experts} LoRA experts ({what}): how many each module has",
-                *(
-                    f"{name:<{left}}  " + " ".join(f"{cell:>{wide}}" for cell in row)
-                    for name, row in zip(("layer", *rows.rows), (layers, *numbers), strict=True)
-                ),
-            ]
+            head = f"{allocation.total_experts} LoRA experts ({what}): how many each module has"
+            return [head, *_grid(rows, shape)]
+        case ModuleRanks():
+            stacks = "; of a stack of experts the mean, rounded up" if shape.is_moe else ""
+            return [f"the LoRA rank of each module, {allocation.total_rank} in all{stacks}", *_grid(rows, shape)]
+
+
+def _grid(rows: AllocationMap, shape: ModelShape) -> list[str]:
+    """A line a kind of module with one number a layer, under the layers' numbers."""
+    numbers = [["" if cell is None else str(cell) for cell in row] for row in rows.cells]
+    layers = [str(layer) for layer in range(shape.num_layers)]
+    wide = max(len(cell) for row in (*numbers, layers) for cell in row)
+    left = max(len(name) for name in (*rows.rows, "layer"))
+    return [
+        f"{name:<{left}}  " + " ".join(f"{cell:>{wide}}" for cell in row)
+        for name, row in zip(("layer", *rows.rows), (layers, *numbers), strict=True)
+    ]
 
 
 def _table(rows: Iterable[tuple[str, object]]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from allocators.core.types import ExpertSelection, ModelShape, Signal, Trial
+from allocators.core.types import ExpertCounts, ExpertSelection, ModelShape, ModuleRanks, Signal, Trial
 from search.problem import Problem
 from search.propose.model import Array
 
@@ -56,16 +56,20 @@ def resolver(problem: Problem, *, repeats: bool = False) -> Callable[[Any], Know
 def features(trial: Trial, shape: ModelShape, signals: Mapping[str, Signal]) -> dict[str, float]:
     """Numbers of an allocation that say more about accuracy than the knobs it came from. All lie in [0, 1].
 
-    depth    mean layer of its experts, weighted by their number (.5 where it has none)
+    depth    mean layer of its experts or ranks, weighted by their number (.5 where it has none)
     routed   share of the picks on the task that go to the chosen experts (MoE models with a routing signal)
     """
     allocation, last = trial.allocation, max(shape.num_layers - 1, 1)
-    if isinstance(allocation, ExpertSelection):
-        found = {layer: float(len(ids)) for layer, ids in allocation.experts.items()}
-    else:
-        found = {}
-        for module in shape.modules:
-            found[module.layer] = found.get(module.layer, 0.0) + allocation.counts.get(module.path, 0)
+    found: dict[int, float] = {}
+    match allocation:
+        case ExpertSelection():
+            found = {layer: float(len(ids)) for layer, ids in allocation.experts.items()}
+        case ExpertCounts():
+            for module in shape.modules:
+                found[module.layer] = found.get(module.layer, 0.0) + allocation.counts.get(module.path, 0)
+        case ModuleRanks():
+            for module in shape.modules:
+                found[module.layer] = found.get(module.layer, 0.0) + sum(allocation.of(module))
     experts = sum(found.values())
     numbers = {"depth": sum(layer * n for layer, n in found.items()) / experts / last if experts else 0.5}
     if isinstance(allocation, ExpertSelection) and (routing := signals.get("routing")):

@@ -40,7 +40,7 @@ from mlflow.entities import Run as MlflowRun
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from allocators.core.errors import StudyError
-from allocators.core.types import FINISHED, Outcome, Rung, Score
+from allocators.core.types import FINISHED, ModuleRanks, Outcome, Rung, Score
 from search.records import Records, flattened
 from search.records.redact import redacted
 from search.text import human, settings_of
@@ -263,6 +263,8 @@ class Tracker:
         params = {"allocator": trial.allocator, "model": trial.model, "task": trial.task, "seed": trial.seed}
         params |= flattened({"knobs": trial.knobs, "recipe": settings_of(trial.recipe)})
         params |= {"trainable_params": outcome.trainable_params, "experts": trial.allocation.total_experts}
+        if isinstance(trial.allocation, ModuleRanks):
+            params["total_rank"] = trial.allocation.total_rank
         self._log_params(child.run_id, params, child.params)
         child.params |= dict.fromkeys(params, "")
         self._client.log_dict(child.run_id, trial.allocation.to_json(), "allocation.json")

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from rich.table import Table
 from rich.text import Text
 
-from allocators.core.types import Outcome
+from allocators.core.types import ModuleRanks, Outcome
 from search.front import Candidate, knee
 from search.report.results import Results
 from search.report.sections import Section
@@ -167,7 +167,9 @@ def _columns(
 
 def _allocation(run: Outcome) -> dict[str, object]:
     knobs = json.dumps(dict(run.trial.knobs), sort_keys=True)
-    return {"allocator": run.trial.allocator, "knobs": knobs, "experts": run.trial.allocation.total_experts}
+    allocation = run.trial.allocation
+    columns: dict[str, object] = {"allocator": run.trial.allocator, "knobs": knobs, "experts": allocation.total_experts}
+    return columns | ({"total_rank": allocation.total_rank} if isinstance(allocation, ModuleRanks) else {})
 
 
 def _recipe(run: Outcome) -> dict[str, object]:
@@ -178,7 +180,8 @@ def _csv(rows: Iterable[Mapping[str, object]]) -> str:
     """One line a row under a header; an empty study has an empty table."""
     rows, text = list(rows), io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        columns = dict.fromkeys(name for row in rows for name in row)  # total_rank where an allocation has one
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from allocators.core import plugins
+from allocators.core.types import Allocation, ModuleRanks
 from search.config import RunConfig
 from search.problem import Problem, Proposal
 from search.propose.sampler import Proposer, table_rows
@@ -74,10 +75,15 @@ def _table(proposals: list[Proposal], title: str, known: Collection[str]) -> Tab
             trial.allocator,
             _words(trial.knobs),
             _words({name: settings[name] for name in ("rank", "lora_alpha", "learning_rate")}),
-            f"{mark}{trial.allocation.total_experts}",
+            f"{mark}{_amount(trial.allocation)}",
             f"{mark}{proposal.trainable_params:,} ({human(proposal.trainable_params)})",
         )
     return table
+
+
+def _amount(allocation: Allocation) -> str:
+    """How many experts, or `Σr 320` where modules have ranks."""
+    return f"Σr {allocation.total_rank}" if isinstance(allocation, ModuleRanks) else f"{allocation.total_experts}"
 
 
 def _words(knobs: Mapping[str, Any]) -> str:

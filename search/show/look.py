@@ -35,11 +35,7 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
     models.check_options(dtype=config.dtype, attn=config.attn, quantization=config.quantization)
     shape = models.shape_of(model, trust_remote_code=config.trust_remote_code)
 
-    names = config.allocator or [
-        name
-        for name in plugins.fitting(shape)
-        if not signals or plugins.load("allocators", name).NEEDS in (None, *signals)
-    ]
+    names = config.allocator or _names(config.gives, shape, signals)
     modules = {name: plugins.load("allocators", name) for name in names}
     knobs_by_name = _deal(knobs, modules)
     for name, module in modules.items():
@@ -58,7 +54,7 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
     answers = [
         Answer(name, knobs_by_name[name], None, reason=lacking[module.NEEDS])
         if module.NEEDS in lacking
-        else _ask(name, module, signals, shape, knobs_by_name[name], config.seed)
+        else _ask(name, module, signals, shape, knobs_by_name[name], config)
         for name, module in modules.items()
     ]
     if all(answer.allocation is None for answer in answers):
@@ -97,10 +93,32 @@ def _model_of(signals: Mapping[str, Signal]) -> str:
     return next(iter(names), "")
 
 
+def _names(gives: str, shape: ModelShape, signals: Mapping[str, Signal]) -> list[str]:
+    """The allocators of one kind that fit the model, of those that read a signal the ones that have it where any is.
+
+    Raises StudyError for another kind.
+    """
+    kinds = (*plugins.GIVES, "all")
+    if gives not in kinds:
+        raise unknown("value of gives", gives, kinds)
+    return [
+        name
+        for name in plugins.fitting(shape)
+        if gives in (plugins.gives(module := plugins.load("allocators", name)), "all")
+        and (not signals or module.NEEDS in (None, *signals))
+    ]
+
+
 def _ask(
-    name: str, module: ModuleType, signals: Mapping[str, Signal], shape: ModelShape, knobs: Mapping[str, Any], seed: int
+    name: str,
+    module: ModuleType,
+    signals: Mapping[str, Signal],
+    shape: ModelShape,
+    knobs: Mapping[str, Any],
+    config: ShowConfig,
 ) -> Answer:
-    seeded = {"seed": seed} if "seed" in plugins.knobs_of(module) else {}
+    own = {"seed": config.seed, "rank": config.rank}
+    seeded = {knob: value for knob, value in own.items() if knob in plugins.knobs_of(module)}
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", ToolkitWarning)
         try:

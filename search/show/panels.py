@@ -62,7 +62,7 @@ class Panel:
 
 
 def allocation_panel(answer: Answer, shape: ModelShape) -> Panel:
-    """Chosen experts by layer (1 or 0), or experts added by layer and module."""
+    """Chosen experts by layer (1 or 0), or experts added or ranks by layer and module."""
     assert answer.allocation is not None, answer
     drawn = AllocationMap.of(answer.allocation, shape)
     if drawn.across == "expert":
@@ -72,7 +72,8 @@ def allocation_panel(answer: Answer, shape: ModelShape) -> Panel:
         return Panel("experts that are adapted", answer.name, drawn.rows, columns, tuple(values))
     by_module = tuple(tuple(float(added or 0) for added in layer) for layer in zip(*drawn.cells, strict=True))
     lines = tuple(f"layer {layer}" for layer in range(shape.num_layers))
-    return Panel("experts that are added", answer.name, lines, drawn.rows, by_module, counts=True)
+    group = "ranks" if drawn.unit == "ranks" else "experts that are added"
+    return Panel(group, answer.name, lines, drawn.rows, by_module, counts=True)
 
 
 def signal_panels(signal: Signal, shape: ModelShape) -> list[Panel]:

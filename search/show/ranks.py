@@ -51,7 +51,7 @@ def comparisons(shown: Shown) -> list[tuple[str, Correlations]]:
     experts = any(map(by_layer, shown.signals.values()))
     both = [
         (f"signals, by {'expert' if experts else 'layer'}", correlations(signal_columns(shown.signals, shown.shape))),
-        ("allocators' experts by layer", correlations(counts)),
+        (f"allocators' {'ranks' if shown.of_ranks else 'experts'} by layer", correlations(counts)),
     ]
     return [(f"rank correlation (Spearman) of {what}", by_pair) for what, by_pair in both if by_pair]
 

@@ -15,9 +15,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from allocators._ranks import budget_of, matrices_of
 from allocators.core.layers import blocks, on_layers
 from allocators.core.ranking import covered_shares
-from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Signal
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, ModuleRanks, Signal
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,18 @@ class Shown:
         return f"{self.shape.name}: {self.shape.num_layers} layers{experts}"
 
     @property
+    def of_ranks(self) -> bool:
+        """Whether every answer is one of ranks."""
+        return all(isinstance(a.allocation, ModuleRanks) for a in self.answers if a.allocation is not None)
+
+    @property
     def budget(self) -> int | None:
-        """Parameters of T layers' worth of experts: what an allocator costs that spends T on layers of one size."""
+        """Parameters of T layers' worth of experts: what an allocator costs that spends T on layers of one size.
+
+        Of ranks those of `rank` on every matrix.
+        """
+        if self.of_ranks:
+            return budget_of(matrices_of(self.shape), self.rank)
         if self.total_experts is None:
             return None
         one_a_layer = on_layers([1] * self.shape.num_layers, self.shape).trainable_params(self.shape, rank=self.rank)
@@ -66,7 +77,7 @@ class Shown:
 
 
 def per_layer(allocation: Allocation, shape: ModelShape) -> list[float]:
-    """Experts of every layer; for a dense base the mean over the layer's modules, the papers' N of a layer."""
+    """Experts of every layer, of counts the mean over its modules (the papers' N of a layer); of ranks their sum."""
     match allocation:
         case ExpertSelection():
             return [len(allocation.in_layer(layer)) for layer in shape.moe_layers]
@@ -75,6 +86,11 @@ def per_layer(allocation: Allocation, shape: ModelShape) -> list[float]:
             for m in blocks(shape):
                 layers[m.layer].append(allocation.counts.get(m.path, 0))
             return [statistics.fmean(counts) for counts in layers]
+        case ModuleRanks():
+            ranks = [0] * shape.num_layers
+            for m in shape.modules:
+                ranks[m.layer] += sum(allocation.of(m))
+            return [float(total) for total in ranks]
 
 
 def in_runs(numbers: Iterable[float]) -> str:
@@ -111,4 +127,7 @@ def headings(shown: Shown) -> tuple[str, ...]:
     """Heads of the table's columns; the last two are empty where there is nothing to show."""
     covers = "tokens covered (by layer)" if "routing" in shown.signals else ""
     share = f"of T = {shown.total_experts}" if shown.budget else ""
-    return "allocator", "knobs", "experts", "by layer", f"parameters, rank {shown.rank}", share, covers
+    what, parameters = "experts", f"parameters, rank {shown.rank}"
+    if shown.of_ranks:
+        what, parameters, share = "total rank", "parameters", f"of rank {shown.rank} everywhere"
+    return "allocator", "knobs", what, "by layer", parameters, share, covers

@@ -12,8 +12,9 @@
     adapters.set_adapter("large")
     adapters.set_adapter(None)                                                   # the base itself, bit for bit
 
-An MoE base takes an `ExpertSelection` (`expert_lora.py`), a dense base takes `ExpertCounts` (`lora_moe.py`). Both build
-on the `Adapter` of `base.py`; an adapter's folder is in `files.py`, PEFT's form of it in `peft_format.py`.
+An MoE base takes an `ExpertSelection` (`expert_lora.py`), a dense base takes `ExpertCounts` (`lora_moe.py`), either
+takes `ModuleRanks` (`module_ranks.py`). All build on the `Adapter` of `base.py`; an adapter's folder is in `files.py`,
+PEFT's form of it in `peft_format.py`.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from allocators.core.errors import StudyError, unknown
-from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, LoraSettings, ModelShape
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, LoraSettings, ModelShape, ModuleRanks
 from trainers import storage
 from trainers.adapter.base import Adapter, fingerprint
 from trainers.adapter.expert_lora import ExpertLoraAdapter
 from trainers.adapter.files import Saved, family_of, read, save
 from trainers.adapter.lora_moe import LoraMoeAdapter
+from trainers.adapter.module_ranks import ModuleRanksAdapter
 from trainers.models.quantized import quantization_of
 
 __all__ = ["Adapter", "Adapters", "Saved", "attach", "fingerprint", "load", "read", "save"]
@@ -53,6 +55,8 @@ def attach(
             return ExpertLoraAdapter(model, allocation, shape=shape, lora=lora, seed=seed)
         case ExpertCounts():
             return LoraMoeAdapter(model, allocation, shape=shape, lora=lora, seed=seed)
+        case ModuleRanks():
+            return ModuleRanksAdapter(model, allocation, shape=shape, lora=lora, seed=seed)
 
 
 def load(model: nn.Module, folder: storage.Location) -> Adapter:

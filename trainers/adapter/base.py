@@ -87,12 +87,16 @@ class Adapter(ABC):
         self._tensors[name] = nn.Parameter(value.to(device=device, dtype=torch.float32))
         return self._tensors[name]
 
-    def _add_linear_lora(self, module: Any, spec: ModuleShape) -> None:
-        """Plain LoRA on a linear layer, or on a router: a small module whose forward calls F.linear on its `weight`."""
+    def _add_linear_lora(self, module: Any, spec: ModuleShape, *, rank: int | None = None) -> None:
+        """Plain LoRA on a linear layer, or on a router: a small module whose forward calls F.linear on its `weight`.
+
+        rank   of the module, that of the settings unless given; the scale is that of the settings whatever it is
+        """
         lora, device = self.lora, module.weight.device
-        start_RI = uniform(lora.rank, spec.in_features, seed=self.seed, name=spec.path)
+        rank = lora.rank if rank is None else rank
+        start_RI = uniform(rank, spec.in_features, seed=self.seed, name=spec.path)
         a_RI = self._add(f"{spec.path}.lora_A", start_RI, device=device)
-        b_OR = self._add(f"{spec.path}.lora_B", torch.zeros(spec.out_features, lora.rank), device=device)
+        b_OR = self._add(f"{spec.path}.lora_B", torch.zeros(spec.out_features, rank), device=device)
 
         def add(out: Tensor, x: Tensor) -> Tensor:
             x = F.dropout(x, lora.lora_dropout, module.training)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,18 +62,13 @@ class ExpertLoraAdapter(Adapter):
         self.experts = {
             layer: self._add_expert_lora(projections[layer], ids) for layer, ids in self.allocation.experts.items()
         }
-        if self.experts:
-            self._dispatch()
+        dispatched(self, self.experts)
 
     def _add_expert_lora(self, specs: list[ModuleShape], ids: tuple[int, ...]) -> ExpertLora:
         path = specs[0].path.rpartition(".")[0]
         module = module_at(self.model, path, name=self.shape.name)
         by_name = {spec.name: spec for spec in specs}
-        for stack, projections in weight_stacks(module, path=path).items():
-            parts = [by_name[p] for p in projections]
-            size = (sum(p.out_features for p in parts), parts[0].in_features)
-            expected = (parts[0].num_experts, *(reversed(size) if module.is_transposed else size))
-            check_size(getattr(module, stack).shape, expected, path=f"{path}.{stack}", name=self.shape.name)
+        check_stacks(module, by_name, path=path, name=self.shape.name)
         device, rank = module.down_proj.device, self.lora.rank
         pairs = {}
         for name, spec in by_name.items():
@@ -87,14 +82,6 @@ class ExpertLoraAdapter(Adapter):
         self._on_detach(lora.stop_watching)
         return lora
 
-    def _dispatch(self) -> None:
-        self._put(lambda: dispatch(self.model))
-        for lora in self.experts.values():
-            if lora.module.config._experts_implementation != IMPLEMENTATION:  # set_… skips classes it does not know
-                raise StudyError(
-                    f"{type(self.model).__name__} cannot change how its experts run: no LoRA on {lora.path}"
-                )
-
     def check_gradients(self) -> None:
         """Call after the first backward pass; stops counting tokens, so later calls see only missing gradients.
 
@@ -102,14 +89,7 @@ class ExpertLoraAdapter(Adapter):
         LoRA received no gradient. (The very first gradient of every A is zero, because B is; that of B is not.)
         """
         for layer, lora in self.experts.items():
-            lost = lora.without_gradient()
-            if lost:
-                expert, tokens = lost[0]
-                raise TrialError(
-                    f"expert {expert} of layer {layer} received {tokens} tokens but its LoRA no gradient "
-                    f"({len(lost)} such experts in the layer): is {IMPLEMENTATION!r} still the experts implementation?"
-                )
-            lora.stop_watching()
+            lora.check_gradients(layer)
         super().check_gradients()
 
     def _merge(self) -> None:
@@ -118,6 +98,29 @@ class ExpertLoraAdapter(Adapter):
             self._merge_linear_lora(module_at(self.model, spec.path, name=self.shape.name), spec)
         for lora in self.experts.values():
             lora.merge()
+
+
+def check_stacks(module: Any, by_name: Mapping[str, ModuleShape], *, path: str, name: str) -> None:
+    """Raises StudyError where the stacks of an experts module are not as large as the shape says."""
+    for stack, projections in weight_stacks(module, path=path).items():
+        parts = [by_name[p] for p in projections]
+        size = (sum(p.out_features for p in parts), parts[0].in_features)
+        expected = (parts[0].num_experts, *(reversed(size) if module.is_transposed else size))
+        check_size(getattr(module, stack).shape, expected, path=f"{path}.{stack}", name=name)
+
+
+def dispatched(adapter: Adapter, experts: Mapping[int, ExpertLora]) -> None:
+    """Lets the experts of the adapter's model run on `experts_forward` where any of them has LoRA.
+
+    Raises StudyError where the model cannot change how its experts run.
+    """
+    if experts:
+        adapter._put(lambda: dispatch(adapter.model))
+    for lora in experts.values():
+        if lora.module.config._experts_implementation != IMPLEMENTATION:  # set_… skips classes it does not know
+            raise StudyError(
+                f"{type(adapter.model).__name__} cannot change how its experts run: no LoRA on {lora.path}"
+            )
 
 
 def dispatch(model: Any) -> Callable[[], None]:
@@ -229,12 +232,26 @@ class ExpertLora(ExpertStacks):
         ends_C = torch.searchsorted(ids_S[rows_Q], self.ids_C, right=True, out_int32=True)
         return Route(ids_S, order_S, inverse_S, token_S, ends_E, rows_Q, ends_C, None)
 
+    @property
+    def most(self) -> int:
+        """The largest rank of an expert in any projection."""
+        return max(a_CRI.size(1) for a_CRI, _ in self.pairs.values())
+
+    def size(self, projection: str) -> tuple[int, int]:
+        """O and I of a projection."""
+        a_CRI, b_COR = self.pairs[projection]
+        return b_COR.size(1), a_CRI.size(2)
+
+    def pair(self, projection: str) -> tuple[Tensor, Tensor]:
+        """A [C, R, I] and B [C, O, R] of one projection."""
+        return self.pairs[projection]
+
     def factors(self, stack: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A [C, R, I] and B [C, O, R] of one weight stack, as `side_by_side` puts its projections.
 
         R is padded with zeros to 16 bytes, which grouped_mm asks for; the trainable tensors are not padded.
         """
-        pairs = [self.pairs[projection] for projection in self.stacks[stack]]
+        pairs = [self.pair(projection) for projection in self.stacks[stack]]
         a_CRI, b_COR = side_by_side(pairs, concatenated=self.module.is_concatenated, dtype=dtype)
         if self.every_row and not self.all_chosen:
             a_CRI = a_CRI.new_zeros(self.module.num_experts, *a_CRI.shape[1:]).index_copy(0, self.ids_C, a_CRI)
@@ -256,7 +273,7 @@ class ExpertLora(ExpertStacks):
         """Adds B·A to the chosen experts that this worker holds."""
         for stack, projections in self.stacks.items():
             for position, projection in enumerate(projections):
-                a_CRI, b_COR = self.pairs[projection]
+                a_CRI, b_COR = self.pair(projection)
                 held, first = local_rows(getattr(self.module, stack))
                 for expert, a_RI, b_OR in zip(self.ids, a_CRI, b_COR, strict=True):
                     if not first <= expert < first + len(held):  # on another worker
@@ -287,15 +304,29 @@ class ExpertLora(ExpertStacks):
 
         self.stop_watching: Callable[[], None] = self.module.register_forward_hook(watch).remove
 
-    def without_gradient(self) -> list[tuple[int, int]]:
-        """(expert, tokens) for chosen experts that had tokens with a gradient, but whose own tensors have none."""
+    def check_gradients(self, layer: int) -> None:
+        """Stops counting tokens. Raises TrialError where a chosen expert had some with a gradient, but has none."""
+        if lost := self.without_gradient():
+            expert, tokens = lost[0]
+            raise TrialError(
+                f"expert {expert} of layer {layer} received {tokens} tokens but its LoRA no gradient "
+                f"({len(lost)} such experts in the layer): is {IMPLEMENTATION!r} still the experts implementation?"
+            )
+        self.stop_watching()
+
+    def reached(self) -> Tensor:
+        """Which of the C chosen experts have a gradient that is not zero."""
         reached_C = torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids_C.device)
         for pair in self.pairs.values():
             for parameter in pair:
                 if parameter.grad is not None:
                     reached_C |= parameter.grad.ne(0).flatten(1).any(dim=1)
+        return reached_C
+
+    def without_gradient(self) -> list[tuple[int, int]]:
+        """(expert, tokens) for chosen experts that had tokens with a gradient, but whose own tensors have none."""
         live_C = self.live_E[self.ids_C]
-        lost = ((live_C > 0) & ~reached_C).nonzero().flatten().tolist()
+        lost = ((live_C > 0) & ~self.reached()).nonzero().flatten().tolist()
         return [(self.ids[c], int(live_C[c])) for c in lost]
 
 

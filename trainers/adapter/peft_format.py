@@ -18,6 +18,10 @@ PEFT 0.21 has three means, and a routed mixture of LoRA experts is none of them:
   an A each: rank 2r, A = [A_gate; A_up], B = diag(B_gate, B_up), lora_alpha doubled as the rank is. (In further
   training PEFT would fill B's zeros outside of the diagonal: from there on it is another parametrisation.)
 
+Where modules have ranks of their own (`ModuleRanks`) these are in `rank_pattern` and their alphas in `alpha_pattern`,
+by the full name; the ranks of a stack's experts are filled up with zeros to the largest. PEFT warns that keys which
+name a parameter were ignored, and applies them.
+
 PEFT keeps a stack's A as [E·R, I], expert by expert, and its B as [O, R·E], rank by rank.
 
 Shapes: E experts, C chosen experts, I input features, O output features, R rank.
@@ -26,6 +30,7 @@ Shapes: E experts, C chosen experts, I input features, O output features, R rank
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +40,12 @@ import torch
 from torch import Tensor, nn
 
 from allocators.core.errors import StudyError
-from allocators.core.types import ExpertCounts, ExpertSelection, ModuleShape
+from allocators.core.types import ExpertCounts, ExpertSelection, ModuleRanks, ModuleShape
 from trainers import storage
 from trainers.adapter.expert_lora import side_by_side, weight_stacks
 from trainers.adapter.files import Saved
 from trainers.adapter.linear import module_at
+from trainers.adapter.module_ranks.experts import filled_up
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,9 @@ def refusal(saved: Saved) -> str:
                 f"{several[0]} and {len(several) - 1} more modules have several LoRA experts with a router, and PEFT "
                 "has no such layer"
             )
-        if not allocation.counts:
-            return "it adapts no module, and a PEFT adapter has at least one target"
+    nothing = isinstance(allocation, ExpertCounts) and not allocation.counts
+    if nothing or (isinstance(allocation, ModuleRanks) and not allocation.total_rank):
+        return "it adapts no module, and a PEFT adapter has at least one target"
     return ""
 
 
@@ -99,12 +106,8 @@ def write(
     targets = {target.name: target for target in _targets(model, saved)}
     lora = saved.lora
     parameters = [name for name, target in targets.items() if target.parameter]
-    # The widest rank is PEFT's default and the others are exceptions, in one pattern: it warns of a pattern that fits
-    # parameters only, as one for gate_up_proj would, that it is ignored (it is not).
-    ranks = {name.rpartition(".")[2]: target.rank for name, target in targets.items()}
-    widest = max(ranks.values())
-    narrow = {"|".join(sorted(name for name, rank in ranks.items() if rank < widest)): lora.rank}
-    narrow.pop("", None)
+    widest = max(target.rank for target in targets.values())
+    narrow = _exceptions(targets, saved, widest)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=widest,
@@ -116,7 +119,9 @@ def write(
         rank_pattern=narrow,
         alpha_pattern={names: _whole(lora.scale * rank) for names, rank in narrow.items()},
     )
-    wrapped = get_peft_model(model, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*keys did not match any targeted module")
+        wrapped = get_peft_model(model, config)
     try:
         _fill(wrapped, targets)
         config.base_model_name_or_path, config.revision = base, revision
@@ -128,6 +133,20 @@ def write(
         stored=sum(t.a.numel() + t.b.numel() for t in targets.values()),
         trained=sum(t.numel() for name, t in saved.weights.items()) - _routers(saved),
     )
+
+
+def _exceptions(targets: Mapping[str, Target], saved: Saved, widest: int) -> dict[str, int]:
+    """Pattern → rank of what has less than the widest rank, which is PEFT's default.
+
+    Where there is one such rank it is one pattern: PEFT warns of a pattern that fits parameters only, as one for
+    gate_up_proj would, that it is ignored (it is not).
+    """
+    if isinstance(saved.allocation, ModuleRanks):
+        return {name: target.rank for name, target in targets.items() if target.rank < widest}
+    ranks = {name.rpartition(".")[2]: target.rank for name, target in targets.items()}
+    narrow = {"|".join(sorted(name for name, rank in ranks.items() if rank < widest)): saved.lora.rank}
+    narrow.pop("", None)
+    return narrow
 
 
 def _whole(value: float) -> Any:
@@ -144,7 +163,7 @@ def _sort_targets(file: Path) -> None:
 
 def _routers(saved: Saved) -> int:
     """Values of the routers of single experts, which are left out."""
-    if isinstance(saved.allocation, ExpertSelection):
+    if not isinstance(saved.allocation, ExpertCounts):
         return 0
     return sum(m.in_features * saved.allocation.counts.get(m.path, 0) for m in saved.shape.modules)
 
@@ -181,15 +200,44 @@ def _targets(model: nn.Module, saved: Saved) -> Iterator[Target]:
                 yield Target(name, True, a_RI, b_OR, rank)
             for layer, ids in chosen.experts.items():
                 specs = [spec for spec in shape.of_role("expert") if spec.layer == layer]
-                yield from _stacks(model, specs, ids, saved)
+                pairs = {s.name: (weights[f"{s.path}.lora_A"], weights[f"{s.path}.lora_B"]) for s in specs}
+                yield from _stacks(model, specs, ids, pairs, saved)
+        case ModuleRanks() as ranked:
+            yield from _ranked(model, ranked, saved)
 
 
-def _stacks(model: nn.Module, specs: list[ModuleShape], ids: tuple[int, ...], saved: Saved) -> Iterator[Target]:
-    """The expert stacks of one layer."""
+def _ranked(model: nn.Module, ranked: ModuleRanks, saved: Saved) -> Iterator[Target]:
+    """Modules with ranks of their own, then the stacks of every layer."""
+    shape, weights = saved.shape, saved.weights
+    for spec in shape.modules:
+        if rank := ranked.ranks.get(spec.path):
+            parameter = shape.is_moe and spec.role != "attention"
+            name = f"{spec.path}.weight" if parameter else spec.path
+            yield Target(name, parameter, weights[f"{spec.path}.lora_A"], weights[f"{spec.path}.lora_B"], rank)
+    for layer in shape.moe_layers:
+        specs = [spec for spec in shape.of_role("expert") if spec.layer == layer]
+        ids, pairs = filled_up(specs, ranked, weights)
+        if ids:
+            yield from _stacks(model, specs, ids, pairs, saved)
+
+
+def _stacks(
+    model: nn.Module,
+    specs: list[ModuleShape],
+    ids: tuple[int, ...],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    saved: Saved,
+) -> Iterator[Target]:
+    """The expert stacks of one layer; a stack without LoRA in any of its projections is left out.
+
+    factors   projection → A [C, R, I] and B [C, O, R]
+    """
     path, num_experts = specs[0].path.rpartition(".")[0], specs[0].num_experts
     module = module_at(model, path, name=saved.shape.name)
     for stack, projections in weight_stacks(module, path=path).items():
-        pairs = [(saved.weights[f"{path}.{p}.lora_A"], saved.weights[f"{path}.{p}.lora_B"]) for p in projections]
+        if not any(name in factors for name in projections):
+            continue
+        pairs = [factors[name] for name in projections]
         a_CRI, b_COR = side_by_side(pairs, concatenated=module.is_concatenated)
         chosen = torch.tensor(ids)
         a_ERI = a_CRI.new_zeros(num_experts, *a_CRI.shape[1:]).index_copy(0, chosen, a_CRI)

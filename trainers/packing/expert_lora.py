@@ -1,11 +1,13 @@
-"""LoRA of every member on an MoE base: on attention, routers and shared experts, and on its own chosen experts.
+"""Plain LoRA of the members: on linear layers, routers and shared experts, and on experts that a member has chosen.
+
+`parts` is for selections of experts, `parts_of_ranks` for ranks, where a member adapts modules of its own.
 
 Shapes: K members, T tokens of a member, I input and O output features, R the largest rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +15,11 @@ from torch import Tensor, nn
 
 from allocators.core.types import ALWAYS_ADAPTED
 from trainers.adapter.expert_lora import ExpertLora, ExpertLoraAdapter, ExpertStacks, Route, kept_rows, padded_rank
-from trainers.adapter.linear import add_product_, module_at, put_attribute, put_on_linear
+from trainers.adapter.linear import module_at, put_attribute, put_on_linear
+from trainers.adapter.module_ranks import ModuleRanksAdapter
+from trainers.adapter.module_ranks.experts import RaggedExpertLora
 from trainers.packing.buffers import Buffers
-from trainers.packing.passes import Part, Passes
+from trainers.packing.passes import MemberRows, Part, Passes
 
 
 def parts(model: nn.Module, adapters: Sequence[ExpertLoraAdapter], buffers: Buffers, passes: Passes) -> list[Part]:
@@ -24,7 +28,25 @@ def parts(model: nn.Module, adapters: Sequence[ExpertLoraAdapter], buffers: Buff
     made: list[Part] = []
     for spec in shape.of_role(*ALWAYS_ADAPTED):
         module = module_at(model, spec.path, name=shape.name)
-        made.append(PackedLinear(module, spec.path, [a.linear_lora(spec.path) for a in adapters], buffers, passes))
+        pairs = {k: adapter.linear_lora(spec.path) for k, adapter in enumerate(adapters)}
+        made.append(PackedLinear(module, spec.path, pairs, buffers, passes))
+    for layer in sorted({layer for adapter in adapters for layer in adapter.experts}):
+        loras = {k: adapter.experts[layer] for k, adapter in enumerate(adapters) if layer in adapter.experts}
+        made.append(PackedExperts(loras, buffers, passes))
+    return made
+
+
+def parts_of_ranks(
+    model: nn.Module, adapters: Sequence[ModuleRanksAdapter], buffers: Buffers, passes: Passes
+) -> list[Part]:
+    """What the adapters have between them, module by module; a module that one of them leaves alone is the others'."""
+    shape = adapters[0].shape
+    made: list[Part] = []
+    for spec in shape.modules:
+        ranked = {k: a.linear_lora(spec.path) for k, a in enumerate(adapters) if spec.path in a.allocation.ranks}
+        if ranked:
+            module = module_at(model, spec.path, name=shape.name)
+            made.append(PackedLinear(module, spec.path, ranked, buffers, passes))
     for layer in sorted({layer for adapter in adapters for layer in adapter.experts}):
         loras = {k: adapter.experts[layer] for k, adapter in enumerate(adapters) if layer in adapter.experts}
         made.append(PackedExperts(loras, buffers, passes))
@@ -32,24 +54,28 @@ def parts(model: nn.Module, adapters: Sequence[ExpertLoraAdapter], buffers: Buff
 
 
 class PackedLinear(Part):
-    """LoRA of every member on one linear layer or router."""
+    """LoRA of the members that adapt it on one linear layer or router.
+
+    pairs   member → A and B
+    """
 
     def __init__(
         self,
         module: Any,
         path: str,
-        pairs: Sequence[tuple[nn.Parameter, nn.Parameter]],
+        pairs: dict[int, tuple[nn.Parameter, nn.Parameter]],
         buffers: Buffers,
         passes: Passes,
     ) -> None:
         self.module, self.path, self.buffers, self.passes = module, path, buffers, passes
-        self.members = range(len(pairs))
-        (a_RI, b_OR), most = pairs[0], max(len(a_RI) for a_RI, _ in pairs)
+        self.members = list(pairs)
+        self.rows = MemberRows(self.members, num_members=passes.num_members, device=buffers.device)
+        (a_RI, b_OR), most = next(iter(pairs.values())), max(len(a_RI) for a_RI, _ in pairs.values())
         self.a_KRI = buffers.tensor(len(pairs), most, a_RI.size(1), written=True)
         self.b_KOR = buffers.tensor(len(pairs), b_OR.size(0), most, written=True)
-        for k, (a_RI, b_OR) in enumerate(pairs):
-            buffers.place(self.a_KRI, (k, slice(len(a_RI))), a_RI)
-            buffers.place(self.b_KOR, (k, slice(None), slice(len(a_RI))), b_OR)
+        for place, (a_RI, b_OR) in enumerate(pairs.values()):
+            buffers.place(self.a_KRI, (place, slice(len(a_RI))), a_RI)
+            buffers.place(self.b_KOR, (place, slice(None), slice(len(a_RI))), b_OR)
         scales = [passes.scale_of(k) for k in self.members]
         self.scale_K11 = torch.tensor(scales, device=buffers.device).view(-1, 1, 1)
 
@@ -60,7 +86,7 @@ class PackedLinear(Part):
     def add(self, out: Tensor, x: Tensor) -> Tensor:
         """Adds every member's LoRA to the layer's output for its rows."""
         self.seen = True
-        x_KTI = x.reshape(len(self.members), -1, x.size(-1)).to(out.dtype)
+        x_KTI = self.rows.pick(x).to(out.dtype)
         keep = self.passes.kept(self.members, x.size(-1))
         y: Tensor = _AddLora.apply(out, x_KTI, self.a_KRI, self.b_KOR, keep, self)
         return y
@@ -79,7 +105,7 @@ class _AddLora(torch.autograd.Function):
     ) -> Tensor:
         a, b = a_KRI.to(out.dtype), b_KOR.to(out.dtype)
         rank_KTR = torch.bmm(x_KTI if keep is None else x_KTI * keep, a.mT).mul_(lora.scale_K11.to(out.dtype))
-        add_product_(out.view(len(a), -1, out.size(-1)), rank_KTR, b.mT)
+        lora.rows.add_product_(out, rank_KTR, b.mT)
         ctx.save_for_backward(x_KTI, keep, rank_KTR)
         ctx.lora = lora
         ctx.mark_dirty(out)
@@ -91,7 +117,7 @@ class _AddLora(torch.autograd.Function):
         x_KTI, keep, rank_KTR = ctx.saved_tensors
         lora: PackedLinear = ctx.lora
         a, b = lora.a_KRI.to(dy.dtype), lora.b_KOR.to(dy.dtype)
-        dy_KTO = dy.reshape(len(a), -1, dy.size(-1))
+        dy_KTO = lora.rows.pick(dy)
         drank_KTR = torch.bmm(dy_KTO, b).mul_(lora.scale_K11.to(dy.dtype))
         lora.buffers.add_gradient(lora.b_KOR, dy_KTO.mT, rank_KTR)
         lora.buffers.add_gradient(lora.a_KRI, drank_KTR.mT, x_KTI if keep is None else x_KTI * keep)
@@ -112,7 +138,7 @@ class PackedExperts(ExpertStacks, Part):
     Shapes as in trainers/adapter/expert_lora.py, where K are the experts a token: here K is members, J that.
     """
 
-    def __init__(self, loras: dict[int, ExpertLora], buffers: Buffers, passes: Passes) -> None:
+    def __init__(self, loras: Mapping[int, ExpertLora], buffers: Buffers, passes: Passes) -> None:
         one = next(iter(loras.values()))
         super().__init__(one.module, path=one.path)
         self.passes = passes
@@ -132,7 +158,7 @@ class PackedExperts(ExpertStacks, Part):
         self.scale_C = scales.to(self.device)
         self.places_C = torch.arange(self.num_pairs, device=self.device)
         self.drops = passes.drops(list(loras))
-        most = max(a_CRI.size(1) for lora in loras.values() for a_CRI, _ in lora.pairs.values())
+        most = max(lora.most for lora in loras.values())
         self.tensors = {stack: self._side_by_side(stack, loras, most, buffers) for stack in self.stacks}
 
     def put(self) -> Callable[[], None]:
@@ -140,21 +166,18 @@ class PackedExperts(ExpertStacks, Part):
         return put_attribute(self.module, "lora", self)
 
     def _side_by_side(
-        self, stack: str, loras: dict[int, ExpertLora], most: int, buffers: Buffers
+        self, stack: str, loras: Mapping[int, ExpertLora], most: int, buffers: Buffers
     ) -> tuple[Tensor, Tensor]:
         """As `expert_lora.side_by_side` has it, each projection with the largest rank of all members."""
-        projections = self.stacks[stack]
-        sizes = [next(iter(loras.values())).pairs[name] for name in projections]
+        projections, one = self.stacks[stack], next(iter(loras.values()))
+        outputs = [one.size(name)[0] for name in projections]
         ranks = padded_rank(most * len(projections), self.module.down_proj.dtype)
-        a = buffers.tensor(self.num_pairs, ranks, sizes[0][0].size(2))
-        b = buffers.tensor(self.num_pairs, sum(b_COR.size(1) for _, b_COR in sizes), ranks)
+        a = buffers.tensor(self.num_pairs, ranks, one.size(projections[0])[1])
+        b = buffers.tensor(self.num_pairs, sum(outputs), ranks)
         for position, name in enumerate(projections):
+            rows = self.rows_of(stack, position, outputs[position])
             for k, lora in loras.items():
-                a_CRI, b_COR = lora.pairs[name]
-                pairs = slice(*self.pairs_of[k])
-                in_rank = slice(position * most, position * most + a_CRI.size(1))
-                buffers.place(a, (pairs, in_rank), a_CRI)
-                buffers.place(b, (pairs, self.rows_of(stack, position, b_COR.size(1)), in_rank), b_COR)
+                _place(lora, name, (a, b), rows, pairs=self.pairs_of[k], first=position * most, buffers=buffers)
         return a, b
 
     def route(self, index_TJ: Tensor) -> Route:
@@ -196,3 +219,28 @@ class PackedExperts(ExpertStacks, Part):
                     len(own), num_features, dropout=p, device=self.device, generator=now.generators[k]
                 )
         return keep_QI
+
+
+def _place(
+    lora: ExpertLora,
+    name: str,
+    tensors: tuple[Tensor, Tensor],
+    rows: slice,
+    *,
+    pairs: tuple[int, int],
+    first: int,
+    buffers: Buffers,
+) -> None:
+    """A member's factors of one projection, from rank `first` on: of all its experts, or expert by expert."""
+    if name not in lora.pairs:  # none of its experts has a rank in this projection
+        return
+    (a, b), (a_of, b_of) = tensors, lora.pairs[name]
+    if not isinstance(lora, RaggedExpertLora):
+        in_rank = slice(first, first + a_of.size(1))
+        buffers.place(a, (slice(*pairs), in_rank), a_of)
+        buffers.place(b, (slice(*pairs), rows, in_rank), b_of)
+        return
+    for c, part in lora.parts(name):
+        in_rank = slice(first, first + part.stop - part.start)
+        buffers.place(a, (pairs[0] + c, in_rank), a_of, part)
+        buffers.place(b, (pairs[0] + c, rows, in_rank), b_of, (slice(None), part))

@@ -12,6 +12,7 @@ from allocators.core.errors import StudyError, TrialError
 from trainers.adapter.base import Adapter, Undo, freeze
 from trainers.adapter.expert_lora import ExpertLoraAdapter, dispatch
 from trainers.adapter.lora_moe import LoraMoeAdapter
+from trainers.adapter.module_ranks import ModuleRanksAdapter
 from trainers.packing import expert_lora, lora_moe
 from trainers.packing.buffers import Buffers
 from trainers.packing.passes import Part, Passes
@@ -41,12 +42,15 @@ class Pack:
 
     def _parts(self, model: nn.Module, adapters: Sequence[Adapter]) -> list[Part]:
         of_moe = [adapter for adapter in adapters if isinstance(adapter, ExpertLoraAdapter)]
+        of_ranks = [adapter for adapter in adapters if isinstance(adapter, ModuleRanksAdapter)]
         of_dense = [adapter for adapter in adapters if isinstance(adapter, LoraMoeAdapter)]
         if len(of_moe) == len(adapters):
             return expert_lora.parts(model, of_moe, self.buffers, self.passes)
         if len(of_dense) == len(adapters):
             return lora_moe.parts(model, of_dense, self.buffers, self.passes)
-        raise StudyError("adapters of an MoE base and of a dense base cannot share a pass")
+        if len(of_ranks) == len(adapters):
+            return expert_lora.parts_of_ranks(model, of_ranks, self.buffers, self.passes)
+        raise StudyError("adapters of two kinds (experts that are added, experts that are chosen, ranks) share no pass")
 
     def attach(self) -> None:
         """Hooks in; nothing where they are in already."""

@@ -14,16 +14,17 @@ from html import escape
 from pathlib import Path
 
 from allocators.core.maps import AllocationMap
-from allocators.core.types import Outcome
+from allocators.core.types import ModuleRanks, Outcome
 from search.front import Candidate
 from search.records import flattened
 from search.report.plot import colours
 from search.report.results import Results
 from search.report.sections import Section
 from search.report.words import export_command, load_code
-from search.text import human, number, probability, settings_of
+from search.text import amount, human, number, probability, settings_of
 
 FOLDER = Path(__file__).parent
+_MOST = 50_000  # one character further lie halves of pairs, which no JSON holds
 
 
 def html(results: Results, *, headlines: Sequence[str], words: Sequence[str], sections: Sequence[Section]) -> str:
@@ -48,6 +49,7 @@ def _data(
     results: Results, headlines: Sequence[str], words: Sequence[str], sections: Sequence[Section]
 ) -> dict[str, object]:
     header, places = results.records.header, AllocationMap.empty(results.records.shape)
+    ranks = AllocationMap.empty(results.records.shape, ranks=True)
     return {
         "name": results.title,
         "started": header["started"],
@@ -66,6 +68,7 @@ def _data(
         "points": [_point(results, candidate) for candidate in results.points],
         "answered": _answered(results),
         "map": {"rows": places.rows, "exists": places.places, "across": places.across},
+        "rank_map": {"rows": ranks.rows, "exists": ranks.places, "across": ranks.across},
     }
 
 
@@ -117,6 +120,8 @@ def _point(results: Results, candidate: Candidate) -> dict[str, object]:
         "step": candidate.point in {member.point for member in results.step},
         "knee": candidate is results.knee,
         "experts": best.trial.allocation.total_experts,
+        "amount": amount(best.trial.allocation),
+        "ranks": isinstance(best.trial.allocation, ModuleRanks),
         "cells": _cells(AllocationMap.of(best.trial.allocation, results.records.shape)),
         "load": load_code(best.trial.model, loadable[1], settings=settings) if loadable else "",
         "export": export_command(results.records.folder, loadable[0]) if loadable else "",
@@ -125,11 +130,11 @@ def _point(results: Results, candidate: Candidate) -> dict[str, object]:
 
 
 def _cells(drawn: AllocationMap) -> list[str]:
-    """A text a row, one character a column, "0" plus the number of experts there.
+    """A text a row, one character a column, "0" plus the number of experts there, or the rank.
 
     Texts, because a study of a large model has millions of cells.
     """
-    return ["".join(chr(ord("0") + (experts or 0)) for experts in row) for row in drawn.cells]
+    return ["".join(chr(ord("0") + min(number or 0, _MOST)) for number in row) for row in drawn.cells]
 
 
 def _run(results: Results, run: Outcome) -> dict[str, object]:

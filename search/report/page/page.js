@@ -41,7 +41,7 @@ const showTip = (event, lines) => {
 const hideTip = () => { tip.style.display = "none"; };
 const describe = p => [
   p.label + (p.knee ? " (knee)" : ""),
-  p.size + " trainable parameters, " + p.experts + " experts",
+  p.size + " trainable parameters, " + p.amount,
   ...(p.accuracy === null && height(p) !== null ? [split + " " + three(height(p)) + " when it was stopped"] : accuracies(p)),
   p.front && p.test !== null && !p.step ? "on the test split another point of the front beats it" : "",
   p.seeds + (p.seeds === 1 ? " seed" : " seeds") + (p.spread === null ? "" : ", standard deviation " + three(p.spread)),
@@ -130,7 +130,7 @@ function curves(key, label) {
 }
 
 function allocation(p) {
-  const M = S.map, columns = Math.max(0, ...M.exists.flat().map(c => c + 1));
+  const M = p.ranks ? S.rank_map : S.map, columns = Math.max(0, ...M.exists.flat().map(c => c + 1));
   const cell = Math.max(3, Math.min(18, Math.floor(1000 / Math.max(columns, 1)))), rowHeight = M.rows.length > 40 ? 9 : Math.max(cell, 13);
   const l = 78, W = l + columns * cell + 60, H = M.rows.length * rowHeight + 24;
   const value = p.cells.map(row => [...row].map(c => c.charCodeAt(0) - 48)), most = Math.max(1, ...value.map(row => Math.max(0, ...row)));
@@ -143,7 +143,7 @@ function allocation(p) {
     for (const c of M.exists[r]) {
       const v = value[r][c];
       nodes.push(svg("rect", { x: l + c * cell, y: r * rowHeight, width: cell - (cell > 5 ? 1 : 0), height: rowHeight - 1, fill: v ? "var(--mark)" : "var(--empty)", "fill-opacity": v ? 0.25 + 0.75 * v / most : 1,
-        onmousemove: e => showTip(e, [`${row}, ${M.across} ${c}`, M.across === "expert" ? (v ? "adapted" : "not adapted") : `${v} experts`]), onmouseleave: hideTip }));
+        onmousemove: e => showTip(e, [`${row}, ${M.across} ${c}`, p.ranks ? `rank ${v}` : M.across === "expert" ? (v ? "adapted" : "not adapted") : `${v} experts`]), onmouseleave: hideTip }));
     }
   });
   const every = Math.ceil(24 / cell);
@@ -198,7 +198,7 @@ function table() {
     ["", p => p.knee ? "knee" : p.front ? "front" : ""], ["allocator", p => p.allocator],
     ...S.knobs.map(k => [k, p => k in p.knobs ? (isNaN(p.knobs[k]) ? p.knobs[k] : +p.knobs[k]) : ""]),
     ...S.settings.map(s => [s, p => isNaN(p.recipe[s]) ? p.recipe[s] : +p.recipe[s]]),
-    ["experts", p => p.experts], ["params", p => p.params, p => p.size], [split, p => p.accuracy !== null ? p.accuracy : height(p) === null ? "" : height(p), p => p.accuracy !== null ? accuracy(p) : three(height(p))],
+    ["experts", p => p.experts, p => p.ranks ? p.amount : "" + p.experts], ["params", p => p.params, p => p.size], [split, p => p.accuracy !== null ? p.accuracy : height(p) === null ? "" : height(p), p => p.accuracy !== null ? accuracy(p) : three(height(p))],
     ...(both ? [["test", p => p.test === null ? "" : p.test, p => p.test === null ? "" : near(p.test, p.test_stderr)]] : []),
     ["seeds", p => p.seeds], ...(S.points.some(p => p.spread !== null) ? [["s.d.", p => p.spread === null ? "" : p.spread, p => three(p.spread)]] : []),
     ["status", p => p.status], ["time", p => p.runs.reduce((s, r) => s + r.seconds, 0), p => time(p.runs.reduce((s, r) => s + r.seconds, 0))], ["message", p => p.runs.map(r => r.message).filter(m => m).join("; ")],
@@ -236,7 +236,7 @@ function draw() {
   if (drawn.length) slots.chart.replaceChildren(scatter());
   if (chosen) {
     slots.details.replaceChildren(...details(chosen).filter(n => n));
-    slots.map.replaceChildren(el("div", { class: "soft small", style: "margin-bottom:8px" }, `${chosen.label}: ${chosen.experts} experts; ${S.map.across === "expert" ? "coloured: LoRA on this expert" : "darker: more LoRA experts"}`), allocation(chosen));
+    slots.map.replaceChildren(el("div", { class: "soft small", style: "margin-bottom:8px" }, `${chosen.label}: ${chosen.amount}; ${chosen.ranks ? "darker: a higher rank (of a stack of experts the mean)" : S.map.across === "expert" ? "coloured: LoRA on this expert" : "darker: more LoRA experts"}`), allocation(chosen));
   }
   slots.table.replaceChildren(table());
   if (focus) for (const node of slots.chart.querySelectorAll(".dot")) if (node.getAttribute("aria-label") === focus) node.focus({ preventScroll: true });

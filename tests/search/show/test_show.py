@@ -79,7 +79,8 @@ def test_a_signal_file_alone_answers_for_every_moe_allocator(capsys: pytest.Capt
     text = output(capsys, f"signal={signal}", "rank=4")
     shape = shape_from_config(CONFIG, name="x")
     for name in plugins.names("allocators"):
-        assert (f"│ {name} " in text) == plugins.fits(plugins.load("allocators", name), shape), name
+        module = plugins.load("allocators", name)
+        assert (f"│ {name} " in text) == (plugins.fits(module, shape) and plugins.gives(module) == "experts"), name
     hot = sieve.allocate(routing(shape), shape)
     assert f"{hot.trainable_params(shape, rank=4):,}" in text
     assert "2×3" in text  # a quarter of eight experts in each of three layers
@@ -135,7 +136,10 @@ def test_views_hold_every_panel(capsys: pytest.CaptureFixture[str], signal: str,
     page, picture = tmp_path / "new" / "show.html", tmp_path / "show.png"
     output(capsys, f"signal={signal}", f"html={page}", f"png={picture}")
     text = page.read_text(encoding="utf-8")
-    fitting = len(plugins.fitting(shape_from_config(CONFIG, name="x")))
+    fitting = sum(
+        plugins.gives(plugins.load("allocators", name)) == "experts"
+        for name in plugins.fitting(shape_from_config(CONFIG, name="x"))
+    )
     assert text.count("<div class='p'>") == 2 + fitting  # count, mass, each allocator
     assert text.count("rank correlation (Spearman)") == 2
     assert "http" not in text  # self-contained

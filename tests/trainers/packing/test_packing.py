@@ -19,7 +19,7 @@ from torch import Tensor
 
 from allocators.core.errors import OutOfMemoryError, StudyError, TrialError
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, Gating, Recipe, Rung
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, Gating, ModuleRanks, Recipe, Rung
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
 from tests.trainers.reference import gradient
 from trainers import loop, packing, tasks
@@ -74,6 +74,31 @@ CHOSEN = (
 )
 
 
+EXPERTS = "model.layers.{}.mlp.experts.{}_proj"
+# members adapt modules of their own: the first and the last share a place that the second leaves alone
+RANKS_DENSE = (
+    (ModuleRanks({PATHS[0]: 3, PATHS[3]: 1, PATHS[5]: 6}), RECIPE, 0),
+    (ModuleRanks({PATHS[1]: 2, PATHS[3]: 5}), replace(RECIPE, rank=2, lora_alpha=2, learning_rate=2e-3), 1),
+    (ModuleRanks(dict.fromkeys(PATHS[::2], 4)), replace(RECIPE, weight_decay=0.1, max_grad_norm=0.0), 0),
+)
+RANKS_MOE = (
+    (
+        ModuleRanks(
+            {PATHS[0]: 3, "model.layers.1.mlp.gate": 2},
+            {EXPERTS.format(0, "gate"): (1, 0, 5, 0, 0, 2, 0, 3), EXPERTS.format(0, "down"): (0, 2, 1, 0, 0, 0, 0, 1)},
+        ),
+        RECIPE,
+        0,
+    ),
+    (ModuleRanks({}, {EXPERTS.format(1, "down"): (2,) * 8}), replace(RECIPE, rank=2, lora_alpha=1), 1),
+    (
+        ModuleRanks({"model.layers.0.self_attn.q_proj": 1}, {EXPERTS.format(0, "up"): (0, 4, 0, 0, 1, 0, 0, 0)}),
+        replace(RECIPE, rank=3, weight_decay=0.1),
+        0,
+    ),
+)
+
+
 def dropped(members: Iterable[Spec]) -> tuple[Spec, ...]:
     return tuple((a, replace(r, lora_dropout=0.1 * (n + 1)), s) for n, (a, r, s) in enumerate(members))
 
@@ -86,6 +111,9 @@ KINDS: dict[str, Sequence[Spec]] = {
     "chosen": CHOSEN,
     "routed-dropout": dropped(ROUTED),
     "chosen-dropout": dropped(CHOSEN),
+    "ranks-dense": RANKS_DENSE,
+    "ranks-moe": RANKS_MOE,
+    "ranks-dropout": dropped(RANKS_MOE),
     "micro-batches": tuple((a, replace(r, micro_batch_size=3), s) for a, r, s in (*BALANCED, *HYDRA)),
 }
 
@@ -101,7 +129,8 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def model_for(allocation: Allocation) -> Any:
-    return tiny_olmoe() if isinstance(allocation, ExpertSelection) else tiny_llama()
+    chosen = isinstance(allocation, ExpertSelection) or (isinstance(allocation, ModuleRanks) and allocation.experts)
+    return tiny_olmoe() if chosen else tiny_llama()
 
 
 def fresh(model: Any, allocation: Allocation, recipe: Recipe, seed: int) -> Adapter:

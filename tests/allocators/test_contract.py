@@ -14,14 +14,15 @@ from types import ModuleType
 
 import pytest
 
+from allocators._ranks import matrices_of
 from allocators.core import plugins
 from allocators.core.errors import StudyError
-from allocators.core.types import ExpertCounts, ExpertSelection, ModelShape, Signal, allocation_from_json
+from allocators.core.types import ExpertCounts, ExpertSelection, ModelShape, ModuleRanks, Signal, allocation_from_json
 from tests import ROOT
 from tests.allocators.models import dense_shape, moe_shape, routing
 
 NAMES = plugins.names("allocators")
-SHAPES = {"moe": moe_shape(layers=3, experts=8, dense_first=1), "dense": dense_shape(layers=4)}
+SHAPES = {"moe": moe_shape(layers=4, experts=8, dense_first=1), "dense": dense_shape(layers=4)}
 
 
 def shapes_for(module: ModuleType) -> list[ModelShape]:
@@ -35,12 +36,12 @@ def signal_for(module: ModuleType, shape: ModelShape, *, seed: int = 0) -> Signa
     if module.NEEDS == "routing":
         return routing(shape, seed=seed)
     metrics = {
-        "spectrum": ("hill", "alpha_hat", "stable_rank"),
+        "spectrum": ("hill", "alpha_hat", "stable_rank", "snr", "condition"),
         "sensitivity": ("sum_sq_grad", "weight_grad", "fisher", "hutchinson"),
     }[module.NEEDS]
     rows = {
-        m.path: {metric: (1.0 + (31 * i + 17 * seed + len(metric)) % 7,) for metric in metrics}
-        for i, m in enumerate(shape.of_role("attention", "mlp"))
+        key: {metric: (1.0 + (31 * i + 17 * seed + len(metric)) % 7,) for metric in metrics}
+        for i, key in enumerate(m.key for m in matrices_of(shape))
     }
     return Signal(module.NEEDS, rows, "module", "1", {"seed": seed})
 
@@ -66,7 +67,8 @@ class TestEveryAllocator:
         assert shapes_for(module)
         for shape in shapes_for(module):
             allocation = plugins.call(module, signal_for(module, shape), shape, {})
-            assert isinstance(allocation, ExpertSelection if shape.is_moe else ExpertCounts)
+            ranks = plugins.gives(module) == "ranks"
+            assert isinstance(allocation, ModuleRanks if ranks else ExpertSelection if shape.is_moe else ExpertCounts)
             allocation.check(shape)
             assert allocation_from_json(json.loads(json.dumps(allocation.to_json()))) == allocation
 

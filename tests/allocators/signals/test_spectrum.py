@@ -18,7 +18,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.linalg import blas, lapack
 from torch import Tensor
 
@@ -32,7 +32,9 @@ from allocators.signals.cache import cached
 from allocators.signals.spectrum import eigen, measure
 from allocators.signals.spectrum.eigen import eigenvalues
 from allocators.signals.spectrum.tails import XMIN_RULES, XminRule, alpha_hat, fit_tail, stable_rank
+from allocators.signals.spectrum.values import condition, signal_to_noise, singular_values
 from tests import GOLDEN, ROOT
+from tests.allocators import tiny
 from tests.allocators.models import dense_shape, moe_shape
 
 PUBLISHED = json.loads((GOLDEN / "spectrum.json").read_text())
@@ -460,6 +462,13 @@ def test_rows_are_the_metrics_of_each_matrix(tmp_path: Path) -> None:
             "alpha_hat": alpha_hat(lam, hill=hill_of(lam)),
         }
         expected |= {f"hill_{rule}": hill_of(lam, rule) for rule in ("window", "peak", "median")}
+        sigma = torch.linalg.svdvals(tensors[f"{m.path}.weight"].double())
+        low, high = torch.quantile(sigma, torch.tensor([0.25, 0.75]).double())
+        beta = min(m.in_features, m.out_features) / max(m.in_features, m.out_features)
+        threshold = (high - low) / 1.349 * (1 + beta**0.5)
+        signal_, noise = sigma[sigma > threshold].sum(), sigma[sigma <= threshold].sum()
+        expected |= {"snr": float(signal_ / noise / sigma.max()), "spectral_norm": float(sigma.max())}
+        expected["condition"] = float(sigma.max() / (sigma.min() + 1e-8))
         assert {name: values[0] for name, values in signal.rows[m.path].items()} == pytest.approx(expected, rel=1e-5)
     layer = [hill_of(exact(tensors[f"{m.path}.weight"])) for m in SHAPE.modules if m.layer == 1]
     assert len(layer) == 7
@@ -507,11 +516,56 @@ def test_one_matrix_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     assert len(read) == len(SHAPE.modules)
 
 
-def test_the_embedded_moe_model_is_measured_on_its_attention_only() -> None:
+def test_the_embedded_moe_model_is_measured_on_its_attention_unless_experts_are_asked_for() -> None:
     shape = shape_from_config(json.loads((TINY_MOE / "config.json").read_text()), name="tiny-moe")
     signal = measure(TINY_MOE, shape, provenance={})
     assert set(signal.rows) == {m.path for m in shape.of_role("attention")}
     assert all(values[0] > 1 for row in signal.rows.values() for name, values in row.items() if "hill" in name)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3"])
+def test_every_experts_spectrum_is_that_of_its_own_matrix(tmp_path: Path, family: str) -> None:
+    """As the checkpoint has it, where each expert's projection is a matrix of its own."""
+    model = tiny.model(family)
+    shape = shape_from_config(model.config, name=family)
+    specs = shape.of_role("expert")
+    signal = measure(model, shape, provenance={}, modules=[m.path for m in specs])
+    assert signal.rows.keys() == {f"{m.path}.{e}" for m in specs for e in range(m.num_experts)}
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for m in specs:
+        for e in range(m.num_experts):
+            sigma = torch.linalg.svdvals(stored[m.path.replace(f".{m.name}", f".{e}.{m.name}.weight")].double())
+            assert signal.metric(f"{m.path}.{e}", "spectral_norm")[0] == pytest.approx(float(sigma[0]), rel=1e-4)
+            assert signal.metric(f"{m.path}.{e}", "condition")[0] == pytest.approx(
+                float(sigma[0] / sigma[-1]), rel=1e-3
+            )
+
+
+def test_experts_that_are_stored_transposed_and_by_turns() -> None:
+    """GPT-OSS: [E, in, 2·out], gate in the even columns and up in the odd ones."""
+    model = tiny.model("gpt_oss")
+    up = next(m for m in shape_from_config(model.config, name="x").of_role("expert") if m.name == "up_proj")
+    stack = model.get_submodule(up.path.rpartition(".")[0]).gate_up_proj
+    assert torch.equal(spectrum.expert_weight(model, up, 2), stack[2, :, 1::2].t())
+
+
+def test_experts_without_the_model_that_has_them_are_refused() -> None:
+    shape = shape_from_config(json.loads((TINY_MOE / "config.json").read_text()), name="tiny-moe")
+    with pytest.raises(StudyError, match="is a stack of experts: give the resident model"):
+        measure(TINY_MOE, shape, provenance={}, modules=["up_proj"])
+
+
+def test_a_ratio_by_hand_and_what_has_none() -> None:
+    """σ 1..4 has quartiles 1.75 and 3.25, noise up to 1.5/1.349·2 = 2.22: (3 + 4)/(1 + 2)/4; 10 W has a tenth of it."""
+    assert signal_to_noise([1, 2, 3, 4], sides=(4, 4)) == pytest.approx(7 / 12)
+    assert signal_to_noise([10, 20, 30, 40], sides=(4, 4)) == pytest.approx(7 / 120)
+    assert condition([1, 2, 3, 4]) == pytest.approx(4, rel=1e-7)
+    assert condition(singular_values([4.0], size=2)) == pytest.approx(2e8)  # a zero was left out
+    with pytest.raises(StudyError, match="all singular values are zero"):
+        signal_to_noise(singular_values([], size=3), sides=(3, 3))
+    with pytest.raises(StudyError, match="the ratio is infinite"):
+        signal_to_noise([2.0] * 5, sides=(5, 9))
 
 
 def test_modules_are_chosen_by_name_or_path(tmp_path: Path) -> None:
@@ -524,9 +578,8 @@ def test_modules_are_chosen_by_name_or_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ("gate", "routers and stacked experts have no spectrum"),
-        ("up_proj", "routers and stacked experts have no spectrum"),
-        ("q_pro", "choose from k_proj, o_proj, q_proj, v_proj.*did you mean 'q_proj'"),
+        ("gate", "routers have no spectrum"),
+        ("q_pro", "choose from .*k_proj, o_proj, q_proj, up_proj, v_proj.*did you mean 'q_proj'"),
     ],
 )
 def test_modules_without_a_spectrum_are_refused(tmp_path: Path, asked: str, message: str) -> None:
@@ -538,9 +591,10 @@ def test_a_dead_matrix_keeps_its_row_and_is_named(tmp_path: Path) -> None:
     tensors = weights_of(SHAPE)
     dead = SHAPE.modules[3].path
     tensors[f"{dead}.weight"].zero_()
-    with pytest.warns(ToolkitWarning, match=rf"{dead} has no hill"):
+    with pytest.warns(ToolkitWarning, match=rf"{dead} has no (hill|snr)"):
         signal = measure(save(tmp_path, tensors), SHAPE, provenance={})
-    assert {metric: values for metric, values in signal.rows[dead].items() if values} == {"stable_rank": (0.0,)}
+    row = {metric: values for metric, values in signal.rows[dead].items() if values}
+    assert row == {"stable_rank": (0.0,), "condition": (0.0,), "spectral_norm": (0.0,)}
     assert len(signal.rows) == len(SHAPE.modules)
     assert Signal.from_json(signal.to_json()) == signal
     with pytest.raises(InfeasibleError, match=rf"{dead} has no hill .*: metric=stable_rank exists everywhere"):

@@ -20,6 +20,9 @@ ONE_LINE: Mapping[str, Callable[[Trial], bool]] = {
     ),
     "random 25 %": lambda trial: trial.allocator == "random" and trial.knobs.get("fraction") == 0.25,
     "random layout": lambda trial: trial.allocator == "random" and "fraction" not in trial.knobs,
+    "uniform ranks": lambda trial: trial.allocator == "uniform_ranks",
+    "random ranks": lambda trial: trial.allocator == "random_ranks",
+    "stratified random ranks": lambda trial: trial.allocator == "stratified_ranks",
     "all experts": lambda trial: trial.allocator == "all",
     "no expert": lambda trial: trial.allocator == "none",
 }

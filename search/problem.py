@@ -190,7 +190,7 @@ def load_space(name: str, shape: ModelShape) -> ModuleType:
 
 def _alternatives(base: str) -> str:
     spaces = {name: plugins.load("spaces", name, "space") for name in plugins.names("spaces")}
-    fitting = [name for name, space in spaces.items() if getattr(space, "BASE", "") == base]
+    fitting = [name for name, space in spaces.items() if getattr(space, "BASE", "") in (base, "any")]
     return f", or space={' | '.join(fitting)}" if fitting else ""
 
 
@@ -340,8 +340,10 @@ def placeholder(kind: SignalKind, shape: ModelShape, *, datasets: int = 1) -> Si
         }
     elif kind == "spectrum":
         # not flat: then AlphaLoRA would be uniform, and be answered as its repeat
-        metrics = ("hill", "alpha_hat", "stable_rank", "snr", "condition")
+        metrics = ("hill", "alpha_hat", "stable_rank")
         rows = {key: dict.fromkeys(metrics, (2.0 + m.layer,)) for m in shape.modules for key in _rows_of(m)}
+        for place, row in enumerate(rows.values()):  # not by layer: rules that choose matrices would choose layers
+            row |= {"snr": (1.0 + 7 * place % 13,), "condition": (2.0 + 11 * place % 17,)}
     else:
         by_size = sorted(shape.modules, key=lambda m: (m.lora_params(8) + m.in_features, m.path))
         rows = {

@@ -2,7 +2,7 @@
 
 A space defines
 
-    BASE        "moe" or "dense": the kind of base model it asks about
+    BASE        "moe", "dense" or "any": the kind of base model it asks about
     ALLOCATORS  the allocators it may propose; their NEEDS are the signals that are measured
     suggest(trial, shape) -> Point            `trial` is an Optuna trial; bounds come from the model's shape
     starting_points(shape) -> list[dict]      sampler parameters tried first; recipe settings left out of a

@@ -24,13 +24,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from allocators.core.types import Recipe, Trial, digest_of
+from allocators.core.types import ModuleRanks, Recipe, Trial, digest_of
 from search.front import Candidate
 from search.report.sections import Section
 from search.report.uncertainty import Noise, compare, half_width, interval, picked_elsewhere, pooled
 from search.text import human, number, point, settings_of, varying
 
-CONTROLS = ("random", "uniform")  # what an allocation has to beat at equal parameters
+# what an allocation has to beat at equal parameters, and what all of them are called
+CONTROLS = ("random", "uniform", "uniform_ranks", "random_ranks", "stratified_ranks")
+SAID = ("random", "uniform")
 EQUAL = 0.02  # share by which "equal parameters" may differ
 NEAR = 0.8  # of a control's parameters: what a rule has at least that stands in where none has as many
 MOST_ROWS = 40
@@ -119,8 +121,11 @@ def allocations(points: Sequence[Candidate]) -> Tried:
 
 
 def _allocation(trial: Trial) -> str:
-    """What its trials share whatever the recipe; where every seed draws its own experts, the rule that draws."""
-    if trial.knobs.get("draw") == "each":
+    """What its trials share whatever the recipe.
+
+    Where every seed draws its own experts it is the rule that draws; of ranks, which grow with the recipe's, the rule.
+    """
+    if trial.knobs.get("draw") == "each" or (isinstance(trial.allocation, ModuleRanks) and trial.allocator):
         return digest_of({"allocator": trial.allocator, "knobs": dict(trial.knobs)})
     return trial.allocation.digest
 
@@ -298,7 +303,7 @@ def _choice(worth: Sequence[Worth], noise: Noise | None) -> str:
     fair = [w for w in worth if w.is_fair]
     if not fair:
         return (
-            f"What the choice of the allocation is worth is not said: {' and '.join(CONTROLS)} were tried with less "
+            f"What the choice of the allocation is worth is not said: {' and '.join(SAID)} were tried with less "
             "than half of the recipes that the other rules had at their parameters."
         )
     most = max(fair, key=lambda w: w.rise)
@@ -312,7 +317,7 @@ def _choice(worth: Sequence[Worth], noise: Noise | None) -> str:
         return f"{said} ({most.reading})."
     return (
         f"{said} (the largest of {len(fair)} sizes; {_mean(fair, noise)} on average; better than "
-        f"{' and '.join(CONTROLS)} by more than noise at {sure})."
+        f"{' and '.join(SAID)} by more than noise at {sure})."
     )
 
 
@@ -385,7 +390,7 @@ def _worth_section(worth: Sequence[Worth], noise: Noise | None) -> Section:
         )
     notes = (
         "At equal trainable parameters (within 2 %, else a rule with up to a fifth fewer) the most accurate point of "
-        f"all rules against that of the controls ({', '.join(CONTROLS)}), whatever the recipe on either side. ± half "
+        f"all rules against that of the controls ({', '.join(SAID)}), whatever the recipe on either side. ± half "
         f"of the 95 % interval, {_errors(noise)}{picked}.",
         "points and recipes tried: of rules / of controls; the side with more has the better chance of a lucky best.",
     )

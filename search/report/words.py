@@ -21,7 +21,7 @@ from allocators.core.types import Outcome, best_under
 from search.config import AUTO, load_arguments
 from search.front import Candidate
 from search.report import allocations, attribution, broken
-from search.report.allocations import CONTROLS, EQUAL
+from search.report.allocations import CONTROLS, EQUAL, SAID
 from search.report.results import Results
 from search.report.sections import is_table
 from search.report.splits import Optimism, optimism, selects_on_test
@@ -286,7 +286,7 @@ def _against_baselines(results: Results) -> list[str]:
         return said + inside
     return [
         *said,
-        f"In {len(inside)}{' more' if said else ''} comparisons of {' or '.join(CONTROLS)} with the best other "
+        f"In {len(inside)}{' more' if said else ''} comparisons of {' or '.join(SAID)} with the best other "
         f"rule at equal parameters and recipe the difference is inside the noise.",
     ]
 

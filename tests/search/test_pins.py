@@ -26,7 +26,7 @@ LLAMA = SIZES | {"model_type": "llama", "intermediate_size": 128, "num_key_value
 
 def problem_of(name: str) -> Problem:
     base = plugins.load("spaces", name, "space").BASE
-    shape = shape_from_config(OLMOE if base == "moe" else LLAMA, name=base)
+    shape = shape_from_config(OLMOE if base == "moe" else LLAMA, name=base)  # of `any`: a dense one
     return Problem(space=load_space(name, shape), shape=shape, model=base, task="t")
 
 

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from allocators import uniform_ranks
 from allocators.core import plugins
 from allocators.core.errors import InfeasibleError, StudyError
 from allocators.core.layers import blocks
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ModelShape, Recipe
+from allocators.core.types import ExpertCounts, ModelShape, Point, Recipe
 from search.config import make_recipe, parse
 from search.problem import Problem, Proposal, corners, load_space, placeholder
 from search.propose.sampler import Proposer, table_rows
@@ -33,16 +34,17 @@ LLAMA = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "nu
 OLMOE = {"model_type": "olmoe", "hidden_size": 64, "intermediate_size": 32, "num_attention_heads": 4}
 
 
-def shape_for(space: str, layers: int = 8) -> ModelShape:
-    base = plugins.load("spaces", space, "space").BASE
+def shape_for(space: str, layers: int = 8, *, base: str = "") -> ModelShape:
+    """Of a space for any base a dense one, unless `base` says moe."""
+    base = base or plugins.load("spaces", space, "space").BASE
     sizes = {"num_hidden_layers": layers, "vocab_size": 64}
     if base == "moe":
         return shape_from_config(OLMOE | sizes | {"num_experts": 16, "num_experts_per_tok": 2}, name="moe")
     return shape_from_config(LLAMA | sizes | {"num_key_value_heads": 4}, name="dense")
 
 
-def problem_of(name: str, layers: int = 8, **changes: Any) -> Problem:
-    shape = shape_for(name, layers)
+def problem_of(name: str, layers: int = 8, *, base: str = "", **changes: Any) -> Problem:
+    shape = shape_for(name, layers, base=base)
     space = load_space(name, shape)
     kinds = {plugins.load("allocators", a).NEEDS for a in space.ALLOCATORS} - {None}
     signals = {kind: placeholder(kind, shape) for kind in kinds}
@@ -54,9 +56,9 @@ def test_the_published_methods_all_have_their_space() -> None:
     assert set(TABLES) >= {"sieve_ablation", "alphalora_table", "smoe_table", "dense_table"}
 
 
-@pytest.mark.parametrize("name", SPACES)
-def test_every_corner_of_a_space_is_an_allocation_or_says_why_not(name: str) -> None:
-    problem, resolved = problem_of(name), set()
+@pytest.mark.parametrize(("name", "base"), [*((name, "") for name in SPACES), ("ranks", "moe")])
+def test_every_corner_of_a_space_is_an_allocation_or_says_why_not(name: str, base: str) -> None:
+    problem, resolved = problem_of(name, base=base), set()
     for high in (False, True):
         for point, _ in corners(problem, high=high):
             try:
@@ -68,10 +70,10 @@ def test_every_corner_of_a_space_is_an_allocation_or_says_why_not(name: str) -> 
     assert resolved == set(problem.space.ALLOCATORS)
 
 
-@pytest.mark.parametrize("name", SEARCHED)
+@pytest.mark.parametrize(("name", "base"), [*((name, "") for name in SEARCHED), ("ranks", "moe")])
 @pytest.mark.parametrize("layers", [4, 7, 32])
-def test_starting_points_lie_on_the_grid_and_are_proposed_as_they_stand(name: str, layers: int) -> None:
-    problem = problem_of(name, layers)
+def test_starting_points_lie_on_the_grid_and_are_proposed_as_they_stand(name: str, base: str, layers: int) -> None:
+    problem = problem_of(name, layers, base=base)
     proposer = Proposer(problem)
     expected = problem.space.starting_points(problem.shape)
     with warnings.catch_warnings():
@@ -101,6 +103,37 @@ def test_the_controls_have_the_parameters_of_the_method(name: str) -> None:
     assert costs["uniform"] == costs["random"]
     for allocator in {"alphalora", "sensitivity", "mola"} & set(costs):
         assert costs[allocator] == costs["uniform"]
+
+
+@pytest.mark.parametrize("base", ["dense", "moe"])
+@pytest.mark.parametrize("fixed", [{}, {"rank": 6}])
+def test_rules_for_ranks_start_at_equal_parameters_and_the_recipes_rank_is_the_budget(
+    base: str, fixed: dict[str, Any]
+) -> None:
+    """Equal to a rank of the smallest matrices; domlora, which has one matrix, apart."""
+    problem = problem_of("ranks", base=base, fixed_recipe=fixed)
+    proposer = Proposer(problem)
+    first = [next_proposal(proposer) for _ in problem.space.starting_points(problem.shape)]
+    assert {p.trial.recipe.rank for p in first} == {fixed.get("rank", TRANSFERABLE["rank"])}
+    costs = {p.trial.allocator: p.trainable_params for p in first}
+    assert set(costs) == set(problem.space.ALLOCATORS)
+    uniform = uniform_ranks.allocate(None, problem.shape, rank=first[0].trial.recipe.rank)
+    assert first[0].trial.allocation == uniform
+    budget = costs.pop("uniform_ranks")
+    assert budget == uniform.trainable_params(problem.shape)
+    assert costs.pop("domlora") < 0.06 * budget
+    assert all(0.99 * budget < cost <= budget for cost in costs.values())
+
+
+def test_a_repeat_of_ranks_keeps_them_or_draws_anew_at_the_same_rank() -> None:
+    problem = problem_of("ranks")
+    row = problem.resolve(Point("random_ranks", {}, {"rank": 5}))[0]
+    assert problem.repeat(row, 3).allocation == row.allocation
+    each = problem.resolve(Point("random_ranks", {"draw": "each"}, {"rank": 5}))[0]
+    others = {problem.repeat(each, seed).allocation for seed in range(1, 5)}
+    assert len(others) == 4
+    budget = uniform_ranks.allocate(None, problem.shape, rank=5).trainable_params(problem.shape)
+    assert all(0.99 * budget < a.trainable_params(problem.shape, rank=5) <= budget for a in others)
 
 
 # --- tables: fixed grids

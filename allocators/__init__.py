@@ -1,4 +1,4 @@
-"""Where LoRA experts go: one file an allocator, a pure function from a signal and a model's shape to an allocation.
+"""Where LoRA goes: one file an allocator, a pure function from a signal and a model's shape to an allocation.
 
     python -m allocators.show model=tiny-moe         what would each of them do to my model, and at what cost?
 

@@ -32,6 +32,7 @@ from allocators.core.types import (
     ExpertSelection,
     Gating,
     ModelShape,
+    ModuleRanks,
     Outcome,
     Recipe,
     Rung,
@@ -604,6 +605,16 @@ def test_maps_of_allocations_by_hand() -> None:
     assert dense[1].split() == ["layer", *(str(i) for i in range(DENSE.num_layers))]
     assert dense[2].split() == ["q_proj", "9", "0", "11", *["0"] * (DENSE.num_layers - 3)]
     assert len({len(line) for line in dense[1:]}) == 1
+
+
+def test_maps_of_ranks_by_hand() -> None:
+    lines = map_lines(ModuleRanks({"model.layers.2.self_attn.q_proj": 12}), DENSE)
+    assert lines[0] == "the LoRA rank of each module, 12 in all"
+    assert lines[2].split() == ["q_proj", "0", "0", "12", *["0"] * (DENSE.num_layers - 3)]
+    stack = {"model.layers.1.mlp.experts.up_proj": (3, 0, 2, *[0] * 13)}
+    moe = {line.split()[0]: line.split()[1:] for line in map_lines(ModuleRanks({}, stack), MOE)[1:]}
+    assert moe["experts.up_proj"] == ["0", "1", *["0"] * (MOE.num_layers - 2)]  # 5/16, rounded up
+    assert moe["gate"] == ["0"] * MOE.num_layers
 
 
 def test_nothing_secret_and_no_folder_of_this_machine_gets_out(tmp_path: Path) -> None:

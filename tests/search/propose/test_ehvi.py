@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 from optuna.distributions import BaseDistribution
 
 from allocators.core.errors import BudgetError, InfeasibleError
-from allocators.core.types import Outcome
+from allocators.core.types import ModuleRanks, Outcome, Recipe, Trial
 from search.propose import RUN
 from search.propose.candidates import Candidate, Known, _draw, _move, _unit, _value, features, resolver
 from search.propose.criterion import (
@@ -29,6 +29,7 @@ from search.propose.criterion import (
 )
 from search.propose.ehvi import EHVISampler, Tried, _beyond, _floor, _front
 from search.propose.sampler import Proposer
+from tests.allocators.models import dense_shape
 from tests.search.propose.proposals import next_proposal
 from tests.search.propose.test_sampler import problem, result
 
@@ -425,6 +426,12 @@ def test_features_of_allocations_by_hand() -> None:
     assert hot > cold
     # the busiest 4 of 16 experts take 13 + 14 + 15 + 16 of 1 + ... + 16 picks in every layer
     assert hot == pytest.approx(58 / 136)
+
+
+def test_the_depth_of_ranks_is_weighted_by_rank() -> None:
+    shape = dense_shape(layers=5)
+    ranks = ModuleRanks({"model.layers.0.self_attn.q_proj": 1, "model.layers.4.self_attn.q_proj": 3})
+    assert features(Trial(ranks, Recipe(), "m", "t", 0), shape, {}) == {"depth": 0.75}
 
 
 def test_without_a_routing_signal_the_depth_is_still_known() -> None:

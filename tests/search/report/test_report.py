@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from allocators.core.types import ExpertSelection, Outcome
+from allocators.core.types import ExpertSelection, ModuleRanks, Outcome
 from search.records import LINES
 from search.report import Report, show, write
 from search.report.__main__ import main
@@ -84,6 +84,19 @@ def test_the_allocation_map_is_the_allocation(tmp_path: Path) -> None:
     data = data_of(tmp_path / "dense")
     assert data["map"]["rows"] == ["q_proj", "up_proj", "down_proj"]
     assert [[ord(c) - ord("0") for c in row] for row in data["points"][0]["cells"]] == [[12, 24, 36, 48]] * 3
+
+
+def test_the_map_of_ranks_is_the_ranks_and_the_tables_have_their_sum(tmp_path: Path) -> None:
+    ranks = ModuleRanks({"model.layers.0.self_attn.q_proj": 3, "model.layers.2.mlp.up_proj": 70})
+    study_of(tmp_path, outcome(ranks, allocator="dmole"), shape=dense_shape())
+    assert main([str(tmp_path)]) == 0
+    data = data_of(tmp_path)
+    point = data["points"][0]
+    assert (point["ranks"], point["amount"]) == (True, "total rank 73")
+    cells = dict(zip(data["rank_map"]["rows"], point["cells"], strict=True))
+    assert [ord(c) - ord("0") for c in cells["q_proj"]] == [3, 0, 0, 0]
+    assert [ord(c) - ord("0") for c in cells["up_proj"]] == [0, 0, 70, 0]
+    assert rows_of(tmp_path / "points.csv")[0]["total_rank"] == "73"
 
 
 def test_no_finished_trial_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

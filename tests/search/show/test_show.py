@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from allocators import lora_smoe, sieve, signals
+from allocators import lora_smoe, sieve, signals, uniform_ranks
 from allocators.core import plugins
 from allocators.core.layers import layer_values
 from allocators.core.shapes import shape_from_config
@@ -117,6 +118,18 @@ def test_a_single_allocator_is_drawn(capsys: pytest.CaptureFixture[str], signal:
     text = output(capsys, f"signal={signal}", "allocator=sieve")
     drawn = text.split("experts that are adapted\n         sieve\n")[1].splitlines()[:3]
     assert [line.count("█") for line in drawn] == [2 * 2] * 3  # two experts a layer, two characters each
+
+
+def test_rules_for_ranks_are_shown_at_equal_parameters(capsys: pytest.CaptureFixture[str], signal: str) -> None:
+    text = output(capsys, f"signal={signal}", "gives=ranks", "rank=2")
+    shape = shape_from_config(CONFIG, name="x")
+    budget = uniform_ranks.allocate(None, shape, rank=2).trainable_params(shape)
+    assert "total rank" in text
+    assert "of rank 2 everywhere" in text
+    assert re.search(rf"uniform_ranks .* {budget:,} .* 100\.0%", text)
+    assert "random_ranks" in text
+    assert "│ sieve" not in text
+    assert "choose from all, experts, ranks" in refusal(capsys, f"signal={signal}", "gives=rank")
 
 
 def test_several_allocators_are_drawn_where_two_have_room(

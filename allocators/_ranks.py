@@ -182,7 +182,7 @@ ALIVE = 1e-4  # of the largest spectral norm among the matrices of a kind: what 
 
 def dead(signal: Signal, matrices: Sequence[Matrix]) -> list[bool]:
     """Which matrices have weights of almost zero, by `spectral_norm`; none where the signal does not hold it."""
-    norms = [signal.rows.get(m.key, {}).get("spectral_norm", (math.inf,))[0] for m in matrices]
+    norms = [(signal.rows.get(m.key, {}).get("spectral_norm") or (math.inf,))[0] for m in matrices]
     largest_of: dict[str, float] = {}
     for m, norm in zip(matrices, norms, strict=True):
         if math.isfinite(norm):

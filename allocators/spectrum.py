@@ -77,9 +77,8 @@ def is_dead(ratio: float) -> bool:
 
 
 def _ratio(signal: Signal, matrix: Matrix) -> float:
-    """Infinite where the matrix was measured and has no ratio, as a zero matrix."""
-    row = signal.rows.get(matrix.key, {})
-    if "snr" not in row and "condition" in row:
+    """Infinite where the matrix was measured and has no ratio, as a zero matrix: its row is empty there."""
+    if signal.rows.get(matrix.key, {}).get("snr") == ():
         return math.inf
     values = signal.metric(matrix.key, "snr")
     return math.fsum(values) / len(values)

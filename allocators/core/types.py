@@ -174,7 +174,7 @@ class Signal:
             raise StudyError(f"{self.kind} signal has no '{name}' for '{key}': it has {possible}") from None
         if not values:
             rows = self.rows.values()
-            have = sorted(metric for metric in self.rows[str(key)] if all(row.get(metric) for row in rows))
+            have = [metric for metric in self.rows[str(key)] if all(row.get(metric) for row in rows)]
             instead = f"metric={have[0]} exists everywhere" if have else f"take a rule that needs no {self.kind}"
             raise InfeasibleError(
                 f"{key} has no {name} (a matrix of zeros, of equal numbers or with a NaN has none): {instead}"

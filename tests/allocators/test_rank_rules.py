@@ -279,7 +279,7 @@ def test_spectrum_says_how_many_matrices_are_dead_a_zero_one_included() -> None:
     shape = row_of(*[(64, 64)] * 4)
     signal = signal_of("spectrum", shape, {"snr": [5e7, 2.0, 1.0, 3.0]})
     rows = {key: dict(row) for key, row in signal.rows.items()}
-    del rows["model.layers.3.self_attn.q_proj"]["snr"]  # a zero matrix has none
+    rows["model.layers.3.self_attn.q_proj"]["snr"] = ()  # a zero matrix has none
     signal = Signal("spectrum", rows, "module", "1", {})
     with pytest.warns(ToolkitWarning, match="2 of 4 matrices have weights of almost zero"):
         allocation = spectrum.allocate(signal, shape, rank=4, share=0.75, equal="rank")

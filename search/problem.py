@@ -200,8 +200,8 @@ def _check_parts(space: ModuleType) -> None:
     def must(part: str, be: str) -> StudyError:
         return StudyError(f"{part} must be {be}, got {shown(repr(getattr(space, part)))}")
 
-    if space.BASE not in ("moe", "dense"):
-        raise must("BASE", "'moe' or 'dense'")
+    if space.BASE not in ("moe", "dense", "any"):
+        raise must("BASE", "'moe', 'dense' or 'any'")
     names = space.ALLOCATORS
     if not isinstance(names, tuple | list) or not names or not all(isinstance(one, str) for one in names):
         raise must("ALLOCATORS", "a list of names of allocators")

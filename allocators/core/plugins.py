@@ -37,7 +37,7 @@ from types import ModuleType
 from typing import Any
 
 from allocators.core.errors import InfeasibleError, RuleError, StudyError, ToolkitError, one_line, shown, unknown
-from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, Signal
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, ModuleRanks, Signal
 
 NEEDS = ("routing", "spectrum", "sensitivity", None)
 BASES = ("moe", "dense", "any")
@@ -168,7 +168,7 @@ def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Ma
     with failing(module, f"allocator {name}", RuleError):
         allocation = module.allocate(signal, shape, **knobs)
         wanted = ExpertSelection if shape.is_moe else ExpertCounts
-        if isinstance(allocation, wanted):
+        if isinstance(allocation, wanted | ModuleRanks):
             allocation.check(shape)
             return allocation
     raise RuleError(

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from allocators.core import plugins
-from allocators.core.errors import InfeasibleError, NotFiniteError, StudyError, ToolkitWarning, did_you_mean
+from allocators.core.errors import InfeasibleError, NotFiniteError, StudyError, ToolkitWarning, did_you_mean, unknown
 from allocators.core.layers import total_or_default
 from allocators.core.types import ModelShape, Signal
 from search.show.config import ShowConfig

@@ -112,8 +112,14 @@ def test_whatever_a_space_raises_or_returns_is_one_line(tmp_path: Path, suggest:
 @pytest.mark.parametrize(
     ("parts", "line"),
     [
-        ('BASE = "dence"\nALLOCATORS = ("none",)\n', "space branchy: BASE must be 'moe' or 'dense', got 'dence' (FILE"),
-        ('BASE = ["moe"]\nALLOCATORS = ("none",)\n', "space branchy: BASE must be 'moe' or 'dense', got ['moe']"),
+        (
+            'BASE = "dence"\nALLOCATORS = ("none",)\n',
+            "space branchy: BASE must be 'moe', 'dense' or 'any', got 'dence' (FILE",
+        ),
+        (
+            'BASE = ["moe"]\nALLOCATORS = ("none",)\n',
+            "space branchy: BASE must be 'moe', 'dense' or 'any', got ['moe']",
+        ),
         ('BASE = "moe"\nALLOCATORS = "none"\n', "ALLOCATORS must be a list of names of allocators, got 'none' (FILE"),
         ('BASE = "moe"\nALLOCATORS = ()\n', "ALLOCATORS must be a list of names of allocators, got () (FILE"),
         ('BASE = "moe"\nALLOCATORS = ["seive"]\n', "unknown allocator 'seive': choose from"),

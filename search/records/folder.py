@@ -147,6 +147,10 @@ class StudyFolder(Records):
         """An evaluation on the way."""
         self._append({"event": "rung", "digest": digest, "rung": rung.to_json()})
 
+    def append_lost(self, digest: str, reason: str) -> None:
+        """The platform took a training away before it had ended."""
+        self._append({"event": "lost", "digest": digest, "reason": redacted(reason)})
+
     def append_finished(self, outcome: Outcome, params: Mapping[str, Any], *, reused: str = "") -> None:
         """A run is over, well or not; `reused` names the study that trained it, where it was another one."""
         assert outcome.status in FINISHED, outcome.status

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
 from allocators.core import words
+from allocators.core.errors import StudyError
 from allocators.core.messages import Failed, PackJob, Tested, TestJob
 from allocators.core.types import Signal, canonical_json
-from search import report
+from search import interrupts, report
 from search.config import AUTO, RunConfig, before
 from search.engine import Workers
 from search.engine.memory import PeakMemory
@@ -25,36 +27,71 @@ from search.report.live import Progress
 from search.session.contents import contents_of, refuse_other_facts
 from search.session.dry_run import drawn
 from search.session.make_workers import Locations, make_workers
-from search.study import Conductor, trainings_left, untested
+from search.study import MOST_LOST, Conductor, trainings_left, untested
 from spaces import _tables
 from trainers import storage
 
 
 def run_study(config: RunConfig, problem: Problem) -> int:
-    """Exit code: 0 done, 1 no trial reached an accuracy."""
+    """Exit code: 0 done, 1 no trial reached an accuracy, or one was lost too often.
+
+    Raises KeyboardInterrupt where a signal ended it, StudyError where it cannot go on; what was finished is reported.
+    """
     locations = Locations.of(config)
     with _records(config, problem, locations) as records:
+        locations.check()
         tracker = _tracker(config, locations)
-        try:
+
+        def cut_short() -> None:
+            summary = report.write(locations.folder) if records.finished else None
+            tracker.close(summary, status="KILLED")
+            if summary is not None:
+                report.show(summary)
+
+        given_up: Mapping[str, str] = {}
+        with _reported(cut_short):
             tracker.sync(records)
             known = replace(problem, signals={**problem.signals, **records.signals})
             left, repeats = trainings_left(known, records, trials=config.trials, seeds=config.seeds)
             tests = len(untested(known, records, adapters=not config.replay))
             if left or repeats or tests:
-                Session(config, problem, locations, records, tracker).train(left + repeats or tests)
+                session = Session(config, problem, locations, records, tracker)
+                given_up = session.train(left + repeats or tests)
             else:
                 finished = len(records.finished)
                 seeds = words.written(config, "seeds")
                 print(f"trials={config.trials}, seeds={seeds} and {finished} are finished: nothing to train")
+                _drop_notes(records, locations)  # of a driver that was killed after its last trial
             summary = report.write(locations.folder)
             tracker.sync(records)
-        except BaseException:
-            tracker.close(status="KILLED")
-            raise
         tracker.close(summary)
     report.show(summary)
     print(f"Runs: {tracker.browse}")
-    return 0 if any(outcome.accuracy is not None for outcome in records.finished.values()) else 1
+    for digest, reason in given_up.items():
+        print(f"{digest} was lost {MOST_LOST} times, the last time because {reason}: the same command tries it again")
+    found = any(outcome.accuracy is not None for outcome in records.finished.values())
+    return 0 if found and not given_up else 1
+
+
+@contextmanager
+def _reported(cut_short: Callable[[], None]) -> Iterator[None]:
+    """Whatever ends the block before its time, what was finished is reported and no run stays open."""
+    try:
+        with interrupts.ending(cut_short):
+            yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        if not interrupts.came():  # else it is done
+            with suppress(Exception):  # the error that ended the study is the one to hear of
+                cut_short()
+        raise
+
+
+def _drop_notes(records: StudyFolder, locations: Locations) -> None:
+    """Removes the notes of Ray Train and Ray Tune."""
+    records.drop_ray_notes()
+    shutil.rmtree(locations.tune, ignore_errors=True)
 
 
 def _records(config: RunConfig, problem: Problem, locations: Locations) -> StudyFolder:
@@ -92,14 +129,17 @@ class Session:
     records: StudyFolder
     tracker: Tracker
 
-    def train(self, trainings: int) -> None:
-        """Trains what is left of the trials and of the repeats with other seeds, `trainings` as far as is known now."""
+    def train(self, trainings: int) -> Mapping[str, str]:
+        """Trains what is left of the trials and of the repeats with other seeds, `trainings` as far as is known now.
+
+        Gives the trainings that were lost too often, with the last reason.
+        """
         config, records, began = self.config, self.records, time.monotonic()
         study = records.header["id"]
         workers = make_workers(config, self.problem, self.locations, study=study, trainings=trainings)
         print(f"{config.space} on {config.model}, task {config.task}; records in {self.locations.folder}", flush=True)
-        workers.start()
         with self._summary(workers, began), self._progress() as progress, self._closing(workers):
+            workers.start()
             progress.message(workers.describe())
             others, problem = self._prepare(workers, progress)
             conductor = Conductor(
@@ -117,10 +157,11 @@ class Session:
                 others=others,
             )
             workers.search(conductor, pausing=self._pausing)
-            if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
-                raise KeyboardInterrupt
+            if conductor.cut_off:
+                raise StudyError("the workers ended before their trainings: the same command goes on")
             self._test(problem, workers, conductor, progress)
             conductor.settle()
+        return conductor.given_up
 
     def _test(self, problem: Problem, workers: Workers, conductor: Conductor, progress: Progress) -> None:
         """Evaluates the front and what it is compared with on the test split, which nothing was selected on."""
@@ -243,9 +284,12 @@ class Session:
     def _closing(self, workers: Workers) -> Iterator[None]:
         try:
             yield
-        finally:
-            workers.close()
-            self.records.drop_ray_notes()
+        except BaseException:
+            workers.close(at_once=True)
+            _drop_notes(self.records, self.locations)
+            raise
+        workers.close()
+        _drop_notes(self.records, self.locations)
 
     @contextmanager
     def _summary(self, workers: Workers, began: float) -> Iterator[None]:

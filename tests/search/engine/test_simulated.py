@@ -57,7 +57,7 @@ class Script:
         self.came.append((self.names[outcome.digest], "end"))
         self.outcomes.append(outcome)
 
-    def lost(self, digest: str, reason: str) -> None:
+    def lost(self, digest: str, reason: str, *, again: bool = True) -> None:
         self.lost_for[self.names[digest]] = reason
 
 

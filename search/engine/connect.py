@@ -1,0 +1,93 @@
+"""A local Ray, or a cluster that is joined: how it starts, and that it is still there. Edge file: Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import ray
+
+from allocators.core.errors import StudyError
+from search import interrupts
+
+NAMESPACE = "lora-expert-search"  # of the job queue's actor
+GOES_ON = "what was finished is kept, and the same command goes on"
+
+
+def connect(address: str, *, num_cpus: int = 0) -> dict[str, float]:
+    """Starts a local Ray or joins a cluster, unless this process did so before; returns its total resources.
+
+    Raises StudyError when the address does not answer, or no Ray can be started here.
+    """
+    if ray.is_initialized():
+        return dict(ray.cluster_resources())
+    options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": True}
+    if address == "local":
+        options |= {"include_dashboard": False, "num_cpus": num_cpus or None}
+    logging.getLogger("ray").setLevel(logging.ERROR)  # before: it warns that the handler of SIGTERM stays ours
+    try:
+        _beside(lambda: ray.init(address=address, logging_level=logging.ERROR, **options))
+    except Exception as error:  # a node that takes too long to start raises no narrower class
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if address == "local":
+            raise StudyError(f"Ray cannot be started here ({reason}): is the machine out of memory or busy?") from None
+        raise StudyError(
+            f"ray_address={address} does not answer ({reason}): start a cluster with 'ray start --head', "
+            "or use ray_address=local"
+        ) from None
+    return dict(ray.cluster_resources())
+
+
+def _beside(work: Callable[[], Any]) -> None:
+    """Does it in a thread that then lives as long as this process, while the main thread can be interrupted.
+
+    Linux ends the processes of a local Ray together with the thread that started them.
+    """
+    done, errors = threading.Event(), list[Exception]()
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+        done.set()
+        threading.Event().wait()
+
+    threading.Thread(target=run, daemon=True).start()
+    while not done.wait(0.2):
+        pass
+    if errors:
+        raise errors[0]
+
+
+def watch_ray(closing: threading.Event) -> None:
+    """Ends the study where a process of the local Ray dies that all others need."""
+    names = {"raylet": "raylet (this node)", "gcs_server": "GCS (the cluster's memory)"}
+    needed = {child: names[name] for child in psutil.Process().children() if (name := _name(child)) in names}
+    while not closing.wait(0.5):
+        for process, name in needed.items():
+            if not _is_alive(process) and not closing.wait(1.0):
+                logs = _logs()
+                interrupts.fail(StudyError(f"Ray died: its {name} ended; its logs are in {logs}; {GOES_ON}"))
+                return
+
+
+def _logs() -> str:
+    node = ray._private.worker._global_node
+    return str(node.get_logs_dir_path()) if node is not None else "its temporary folder"
+
+
+def _name(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return str(process.name())
+    return ""
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False

@@ -35,6 +35,7 @@ class _Interruption:
         self.signal: int | None = None
         self.error: StudyError | None = None
         self._untold = False  # whether the main thread has not heard of the error yet
+        self.watching = False  # between the beginning and the end of `watched`
         self._lock = threading.Lock()
         self._end: Callable[[], None] | None = None
 
@@ -77,11 +78,12 @@ class _Interruption:
         time.sleep(PATIENCE)
         threading.Thread(target=self._end_and_leave, daemon=True).start()
         time.sleep(LONGEST - PATIENCE)
-        _leave(self.exit_code)
+        if self.watching:
+            _leave(self.exit_code)
 
     def _end_and_leave(self) -> None:
         with self._lock:
-            stuck = self._end is not None
+            stuck = self.watching and self._end is not None
         if stuck:
             with contextlib.suppress(Exception):
                 self.end()
@@ -107,16 +109,24 @@ def watched() -> Iterator[None]:
         yield
         return
     _now = _Interruption()
+    _now.watching = True
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, _on_signal)
+    install()
     try:
         yield
     finally:
+        _now.watching = False
         for number, handler in before.items():
             if signal.getsignal(number) is _on_signal:
                 signal.signal(number, handler)
+
+
+def install() -> None:
+    """Again, after a library that took a signal for itself: Ray's own code aborts the process at SIGTERM."""
+    if _now.watching and threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _on_signal)
 
 
 @contextlib.contextmanager
@@ -138,9 +148,15 @@ def ending(end: Callable[[], None]) -> Iterator[None]:
         _now.set_end(None)
 
 
+def end() -> None:
+    """Does at once, where this process was interrupted, what `ending` would do later."""
+    if _now.came:
+        _now.end()
+
+
 def fail(error: StudyError) -> None:
     """Interrupts the main thread, from another one, to end the study with this error."""
-    if _now.note(error=error):
+    if _now.watching and _now.note(error=error):
         _thread.interrupt_main()
 
 

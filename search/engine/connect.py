@@ -31,6 +31,7 @@ def connect(address: str, *, num_cpus: int = 0) -> dict[str, float]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # before: it warns that the handler of SIGTERM stays ours
     try:
         _beside(lambda: ray.init(address=address, logging_level=logging.ERROR, **options))
+        interrupts.install()
     except Exception as error:  # a node that takes too long to start raises no narrower class
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if address == "local":

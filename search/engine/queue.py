@@ -25,10 +25,10 @@ class JobQueue:
     """Jobs of one study for so many worker groups.
 
     slots       trials that a group trains at once
-    restarted   it was killed: groups may be at work
+    restarted   it was killed: groups may be at work, and have so many seconds (`grace`) to say what they hold
     """
 
-    def __init__(self, groups: int, slots: int = 1, *, restarted: bool = False) -> None:
+    def __init__(self, groups: int, slots: int = 1, *, restarted: bool = False, grace: float = GRACE) -> None:
         self.slots = slots
         self.waiting: dict[str, Job] = {}
         self.reports: dict[str, collections.deque[Report]] = collections.defaultdict(collections.deque)
@@ -46,7 +46,7 @@ class JobQueue:
         self.closed = False
         self.reason = ""
         self._changed = asyncio.Event()  # set, and replaced by a new one, whenever something changes
-        self._restarted, self._opens = restarted, 0.0
+        self._restarted, self._grace, self._opens = restarted, grace, 0.0
 
     # --- who waits for results
 
@@ -283,5 +283,5 @@ class JobQueue:
         """After a restart: waits until groups have had the time to say what they hold."""
         if self._restarted:
             now = asyncio.get_running_loop().time
-            self._opens = self._opens or now() + GRACE
+            self._opens = self._opens or now() + self._grace
             await asyncio.sleep(max(0.0, self._opens - now()))

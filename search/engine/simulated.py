@@ -106,7 +106,7 @@ class SimulatedWorkers:
         """What a training reports, and after how many trained tokens."""
         outcome = self._outcomes.get(trial.digest)
         if outcome is None:
-            raise StudyError(f"{self._source} has no row for the training {trial.digest}: record the table anew")
+            return [(0, Finished(Outcome(trial, "failed", 0, message="the table has no row for this training")))]
         reports: list[tuple[int, Report]] = [(rung.tokens, RungReached(rung)) for rung in outcome.rungs]
         # another allocator may have proposed the recorded trial: the outcome names the one that was asked for
         versions = {**outcome.versions, "replayed": self._mark}

@@ -43,10 +43,9 @@ def run_study(config: RunConfig, problem: Problem) -> int:
         tracker = _tracker(config, locations)
 
         def cut_short() -> None:
-            summary = report.write(locations.folder) if records.finished else None
-            tracker.close(summary, status="KILLED")
-            if summary is not None:
-                report.show(summary)
+            tracker.close(status="KILLED")  # first: what comes after takes seconds
+            if records.finished:
+                report.show(report.write(locations.folder))
 
         given_up: Mapping[str, str] = {}
         with _reported(cut_short):
@@ -138,7 +137,7 @@ class Session:
         study = records.header["id"]
         workers = make_workers(config, self.problem, self.locations, study=study, trainings=trainings)
         print(f"{config.space} on {config.model}, task {config.task}; records in {self.locations.folder}", flush=True)
-        with self._summary(workers, began), self._progress() as progress, self._closing(workers):
+        with self._summary(workers, began), self._closing(workers), self._progress() as progress:
             workers.start()
             progress.message(workers.describe())
             others, problem = self._prepare(workers, progress)
@@ -285,6 +284,7 @@ class Session:
         try:
             yield
         except BaseException:
+            interrupts.end()  # before: a busy machine may take its time to end the workers
             workers.close(at_once=True)
             _drop_notes(self.records, self.locations)
             raise

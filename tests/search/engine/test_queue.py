@@ -246,7 +246,7 @@ def test_of_two_readers_of_a_job_the_last_gets_its_reports() -> None:
 
 def test_a_queue_that_was_killed_learns_from_open_calls_who_works_on_what() -> None:
     async def story() -> None:
-        queue = JobQueue(groups=2, restarted=True)
+        queue = JobQueue(groups=2, restarted=True, grace=0.05)
         readers = [asyncio.create_task(queue.next_report(job, JOB)) for job in "ab"]
         idle = asyncio.create_task(queue.take(1, 0))
         await asyncio.sleep(0)

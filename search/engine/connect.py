@@ -13,6 +13,7 @@ import ray
 
 from allocators.core.errors import StudyError
 from search import interrupts
+from search.engine import surroundings
 
 NAMESPACE = "lora-expert-search"  # of the job queue's actor
 GOES_ON = "what was finished is kept, and the same command goes on"
@@ -27,7 +28,8 @@ def connect(address: str, *, num_cpus: int = 0) -> dict[str, float]:
         return dict(ray.cluster_resources())
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": True}
     if address == "local":
-        options |= {"include_dashboard": False, "num_cpus": num_cpus or None}
+        surroundings.check()
+        options |= {"include_dashboard": False, "num_cpus": num_cpus or None, "_plasma_directory": surroundings.store()}
     logging.getLogger("ray").setLevel(logging.ERROR)  # before: it warns that the handler of SIGTERM stays ours
     try:
         _beside(lambda: ray.init(address=address, logging_level=logging.ERROR, **options))

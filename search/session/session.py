@@ -104,6 +104,7 @@ def _records(config: RunConfig, problem: Problem, locations: Locations) -> Study
         place=locations.shared if storage.is_uri(locations.shared) else "",
         table=_tables.facts(problem.space) if problem.is_table else {},
         contents=contents_of(config, cache=locations.folder.parent / ".contents.json"),
+        lock=config.lock,
     )
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.kills kinds=plain,packed,halving,seeds,workers,replay kills=200 seed=0
 
-A study is killed up to four times, each time in another run of its command: the driver, a worker, a worker group's
+A study is killed up to four times, within one run of its command as long as it goes on: the driver, a worker, a worker group's
 controller, the job queue, the process of a Tune trial, or the raylet, which stands for the node; the driver may be sent
 a signal that it can hear instead. The moment is drawn over the whole run, its start included. Then the command runs to
 its end, and the books are checked:
@@ -134,33 +134,56 @@ def plain(records: Records) -> dict[str, Any]:
     }
 
 
-def kill_once(storage: Path, name: str, kind: str, draw: random.Random, log: Path) -> tuple[str, int, list[int]]:
-    """One run that is killed: what was killed when, the exit code, and the processes that outlived it by 5 s."""
+def kill_in_a_run(
+    storage: Path, name: str, kind: str, draw: random.Random, log: Path, most: int
+) -> tuple[list[str], int, list[int]]:
+    """One run with up to so many kills: what was killed when, the exit code, and what outlived the run by 5 s."""
     folder = storage / name
     driver = start(storage, name, f"{KINDS[kind]} {SMALL if kind != 'replay' else ''}", log)
-    roles = ["driver", *SIGNALS] if kind == "replay" else ["driver", "driver", *ROLES, draw.choice([*SIGNALS])]
-    role, at_once = draw.choice(roles), draw.random() < 0.25
-    target, patience = events(folder) + draw.randint(1, 12), draw.uniform(0, 3 if kind == "replay" else 20)
-    began, seen, killed = time.monotonic(), {}, ""
+    began, seen, killed = time.monotonic(), dict[int, psutil.Process](), list[str]()
+    due = _Due.drawn(kind, draw, folder, first=True)
     while driver.poll() is None and time.monotonic() - began < LONGEST:
         now = processes_of(driver)
         seen |= {process.pid: process for process in now}
-        due = time.monotonic() - began > patience if at_once else events(folder) >= target
-        if due and not killed:
-            chosen = of_role(now, role) if role in ROLES else []
-            if role in ROLES and not chosen:
-                continue  # it is not there yet, or not any more
-            killed = f"{role} after {time.monotonic() - began:.0f} s, {events(folder)} lines"
-            if role in SIGNALS:
-                driver.send_signal(SIGNALS[role])
-            elif role == "driver":
-                driver.kill()
-            else:
-                draw.choice(chosen).kill()
+        if len(killed) < most and due.has_come(folder, time.monotonic() - began):
+            chosen = of_role(now, due.role) if due.role in ROLES else []
+            if chosen or due.role not in ROLES:  # else it is not there yet, or not any more
+                killed.append(f"{due.role} after {time.monotonic() - began:.0f} s, {events(folder)} lines")
+                _kill(driver, due.role, draw.choice(chosen) if chosen else None)
+                due = _Due.drawn(kind, draw, folder, first=False)
+                if killed[-1].startswith(("driver", "SIG", "raylet")):
+                    most = 0
         time.sleep(0.05)
     driver.kill()
-    code = driver.wait()
-    return killed or "nothing", code, _outlived(seen)
+    return killed, driver.wait(), _outlived(seen)
+
+
+@dataclass(frozen=True)
+class _Due:
+    """Who is killed next: after so many lines on record, or after so many seconds of the run."""
+
+    role: str
+    lines: int
+    seconds: float
+
+    @classmethod
+    def drawn(cls, kind: str, draw: random.Random, folder: Path, *, first: bool) -> _Due:
+        roles = ["driver", *SIGNALS] if kind == "replay" else ["driver", *ROLES, draw.choice([*SIGNALS])]
+        at_start = first and draw.random() < 0.25
+        lines = 10**9 if at_start else events(folder) + draw.randint(1, 8)
+        return cls(draw.choice(roles), lines, draw.uniform(0, 3 if kind == "replay" else 20) if at_start else 10**9)
+
+    def has_come(self, folder: Path, seconds: float) -> bool:
+        return seconds > self.seconds or events(folder) >= self.lines
+
+
+def _kill(driver: subprocess.Popen[bytes], role: str, process: psutil.Process | None) -> None:
+    if role in SIGNALS:
+        driver.send_signal(SIGNALS[role])
+    elif process is None:
+        driver.kill()
+    else:
+        process.kill()
 
 
 def _outlived(seen: dict[int, psutil.Process]) -> list[int]:
@@ -214,14 +237,14 @@ def study(settings: Settings, kind: str, number: int, equal: dict[str, Any]) -> 
     storage, name = Path(settings.storage), f"{kind}-{number}"
     storage.mkdir(parents=True, exist_ok=True)
     log, books, before = storage / f"{name}.log", Books(kind, number), list[dict[str, Any]]()
-    for _ in range(A_STUDY):
-        what, code, outlived = kill_once(storage, name, kind, draw, log)
-        books.kills.append(what)
+    while len(books.kills) < A_STUDY:
+        killed, code, outlived = kill_in_a_run(storage, name, kind, draw, log, A_STUDY - len(books.kills))
+        books.kills += killed
         books.codes.append(code)
         books.left += len(outlived)
         if (storage / name / "study.json").exists():
             before.append(plain(read(storage / name)))
-        if code == 0 and what == "nothing":
+        if code == 0:
             break
     last = start(storage, name, f"{KINDS[kind]} {SMALL if kind != 'replay' else ''}", log)
     books.codes.append(last.wait())
@@ -236,7 +259,7 @@ def table(done: list[dict[str, Any]]) -> str:
     lines = [f"{'kind':<10}{'studies':>8}{'kills':>7}{'results':>9}" + "".join(f"{name:>9}" for name in faults)]
     for kind in dict.fromkeys(line["kind"] for line in done):
         of = [line for line in done if line["kind"] == kind]
-        kills = sum(what != "nothing" for line in of for what in line["kills"])
+        kills = sum(len(line["kills"]) for line in of)
         results = sum(len(line["results"]) for line in of)
         sums = "".join(f"{sum(line[name] for line in of):>9}" for name in faults)
         lines.append(f"{kind:<10}{len(of):>8}{kills:>7}{results:>9}{sums}")
@@ -251,7 +274,7 @@ def main(argv: list[str] | None = None) -> int:
     equal = {digest: rungs for line in done for digest, rungs in line["results"].items()}
     kinds = settings.kinds.split(",")
     for turn in range(10**6):
-        if sum(what != "nothing" for line in done for what in line["kills"]) >= settings.kills:
+        if sum(len(line["kills"]) for line in done) >= settings.kills:
             break
         kind, number = kinds[turn % len(kinds)], turn // len(kinds)
         if any((line["kind"], line["number"]) == (kind, number) for line in done):

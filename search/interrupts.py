@@ -23,6 +23,11 @@ from types import FrameType
 
 from allocators.core.errors import StudyError
 
+
+class Said(StudyError):
+    """An error that was printed when it was found: what is left of this process may not live long enough."""
+
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 4.0  # seconds that the main thread has to come back from where it was
 LONGEST = 9.0  # seconds after which the process ends, whatever is left to do
@@ -87,9 +92,6 @@ class _Interruption:
         if stuck:
             with contextlib.suppress(Exception):
                 self.end()
-            if self.error is not None:
-                with contextlib.suppress(OSError):
-                    print(f"error: {self.error}", file=sys.stderr)
             _leave(self.exit_code)
 
 
@@ -155,8 +157,10 @@ def end() -> None:
 
 
 def fail(error: StudyError) -> None:
-    """Interrupts the main thread, from another one, to end the study with this error."""
-    if _now.watching and _now.note(error=error):
+    """Interrupts the main thread, from another one, to end the study with this error, which is printed now."""
+    if _now.watching and _now.note(error=Said(str(error))):
+        with contextlib.suppress(OSError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         _thread.interrupt_main()
 
 

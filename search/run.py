@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with interrupts.watched():
             return _answer(given)
     except ToolkitError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        if not isinstance(error, interrupts.Said):
+            print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         with contextlib.suppress(OSError):  # the terminal may be closed

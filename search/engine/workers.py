@@ -53,7 +53,7 @@ from allocators.core.messages import (
 from allocators.core.types import Signal, SignalKind
 from search import interrupts
 from search.engine import Facts, OnProgress, OnTested, StudyConductor, tune
-from search.engine.connect import GOES_ON, NAMESPACE, connect, watch_ray
+from search.engine.connect import GOES_ON, NAMESPACE, connect, disconnect, watch_ray
 from search.engine.groups import Resources
 from search.engine.queue import JobQueue
 from trainers import models
@@ -88,7 +88,7 @@ class RayWorkers:
         self._queue_name = f"queue-{study}"
         self._threads: list[threading.Thread] = []
         self._asked = 0
-        self._closing = threading.Event()
+        self._closing, self._died = threading.Event(), threading.Event()
         self._lost: dict[int, str] = {}  # groups that ended for good, and why
 
     def start(self) -> None:
@@ -111,7 +111,7 @@ class RayWorkers:
             self._threads.append(thread)
         threading.Thread(target=self._watch_queue, daemon=True).start()
         if self._connected and self._resources.ray_address == "local":
-            threading.Thread(target=watch_ray, args=(self._closing,), daemon=True).start()
+            threading.Thread(target=watch_ray, args=(self._closing, self._died), daemon=True).start()
 
     def _run_group(self, group: int) -> None:
         """Starts a worker group, and again when it died, until it dies too often without a report between."""
@@ -281,6 +281,8 @@ class RayWorkers:
         at_once   whatever they do
         """
         self._closing.set()
+        if self._died.is_set():  # there is nothing to leave, and Ray would wait for it
+            return
         if ray.is_initialized() and not at_once:
             with contextlib.suppress(RayError):
                 ray.get(self._queue.close.remote())
@@ -291,7 +293,7 @@ class RayWorkers:
     def _disconnect(self) -> None:
         """Leaves a Ray alone that this process had started or joined before."""
         if self._connected:
-            ray.shutdown()
+            disconnect()
 
 
 class _Queue(JobQueue):

@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.kills kinds=plain,packed,halving,seeds,workers,replay kills=200 seed=0
 
-A study is killed up to four times, within one run of its command as long as it goes on: the driver, a worker, a worker group's
-controller, the job queue, the process of a Tune trial, or the raylet, which stands for the node; the driver may be sent
-a signal that it can hear instead. The moment is drawn over the whole run, its start included. Then the command runs to
-its end, and the books are checked:
+A study is killed up to four times, in one run of its command for as long as it goes on, else in the next: the driver, a
+worker, a worker group's controller, the job queue, the process of a Tune trial, or the raylet, which stands for the
+node; the driver may be sent a signal that it can hear instead. The moment is drawn over the whole run, its start
+included. Then the command runs to its end, and the books are checked:
 
     lost       results that were on record before a kill, and are not there or are others in the end
     twice      trainings with more than one result on record

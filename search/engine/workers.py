@@ -64,6 +64,8 @@ from trainers.worker_state import WorkerSetup
 LONGEST_WAIT = 7 * 24 * 3600
 PATIENCE = 10.0  # seconds that `close` waits for a group to end
 MOST_DEATHS = 3  # of a worker group without a report between: then it is not started again
+NO_RETRIES: dict[str, Any] = {"max_preemption_failures": 0, "controller_failure_limit": 0}
+TOO_LATE = "WorkerGroupStartupTimeoutError"  # Ray Train's, which waits half a minute for a group's resources
 MOST_RESTARTS = 20  # of the job queue
 log = logging.getLogger(__name__)
 
@@ -123,6 +125,8 @@ class RayWorkers:
             if reason is None:
                 self._give_up(group, "the worker group ended")
                 return
+            if TOO_LATE in reason:  # others have the resources, or the machine is busy: nobody died
+                continue
             try:
                 now = ray.get(self._queue.reports_of.remote(group))
             except RayError:  # the queue is gone for good, and whoever watches it says so
@@ -165,7 +169,7 @@ class RayWorkers:
                     name=f"{self._study}-{group}-{life}",
                     storage_path=self._notes,
                     # none: whatever dies, controller or worker, `_run_group` starts anew and counts
-                    failure_config=FailureConfig(max_failures=0, max_preemption_failures=0),  # type: ignore[call-arg]
+                    failure_config=FailureConfig(max_failures=0, **NO_RETRIES),
                 ),
             ).fit()
         except Exception as error:  # whatever ended it, the queue has to know, or trials would wait for ever

@@ -133,15 +133,15 @@ def install() -> None:
 
 @contextlib.contextmanager
 def ending(end: Callable[[], None]) -> Iterator[None]:
-    """Where the block is left by an interruption, `end` is called once, by this thread or, if it hangs, by another.
+    """Where the block is left before its time, `end` is called once: by this thread or, if that hangs, by another.
 
     Raises the error that another thread found, in the place of the KeyboardInterrupt that it was told by.
     """
     _now.set_end(end)
     try:
         yield
-    except KeyboardInterrupt:
-        if _now.came:
+    except BaseException:
+        with contextlib.suppress(Exception):  # what ended the block is the thing to hear of
             _now.end()
         if _now.error is not None:
             raise _now.error from None
@@ -151,8 +151,8 @@ def ending(end: Callable[[], None]) -> Iterator[None]:
 
 
 def end() -> None:
-    """Does at once, where this process was interrupted, what `ending` would do later."""
-    if _now.came:
+    """Does at once what `ending` would do later: what follows may take its time."""
+    with contextlib.suppress(Exception):
         _now.end()
 
 
@@ -162,11 +162,6 @@ def fail(error: StudyError) -> None:
         with contextlib.suppress(OSError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         _thread.interrupt_main()
-
-
-def came() -> bool:
-    """Whether this process is being ended."""
-    return _now.came
 
 
 def exit_code() -> int:

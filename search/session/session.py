@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -48,7 +48,7 @@ def run_study(config: RunConfig, problem: Problem) -> int:
                 report.show(report.write(locations.folder))
 
         given_up: Mapping[str, str] = {}
-        with _reported(cut_short):
+        with interrupts.ending(cut_short):
             tracker.sync(records)
             known = replace(problem, signals={**problem.signals, **records.signals})
             left, repeats = trainings_left(known, records, trials=config.trials, seeds=config.seeds)
@@ -70,21 +70,6 @@ def run_study(config: RunConfig, problem: Problem) -> int:
         print(f"{digest} was lost {MOST_LOST} times, the last time because {reason}: the same command tries it again")
     found = any(outcome.accuracy is not None for outcome in records.finished.values())
     return 0 if found and not given_up else 1
-
-
-@contextmanager
-def _reported(cut_short: Callable[[], None]) -> Iterator[None]:
-    """Whatever ends the block before its time, what was finished is reported and no run stays open."""
-    try:
-        with interrupts.ending(cut_short):
-            yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException:
-        if not interrupts.came():  # else it is done
-            with suppress(Exception):  # the error that ended the study is the one to hear of
-                cut_short()
-        raise
 
 
 def _drop_notes(records: StudyFolder, locations: Locations) -> None:

@@ -10,7 +10,9 @@ included. Then the command runs to its end, and the books are checked:
     lost       results that were on record before a kill, and are not there or are others in the end
     twice      trainings with more than one result on record
     failed     trainings that are on record as failed
-    unequal    trainings whose result differs from that of an equal training of another study
+    unequal    trainings whose result differs from that of an equal training of another study (to the last digit: two
+               workers round otherwise than one and are compared with their like; in a pack rounding is that of the
+               company, so that packs are not compared)
     mlflow     runs in MLflow that are not as the records are, or are not ended
     left       processes five seconds after a run, and folders after the last one, that should be gone
     unended    studies whose command did not end with exit code 0 after the kills
@@ -47,6 +49,7 @@ KINDS = {
     "workers": "space=sieve trials=4 workers_per_trial=2 num_cpus=2",
     "replay": "space=sieve replay=tiny-moe trials=60",
 }
+ALIKE = ("plain", "halving", "seeds")  # kinds whose equal trainings have equal results, to the last digit
 SMALL = "recipe.steps=20 recipe.batch_size=4 limit=40 calibration_samples=16 evaluations=4 keep=all"
 ROLES = {  # how a process of each role calls itself
     "worker": "TrainWorker",
@@ -202,7 +205,8 @@ def check(books: Books, storage: Path, name: str, before: list[dict[str, Any]], 
     ends = collections.Counter(digest for digest in _finished(folder))
     books.twice = sum(count > 1 for count in ends.values())
     books.failed = sum(outcome.status in ("failed", "lost") for outcome in records.outcomes.values())
-    books.unequal = sum(equal.get(digest, rungs) != rungs for digest, rungs in books.results.items())
+    if books.kind != "packed":
+        books.unequal = sum(equal.get(digest, rungs) != rungs for digest, rungs in books.results.items())
     books.mlflow = _unlike(records, storage)
     rests = [*(folder / "checkpoints").glob("*"), *folder.glob(".ray"), *Path(tempfile.gettempdir()).glob("tune-*")]
     books.left += len(rests)
@@ -271,7 +275,6 @@ def main(argv: list[str] | None = None) -> int:
     settings = words.parse(sys.argv[1:] if argv is None else argv, Settings)
     file = Path(settings.results)
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    equal = {digest: rungs for line in done for digest, rungs in line["results"].items()}
     kinds = settings.kinds.split(",")
     for turn in range(10**6):
         if sum(len(line["kills"]) for line in done) >= settings.kills:
@@ -279,8 +282,9 @@ def main(argv: list[str] | None = None) -> int:
         kind, number = kinds[turn % len(kinds)], turn // len(kinds)
         if any((line["kind"], line["number"]) == (kind, number) for line in done):
             continue
+        like = [line for line in done if (line["kind"] in ALIKE) == (kind in ALIKE) and kind in (*ALIKE, line["kind"])]
+        equal = {digest: rungs for line in like for digest, rungs in line["results"].items()}
         books = study(settings, kind, number, equal)
-        equal |= books.results
         done.append(asdict(books))
         with file.open("a") as results:
             results.write(json.dumps(done[-1]) + "\n")

@@ -191,7 +191,7 @@ class RayWorkers:
             weights = sum(file.stat().st_size for file in files)
         except (OSError, StudyError):
             return f"{there}, for {count} worker(s)"
-        return f"{there}; each of {count} worker(s) loads weights of {weights / 2**30:.1f} GiB"
+        return f"{there}; each of {count} worker(s) loads weights of {weights / 2**30:.2g} GiB"
 
     def _watch_queue(self) -> None:
         """Says that the queue died, and tells the new one what only this process knows."""

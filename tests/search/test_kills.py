@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def wait_for(driver: subprocess.Popen[bytes], log: Path, condition: Callable[[],
     return found
 
 
+def _has_lines(folder: Path, lines: int) -> bool:
+    return events(folder) >= lines
+
+
+def _role_of(driver: subprocess.Popen[bytes], role: str) -> list[psutil.Process]:
+    return of_role(processes_of(driver), role)
+
+
 def statuses(storage: Path) -> set[str]:
     """Of all of the study's runs in MLflow."""
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
@@ -53,8 +62,8 @@ def test_whatever_is_killed_in_a_run_the_run_ends_well(tmp_path: Path) -> None:
     driver = start(tmp_path, NAME, f"{WORDS} max_concurrent=1", log)
     try:
         for role, lines in (("controller", 3), ("queue", 8), ("tune", 13), ("worker", 18)):
-            wait_for(driver, log, lambda lines=lines: events(folder) >= lines)
-            (process, *_) = wait_for(driver, log, lambda role=role: of_role(processes_of(driver), role))
+            wait_for(driver, log, partial(_has_lines, folder, lines))
+            (process, *_) = wait_for(driver, log, partial(_role_of, driver, role))
             process.kill()
         assert driver.wait(timeout=400) == 0, log.read_text()
     finally:

@@ -335,6 +335,12 @@ class RunConfig:
     storage: str = _key(
         "studies", "folder, or URI such as s3://bucket/dir, that all nodes see", decides="running", where="machine"
     )
+    lock: bool = _key(
+        True,
+        "lock the study's folder against a second driver; false on a file system without locks, where you see to it",
+        decides="running",
+        where="machine",
+    )
     name: str = _key(
         "", "name of the study, its folder under storage (empty: SPACE-MODEL-TASK)", decides="running", where="search"
     )

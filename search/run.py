@@ -6,37 +6,53 @@ Everything that can be known to be wrong before workers start is said before, in
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 import sys
 from collections.abc import Sequence
 
 from allocators.core import plugins, words
 from allocators.core.errors import ToolkitError
-from search.config import RunConfig, help_text, parse
+from search import interrupts
+from search.config import PROGRAM, RunConfig, help_text, parse
 from search.records.redact import redacted
 from search.session.prepare import prepare
 from trainers import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code: 0 done, 1 no trial reached an accuracy, 2 the request cannot work."""
+    """Exit code: 0 done, 1 no trial reached an accuracy or one was lost too often, 2 the request cannot work.
+
+    130, 143, 129: Ctrl-C, SIGTERM, SIGHUP.
+    """
     given = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words.asks_for_help(given):
-            names = [word.removeprefix("space=") for word in given if word not in words.HELP]
-            print(describe(names[0]) if len(names) == 1 and "=" not in names[0] else overview())
-            return 0
-        return run(parse(given))
+        with interrupts.watched():
+            return _answer(given)
     except ToolkitError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        if not isinstance(error, interrupts.Said):
+            print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            typed = shlex.join([*PROGRAM, *map(redacted, given)])
+            print(f"interrupted: the same command goes on where this one stopped:\n    {typed}", file=sys.stderr)
+        return interrupts.exit_code()
+
+
+def _answer(given: list[str]) -> int:
+    if words.asks_for_help(given):
+        names = [word.removeprefix("space=") for word in given if word not in words.HELP]
+        print(describe(names[0]) if len(names) == 1 and "=" not in names[0] else overview())
+        return 0
+    return run(parse(given))
 
 
 def script() -> int:
     """The installed command `lora-search`."""
-    return command.run(main)
+    code = command.run(main)
+    interrupts.leave(code)
+    return code
 
 
 def overview() -> str:
@@ -53,7 +69,7 @@ def describe(space: str) -> str:
 
 
 def run(config: RunConfig) -> int:
-    """Exit code: 0 done, 1 no trial reached an accuracy. Raises StudyError for what cannot work."""
+    """Exit code as `main`; raises StudyError for what cannot work."""
     config, problem = prepare(config)
     if config.dry_run:
         from search.session.dry_run import dry_run

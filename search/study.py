@@ -12,11 +12,14 @@ and they are among the `trials`.
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
+from allocators.core.errors import StudyError
 from allocators.core.messages import TestJob
 from allocators.core.types import FINISHED, Outcome, Rung, Score, Trial
 from search import baselines, early
@@ -95,6 +98,9 @@ def untested(problem: Problem, records: Records, *, adapters: bool = True) -> li
     return [TestJob(run.trial, run.trainable_params, place) for run, place in places if place is not None]
 
 
+MOST_LOST = 3  # trainings in a row that the platform took away: then something is wrong that no retry mends
+
+
 class Conductor:
     """Proposes trainings to free workers, and takes their results into records, MLflow and the live view.
 
@@ -137,6 +143,11 @@ class Conductor:
         self._rank_by = rank_by
         self._others = others
         self._proposals: dict[str, Proposal] = {}
+        self._again: list[Proposal] = []  # lost, to be trained again at once
+        self._later: list[Proposal] = []  # lost, to be trained again when nothing else is left
+        self._losses: Counter[str] = Counter()  # of each training in this run, without an evaluation between
+        self._in_a_row = 0
+        self.given_up: dict[str, str] = {}  # lost too often in this run -> the last reason
         here = records.outcomes.keys() - records.reused.keys()
         self._repeats = {digest for digest in here if not self._counts(records.outcomes[digest].trial)}
         self._on_front: set[str] = {candidate.point for candidate in records.points}  # not looked at yet
@@ -194,9 +205,13 @@ class Conductor:
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._progress.message("time budget used up: no new trials")
             return None
-        proposal = next(self._queue, None)
+        proposal = self._again.pop(0) if self._again else next(self._queue, None)
         if proposal is None or proposal == "wait":
-            return proposal
+            if self._running:  # one of them may be lost yet
+                return "wait"
+            if not self._later:
+                return proposal
+            proposal = self._later.pop(0)
         started = Outcome(proposal.trial, "started", proposal.trainable_params)
         self._proposals[proposal.trial.digest] = proposal
         self._records.append_started(started, proposal.params, sampler_seconds=proposal.sampler_seconds)
@@ -208,7 +223,7 @@ class Conductor:
 
     def _search(self, own: int, repeats: list[Proposal]) -> Iterator[Proposal | Literal["wait"]]:
         """What the sampler proposes; then repeats of the front, which is looked at again after every result."""
-        for _ in range(own):
+        for _ in itertools.chain(range(own), self._instead()):
             yield from self._promoted()
             while (proposal := self._proposer.propose()) is not None and self._taken(proposal):
                 pass
@@ -223,10 +238,20 @@ class Conductor:
             if missing and not self._searching:  # before the search's last result the front is not known
                 if not self._taken(missing[0]):
                     yield missing[0]
-            elif self._proposals:
+            elif self._proposals or self._again or self._later:
                 yield "wait"
             else:
                 return
+
+    def _instead(self) -> Iterator[str]:
+        """One for every trial that was given up: the trials are those with a result."""
+        seen = 0
+        while True:
+            given_up = [digest for digest in self.given_up if self._counts(self._records.outcomes[digest].trial)]
+            if seen == len(given_up):
+                return
+            yield given_up[seen]
+            seen += 1
 
     def _promoted(self) -> Iterator[Proposal]:
         """Paused trainings that may go on."""
@@ -292,6 +317,8 @@ class Conductor:
 
     def rung(self, digest: str, rung: Rung) -> bool:
         """An evaluation of a training; whether it goes on now, else it is paused until it is proposed again."""
+        if not any(known.step >= rung.step for known in self._records.outcomes[digest].rungs):
+            self._in_a_row = self._losses[digest] = 0
         self._records.append_rung(digest, rung)
         self._tracker.rung(digest, rung)
         self._progress.rung(digest, rung)
@@ -305,6 +332,7 @@ class Conductor:
 
     def finished(self, outcome: Outcome) -> None:
         """Records the outcome of a proposed training and tells proposer, halving, MLflow and live view."""
+        self._in_a_row = 0
         self._finished(outcome, self._proposals.pop(outcome.digest).params)
 
     def _taken(self, proposal: Proposal) -> bool:
@@ -332,10 +360,27 @@ class Conductor:
         if self._keep == "front":
             self._drop_adapters_of(outcome.digest)
 
-    def lost(self, digest: str, reason: str) -> None:
-        """Records the training as failed, for the reason given."""
-        proposal = self._proposals[digest]
-        self.finished(Outcome(proposal.trial, "failed", proposal.trainable_params, message=reason))
+    def lost(self, digest: str, reason: str, *, again: bool = True) -> None:
+        """Notes that the platform took the training away, and proposes it again, at once or after all others.
+
+        Raises StudyError where it is the third in a row without an evaluation or a result between.
+        """
+        proposal = replace(self._proposals.pop(digest), sampler_seconds=0.0)
+        self._records.append_lost(digest, reason)
+        self._progress.lost(digest, reason)
+        self._losses[digest] += 1
+        self._in_a_row += 1
+        if self._in_a_row >= MOST_LOST:
+            raise StudyError(
+                f"{self._in_a_row} trainings in a row were lost, the last because {reason}: what was finished is "
+                "kept; mend that, and the same command goes on"
+            )
+        if self._losses[digest] >= MOST_LOST:
+            self.given_up[digest] = reason
+        elif again and self._losses[digest] == 1:
+            self._again.append(proposal)
+        else:
+            self._later.append(proposal)
 
     def tested(self, job: TestJob, score: Score) -> None:
         """Records what a training has on the test split, and tells MLflow."""

@@ -9,10 +9,12 @@ as a whole. A local folder is swapped by two renames: a reader sees the old fold
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,8 +23,11 @@ from allocators.core.errors import StudyError
 
 if TYPE_CHECKING:
     from pyarrow.fs import FileSystem
+    from torch import Tensor
 
 Location = str | os.PathLike[str]
+
+CHECKSUM = "checksum"  # in the metadata of a safetensors file
 
 
 def is_uri(location: Location) -> bool:
@@ -46,6 +51,94 @@ def exists(location: Location) -> bool:
         return bool(filesystem.get_file_info(path).type != FileType.NotFound)
     except OSError as error:
         raise _unreachable("read", location, error) from error
+
+
+class Damaged(StudyError):
+    """A file is not what was written."""
+
+
+def save_tensors(location: Location, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Replaces a safetensors file as a whole, with a checksum of all that is in it.
+
+    Raises StudyError where it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    with replacing(location) as local:
+        try:
+            save_file(plain, local, metadata={**metadata, CHECKSUM: checksum(plain, metadata)})
+        except SafetensorError as error:  # it has no class of its own for a full disk
+            raise OSError(str(error)) from error
+
+
+def load_tensors(location: Location) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save_tensors` wrote. A file of an earlier version has no checksum.
+
+    Raises Damaged where it is not that, StudyError where it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    with reading(location) as local:
+        if local.is_dir():
+            raise Damaged("it is a folder")
+        try:
+            with safe_open(local, framework="pt") as stored:
+                metadata = stored.metadata() or {}
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+        except (SafetensorError, UnicodeDecodeError) as error:
+            raise Damaged(str(error)) from error
+        except OSError as error:
+            raise _unreachable("read", location, error) from error
+    said = metadata.pop(CHECKSUM, None)
+    if said is not None and said != checksum(tensors, metadata):
+        raise Damaged("its checksum is another")
+    return tensors, metadata
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """Of names, types, shapes and bytes of the tensors, and of the metadata."""
+    import torch
+
+    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def check(location: Location) -> None:
+    """Raises StudyError where no file can be written in this folder, which is made where it is missing."""
+    probe = join(location, f".probe-{uuid.uuid4().hex[:8]}")
+    with replacing(probe) as file:
+        file.write_bytes(b"probe")
+    try:
+        if is_uri(probe):
+            filesystem, path = _filesystem(probe)
+            filesystem.delete_file(path)
+        else:
+            Path(probe).unlink()
+    except OSError as error:
+        raise _unreachable("delete", probe, error) from error
+
+
+def set_aside(location: Location) -> str:
+    """Renames what lies there, file or folder, so that nothing does; returns the new name.
+
+    Raises StudyError where it cannot.
+    """
+    new = f"{os.fspath(location)}.damaged-{uuid.uuid4().hex[:8]}"
+    try:
+        if is_uri(location):
+            filesystem, path = _filesystem(location)
+            filesystem.move(path, _filesystem(new)[1])
+        else:
+            os.replace(location, new)
+    except OSError as error:
+        raise _unreachable("rename", location, error) from error
+    return new
 
 
 @contextmanager

@@ -23,11 +23,13 @@ from allocators.core.messages import (
     End,
     Failed,
     Finished,
+    Job,
     Progressed,
     Question,
     Report,
     RungReached,
     TrainJob,
+    is_end,
 )
 from allocators.core.types import Rung
 from trainers.worker_slots import WorkerSlots
@@ -37,12 +39,12 @@ from trainers.worker_state import WorkerState, in_words
 def serve(config: dict[str, Any]) -> None:
     """The loop of one worker of a group.
 
-    config   setup (WorkerSetup), queue and namespace (of the job queue's actor), group (this group's number), slots
-             (trials of a worker)
+    config   setup (WorkerSetup), queue and namespace (of the job queue's actor), group (this group's number), life
+             (how often it died before), slots (trials of a worker)
     """
     from ray.train.torch import get_device
 
-    ranks, queue = Ranks.of_this_worker(), QueueClient(config["queue"], config["namespace"], config["group"])
+    ranks, queue = Ranks.of_this_worker(), _queue(config)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
         state = WorkerState(config["setup"], get_device())
@@ -58,27 +60,38 @@ def serve(config: dict[str, Any]) -> None:
 
 
 class QueueClient:
-    """The job queue (`search/engine/queue.py`) as one worker group sees it."""
+    """The job queue (`search/engine/queue.py`) as one worker group sees it. It may be killed: Ray sends calls again."""
 
-    def __init__(self, name: str, namespace: str, group: int) -> None:
+    def __init__(self, name: str, namespace: str, group: int, life: int) -> None:
         import ray
 
         self._get = ray.get
         self._queue: Any = ray.get_actor(name, namespace=namespace)
-        self._group = group
+        self._group, self._life = group, life
+        self._jobs: dict[str, tuple[Job, Any]] = {}  # what this group works on, with the open call that says so
 
     def start(self) -> None:
         """Tells the queue that this group begins, or begins anew."""
-        self._get(self._queue.start.remote(self._group))
+        self._get(self._queue.start.remote(self._group, self._life))
 
     def take(self, *, wait: bool = True) -> Assignment | Literal["empty", "closed"]:
         """The next job; waits for one unless `wait` is False."""
-        assignment: Assignment | Literal["empty", "closed"] = self._get(self._queue.take.remote(self._group, wait=wait))
-        return assignment
+        taken: Assignment | Literal["empty", "closed"]
+        taken = self._get(self._queue.take.remote(self._group, self._life, wait=wait))
+        if isinstance(taken, Assignment):
+            open_call = self._queue.hold.remote(self._group, self._life, taken.job_id, taken.job)
+            self._jobs[taken.job_id] = taken.job, open_call
+        return taken
+
+    def note(self, taken: Assignment) -> None:
+        """For a worker that does not lead: a job that the leading one took."""
+        self._jobs.setdefault(taken.job_id, (taken.job, None))
 
     def report(self, job_id: str, report: Report) -> bool:
         """Whether the job goes on; waits for the answer where the conductor may pause."""
-        goes_on: bool = self._get(self._queue.report.remote(self._group, job_id, report))
+        goes_on: bool = self._get(self._send(job_id, report))
+        if is_end(report):
+            self._jobs.pop(job_id, None)
         return goes_on
 
     def progress(self, job_id: str) -> Callable[[int, int, str], None]:
@@ -90,7 +103,15 @@ class QueueClient:
         self._get(self._queue.lost.remote(self._group, reason))
 
     def _pass_on(self, job_id: str, done: int, total: int, what: str) -> None:
-        self._queue.report.remote(self._group, job_id, Progressed(done, total, what))  # nobody waits for the answer
+        self._send(job_id, Progressed(done, total, what))  # nobody waits for the answer
+
+    def _send(self, job_id: str, report: Report) -> Any:
+        job, _ = self._jobs[job_id]
+        return self._queue.report.remote(self._group, self._life, job_id, job, report)
+
+
+def _queue(config: dict[str, Any]) -> QueueClient:
+    return QueueClient(config["queue"], config["namespace"], config["group"], config["life"])
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,7 @@ class _GroupMember:
     def serve(self) -> None:
         """Until the queue is closed."""
         while isinstance(taken := self._ranks.shared(self._queue.take() if self._ranks.leads else None), Assignment):
+            self._queue.note(taken)
             match taken.job:
                 case TrainJob() as job:
                     self._train(taken.job_id, job)
@@ -139,6 +161,8 @@ class _GroupMember:
 
         outcome = self._state.train(job, report=on_rung, leads=self._ranks.leads)
         self._end(job_id, Finished(outcome), broken=self._state.broken)
+        if self._state.device_broke:
+            raise RuntimeError(f"ended after {job_id}, so that the group starts anew: {outcome.message}")
 
     def _answer(self, job_id: str, question: Question) -> None:
         together, leads, broken = self._state.needs_all(question), self._ranks.leads, False

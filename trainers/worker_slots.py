@@ -181,6 +181,8 @@ class WorkerSlots:
 
     def _finish(self, job_id: str, outcome: Outcome) -> None:
         self._jobs.report(job_id, Finished(outcome))
+        if self._state.device_broke:
+            raise RuntimeError(f"ended after {job_id}, so that the worker starts anew: {outcome.message}")
         self._state.clean_up()
 
 

@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core.errors import OutOfMemoryError, ToolkitError, TrialError
+from allocators.core.errors import OutOfMemoryError, StudyError, ToolkitError, TrialError
 from allocators.core.messages import (
     Answer,
     PackChosen,
@@ -100,6 +100,7 @@ class WorkerState:
         self.scratch = Path(setup.signals)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.sharded = sharding.is_sharded(self.model)
+        self.device_broke = False  # whether nothing can be trained in this process any more
         self.broken = False  # whether other workers of the group wait for this one, in vain
         self.task_name, self.task = setup.task, tasks.load_task(setup.task, **setup.task_options)
         self.task.check_tokenizer(self.tokenizer)
@@ -327,10 +328,15 @@ class WorkerState:
         return outcome
 
     def failed(self, started: Outcome, error: Exception) -> Outcome:
-        """The outcome of a training that raised: `out_of_memory` or `failed`, with the reason in words."""
+        """The outcome of a training that raised, with the reason in words.
+
+        `out_of_memory` or `failed` where this point would do so again, `lost` where it is no affair of the point:
+        storage that cannot be read or written, a device or a connection that broke.
+        """
+        self.device_broke |= is_device_error(error)
         if isinstance(error, OutOfMemoryError):
             return started.updated(status="out_of_memory", message=str(error))
-        return started.updated(status="failed", message=in_words(error))
+        return started.updated(status="lost" if is_of_platform(error) else "failed", message=in_words(error))
 
     def clean_up(self) -> None:
         """Collects garbage and returns unused memory, so that the next trial has it."""
@@ -350,6 +356,19 @@ class WorkerState:
             adapters.save(adapter, Path(folder), metadata=facts | base)
             storage.put_folder(Path(folder), target)
         return target
+
+
+def is_device_error(error: Exception) -> bool:
+    """Whether a GPU or a connection between workers broke: this process can use it no more."""
+    import torch
+
+    kinds = (torch.AcceleratorError, torch.distributed.DistError)
+    return isinstance(error, kinds) and not isinstance(error, torch.OutOfMemoryError)
+
+
+def is_of_platform(error: Exception) -> bool:
+    """Whether another attempt may succeed: the fault is of a disk, a device, a network, and of no trial."""
+    return isinstance(error, StudyError | OSError) or is_device_error(error)
 
 
 def in_words(error: Exception) -> str:

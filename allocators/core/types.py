@@ -820,7 +820,10 @@ class Score:
         return score
 
 
-Status = Literal["started", "complete", "stopped", "diverged", "failed", "out_of_memory"]
+# What became of a trial. Results, which are in FINISHED: complete, stopped (a scheduler ended it early), and diverged,
+# failed and out_of_memory, which this point does here every time. `lost` is no result: the platform took the training
+# away (a process that was killed, a disk that is full), and it is to be trained again.
+Status = Literal["started", "lost", "complete", "stopped", "diverged", "failed", "out_of_memory"]
 FINISHED: tuple[Status, ...] = ("complete", "stopped", "diverged", "failed", "out_of_memory")
 
 
@@ -885,8 +888,8 @@ class Outcome:
         rest["rungs"] = tuple(Rung.from_json(rung) for rung in checks.sequence(rest.get("rungs", ()), "rungs"))
         rest["test"] = Score.from_json(rest["test"]) if rest.get("test") else None
         outcome = cls(Trial.from_json(data["trial"]), **rest)
-        if outcome.status not in ("started", *FINISHED):
-            raise ValueError(f"status must be started or {', '.join(FINISHED)}, got {ascii(outcome.status)[:60]}")
+        if outcome.status not in get_args(Status):
+            raise ValueError(f"status must be one of {', '.join(get_args(Status))}, got {ascii(outcome.status)[:60]}")
         checks.whole(outcome.trainable_params, "trainable_params")
         checks.optional_number(outcome.accuracy, "accuracy")
         checks.number(outcome.seconds, "seconds", low=0)

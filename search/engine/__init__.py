@@ -41,8 +41,11 @@ class StudyConductor(Protocol):
     def finished(self, outcome: Outcome) -> None:
         """A training has ended, in whatever way; the outcome's status says how."""
 
-    def lost(self, digest: str, reason: str) -> None:
-        """A training has ended without an outcome, for this reason: it counts as failed."""
+    def lost(self, digest: str, reason: str, *, again: bool = True) -> None:
+        """The platform took a training away, for this reason: it is no result, and is proposed again.
+
+        again   at once, else after all others: it may be what kills its workers
+        """
 
 
 @dataclass(frozen=True)
@@ -103,5 +106,5 @@ class Workers(Protocol):
     def test(self, jobs: Sequence[TestJob], on_tested: OnTested) -> None:
         """Evaluates trained adapters on the test split; one that cannot be is told as failed, with the reason."""
 
-    def close(self) -> None:
-        """Ends the workers, whatever state they are in."""
+    def close(self, *, at_once: bool = False) -> None:
+        """Ends the workers, whatever state they are in; `at_once`: without waiting for what they do."""

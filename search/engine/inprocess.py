@@ -92,7 +92,7 @@ class InProcessWorkers:
                 result = Failed(str(error))
             on_tested(job, result)
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         """Does nothing: the model goes with this object."""
 
     def _train(self, proposal: Proposal, conductor: StudyConductor) -> None:
@@ -111,5 +111,9 @@ class InProcessWorkers:
         outcome = self._state.train(job, report=on_rung)
         if fault is not None:
             raise fault
-        if not paused:  # else it has a checkpoint, and the conductor may propose it again
+        if paused:  # it has a checkpoint, and the conductor may propose it again
+            return
+        if outcome.status == "lost":
+            conductor.lost(digest, outcome.message)
+        else:
             conductor.finished(outcome)

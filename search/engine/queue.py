@@ -1,6 +1,9 @@
 """The job queue between Tune's trial handles and warm workers. A plain asyncio class, which runs as a zero-CPU actor.
 
-It holds the jobs that wait, the reports of each job, what each worker group is working on, and what was cancelled.
+It holds the jobs that wait, the reports of each job, what each worker group is working on, and what was cancelled. It
+may be killed at any moment: Ray starts it again and sends the calls again that nobody has answered. So every call says
+all that is needed to answer it, and may come twice: who asks for the reports of a job brings the job, and a worker
+group keeps a call of `hold` open for every job that it works on.
 """
 
 from __future__ import annotations
@@ -8,45 +11,111 @@ from __future__ import annotations
 import asyncio
 import collections
 import math
+from collections.abc import Callable
 from typing import Literal
 
-from allocators.core.messages import Assignment, Failed, Job, Report, TrainJob, is_end
+from allocators.core.messages import Assignment, Failed, Finished, Job, Report, TrainJob, is_end
 
-ATTEMPTS = 3  # a job whose worker died this often is given up: it is the likely cause
+ATTEMPTS = 2  # a job whose worker died so often without an evaluation between is given up: it is the likely cause
+GRACE = 3.0  # seconds after a restart of the queue in which groups say what they hold, before jobs are handed out
+KEPT = 64  # ends of jobs that are kept for a reader that died with one
 
 
 class JobQueue:
     """Jobs of one study for so many worker groups.
 
-    slots   trials that a group trains at once
+    slots       trials that a group trains at once
+    restarted   it was killed: groups may be at work, and have so many seconds (`grace`) to say what they hold
     """
 
-    def __init__(self, groups: int, slots: int = 1) -> None:
+    def __init__(self, groups: int, slots: int = 1, *, restarted: bool = False, grace: float = GRACE) -> None:
         self.slots = slots
-        self.waiting: asyncio.Queue[tuple[str, Job] | None] = asyncio.Queue()  # None: a group may end
-        self.reports: dict[str, asyncio.Queue[Report]] = collections.defaultdict(asyncio.Queue)
+        self.waiting: dict[str, Job] = {}
+        self.reports: dict[str, collections.deque[Report]] = collections.defaultdict(collections.deque)
+        self.readers: dict[str, object] = {}  # job -> the last that asked for its reports
+        self.ended: dict[str, Report] = {}  # the last jobs that ended -> their last report
         self.held: dict[int, dict[str, Job]] = {}  # group -> the jobs in its slots
-        self.again: dict[int, list[tuple[str, Job]]] = {}  # group -> the jobs that it held when it died
-        self.starts: collections.Counter[int] = collections.Counter()
+        self.again: dict[int, dict[str, Job]] = {}  # group -> the jobs that it held when it died
+        self.lives: dict[int, int] = {}  # group -> number of its present life
         self.attempts: collections.Counter[str] = collections.Counter()
+        self.deaths: collections.Counter[str] = collections.Counter()  # of workers with a job, since its last report
+        self.heard: collections.Counter[int] = collections.Counter()  # reports of a group: they show that it works
         self.cancelled: set[str] = set()
         self.asking: dict[str, tuple[int, asyncio.Future[bool]]] = {}  # job -> the group that waits for an answer
         self.alive = set(range(groups))
+        self.closed = False
         self.reason = ""
+        self._changed = asyncio.Event()  # set, and replaced by a new one, whenever something changes
+        self._restarted, self._grace, self._opens = restarted, grace, 0.0
+
+    # --- who waits for results
 
     async def submit(self, job_id: str, job: Job) -> None:
-        """A job waits for a worker; where none is left, it fails at once."""
-        if not self.alive:
-            await self._give_up(job_id, f"no worker is left: {self.reason}")
+        """A job waits for a worker, unless it is known already; where no worker is left, it fails at once."""
+        if not self._is_known(job_id):
+            self.cancelled.discard(job_id)
+            self.ended.pop(job_id, None)
+            self._offer(job_id, job)
+
+    async def next_report(self, job_id: str, job: Job) -> Report:
+        """Waits for a job's next report; submits the job where it is not known.
+
+        Whoever asks for it after an evaluation lets the training go on. Of several readers the last is answered: the
+        others died.
+        """
+        if not self._is_known(job_id):
+            if job_id in self.ended:  # its reader died with the answer
+                return self.ended[job_id]
+            await self.submit(job_id, job)
+        self.cancelled.discard(job_id)
+        if not self.reports[job_id]:
+            self._answer(job_id, True)
+        reader = self.readers[job_id] = object()
+        await self._until(lambda: self.readers.get(job_id) is not reader or bool(self.reports[job_id]))
+        if self.readers.get(job_id) is not reader:
+            return Failed("another reader has taken over")
+        report = self.reports[job_id].popleft()
+        if is_end(report):
+            self._forget(job_id)
+            if isinstance(report, Finished):
+                self.ended[job_id] = report
+                while len(self.ended) > KEPT:
+                    self.ended.pop(next(iter(self.ended)))
+        return report
+
+    async def cancel(self, job_id: str) -> None:
+        """The training ends at its next evaluation, or now if it waits at one for an answer."""
+        if self.waiting.pop(job_id, None) is not None:
+            self._forget(job_id)
+        elif not self._answer(job_id, False):
+            self.cancelled.add(job_id)
+            self._forget(job_id)
+
+    def _is_known(self, job_id: str) -> bool:
+        return (
+            job_id in self.waiting
+            or bool(self.reports.get(job_id))
+            or any(job_id in jobs for of in (self.held, self.again) for jobs in of.values())
+        )
+
+    def _offer(self, job_id: str, job: Job) -> None:
+        if self.alive:
+            self.waiting[job_id] = job
+            self._tell()
         else:
-            await self.waiting.put((job_id, job))
+            self._give_up(job_id, f"no worker is left: {self.reason}")
 
-    async def start(self, group: int) -> None:
+    def _forget(self, job_id: str) -> None:
+        self.reports.pop(job_id, None)
+        self.readers.pop(job_id, None)
+
+    # --- worker groups
+
+    async def start(self, group: int, life: int) -> None:
         """A worker begins, or begins anew after it died: it then takes what it held again, before anything else."""
-        self.starts[group] += 1
-        self.again[group] = list(self.held.pop(group, {}).items())
+        self._is_current(group, life)
 
-    async def take(self, group: int, *, wait: bool = True) -> Assignment | Literal["empty", "closed"]:
+    async def take(self, group: int, life: int, *, wait: bool = True) -> Assignment | Literal["empty", "closed"]:
         """The next job for a free slot of a worker; "closed" where there will be none any more.
 
         After a restart the jobs that the worker held come first, but for a job that keeps killing its worker.
@@ -54,74 +123,133 @@ class JobQueue:
         wait   False: "empty" where no job is waiting now, every slot is taken, or another worker has fewer: two that
                train at once are faster than one that packs
         """
-        start = self.starts[group]
-        job = await self._held_before(group)
-        if job is None:
-            if not wait and (self.waiting.empty() or not self._is_next(group)):
-                return "empty"
-            job = await self.waiting.get()
-            if start != self.starts[group]:  # the worker died while it waited: nobody would get this job
-                await self.waiting.put(job)
-                return "closed"
-        if job is None:
+        if not self._is_current(group, life):
             return "closed"
+        if (job := self._held_before(group)) is None:
+            await self._open()
+            if not wait and (not self.waiting or not self._is_next(group)):
+                return "closed" if self.closed else "empty"
+            await self._until(lambda: bool(self.waiting) or self.closed or self.lives[group] != life)
+            if self.lives[group] != life or not self.waiting:
+                return "closed"
+            job_id = next(iter(self.waiting))
+            job = job_id, self.waiting.pop(job_id)
         job_id, work = job
         self.held.setdefault(group, {})[job_id] = work
         self.attempts[job_id] += 1
         return Assignment(job_id, work, self.attempts[job_id])
 
-    async def _held_before(self, group: int) -> tuple[str, Job] | None:
-        """The next of the jobs that the worker held when it died."""
-        again = self.again.get(group, [])
-        while again:
-            job_id, work = again.pop(0)
-            if self.attempts[job_id] < ATTEMPTS:
-                return job_id, work
-            await self._give_up(job_id, f"its worker died {ATTEMPTS} times (out of memory?)")
-        return None
+    async def hold(self, group: int, life: int, job_id: str, job: Job) -> None:
+        """Is answered when the group does not work on this job any more."""
+        if self._adopt(group, life, job_id, job):
+            await self._until(lambda: job_id not in self.held.get(group, {}) or self.lives[group] != life)
 
-    def _is_next(self, group: int) -> bool:
-        """Whether a worker has a free slot, and no other one that has started holds fewer jobs."""
-        others = [len(self.held.get(other, {})) for other in self.alive - {group} if self.starts[other]]
-        own = len(self.held.get(group, {}))
-        return own < self.slots and own <= min(others, default=math.inf)
+    async def report(self, group: int, life: int, job_id: str, job: Job, report: Report) -> bool:
+        """Passes a report on; False tells the worker to stop this job.
+
+        If several workers of a group report the end of one job, the first report counts. A job that `asks` is answered
+        when its next report is wanted (go on) or it is cancelled; then it holds no slot any more, and may be submitted
+        again. That a training was stopped is no news: it was cancelled, or the queue that went on with it was killed.
+        """
+        stopped, end = isinstance(report, Finished) and report.outcome.status == "stopped", is_end(report)
+        if not self._adopt(group, life, job_id, job, is_new=not stopped):
+            return False
+        self.heard[group] += 1
+        self.deaths.pop(job_id, None)
+        if end:
+            del self.held[group][job_id]
+        if stopped or job_id in self.cancelled:  # nobody wants to hear of it, or not of this
+            if end:
+                self.cancelled.discard(job_id)
+                if job_id in self.readers:
+                    self._offer(job_id, job)
+                self._tell()
+            return False
+        self.reports[job_id].append(report)
+        self._tell()
+        if isinstance(job, TrainJob) and job.asks and not end:
+            answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            self.asking[job_id] = (group, answer)
+            return await answer
+        return True
+
+    async def reports_of(self, group: int) -> int:
+        """How many reports a group has passed on, in all its lives."""
+        return self.heard[group]
 
     async def limit(self, slots: int) -> None:
         """From now on a group has so many slots."""
         self.slots = slots
 
-    async def report(self, group: int, job_id: str, report: Report) -> bool:
-        """Passes a report on; False tells the worker to stop this job.
+    async def lost(self, group: int, reason: str) -> None:
+        """A group ended for good. Others take over its jobs; when it was the last one, everything is given up."""
+        if group not in self.alive:
+            return
+        self.alive.discard(group)
+        self.reason = reason
+        jobs = self.again.pop(group, {}) | self.held.pop(group, {})
+        if not self.alive:
+            jobs, self.waiting = jobs | self.waiting, {}
+        for job_id, job in jobs.items():
+            self.asking.pop(job_id, None)
+            self._offer(job_id, job)
+        self._tell()
 
-        If several workers of a group report the end of one job, the first report counts. A job that `asks` is answered
-        when its next report is wanted (go on) or it is cancelled; then it holds no slot any more, and may be submitted
-        again.
-        """
-        job, end = self.held.get(group, {}).get(job_id), is_end(report)
-        if job is None:
+    async def close(self) -> None:
+        """Every group ends after its jobs; one still under way (the driver was interrupted) ends at its next rung."""
+        self.cancelled |= {job_id for held in self.held.values() for job_id in held}
+        for job_id in list(self.asking):
+            self._answer(job_id, False)
+        self.closed = True
+        self._tell()
+
+    async def forever(self) -> None:
+        """Is never answered: who calls it hears of the end of this queue."""
+        await asyncio.get_running_loop().create_future()
+
+    def _is_current(self, group: int, life: int) -> bool:
+        """Whether this is a group's present life; a new one has died before, with what it held."""
+        if life > self.lives.get(group, -1):
+            self.lives[group] = life
+            before = self.held.pop(group, {})
+            for job_id in before:
+                self.asking.pop(job_id, None)
+                self.deaths[job_id] += 1
+            self.again[group] = self.again.get(group, {}) | before
+            self._tell()
+        return life == self.lives[group] and group in self.alive
+
+    def _adopt(self, group: int, life: int, job_id: str, job: Job, *, is_new: bool = True) -> bool:
+        """Whether the group works on this job, and no other does; a queue that was killed learns of it so."""
+        if not self._is_current(group, life):
             return False
-        if end:
-            del self.held[group][job_id]
-        await self.reports[job_id].put(report)
-        if isinstance(job, TrainJob) and job.asks and not end and job_id not in self.cancelled:
-            answer: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            self.asking[job_id] = (group, answer)
-            return await answer
-        return job_id not in self.cancelled
+        if job_id in self.held.get(group, {}):
+            return True
+        others = any(job_id in jobs for other, jobs in self.held.items() if other != group)
+        over = job_id in self.ended or any(map(is_end, self.reports.get(job_id, ())))
+        if others or over or not (self._restarted and is_new):
+            return False
+        self.waiting.pop(job_id, None)
+        self.held.setdefault(group, {})[job_id] = job
+        self.attempts[job_id] += 1
+        return True
 
-    async def next_report(self, job_id: str) -> Report:
-        """Waits for a job's next report; whoever asks for it after an evaluation lets the training go on."""
-        if self.reports[job_id].empty():
-            self._answer(job_id, True)
-        report = await self.reports[job_id].get()
-        if is_end(report):
-            self.reports.pop(job_id, None)
-        return report
+    def _held_before(self, group: int) -> tuple[str, Job] | None:
+        """The next of the jobs that the worker held when it died."""
+        again = self.again.get(group, {})
+        while again:
+            job_id = next(iter(again))
+            work = again.pop(job_id)
+            if self.deaths[job_id] < ATTEMPTS:
+                return job_id, work
+            self._give_up(job_id, f"its worker died {ATTEMPTS} times (out of memory?)")
+        return None
 
-    async def cancel(self, job_id: str) -> None:
-        """The training ends at its next evaluation, or now if it waits at one for an answer."""
-        if not self._answer(job_id, False):
-            self.cancelled.add(job_id)
+    def _is_next(self, group: int) -> bool:
+        """Whether a worker has a free slot, and no other one that has started holds fewer jobs."""
+        others = [len(self.held.get(other, {})) for other in self.alive - {group} if other in self.lives]
+        own = len(self.held.get(group, {}))
+        return own < self.slots and own <= min(others, default=math.inf)
 
     def _answer(self, job_id: str, go_on: bool) -> bool:
         """Answers the group that asks; False where none does."""
@@ -131,30 +259,29 @@ class JobQueue:
         if not go_on:
             self.held.get(group, {}).pop(job_id, None)
             self.attempts.pop(job_id, None)  # what it did so far is no sign that it kills its workers
-            self.reports.pop(job_id, None)
+            self._forget(job_id)
+            self._tell()
         answer.set_result(go_on)
         return True
 
-    async def lost(self, group: int, reason: str) -> None:
-        """A group ended for good. When it was the last one, everything that waits is given up."""
-        if group not in self.alive:
-            return
-        self.alive.discard(group)
-        self.reason = reason
-        for job_id in [*self.held.pop(group, {}), *(job_id for job_id, _ in self.again.pop(group, []))]:
-            await self._give_up(job_id, reason)
-        while not self.alive and not self.waiting.empty():
-            job = self.waiting.get_nowait()
-            if job is not None:
-                await self._give_up(job[0], f"no worker is left: {reason}")
+    def _give_up(self, job_id: str, reason: str) -> None:
+        self.deaths.pop(job_id, None)
+        self.reports[job_id].append(Failed(reason))
+        self._tell()
 
-    async def close(self) -> None:
-        """Every group ends after its jobs; one still under way (the driver was interrupted) ends at its next rung."""
-        self.cancelled |= {job_id for held in self.held.values() for job_id in held}
-        for job_id in list(self.asking):
-            self._answer(job_id, False)
-        for _ in range(len(self.alive)):
-            await self.waiting.put(None)
+    # --- waiting
 
-    async def _give_up(self, job_id: str, reason: str) -> None:
-        await self.reports[job_id].put(Failed(reason))
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            await self._changed.wait()
+
+    async def _open(self) -> None:
+        """After a restart: waits until groups have had the time to say what they hold."""
+        if self._restarted:
+            now = asyncio.get_running_loop().time
+            self._opens = self._opens or now() + self._grace
+            await asyncio.sleep(max(0.0, self._opens - now()))

@@ -86,7 +86,7 @@ class SimulatedWorkers:
             score = outcome.test if outcome is not None else None
             on_tested(job, Tested(score) if score else Failed(f"{self._source} has no score on a test split"))
 
-    def close(self) -> None:
+    def close(self, *, at_once: bool = False) -> None:
         """Forgets the trainings under way."""
         self._running.clear()
 
@@ -106,7 +106,7 @@ class SimulatedWorkers:
         """What a training reports, and after how many trained tokens."""
         outcome = self._outcomes.get(trial.digest)
         if outcome is None:
-            return [(0, Failed("the table has no row for this training"))]
+            return [(0, Finished(Outcome(trial, "failed", 0, message="the table has no row for this training")))]
         reports: list[tuple[int, Report]] = [(rung.tokens, RungReached(rung)) for rung in outcome.rungs]
         # another allocator may have proposed the recorded trial: the outcome names the one that was asked for
         versions = {**outcome.versions, "replayed": self._mark}
@@ -129,6 +129,3 @@ class SimulatedWorkers:
             case Finished(outcome):
                 del self._running[digest]
                 conductor.finished(outcome)
-            case Failed(reason):
-                del self._running[digest]
-                conductor.lost(digest, reason)

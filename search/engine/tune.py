@@ -6,9 +6,12 @@ Tune never trains and never remembers: the driver's records are the truth, so Tu
 
 from __future__ import annotations
 
-import tempfile
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import ray
 from ray import tune
@@ -17,10 +20,12 @@ from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
+from allocators.core.errors import StudyError
 from allocators.core.messages import Failed, Finished, RungReached, TrainJob, is_end
 from search.engine import StudyConductor
+from search.engine.connect import GOES_ON, NAMESPACE
 
-NAMESPACE = "lora-expert-search"  # of the job queue's actor
+T = TypeVar("T")
 
 _searches: dict[str, _SearchState] = {}  # Tune pickles and copies its searcher; a name survives that
 
@@ -35,15 +40,27 @@ class _SearchState:
     paused    training -> Tune trial that waits for the conductor to propose it again
     resumed   Tune trials that were proposed again and that Tune has not started yet
     over      the conductor has nothing more to propose
+    fault     what the conductor raised: it ends the search, and is no affair of Tune's
     """
 
     conductor: StudyConductor
+    queue: Any
     slots: int
     pausing: bool
     digests: dict[str, str] = field(default_factory=dict)
     paused: dict[str, TuneTrial] = field(default_factory=dict)
     resumed: list[TuneTrial] = field(default_factory=list)
     over: bool = False
+    fault: Exception | None = None
+
+    def ask(self, question: Callable[..., T], *arguments: Any, otherwise: T) -> T:
+        """What the conductor answers; after a fault of its own it is asked no more."""
+        if self.fault is None:
+            try:
+                return question(*arguments)
+            except Exception as error:
+                self.fault, self.over = error, True
+        return otherwise
 
     @property
     def full(self) -> bool:
@@ -66,7 +83,7 @@ class StudySearcher(Searcher):
         state = _searches[self._study]
         if state.full:
             return None  # Tune asks again at its next step
-        proposal = state.conductor.propose()
+        proposal = state.ask(state.conductor.propose, otherwise=None)
         if proposal is None:
             state.over = True
             return Searcher.FINISHED
@@ -83,15 +100,20 @@ class StudySearcher(Searcher):
         """Hands the outcome to the conductor, or the reason why there is none."""
         state = _searches[self._study]
         digest = state.digests.pop(trial_id)
-        if state.paused.pop(digest, None) is not None and not error:
-            return  # the search is over, and the conductor knows what it left paused
-        match (result or {}).get("report"):
+        if state.paused.pop(digest, None) is not None:
+            if error:  # its process died when it was to be paused: the worker still waits for an answer
+                state.queue.cancel.remote(digest)
+            return  # the conductor knows what is paused
+        conductor = state.conductor
+        match (result or {}).get("report") if not error else None:
+            case Finished(outcome) if outcome.status == "lost":
+                state.ask(conductor.lost, digest, outcome.message, otherwise=None)
             case Finished(outcome):
-                state.conductor.finished(outcome)
+                state.ask(conductor.finished, outcome, otherwise=None)
             case Failed(reason):
-                state.conductor.lost(digest, reason)
+                state.ask(partial(conductor.lost, again=False), digest, reason, otherwise=None)
             case _:
-                state.conductor.lost(digest, "its Tune trial ended without a result")
+                state.ask(conductor.lost, digest, "the process of its Tune trial died", otherwise=None)
 
     def save(self, checkpoint_path: str) -> None:  # our records are the truth; nothing here is worth a file
         """Does nothing."""
@@ -114,8 +136,8 @@ class StudyScheduler(TrialScheduler):
         """PAUSE where the conductor pauses the training at this evaluation, else CONTINUE."""
         state = _searches[self._study]
         digest, report = state.digests[trial.trial_id], result.get("report")
-        if not isinstance(report, RungReached) or state.conductor.rung(digest, report.rung):
-            return TrialScheduler.CONTINUE
+        if not isinstance(report, RungReached) or state.ask(state.conductor.rung, digest, report.rung, otherwise=True):
+            return TrialScheduler.STOP if state.fault is not None else TrialScheduler.CONTINUE
         state.paused[digest] = trial
         return TrialScheduler.PAUSE
 
@@ -162,13 +184,11 @@ class TrialHandle(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Waits for the trial's next report; submits the trial first where it is not under way."""
-        if not self.under_way:
-            # Not in `setup`: Tune may start a new process for a trial, and give the trial to another one that became
-            # free meanwhile. What is not submitted need not be cancelled under the other one's feet.
-            ray.get(self.queue.submit.remote(self._job_id, self.job))
-            self.under_way = True
-        report = ray.get(self.queue.next_report.remote(self._job_id))
+        """Waits for the trial's next report; the queue takes the trial in where it does not know it."""
+        # Not in `setup`: Tune may start a new process for a trial, and give the trial to another one that became free
+        # meanwhile. What is not submitted need not be cancelled under the other one's feet.
+        self.under_way = True
+        report = ray.get(self.queue.next_report.remote(self._job_id, self.job))
         self.under_way = not is_end(report)
         return {"done": is_end(report), "report": report}
 
@@ -194,29 +214,38 @@ class TrialHandle(tune.Trainable):
         self._leave()
 
 
-def search(conductor: StudyConductor, *, study: str, queue: str, slots: int, pausing: bool) -> None:
+def search(conductor: StudyConductor, *, study: str, queue: str, slots: int, pausing: bool, notes: Path) -> None:
     """Runs trials through Tune until the conductor has nothing more to propose.
 
     queue     name of the job queue's actor
     slots     trainings that run at once
     pausing   whether the conductor may pause a training: workers then wait at every evaluation for its answer
+    notes     a folder of this machine for Tune's own notes, of which nothing is needed later
+
+    Raises what the conductor raises, and StudyError where Tune cannot go on.
     """
-    _searches[study] = _SearchState(conductor, slots, pausing)
+    state = _searches[study] = _SearchState(conductor, ray.get_actor(queue, namespace=NAMESPACE), slots, pausing)
     # No CPU: the workers have them all. On this node: then Tune needs no shared folder.
     resources = tune.PlacementGroupFactory([{f"node:{ray.util.get_node_ip_address()}": 0.001}])
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # its stacks: what went wrong is said in one line
     try:
-        with tempfile.TemporaryDirectory(prefix="tune-") as folder:
-            tune.Tuner(
-                tune.with_resources(TrialHandle, resources),
-                param_space={"queue": queue},
-                tune_config=tune.TuneConfig(
-                    search_alg=StudySearcher(study),
-                    scheduler=StudyScheduler(study),
-                    num_samples=-1,  # the conductor ends the search
-                    max_concurrent_trials=slots,
-                    reuse_actors=True,
-                ),
-                run_config=tune.RunConfig(name="study", storage_path=folder, verbose=0),
-            ).fit()
+        tune.Tuner(
+            tune.with_resources(TrialHandle, resources),
+            param_space={"queue": queue},
+            tune_config=tune.TuneConfig(
+                search_alg=StudySearcher(study),
+                scheduler=StudyScheduler(study),
+                num_samples=-1,  # the conductor ends the search
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+            ),
+            run_config=tune.RunConfig(name="study", storage_path=str(notes), verbose=0),
+        ).fit()
+    except Exception as error:
+        if state.fault is None:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+            raise StudyError(f"Ray Tune ended ({reason}), its notes are in {notes}: {GOES_ON}") from error
     finally:
         del _searches[study]
+    if state.fault is not None:
+        raise state.fault

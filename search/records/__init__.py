@@ -11,6 +11,7 @@ With storage=URI, adapters and checkpoints lie at URI/<name of the study>/ inste
 Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
     {"event": "started",  "outcome": Outcome, "params": {...}, "sampler_seconds": what it took to propose the point}
     {"event": "rung",     "digest": "...", "rung": {"step", "tokens", "accuracy", "loss", ...}}
+    {"event": "lost",     "digest": "...", "reason": why the platform took the training away; it is trained again}
     {"event": "finished", "outcome": Outcome, "params": {...}, "reused": name of the study that trained it, or none}
     {"event": "tested",   "digest": "...", "test": {"accuracy", "stderr"} of its adapter on the test split}
     {"event": "answered", "params": {...}, "reason": "duplicate"|"infeasible"|"over_budget", "digest", "message"}
@@ -29,6 +30,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,6 +72,12 @@ log = logging.getLogger(__name__)
 
 Reason = Literal["duplicate", "infeasible", "over_budget"]
 
+# What earlier versions recorded as a failure of the trial, and was one of the platform.
+_LOST = re.compile(
+    r"^(no worker is left|its worker died|its Tune trial ended|the worker group ended|cannot (read|write|delete|open) '"
+    r"|the checkpoint .* is damaged|cannot save the adapter|OSError|\w+Error: \[Errno|WorkerGroupError|ActorDiedError)"
+)
+
 # What a line may raise that is no line of ours.
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, ToolkitError)
 
@@ -97,6 +105,7 @@ class Records:
     answered   points answered without training, in order
     problems   one sentence for everything that is damaged
     sampler_seconds   what it took to propose each point that was started
+    lost       digest -> how often the platform took the training away
     reused     digest -> the study of the same storage that trained it, of outcomes that were not trained here
     """
 
@@ -111,6 +120,7 @@ class Records:
         self.answered: list[Answered] = []
         self.problems: list[str] = []
         self.sampler_seconds: list[float] = []
+        self.lost: Counter[str] = Counter()
         self.reused: dict[str, str] = {}
         self._trained: dict[str, Outcome] = {}
         self._params: dict[str, dict[str, Any]] = {}
@@ -195,6 +205,8 @@ class Records:
                 self._rungs.setdefault(digest, {})[rung.step] = rung
                 if digest in self.outcomes and self.outcomes[digest].status not in FINISHED:
                     self.outcomes[digest] = self.outcomes[digest].updated(rungs=self._curve(digest))
+            case "lost":
+                self._apply_lost(checks.digest(line["digest"]), checks.text(line["reason"], "reason"))
             case "tested":
                 self._apply_test(checks.digest(line["digest"]), Score.from_json(line["test"]))
             case "answered":
@@ -208,6 +220,10 @@ class Records:
 
     def _apply_outcome(self, line: Mapping[str, Any]) -> None:
         outcome, params = Outcome.from_json(line["outcome"]), checks.scalars(line["params"], "params")
+        if outcome.status == "failed" and (was_lost := _LOST.search(outcome.message)) is not None:
+            log.info("%s was lost, not failed: %s", outcome.digest, was_lost[0])  # as earlier versions recorded it
+            outcome, line = outcome.updated(status="lost", rungs=()), {**line, "event": "started"}
+            self.lost[outcome.digest] += 1
         if (outcome.status in FINISHED) != (line["event"] == "finished"):
             raise ValueError(f"a '{line['event']}' line cannot have status '{outcome.status}'")
         seconds = checks.number(line.get("sampler_seconds") or 0.0, "sampler_seconds", low=0)
@@ -234,6 +250,11 @@ class Records:
         self.points.add(outcome)
         if digest not in self.reused:
             self._trained[digest] = outcome
+
+    def _apply_lost(self, digest: str, reason: str) -> None:
+        self.lost[digest] += 1
+        if digest in self.outcomes and self.outcomes[digest].status not in FINISHED:
+            self.outcomes[digest] = self.outcomes[digest].updated(status="lost", message=reason)
 
     def _apply_test(self, digest: str, score: Score) -> None:
         """For a training that has finished, or whose end was on a line that is damaged, until it ends again."""

@@ -13,10 +13,12 @@ below the study's own folder (or its own part of a storage URI), by digest, neve
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Mapping
@@ -56,7 +58,7 @@ MOST_NAMED = 5  # changed contents in a message
 class StudyFolder(Records):
     """A study folder open for writing."""
 
-    _lock: FileLock
+    _lock: FileLock | None
     _descriptor: int
 
     @classmethod
@@ -72,6 +74,7 @@ class StudyFolder(Records):
         defaults: Mapping[str, Any] = MappingProxyType({}),
         table: Mapping[str, Any] = MappingProxyType({}),
         contents: Mapping[str, str] = MappingProxyType({}),
+        lock: bool = True,
     ) -> Self:
         """Locks the folder, checks that it is the same study, reads what is there.
 
@@ -82,6 +85,7 @@ class StudyFolder(Records):
         defaults   of the identity's keys: a folder that an earlier version made lacks those that came later
         table      what a table space says about its paper (`spaces/_tables.py`), for the report
         contents   hashes of what results depend on besides the identity, by what it is; "" where it is not known
+        lock       False: the file system has no locks, and no other driver runs here
 
         Passwords and keys are taken out of all of them before they are written.
 
@@ -95,8 +99,10 @@ class StudyFolder(Records):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_links(folder)
-            lock = FileLock(folder / LOCK)
-            lock.acquire(blocking=False)
+            held = FileLock(folder / LOCK) if lock else None
+            if held is not None:
+                _check_locks(folder)
+                held.acquire(blocking=False)
         except Timeout:
             raise StudyError(
                 f"study folder {folder} is in use by another driver: wait until it ends, or start another study with "
@@ -105,17 +111,17 @@ class StudyFolder(Records):
         except OSError as error:
             raise _unwritable(folder, error) from None
         try:
-            return cls._open_locked(folder, lock, asked, defaults, place)
+            return cls._open_locked(folder, held, asked, defaults, place)
         except OSError as error:
-            _release(lock)
+            _release(held)
             raise _unwritable(folder, error) from None
         except BaseException:
-            _release(lock)
+            _release(held)
             raise
 
     @classmethod
     def _open_locked(
-        cls, folder: Path, lock: FileLock, asked: dict[str, Any], defaults: Mapping[str, Any], place: str
+        cls, folder: Path, lock: FileLock | None, asked: dict[str, Any], defaults: Mapping[str, Any], place: str
     ) -> Self:
         descriptor = os.open(folder / LINES, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o644)
         try:
@@ -146,6 +152,10 @@ class StudyFolder(Records):
     def append_rung(self, digest: str, rung: Rung) -> None:
         """An evaluation on the way."""
         self._append({"event": "rung", "digest": digest, "rung": rung.to_json()})
+
+    def append_lost(self, digest: str, reason: str) -> None:
+        """The platform took a training away before it had ended."""
+        self._append({"event": "lost", "digest": digest, "reason": redacted(reason)})
 
     def append_finished(self, outcome: Outcome, params: Mapping[str, Any], *, reused: str = "") -> None:
         """A run is over, well or not; `reused` names the study that trained it, where it was another one."""
@@ -228,8 +238,22 @@ class StudyFolder(Records):
         self.close()
 
 
-def _release(lock: FileLock) -> None:
+def _check_locks(folder: Path) -> None:
+    """Raises StudyError where the file system cannot lock a file: filelock would say that another one holds it."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise StudyError(
+                f"the file system of {folder} has no locks ({error.strerror}): choose another with storage=FOLDER, or, "
+                "where no other driver runs this study at the same time, go on with lock=false"
+            ) from None
+
+
+def _release(lock: FileLock | None) -> None:
     """Removes the lock's file while the lock is held, so that nobody else can have it, and gives the lock back."""
+    if lock is None:
+        return
     with contextlib.suppress(OSError):
         os.unlink(lock.lock_file)
     lock.release()

@@ -70,6 +70,7 @@ class Progress:
         self._running: dict[str, tuple[Outcome, Rung | None]] = {}
         self._paused: set[str] = set()
         self._answered: Counter[str] = Counter()
+        self._lost = 0
         self._measuring, self._measuring_told = "", time.monotonic()
         self._began = time.monotonic()
         self._first_start: float | None = None
@@ -134,6 +135,12 @@ class Progress:
         if self._live is None or outcome.status in ("diverged", "failed", "out_of_memory"):
             self._console.print(self._line(outcome, reused), soft_wrap=True)
 
+    def lost(self, digest: str, reason: str) -> None:
+        """The platform took a training away; it is trained again."""
+        self._running.pop(digest, None)
+        self._lost += 1
+        self.message(f"lost, and to be trained again: {digest} ({reason})")
+
     def answered(self, reason: str) -> None:
         """A point that needed no training. Counted only: a sampler near its end repeats itself by the hundred."""
         self._answered[reason] += 1
@@ -187,6 +194,7 @@ class Progress:
             f"{tally.repeats} of {self._repeats} repeats with other seeds" if self._repeats else "",
         ]
         parts += [f"{len(self._reused)} reused from other studies"] if self._reused else []
+        parts += [f"{self._lost} times lost and tried again"] if self._lost else []
         parts += [f"{n} {status.replace('_', ' ')}" for status, n in sorted(lost.items())]
         parts += [f"{tally.tokens_saved / tally.tokens:.0%} of all tokens not trained"] if tally.tokens_saved else []
         if self._answered:

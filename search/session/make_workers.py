@@ -10,6 +10,7 @@ from pathlib import Path
 from search.config import RunConfig
 from search.engine import Workers
 from search.problem import Problem
+from search.records.files import RAY
 from search.replay.problem import TableProblem
 from trainers import models, storage, tasks
 from trainers.worker_state import WorkerSetup
@@ -52,7 +53,17 @@ class Locations:
     @property
     def ray(self) -> str:
         """Ray Train's own notes."""
-        return storage.join(self.shared, ".ray")
+        return storage.join(self.shared, RAY)
+
+    @property
+    def tune(self) -> Path:
+        """Ray Tune's own notes, on this machine."""
+        return self.folder / RAY / "tune"
+
+    def check(self) -> None:
+        """Raises StudyError where workers cannot write: before any of them starts, and no trial is lost to it."""
+        for place in (self.adapters, self.checkpoints, str(self.signals)):
+            storage.check(place)
 
 
 def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, study: str, trainings: int) -> Workers:
@@ -96,7 +107,7 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
         max_concurrent=config.max_concurrent,
         pack=None if config.pack == "auto" else int(config.pack),
     )
-    return RayWorkers(resources, setup, study=study, notes=locations.ray)
+    return RayWorkers(resources, setup, study=study, notes=locations.ray, here=locations.tune)
 
 
 def worker_setup(config: RunConfig, locations: Locations) -> WorkerSetup:

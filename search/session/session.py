@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,9 +10,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from allocators.core import words
+from allocators.core.errors import StudyError
 from allocators.core.messages import Failed, PackJob, Tested, TestJob
 from allocators.core.types import Signal, canonical_json
-from search import report
+from search import interrupts, report
 from search.config import AUTO, RunConfig, before
 from search.engine import Workers
 from search.engine.memory import PeakMemory
@@ -25,36 +27,55 @@ from search.report.live import Progress
 from search.session.contents import contents_of, refuse_other_facts
 from search.session.dry_run import drawn
 from search.session.make_workers import Locations, make_workers
-from search.study import Conductor, trainings_left, untested
+from search.study import MOST_LOST, Conductor, trainings_left, untested
 from spaces import _tables
 from trainers import storage
 
 
 def run_study(config: RunConfig, problem: Problem) -> int:
-    """Exit code: 0 done, 1 no trial reached an accuracy."""
+    """Exit code: 0 done, 1 no trial reached an accuracy, or one was lost too often.
+
+    Raises KeyboardInterrupt where a signal ended it, StudyError where it cannot go on; what was finished is reported.
+    """
     locations = Locations.of(config)
     with _records(config, problem, locations) as records:
+        locations.check()
         tracker = _tracker(config, locations)
-        try:
+
+        def cut_short() -> None:
+            tracker.close(status="KILLED")  # first: what comes after takes seconds
+            if records.finished:
+                report.show(report.write(locations.folder))
+
+        given_up: Mapping[str, str] = {}
+        with interrupts.ending(cut_short):
             tracker.sync(records)
             known = replace(problem, signals={**problem.signals, **records.signals})
             left, repeats = trainings_left(known, records, trials=config.trials, seeds=config.seeds)
             tests = len(untested(known, records, adapters=not config.replay))
             if left or repeats or tests:
-                Session(config, problem, locations, records, tracker).train(left + repeats or tests)
+                session = Session(config, problem, locations, records, tracker)
+                given_up = session.train(left + repeats or tests)
             else:
                 finished = len(records.finished)
                 seeds = words.written(config, "seeds")
                 print(f"trials={config.trials}, seeds={seeds} and {finished} are finished: nothing to train")
+                _drop_notes(records, locations)  # of a driver that was killed after its last trial
             summary = report.write(locations.folder)
             tracker.sync(records)
-        except BaseException:
-            tracker.close(status="KILLED")
-            raise
         tracker.close(summary)
     report.show(summary)
     print(f"Runs: {tracker.browse}")
-    return 0 if any(outcome.accuracy is not None for outcome in records.finished.values()) else 1
+    for digest, reason in given_up.items():
+        print(f"{digest} was lost {MOST_LOST} times, the last time because {reason}: the same command tries it again")
+    found = any(outcome.accuracy is not None for outcome in records.finished.values())
+    return 0 if found and not given_up else 1
+
+
+def _drop_notes(records: StudyFolder, locations: Locations) -> None:
+    """Removes the notes of Ray Train and Ray Tune."""
+    records.drop_ray_notes()
+    shutil.rmtree(locations.tune, ignore_errors=True)
 
 
 def _records(config: RunConfig, problem: Problem, locations: Locations) -> StudyFolder:
@@ -68,6 +89,7 @@ def _records(config: RunConfig, problem: Problem, locations: Locations) -> Study
         place=locations.shared if storage.is_uri(locations.shared) else "",
         table=_tables.facts(problem.space) if problem.is_table else {},
         contents=contents_of(config, cache=locations.folder.parent / ".contents.json"),
+        lock=config.lock,
     )
 
 
@@ -92,14 +114,17 @@ class Session:
     records: StudyFolder
     tracker: Tracker
 
-    def train(self, trainings: int) -> None:
-        """Trains what is left of the trials and of the repeats with other seeds, `trainings` as far as is known now."""
+    def train(self, trainings: int) -> Mapping[str, str]:
+        """Trains what is left of the trials and of the repeats with other seeds, `trainings` as far as is known now.
+
+        Gives the trainings that were lost too often, with the last reason.
+        """
         config, records, began = self.config, self.records, time.monotonic()
         study = records.header["id"]
         workers = make_workers(config, self.problem, self.locations, study=study, trainings=trainings)
         print(f"{config.space} on {config.model}, task {config.task}; records in {self.locations.folder}", flush=True)
-        workers.start()
-        with self._summary(workers, began), self._progress() as progress, self._closing(workers):
+        with self._summary(workers, began), self._closing(workers), self._progress() as progress:
+            workers.start()
             progress.message(workers.describe())
             others, problem = self._prepare(workers, progress)
             conductor = Conductor(
@@ -117,10 +142,11 @@ class Session:
                 others=others,
             )
             workers.search(conductor, pausing=self._pausing)
-            if conductor.cut_off:  # Tune takes Ctrl-C for itself and returns as if it were done
-                raise KeyboardInterrupt
+            if conductor.cut_off:
+                raise StudyError("the workers ended before their trainings: the same command goes on")
             self._test(problem, workers, conductor, progress)
             conductor.settle()
+        return conductor.given_up
 
     def _test(self, problem: Problem, workers: Workers, conductor: Conductor, progress: Progress) -> None:
         """Evaluates the front and what it is compared with on the test split, which nothing was selected on."""
@@ -243,9 +269,13 @@ class Session:
     def _closing(self, workers: Workers) -> Iterator[None]:
         try:
             yield
-        finally:
-            workers.close()
-            self.records.drop_ray_notes()
+        except BaseException:
+            interrupts.end()  # before: a busy machine may take its time to end the workers
+            workers.close(at_once=True)
+            _drop_notes(self.records, self.locations)
+            raise
+        workers.close()
+        _drop_notes(self.records, self.locations)
 
     @contextmanager
     def _summary(self, workers: Workers, began: float) -> Iterator[None]:

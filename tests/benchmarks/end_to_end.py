@@ -596,7 +596,9 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
         tracker.sync(records)
         study = records.header["id"]
         resources = Resources(settings.cap, num_cpus=WORKERS, max_concurrent=WORKERS)
-        workers = RayWorkers(resources, setup_of(config, locations), study=study, notes=locations.ray)
+        workers = RayWorkers(
+            resources, setup_of(config, locations), study=study, notes=locations.ray, here=locations.tune
+        )
         with Progress(settings.cap, quiet=True, seed=config.seed) as progress:
             workers.start()
             conductor = ToTarget(

@@ -144,7 +144,7 @@ def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
             clock.trained.append(outcome.seconds)
             clock.cpu.append(watch.seconds())
 
-        def lost(self, digest: str, reason: str) -> None:
+        def lost(self, digest: str, reason: str, *, again: bool = True) -> None:
             raise RuntimeError(reason)
 
     workers = RayWorkers(
@@ -152,6 +152,7 @@ def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
         setup(folder),
         study="warm",
         notes=str(folder / "ray"),
+        here=folder,
     )
     workers.start()
     workers.search(Conductor(), pausing=False)

@@ -157,6 +157,7 @@ def test_what_follows_from_the_table_is_what_was_kept_by_hand() -> None:
     assert set(keys(where="model", decides="running")) == {"gradient_checkpointing", "shard"}
     assert set(keys(where="machine")) == {
         "storage",
+        "lock",
         "tracking_uri",
         "ray_address",
         "num_cpus",

@@ -25,6 +25,7 @@ def save(adapter: Adapter, folder: storage.Location, *, metadata: Mapping[str, A
 
     Works before and after detach() and merge(). Raises StudyError where the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(folder)
@@ -42,13 +43,15 @@ def save(adapter: Adapter, folder: storage.Location, *, metadata: Mapping[str, A
         "shape": adapter.shape.to_json(),
         "metadata": dict(metadata),
     }
+    weights = {n: t.detach().contiguous().cpu() for n, t in adapter.state_dict().items()}
+    config["checksum"] = _checksum(weights, config)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.contiguous().cpu() for n, t in adapter.state_dict().items()}, path / _WEIGHTS)
+        save_file(weights, path / _WEIGHTS)
         (path / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StudyError(
-            f"cannot save the adapter in {path}: {error.strerror}; choose a folder you may write"
+            f"cannot save the adapter in {path}: {getattr(error, 'strerror', error)}; choose a folder you may write"
         ) from error
 
 
@@ -91,10 +94,12 @@ def read(folder: storage.Location) -> Saved:
             weights = load_file(path / _WEIGHTS)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StudyError(f"no adapter in {folder}: expected {_CONFIG} and {_WEIGHTS} there") from error
-        except (json.JSONDecodeError, SafetensorError) as error:
+        except (ValueError, SafetensorError) as error:  # no JSON, no UTF-8
             raise StudyError(f"the adapter in {folder} is damaged: {error}; save it again") from error
     if config["format"] != FORMAT:
         raise StudyError(f"{folder}/{_CONFIG} has format {config['format']}, this version reads {FORMAT}")
+    if "checksum" in config and config["checksum"] != _checksum(weights, config):  # an earlier version wrote none
+        raise StudyError(f"the adapter in {folder} is damaged: its checksum is another; save it again")
     saved = Saved(str(folder), config, weights)
     held = sum(tensor.numel() for tensor in weights.values())
     counted = saved.allocation.trainable_params(saved.shape, rank=saved.lora.rank)
@@ -103,6 +108,12 @@ def read(folder: storage.Location) -> Saved:
             f"the adapter in {folder} is damaged: it holds {held:,} values, its allocation {counted:,}; save it again"
         )
     return saved
+
+
+def _checksum(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """Of the weights, and of everything else in adapter.json."""
+    rest = {key: value for key, value in config.items() if key != "checksum"}
+    return storage.checksum(weights, {_CONFIG: json.dumps(rest, sort_keys=True)})
 
 
 def family_of(model: nn.Module) -> str:

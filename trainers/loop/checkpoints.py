@@ -1,17 +1,23 @@
-"""A run's checkpoint: one safetensors file, replaced as a whole. The plan and the random state follow from the step."""
+"""A run's checkpoint: one safetensors file, replaced as a whole. The plan and the random state follow from the step.
+
+A file that cannot be what was written (cut, another run's, one bit flipped on a disk) is set aside, with a warning, and
+the run starts at step 0: what a disk did is no fault of the run.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from allocators.core.errors import TrialError
 from trainers import storage
 from trainers.loop.flat import FlatBuffers
+
+log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, in the order that it keeps them
 
@@ -26,43 +32,30 @@ def write(
     past: Mapping[str, Any],
 ) -> None:
     """Stores parameters by name, AdamW's state of them, what is past, and whose run it is."""
-    from safetensors.torch import save_file
-
     tensors = {}
     moments = [flat.views(state[kind]) for kind in MOMENTS]
     for (name, parameter), *views in zip(named, *moments, strict=True):
         tensors[f"adapter/{name}"] = parameter.detach()
         tensors |= {f"{kind}/{name}": view for kind, view in zip(MOMENTS, views, strict=True)}
-    with storage.replacing(file) as local:
-        save_file(
-            {name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-            local,
-            metadata={"run": fingerprint, "past": json.dumps(past)},
-        )
+    storage.save_tensors(file, tensors, {"run": fingerprint, "past": json.dumps(past)})
 
 
 def read(file: storage.Location, *, fingerprint: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Tensors and the past; None where there is no checkpoint.
+    """Tensors and the past; None where there is no checkpoint, or none of this run that is whole.
 
-    Raises TrialError where the file is damaged, or another run's.
+    Raises StudyError where the place cannot be reached.
     """
     if not storage.exists(file):
         return None
-    from safetensors import SafetensorError, safe_open
-
-    with storage.reading(file) as local:
-        try:
-            with safe_open(local, framework="pt") as stored:
-                metadata = stored.metadata() or {}
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise TrialError(f"the checkpoint {file} is damaged ({error}): delete it") from error
-    if metadata.get("run") != fingerprint:
-        raise TrialError(
-            f"the checkpoint {file} belongs to another run (recipe, seed, data or adapter differ): "
-            "delete it or choose another folder"
-        )
-    return tensors, json.loads(metadata["past"])
+    try:
+        tensors, metadata = storage.load_tensors(file)
+        if metadata.get("run") != fingerprint:
+            raise storage.Damaged("it belongs to another run: recipe, seed, data or adapter differ")
+        return tensors, json.loads(metadata["past"])
+    except (storage.Damaged, json.JSONDecodeError, KeyError) as error:
+        kept = storage.set_aside(file)
+        log.warning("a checkpoint was set aside as %s (%s): its training starts at step 0", kept, error)
+        return None
 
 
 def restored(

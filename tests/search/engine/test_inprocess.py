@@ -100,7 +100,7 @@ class Script:
     def finished(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
 
-    def lost(self, digest: str, reason: str) -> None:
+    def lost(self, digest: str, reason: str, *, again: bool = True) -> None:
         raise AssertionError(f"{digest} is lost: {reason}")
 
 

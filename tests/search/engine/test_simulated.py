@@ -35,7 +35,6 @@ class Script:
         self.running: dict[str, Proposal] = {}
         self.came: list[tuple[str, str]] = []
         self.outcomes: list[Outcome] = []
-        self.lost_for: dict[str, str] = {}
 
     def propose(self) -> Proposal | Literal["wait"] | None:
         if self.waiting or self.paused:
@@ -57,8 +56,8 @@ class Script:
         self.came.append((self.names[outcome.digest], "end"))
         self.outcomes.append(outcome)
 
-    def lost(self, digest: str, reason: str) -> None:
-        self.lost_for[self.names[digest]] = reason
+    def lost(self, digest: str, reason: str, *, again: bool = True) -> None:
+        raise AssertionError(f"{self.names[digest]} is lost: {reason}")
 
 
 def run(tokens: dict[str, list[int]], workers: int, *, pauses: tuple[str, ...] = ()) -> Script:
@@ -121,8 +120,8 @@ def test_a_job_that_was_paused_goes_on_behind_what_it_had_reached() -> None:
 def test_a_training_that_the_table_lacks_is_an_error_not_a_number() -> None:
     conductor = Script({trial(0).digest: "unknown"})
     SimulatedWorkers({}, workers=1, source="table", mark="table 1").search(conductor, pausing=False)
-    assert conductor.came == []
-    assert conductor.lost_for == {"unknown": "the table has no row for this training"}
+    (outcome,) = conductor.outcomes
+    assert (outcome.status, outcome.message) == ("failed", "the table has no row for this training")
 
 
 def test_an_outcome_names_its_table_and_the_allocator_that_was_asked_for() -> None:

@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -302,20 +303,49 @@ def test_a_stopped_run_says_so_and_stays_stopped(
     assert (result.status, len(result.losses)) == ("complete", 6)  # at the end there is nothing left to stop
 
 
-def test_a_checkpoint_of_another_run_is_refused(
-    task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+def test_a_checkpoint_of_another_run_is_set_aside(
+    task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(task, tokenizer=tokenizer, checkpoint=tmp_path)
-    with pytest.raises(TrialError, match="belongs to another run"):
-        run(task, tokenizer=tokenizer, seed=1, checkpoint=tmp_path)
+    alone, _ = run(task, tokenizer=tokenizer, seed=1)
+    again, _ = run(task, tokenizer=tokenizer, seed=1, checkpoint=tmp_path)
+    assert again.losses == alone.losses
+    assert "it belongs to another run" in caplog.text
 
 
-def test_a_damaged_checkpoint_is_named(task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    run(task, tokenizer=tokenizer, checkpoint=tmp_path)
-    file = tmp_path / "checkpoint.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(TrialError, match=r"checkpoint\.safetensors is damaged"):
-        run(task, tokenizer=tokenizer, checkpoint=tmp_path)
+def _bit_flipped(file: Path, place: float) -> None:
+    data = bytearray(file.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1
+    file.write_bytes(data)
+
+
+def _a_folder(file: Path) -> None:
+    file.unlink()
+    (file / "inside").mkdir(parents=True)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:1000]),
+    "cut by one byte": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "empty": lambda file: file.write_bytes(b""),
+    "garbage": lambda file: file.write_bytes(b"garbage" * 1000),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "a folder": _a_folder,
+    **{f"a bit flipped at {place}": partial(_bit_flipped, place=place) for place in (0, 0.01, 0.3, 0.5, 0.8, 1.0)},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_set_aside_and_the_run_starts_anew(
+    damage: str, task: AnyTask, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, _ = run(task, tokenizer=tokenizer)
+    run(task, tokenizer=tokenizer, on_rung=lambda rung: False, checkpoint=tmp_path)
+    DAMAGE[damage](tmp_path / "checkpoint.safetensors")
+    again, _ = run(task, tokenizer=tokenizer, checkpoint=tmp_path)
+    assert again.losses == whole.losses
+    assert "was set aside" in caplog.text
+    assert len(list(tmp_path.glob("checkpoint.safetensors.damaged-*"))) == 1
 
 
 # --- bad endings ------------------------------------------------------------------------------------------------------

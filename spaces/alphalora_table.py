@@ -2,14 +2,15 @@
 
     python -m search.run space=alphalora_table model=tiny-dense                        embedded model, offline
     python -m search.run space=alphalora_table model=tiny-dense dry_run=true           the rows and their parameters
-    python -m search.run space=alphalora_table model=meta-llama/Llama-2-7b-hf task=openbookqa recipe.rank=8 \\
-        recipe.lora_alpha=16 recipe.lora_dropout=0.05 recipe.learning_rate=3e-4 recipe.top_k=2 \\
+    python -m search.run space=alphalora_table model=meta-llama/Llama-2-7b-hf task=openbookqa space.recipe=paper \\
+        recipe.rank=8 recipe.lora_alpha=16 recipe.lora_dropout=0.05 recipe.learning_rate=3e-4 recipe.top_k=2 \\
         space.experts_per_layer=5
 
 A table: every row is trained, none is searched, with 5 seeds (`seeds=`; the paper names none), seed by seed. The last
 command has the paper's recipe and keeps its main budget, T = 160.
 
 Knobs
+    recipe              tuned (rank 4, lora_alpha 64, scaled rate 0.1) | paper (lora_alpha = 2·rank: 8, 16, 0.05)
     allocator           uniform | mola | alphalora
     experts_per_layer   2.5 | 5 | 7: the paper's T = 80, 160 and 224 on 32 layers, at any depth
     metric              hill | alpha_hat | stable_rank (alphalora)

@@ -1,6 +1,6 @@
 """At equal parameters, which rule places LoRA experts best on this model and task?
 
-    python -m search.run space=dense_table model=tiny-dense recipe.rank=2 recipe.lora_alpha=4
+    python -m search.run space=dense_table model=tiny-dense                             embedded model, offline
     python -m search.run space=dense_table model=tiny-dense dry_run=true               the rows and their parameters
     python -m search.run space=dense_table model=HuggingFaceTB/SmolLM2-135M task=arc_easy seeds=3
 
@@ -8,6 +8,7 @@ A table: every row is trained, none is searched, with 5 seeds (`seeds=`), seed b
 placement matters at all here; `space=dense` then searches knobs and recipe as well.
 
 Knobs
+    recipe              tuned (rank 4, lora_alpha 64, scaled rate 0.1) | paper (lora_alpha = 2·rank: 8, 16, 0.05)
     allocator           uniform | random | mola | alphalora | sensitivity | lora_smoe, all at five experts a layer
     pattern             2468 | 8642 (mola)
     metric              hill | alpha_hat | stable_rank (alphalora)

@@ -2,12 +2,14 @@
 
     python -m search.run space=smoe_table model=tiny-dense                             embedded model, offline
     python -m search.run space=smoe_table model=tiny-dense dry_run=true                the rows and their parameters
-    python -m search.run space=smoe_table model=Qwen/Qwen2.5-3B task=arc_easy recipe.rank=8 recipe.learning_rate=5e-5
+    python -m search.run space=smoe_table model=Qwen/Qwen2.5-3B task=arc_easy space.recipe=paper \\
+        recipe.rank=8 recipe.learning_rate=5e-5
 
 A table: every row is trained, none is searched, with 5 seeds (`seeds=`; the paper names none), seed by seed. The last
 command has the paper's recipe.
 
 Knobs
+    recipe              tuned (rank 4, lora_alpha 64, scaled rate 0.1) | paper (lora_alpha = 2·rank: 8, 16, 0.05)
     allocator           lora_smoe | uniform (the control)
     retention           0.6 | 0.4 | 0.8 | 1.0: share of the weight matrices that keep experts, and of 8 experts a layer
                         that uniform puts on every matrix. LoRA-SMoE keeps what is strictly above a percentile, so at

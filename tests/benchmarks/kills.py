@@ -273,7 +273,7 @@ def table(done: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 1 where something is wrong in the books."""
     settings = words.parse(sys.argv[1:] if argv is None else argv, Settings)
-    for ended_by in (signal.SIGHUP, signal.SIGINT):  # a study whose parent ignores them, as under nohup, does so as well
+    for ended_by in (signal.SIGHUP, signal.SIGINT):  # which nohup ignores, and its children inherit
         signal.signal(ended_by, signal.SIG_DFL)
     file = Path(settings.results)
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []

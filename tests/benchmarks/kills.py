@@ -273,8 +273,8 @@ def table(done: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 1 where something is wrong in the books."""
     settings = words.parse(sys.argv[1:] if argv is None else argv, Settings)
-    for number in (signal.SIGHUP, signal.SIGINT):  # a study whose parent ignores them, as under nohup, does so as well
-        signal.signal(number, signal.SIG_DFL)
+    for heard in (signal.SIGHUP, signal.SIGINT):  # a study whose parent ignores them, as under nohup, does so as well
+        signal.signal(heard, signal.SIG_DFL)
     file = Path(settings.results)
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     kinds = settings.kinds.split(",")

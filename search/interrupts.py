@@ -164,6 +164,11 @@ def fail(error: StudyError) -> None:
         _thread.interrupt_main()
 
 
+def came() -> bool:
+    """Whether this process is being ended."""
+    return _now.came
+
+
 def exit_code() -> int:
     """Of the process that was interrupted."""
     return _now.exit_code if _now.came else 130

@@ -1,7 +1,7 @@
 """What runs on every Ray Train worker for a whole study: one base model, then job after job. Edge file: ray.train.
 
 What a job is and how it ends: `trainers/worker_state.py`; several trials in one pass: `trainers/worker_slots.py`. A
-worker that dies is restarted by Ray Train, takes its job again and goes on from the trial's last checkpoint.
+worker that dies is started again by the driver, takes its job again and goes on from the trial's last checkpoint.
 
 Several workers of one trial agree on an error before they raise it. What strikes one of them alone, in the middle of
 what they do together (a fault of the program; out of memory in a pass through a sharded model), leaves the others

@@ -526,7 +526,7 @@ _RANGES = {
     "rank": _Range(1, checks.MOST_EXPERTS),
     "lora_alpha": _Range(0, _LARGEST, beyond=True),
     "lora_dropout": _Range(0, 1, below=True),
-    "learning_rate": _Range(0, _LARGEST, beyond=True),
+    "learning_rate": _Range(0, 1e40, beyond=True),  # whatever diverges is an outcome, also in float32
     "weight_decay": _Range(0, _LARGEST),
     "warmup_ratio": _Range(0, 1),
     "max_grad_norm": _Range(0, _LARGEST),

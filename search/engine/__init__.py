@@ -106,5 +106,5 @@ class Workers(Protocol):
     def test(self, jobs: Sequence[TestJob], on_tested: OnTested) -> None:
         """Evaluates trained adapters on the test split; one that cannot be is told as failed, with the reason."""
 
-    def close(self, *, at_once: bool = False) -> None:
-        """Ends the workers, whatever state they are in; `at_once`: without waiting for what they do."""
+    def close(self) -> None:
+        """Ends the workers, whatever state they are in."""

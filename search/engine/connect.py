@@ -120,8 +120,8 @@ def _beside(work: Callable[[], Any]) -> None:
         raise errors[0]
 
 
-def watch_ray(closing: threading.Event, died: threading.Event) -> None:
-    """Ends the study where a process of the local Ray dies that all others need; sets `died` before.
+def watch_ray(closing: threading.Event) -> None:
+    """Ends the study where a process of the local Ray dies that all others need.
 
     Ray's code in this process ends it a few seconds later.
     """
@@ -130,7 +130,6 @@ def watch_ray(closing: threading.Event, died: threading.Event) -> None:
     while not closing.wait(0.5):
         for process, name in needed.items():
             if not _is_alive(process) and not closing.wait(0.2):
-                died.set()
                 logs = _logs()
                 interrupts.fail(StudyError(f"Ray died: its {name} ended; its logs are in {logs}; {GOES_ON}"))
                 return

@@ -92,7 +92,7 @@ class InProcessWorkers:
                 result = Failed(str(error))
             on_tested(job, result)
 
-    def close(self, *, at_once: bool = False) -> None:
+    def close(self) -> None:
         """Does nothing: the model goes with this object."""
 
     def _train(self, proposal: Proposal, conductor: StudyConductor) -> None:

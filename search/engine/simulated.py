@@ -86,7 +86,7 @@ class SimulatedWorkers:
             score = outcome.test if outcome is not None else None
             on_tested(job, Tested(score) if score else Failed(f"{self._source} has no score on a test split"))
 
-    def close(self, *, at_once: bool = False) -> None:
+    def close(self) -> None:
         """Forgets the trainings under way."""
         self._running.clear()
 

@@ -90,7 +90,7 @@ class RayWorkers:
         self._queue_name = f"queue-{study}"
         self._threads: list[threading.Thread] = []
         self._asked = 0
-        self._closing, self._died = threading.Event(), threading.Event()
+        self._closing = threading.Event()
         self._lost: dict[int, str] = {}  # groups that ended for good, and why
 
     def start(self) -> None:
@@ -113,7 +113,7 @@ class RayWorkers:
             self._threads.append(thread)
         threading.Thread(target=self._watch_queue, daemon=True).start()
         if self._connected and self._resources.ray_address == "local":
-            threading.Thread(target=watch_ray, args=(self._closing, self._died), daemon=True).start()
+            threading.Thread(target=watch_ray, args=(self._closing,), daemon=True).start()
 
     def _run_group(self, group: int) -> None:
         """Starts a worker group, and again when it died, until it dies too often without a report between."""
@@ -279,15 +279,16 @@ class RayWorkers:
                 (ready,), _ = ray.wait(list(waiting), num_returns=1)
                 on_tested(asked[waiting.pop(ready)], ray.get(ready))
 
-    def close(self, *, at_once: bool = False) -> None:
+    def close(self) -> None:
         """Lets the groups end after their current job, and ends the local Ray or leaves the cluster.
 
-        at_once   whatever they do
+        Where the process is being ended it does neither: what is its own of Ray ends with it, and Ray's code would end
+        the process as soon as a thread asks for something that was shut down.
         """
         self._closing.set()
-        if self._died.is_set():  # there is nothing to leave, and Ray would wait for it
+        if interrupts.came():
             return
-        if ray.is_initialized() and not at_once:
+        if ray.is_initialized():
             with contextlib.suppress(RayError):
                 ray.get(self._queue.close.remote())
                 for thread in self._threads:

@@ -271,7 +271,7 @@ class Session:
             yield
         except BaseException:
             interrupts.end()  # before: a busy machine may take its time to end the workers
-            workers.close(at_once=True)
+            workers.close()
             _drop_notes(self.records, self.locations)
             raise
         workers.close()

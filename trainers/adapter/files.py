@@ -98,8 +98,6 @@ def read(folder: storage.Location) -> Saved:
             raise StudyError(f"the adapter in {folder} is damaged: {error}; save it again") from error
     if config["format"] != FORMAT:
         raise StudyError(f"{folder}/{_CONFIG} has format {config['format']}, this version reads {FORMAT}")
-    if "checksum" in config and config["checksum"] != _checksum(weights, config):  # an earlier version wrote none
-        raise StudyError(f"the adapter in {folder} is damaged: its checksum is another; save it again")
     saved = Saved(str(folder), config, weights)
     held = sum(tensor.numel() for tensor in weights.values())
     counted = saved.allocation.trainable_params(saved.shape, rank=saved.lora.rank)
@@ -107,6 +105,8 @@ def read(folder: storage.Location) -> Saved:
         raise StudyError(
             f"the adapter in {folder} is damaged: it holds {held:,} values, its allocation {counted:,}; save it again"
         )
+    if "checksum" in config and config["checksum"] != _checksum(weights, config):  # an earlier version wrote none
+        raise StudyError(f"the adapter in {folder} is damaged: its checksum is another; save it again")
     return saved
 
 

@@ -203,7 +203,7 @@ def test_settings_on_disk_are_those_that_concern_the_kind(tmp_path: Path, kind: 
     assert config["settings"] == (both if kind == "moe" else {**both, "top_k": 1, "balance_coef": 0.5, "seed": 3})
     assert load(model, tmp_path).settings == adapter.settings
     model.lora_adapter.detach()
-    del config["settings"]["lora_dropout"]
+    del config["settings"]["lora_dropout"], config["checksum"]
     (tmp_path / "adapter.json").write_text(json.dumps(config))
     assert load(model, tmp_path).lora.lora_dropout == 0.0
 
@@ -257,6 +257,20 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StudyError, match=r"cannot save the adapter in .*file"):
         save(attached(tiny_model("olmoe")), tmp_path / "file", metadata={})
+
+
+def test_a_bit_that_flipped_on_the_disk_is_noticed(tmp_path: Path) -> None:
+    save(attached(tiny_model("olmoe")), tmp_path, metadata={})
+    for name in ("adapter.safetensors", "adapter.json"):
+        whole = (tmp_path / name).read_bytes()
+        flipped = bytearray(whole)
+        place = whole.index(b"olmoe") if name.endswith("json") else len(whole) - 10
+        flipped[place] ^= 1
+        (tmp_path / name).write_bytes(flipped)
+        with pytest.raises(StudyError, match="is damaged: its checksum is another"):
+            read(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    read(tmp_path)
 
 
 def test_weights_of_another_rank_or_allocation_do_not_fit() -> None:

@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from allocators.core.types import Outcome, Rung, Score
 
@@ -35,6 +35,7 @@ class Scored(Protocol):
 
 
 P = TypeVar("P", bound=Scored)
+T = TypeVar("T")
 
 
 def _valid(points: Iterable[P]) -> list[P]:
@@ -219,12 +220,109 @@ def _error_of_mean(accuracies: Sequence[float]) -> list[float]:
     return [statistics.stdev(accuracies) / math.sqrt(len(accuracies))] if len(accuracies) > 1 else []
 
 
+class Unbeaten(Generic[T]):
+    """Points that come and go, by name, and their front: those that no other point beats, ties included.
+
+    To put a point costs the logarithm of their number, and the members that it beats. To drop one costs as much; where
+    it is a member, also a look at the points between it and the next larger member.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry[T]] = {}
+        self._by_size: list[_Entry[T]] = []
+        self._front: list[_Entry[T]] = []
+        self._left: list[_Entry[T]] = []
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the point is a member of the front."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return False
+        place = bisect.bisect_left(self._front, entry)
+        return place < len(self._front) and self._front[place] is entry
+
+    def __iter__(self) -> Iterator[T]:
+        """Members of the front: ascending in cost, then as they are numbered."""
+        return (entry.item for entry in self._front)
+
+    def __len__(self) -> int:
+        """Members of the front."""
+        return len(self._front)
+
+    def left(self) -> list[T]:
+        """What has left the front since this was asked for the last time; it may be back."""
+        left, self._left = self._left, []
+        return [entry.item for entry in left]
+
+    def height(self, cost: int) -> float:
+        """Accuracy of the best point that costs no more; -inf where there is none."""
+        place = bisect.bisect_right(self._front, cost, key=_cost)
+        return self._front[place - 1].accuracy if place else -math.inf
+
+    def put(self, name: str, item: T, *, cost: int, accuracy: float, number: int) -> None:
+        """A point, in the place of what had its name; no two points have the same number."""
+        self.drop(name)
+        entry = self._entries[name] = _Entry(cost, number, accuracy, item)
+        bisect.insort(self._by_size, entry)
+        self._enter(entry)
+
+    def drop(self, name: str) -> None:
+        """Takes a point away, where there is one of that name, and puts on the front what it alone kept off."""
+        entry = self._entries.pop(name, None)
+        if entry is None:
+            return
+        del self._by_size[bisect.bisect_left(self._by_size, entry)]
+        on_front = bisect.bisect_left(self._front, entry)
+        if on_front == len(self._front) or self._front[on_front] is not entry:
+            return
+        self._left.append(self._front.pop(on_front))
+        larger = next((other.cost for other in self._front[on_front:] if other.cost > entry.cost), math.inf)
+        start = bisect.bisect_left(self._by_size, entry.cost, key=_cost)
+        stop = bisect.bisect_left(self._by_size, larger, key=_cost)
+        best = self._front[on_front - 1].accuracy if on_front else -math.inf
+        for place in range(start, stop):
+            other = self._by_size[place]
+            if other.accuracy < best or (other.cost == entry.cost and other.accuracy >= entry.accuracy):
+                continue  # beaten by a smaller one; or its equal, which is on the front
+            best = other.accuracy
+            self._enter(other)
+
+    def _enter(self, entry: _Entry[T]) -> None:
+        """Puts a point on the front, and takes off what it beats, unless a member beats it."""
+        place = bisect.bisect_right(self._front, entry.cost, key=_cost)
+        if place and self._front[place - 1].beats(entry):  # of those that are no larger the most accurate
+            return
+        first = last = bisect.bisect_left(self._front, entry.cost, key=_cost)
+        while last < len(self._front) and self._front[last].accuracy <= entry.accuracy:
+            last += 1
+        equal = [other for other in self._front[first:last] if not entry.beats(other)]
+        self._left += [other for other in self._front[first:last] if entry.beats(other)]
+        self._front[first:last] = sorted([*equal, entry])
+
+
+class _Entry(NamedTuple, Generic[T]):
+    """A point among those of its size: ascending in cost, then as they are numbered. Numbers are unique."""
+
+    cost: int
+    number: int
+    accuracy: float
+    item: T
+
+    def beats(self, other: _Entry[Any]) -> bool:
+        """No worse in both and better in one."""
+        no_worse = self.cost <= other.cost and self.accuracy >= other.accuracy
+        return no_worse and (self.cost, self.accuracy) != (other.cost, other.accuracy)
+
+
+def _cost(entry: _Entry[Any]) -> int:
+    return entry.cost
+
+
 class Points:
     """Finished trainings, grouped into points, and the front of the points: kept up to date training by training.
 
     After any number of `add` and `discard`, a list of it is `candidates(outcomes.values())` and `front` is the front of
-    that. Adding costs what the point's own runs and the front cost; where a member of the front falls, also the points
-    between it and the next larger member.
+    that. Adding costs what the point's own runs and the front cost (`Unbeaten`).
 
     outcomes   by digest, in the order in which they were added
     """
@@ -234,29 +332,31 @@ class Points:
         self._numbers = itertools.count()
         self._added: dict[str, tuple[str, int]] = {}  # digest -> its point, and which addition it was
         self._runs: dict[str, dict[str, Outcome]] = {}  # point -> its runs by digest
-        self._entries: dict[str, _Entry] = {}  # by point
-        self._by_size: list[_Entry] = []  # those with an accuracy
-        self._front: list[_Entry] = []
+        self._candidates: dict[str, tuple[int, Candidate]] = {}  # by point, with the addition of its first run
+        self._unbeaten = Unbeaten[Candidate]()
         for outcome in outcomes:
             self.add(outcome)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._candidates)
 
     def __iter__(self) -> Iterator[Candidate]:
         """All points, in the order of their first training."""
-        return iter(entry.candidate for entry in sorted(self._entries.values(), key=lambda entry: entry.number))
+        return iter(candidate for _, candidate in sorted(self._candidates.values(), key=lambda entry: entry[0]))
 
     @property
     def front(self) -> list[Candidate]:
         """The points that no other point beats, ascending in parameters."""
-        return [entry.candidate for entry in self._front]
+        return list(self._unbeaten)
+
+    def fallen(self) -> set[str]:
+        """Points, by their digests, that were on the front since this was asked for the last time, and are not now."""
+        left = {candidate.point for candidate in self._unbeaten.left()}
+        return {point for point in left if point in self._candidates and point not in self._unbeaten}
 
     def is_on_front(self, candidate: Candidate) -> bool:
-        """Raises KeyError for a point that was not added."""
-        entry = self._entries[candidate.point]
-        place = bisect.bisect_left(self._front, entry)
-        return place < len(self._front) and self._front[place] is entry
+        """Whether the point, as it is now, is a member of the front."""
+        return candidate.point in self._unbeaten
 
     def add(self, outcome: Outcome) -> Candidate:
         """Takes in a training, in the place of an earlier result of it; returns its point as it is now."""
@@ -283,12 +383,12 @@ class Points:
         if self._runs[point]:
             self._renew(point)
         else:
-            del self._runs[point]
-            self._leave(self._entries.pop(point))
+            del self._runs[point], self._candidates[point]
+            self._unbeaten.drop(point)
 
     def at(self, point: str) -> Candidate:
         """A point by the digest that its trainings share (KeyError where it has none)."""
-        return self._entries[point].candidate
+        return self._candidates[point][1]
 
     def candidate_of(self, digest: str) -> Candidate:
         """The point of a training (KeyError where there is none of that name)."""
@@ -299,60 +399,10 @@ class Points:
         runs = self._runs[point]
         candidate = _candidate(tuple(runs.values()))
         _, number = self._added[next(iter(runs))]
-        if point in self._entries:
-            self._leave(self._entries[point])
-        entry = self._entries[point] = _Entry(candidate.trainable_params, number, candidate)
-        if _valid([candidate]):
-            bisect.insort(self._by_size, entry)
-            self._enter(entry)
+        self._candidates[point] = (number, candidate)
+        if (accuracy := candidate.accuracy) is not None and math.isfinite(accuracy):
+            cost = candidate.trainable_params
+            self._unbeaten.put(point, candidate, cost=cost, accuracy=accuracy, number=number)
+        else:
+            self._unbeaten.drop(point)
         return candidate
-
-    def _enter(self, entry: _Entry) -> None:
-        """Puts a point on the front, and takes off what it beats, unless a member beats it."""
-        place = bisect.bisect_right(self._front, entry.params, key=_params)
-        if place and self._front[place - 1].beats(entry):  # of those that are no larger the most accurate
-            return
-        first = last = bisect.bisect_left(self._front, entry.params, key=_params)
-        while last < len(self._front) and self._front[last].accuracy <= entry.accuracy:
-            last += 1
-        equal = [other for other in self._front[first:last] if not entry.beats(other)]
-        self._front[first:last] = sorted([*equal, entry])
-
-    def _leave(self, entry: _Entry) -> None:
-        """Takes a point away, and puts on the front what it alone kept off."""
-        place = bisect.bisect_left(self._by_size, entry)
-        if place == len(self._by_size) or self._by_size[place] is not entry:
-            return  # it has no accuracy
-        del self._by_size[place]
-        on_front = bisect.bisect_left(self._front, entry)
-        if on_front == len(self._front) or self._front[on_front] is not entry:
-            return
-        del self._front[on_front]
-        larger = next((other.params for other in self._front[on_front:] if other.params > entry.params), math.inf)
-        start = bisect.bisect_left(self._by_size, entry.params, key=_params)
-        stop = bisect.bisect_left(self._by_size, larger, key=_params)
-        for other in self._by_size[start:stop]:
-            if other.params > entry.params or other.accuracy < entry.accuracy:  # its equals are on the front
-                self._enter(other)
-
-
-class _Entry(NamedTuple):
-    """A point among those of its size: ascending in parameters, then as they came. Numbers are unique."""
-
-    params: int
-    number: int
-    candidate: Candidate
-
-    @property
-    def accuracy(self) -> float:
-        assert self.candidate.accuracy is not None
-        return self.candidate.accuracy
-
-    def beats(self, other: _Entry) -> bool:
-        """No worse in both and better in one."""
-        no_worse = self.params <= other.params and self.accuracy >= other.accuracy
-        return no_worse and (self.params, self.accuracy) != (other.params, other.accuracy)
-
-
-def _params(entry: _Entry) -> int:
-    return entry.params

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from random import Random
 from types import ModuleType
 from typing import Any
@@ -23,6 +24,8 @@ from spaces import _tables
 MOST_CORNERS = 500  # combinations of choices that are walked one by one
 DRAWN_CORNERS = 100  # where there are more
 MOST_ROWS = 20_000  # of a table
+
+MOST_ALLOCATED = 256  # allocations that are remembered
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,11 @@ class Problem:
         """The same with these signals in the place of all that stood for them."""
         return replace(self, signals=signals)
 
+    @cached_property
+    def _allocated(self) -> dict[tuple[Any, ...], Allocation]:
+        """The latest allocations, by allocator and knobs."""
+        return {}
+
     def allocate(self, point: Point, *, seed: int | None = None) -> Allocation:
         """Raises InfeasibleError where the knobs give no allocation on this model.
 
@@ -108,13 +116,25 @@ class Problem:
         if "seed" in parameters:
             each = knobs.pop("draw", "once") == "each"
             knobs.setdefault("seed", seed if each and seed is not None else self.seed)
+        # an allocator is a pure function, and candidates of a search differ in their recipe more than in their knobs
+        key = (point.allocator, *((name, type(value), value) for name, value in sorted(knobs.items())))
+        try:
+            if (known := self._allocated.get(key)) is not None:
+                return known
+        except TypeError:  # a knob without a hash
+            key = ()
         try:
             plugins.check(module, self.shape, knobs)
             plugins.check_values(module, knobs)
         except StudyError as error:
             raise self.refused(str(error)) from error
         signal = self.signals.get(module.NEEDS) if module.NEEDS else None
-        return plugins.call(module, signal, self.shape, knobs)
+        allocation = plugins.call(module, signal, self.shape, knobs)
+        if key:
+            if len(self._allocated) >= MOST_ALLOCATED:
+                del self._allocated[next(iter(self._allocated))]
+            self._allocated[key] = allocation
+        return allocation
 
     def resolve(self, point: Point) -> tuple[Trial, int]:
         """The trial that a point asks for and its exact number of trainable parameters.

@@ -150,7 +150,7 @@ class Conductor:
         self.given_up: dict[str, str] = {}  # lost too often in this run -> the last reason
         here = records.outcomes.keys() - records.reused.keys()
         self._repeats = {digest for digest in here if not self._counts(records.outcomes[digest].trial)}
-        self._on_front: set[str] = {candidate.point for candidate in records.points}  # not looked at yet
+        self._unseen: set[str] = {candidate.point for candidate in records.points}  # whose adapters may be left over
         self._baselines = baselines.one_line(records.points)
         for digest in records.finished:  # a driver that was killed may have recorded an end and not cleaned up
             records.drop_checkpoint(digest)
@@ -399,10 +399,10 @@ class Conductor:
     def _drop_adapters_of(self, digest: str) -> None:
         """After a result: looks at its point and at those that were on the front before it came."""
         points = self._records.points
-        on_front = {candidate.point for candidate in points.front}
         changed = points.candidate_of(digest)
-        fallen = {*(self._on_front - on_front), *self._beaten(changed)} - {changed.point}
-        self._on_front = on_front
+        unseen = {point for point in self._unseen if not points.is_on_front(points.at(point))}
+        fallen = {*points.fallen(), *unseen, *self._beaten(changed)} - {changed.point}
+        self._unseen = set()
         self._drop_adapters([changed, *map(points.at, sorted(fallen))], searching=True)
 
     def _beaten(self, changed: pareto.Candidate) -> list[str]:

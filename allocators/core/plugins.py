@@ -44,6 +44,7 @@ BASES = ("moe", "dense", "any")
 GIVES = ("experts", "ranks")
 _COMMANDS = ("show",)  # files of a plug-in folder that are commands, not plug-ins
 _ENTRY = {"allocators": "allocate", "spaces": "suggest"}
+_imported: dict[tuple[str, str], ModuleType] = {}
 _added: dict[str, dict[str, ModuleType]] = {folder: {} for folder in _ENTRY}
 
 
@@ -61,10 +62,12 @@ def load(folder_package: str, name: str, what: str = "allocator") -> ModuleType:
     added = _added.get(folder_package, {})
     if name in added:
         return added[name]
-    files = _files(folder_package)
-    if name not in files:
-        raise unknown(what, name, names(folder_package))
-    return importlib.import_module(f"{folder_package}.{files[name]}")
+    if (folder_package, name) not in _imported:  # a search asks for the same few thousands of times
+        files = _files(folder_package)
+        if name not in files:
+            raise unknown(what, name, names(folder_package))
+        _imported[folder_package, name] = importlib.import_module(f"{folder_package}.{files[name]}")
+    return _imported[folder_package, name]
 
 
 def add(path_or_module: str) -> list[str]:

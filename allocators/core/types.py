@@ -23,10 +23,11 @@ import hashlib
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cached_property
-from itertools import islice
+from functools import cached_property, lru_cache
+from itertools import groupby, islice
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -47,6 +48,26 @@ def canonical_json(value: Any) -> str:
 def digest_of(value: Any) -> str:
     """First 16 hex digits of the SHA-256 of the canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
+
+
+class Hashed:
+    """A value's canonical JSON, hashed once, alone and as the first entry of a mapping that holds it."""
+
+    def __init__(self, value: Any) -> None:
+        text = canonical_json(value).encode()
+        self.digest = hashlib.sha256(text).hexdigest()[:16]
+        self._text = text
+        self._begun: dict[str, Any] = {}
+
+    def digest_with(self, key: str, rest: Mapping[str, Any]) -> str:
+        """`digest_of({key: value} | rest)`, where no key of the rest comes before `key`."""
+        assert all(key < other for other in rest), sorted(rest)
+        if key not in self._begun:
+            self._begun[key] = hashlib.sha256(f"{{{canonical_json(key)}:".encode() + self._text)
+        whole = self._begun[key].copy()
+        whole.update(b"," + canonical_json(rest).encode()[1:])
+        digest: str = whole.hexdigest()
+        return digest[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +99,7 @@ class ModuleShape:
         return rank * (self.in_features + self.out_features)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a model's adaptable modules, in the order of the layers. Holds no weights and needs no torch."""
 
@@ -86,24 +107,44 @@ class ModelShape:
     modules: tuple[ModuleShape, ...]
     num_layers: int
 
+    def __reduce__(self) -> tuple[Any, ...]:  # what was looked up stays behind
+        return (ModelShape, (self.name, self.modules, self.num_layers))
+
+    @cached_property
+    def _experts(self) -> dict[int, int]:
+        """By layer the number of its routed experts. Candidates of a search ask thousands of times."""
+        first = {m.layer: m.num_experts for m in reversed(self.modules) if m.role == "expert"}
+        return dict(sorted(first.items()))
+
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Layers that have experts, ascending (DeepSeek's first layers have none)."""
-        return tuple(sorted({m.layer for m in self.modules if m.role == "expert"}))
+        return tuple(self._experts)
 
     @property
     def is_moe(self) -> bool:
         """Whether a layer has routed experts."""
-        return any(m.role == "expert" for m in self.modules)
+        return bool(self._experts)
 
     def experts_in(self, layer: int) -> int:
         """Number of routed experts E of a layer; 0 where the layer is dense."""
-        return next((m.num_experts for m in self.modules if m.layer == layer and m.role == "expert"), 0)
+        return self._experts.get(layer, 0)
+
+    @cached_property
+    def params_of_rank_one(self) -> tuple[int, dict[int, int]]:
+        """Of LoRA with rank 1 on all that is always adapted; by layer of LoRA on one routed expert."""
+        always, of_expert = 0, dict.fromkeys(self.moe_layers, 0)
+        for module in self.modules:
+            if module.role == "expert":
+                of_expert[module.layer] += module.lora_params(1)
+            elif module.role in ALWAYS_ADAPTED:
+                always += module.lora_params(1)
+        return always, of_expert
 
     @property
     def total_experts(self) -> int:
         """Routed experts over all layers."""
-        return sum(self.experts_in(layer) for layer in self.moe_layers)
+        return sum(self._experts.values())
 
     def of_role(self, *roles: Role) -> tuple[ModuleShape, ...]:
         """The modules that have one of these roles, in the order of the layers."""
@@ -269,22 +310,33 @@ class ExpertSelection:
     def trainable_params(self, shape: ModelShape, *, rank: int) -> int:
         """Exact number of trainable parameters: r(in+out) for every adapted map (MoE-Sieve's published counts)."""
         self.check(shape)
-        total = 0
-        for module in shape.modules:
-            if module.role == "expert":
-                total += len(self.in_layer(module.layer)) * module.lora_params(rank)
-            elif module.role in ALWAYS_ADAPTED:
-                total += module.lora_params(rank)
-        return total
+        always, of_expert = shape.params_of_rank_one
+        return rank * (always + sum(len(ids) * of_expert[layer] for layer, ids in self.experts.items()))
 
     def to_json(self) -> dict[str, Any]:
         """What `allocation_from_json` reads; JSON has texts as keys, so that layers become texts."""
         return {"kind": self.kind, "experts": {str(layer): list(ids) for layer, ids in self.experts.items()}}
 
+    def to_compact(self) -> dict[str, Any]:
+        """What `allocation_from_json` reads, too, in a tenth of the room and less: `{"0-3": "0-15,17", "4": "x8001"}`.
+
+        Layers with the same experts share an entry. Ids are ranges, or the bits of a hexadecimal number, whichever is
+        shorter.
+        """
+        layers: dict[tuple[int, ...], list[int]] = {}
+        for layer, ids in self.experts.items():
+            layers.setdefault(ids, []).append(layer)
+        return {"kind": self.kind, "experts": {as_ranges(own): _compact_ids(ids) for ids, own in layers.items()}}
+
+    @cached_property
+    def hashed(self) -> Hashed:
+        """Its JSON as `digest_of` takes it, hashed once."""
+        return Hashed(self.to_json())
+
     @property
     def digest(self) -> str:
         """Two selections with the same digest choose the same experts."""
-        return digest_of(self.to_json())
+        return self.hashed.digest
 
 
 Gating = Literal["routed", "hydra"]
@@ -359,10 +411,121 @@ class ExpertCounts:
         """What `allocation_from_json` reads."""
         return {"kind": self.kind, "gating": self.gating, "counts": dict(self.counts)}
 
+    def to_compact(self) -> dict[str, Any]:
+        """What `allocation_from_json` reads, too: `{"model.layers.*.mlp.up_proj": {"0-15": 2, "16": 3}}`.
+
+        The star stands for the first number of a path; a path without one is written as it is.
+        """
+        return {"kind": self.kind, "gating": self.gating, "counts": _starred(self.counts)}
+
+    @cached_property
+    def hashed(self) -> Hashed:
+        """Its JSON as `digest_of` takes it, hashed once."""
+        return Hashed(self.to_json())
+
     @property
     def digest(self) -> str:
         """Two allocations with the same digest add the same experts with the same gating."""
-        return digest_of(self.to_json())
+        return self.hashed.digest
+
+
+_NUMBER = re.compile(r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)")  # as a part of a module's path
+_MOST_PLACES = 1 << 20  # of an allocation that is written in ranges: a few bytes could ask for any number of them
+
+
+def as_ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers, distinct and not negative, as text.
+
+    >>> as_ranges([5, 0, 1, 2, 3])
+    '0-3,5'
+    """
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
+
+
+def of_ranges(text: str, what: str, *, high: int) -> tuple[int, ...]:
+    """The numbers of `as_ranges`, ascending as they are written. Raises ValueError where one is above `high`."""
+    numbers: list[int] = []
+    for run in text.split(","):
+        first, _, last = run.partition("-")
+        low = checks.whole(int(first), what, high=high)
+        numbers += range(low, checks.whole(int(last or first), what, low=low, high=high) + 1)
+        if len(numbers) > high + 1:
+            raise ValueError(f"{what}: more than there can be")
+    return tuple(numbers)
+
+
+def _starred(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by module path, those of paths that differ in their first number together: `{"a.*.b": {"0-3": value}}`."""
+    starred: dict[str, Any] = {}
+    alike: dict[str, dict[Any, list[int]]] = {}
+    for path, value in values.items():
+        parts = _NUMBER.split(path, maxsplit=1)
+        if len(parts) == 3 and "*" not in path and int(parts[1]) <= checks.MOST_LAYERS:
+            alike.setdefault(f"{parts[0]}*{parts[2]}", {}).setdefault(value, []).append(int(parts[1]))
+        else:
+            starred[path] = value
+    for path, of in alike.items():
+        starred[path] = {as_ranges(layers): value for value, layers in of.items()}
+    return starred
+
+
+def _unstarred(written: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """Values by module path, unchecked; those of a path with a star stand by the ranges of its layers."""
+    values: dict[str, Any] = {}
+    for path, value in written.items():
+        for layers, each in value.items() if isinstance(value, Mapping) else ((None, value),):
+            numbers = of_ranges(layers, f"layer of {path}", high=checks.MOST_LAYERS) if layers is not None else ("*",)
+            values |= {path.replace("*", str(number), 1): each for number in numbers}
+            if len(values) > _MOST_PLACES:
+                raise ValueError(f"{what}: more than there can be")
+    return values
+
+
+def _as_runs(numbers: tuple[int, ...]) -> str:
+    return ",".join(f"{number}*{len(list(run))}" for number, run in groupby(numbers))
+
+
+def _of_runs(text: str, what: str) -> tuple[int, ...]:
+    numbers: list[int] = []
+    for run in text.split(","):
+        number, _, times = run.partition("*")
+        numbers += [int(number)] * checks.whole(int(times), what, high=checks.MOST_EXPERTS)
+        if len(numbers) > checks.MOST_EXPERTS:
+            raise ValueError(f"{what}: more experts than there can be")
+    return tuple(numbers)
+
+
+def _stacks_of(written: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Ranks of stacks by module path; a list, or text of `_as_runs`."""
+    stacks: dict[str, tuple[int, ...]] = {}
+    high, places = checks.MOST_RANK, 0
+    for path, each in _unstarred(written, "experts").items():
+        ranks = _of_runs(each, f"ranks of {path}") if isinstance(each, str) else checks.sequence(each, path)
+        stacks[path] = tuple(checks.whole(r, f"rank in {path}", high=high) for r in ranks)
+        places += len(ranks)
+        if places > _MOST_PLACES:
+            raise ValueError("experts: more ranks than there can be")
+    return stacks
+
+
+def _compact_ids(ids: tuple[int, ...]) -> str:
+    ranges, bits = as_ranges(ids), f"x{sum(1 << number for number in ids):x}"
+    return min(ranges, bits, key=len)
+
+
+def _of_compact_ids(text: str, what: str) -> tuple[int, ...]:
+    last = checks.MOST_EXPERTS - 1
+    if not text.startswith("x"):
+        return of_ranges(text, what, high=last)
+    if not re.fullmatch("x[0-9a-f]+", text) or len(text) > 1 + checks.MOST_EXPERTS // 4:
+        raise ValueError(f"{what}: no hexadecimal number of at most {checks.MOST_EXPERTS} bits")
+    return tuple(number for number, bit in enumerate(f"{int(text[1:], 16):b}"[::-1]) if bit == "1")
 
 
 @dataclass(frozen=True)
@@ -443,17 +606,27 @@ class ModuleRanks:
         rank   of the recipe; it has no say here, because every module has its own
         """
         self.check(shape)
-        return sum(module.lora_params(r) for module in shape.modules for r in self.of(module))
+        return sum(module.lora_params(sum(self.of(module))) for module in shape.modules)
 
     def to_json(self) -> dict[str, Any]:
         """What `allocation_from_json` reads."""
         experts = {path: list(ranks) for path, ranks in self.experts.items()}
         return {"kind": self.kind, "ranks": dict(self.ranks), "experts": experts}
 
+    def to_compact(self) -> dict[str, Any]:
+        """What `allocation_from_json` reads, too: paths as those of `ExpertCounts`, ranks of a stack `4*16,0*240`."""
+        experts = {path: _as_runs(ranks) for path, ranks in self.experts.items()}
+        return {"kind": self.kind, "ranks": _starred(self.ranks), "experts": _starred(experts)}
+
+    @cached_property
+    def hashed(self) -> Hashed:
+        """Its JSON as `digest_of` takes it, hashed once."""
+        return Hashed(self.to_json())
+
     @property
     def digest(self) -> str:
         """Two allocations with the same digest give every module the same rank."""
-        return digest_of(self.to_json())
+        return self.hashed.digest
 
 
 def _rank(value: Any, path: str) -> int:
@@ -475,25 +648,32 @@ def allocation_from_json(data: Mapping[str, Any]) -> Allocation:
 
     Raises StudyError for a kind that does not exist, ValueError or InfeasibleError for what no allocation holds.
     """
+    text = json.dumps(data)
+    return _remembered(text) if len(text) < 20_000 else _allocation_of(data)
+
+
+@lru_cache(maxsize=256)
+def _remembered(text: str) -> Allocation:
+    """Trainings of a study share few allocations, and each then holds the same object."""
+    return _allocation_of(json.loads(text))
+
+
+def _allocation_of(data: Mapping[str, Any]) -> Allocation:
     match data.get("kind"):
         case "expert_selection":
-            return ExpertSelection(dict(_ids_of(layer, ids) for layer, ids in data["experts"].items()))
+            return ExpertSelection(_experts_of(checks.mapping(data["experts"], "experts")))
         case "expert_counts":
-            counts = checks.mapping(data["counts"], "counts")
+            counts = _unstarred(checks.mapping(data["counts"], "counts"), "counts")
             most = checks.MOST_EXPERTS
             return ExpertCounts(
                 {path: checks.whole(n, f"experts of {path}", high=most) for path, n in counts.items()},
                 checks.text(data["gating"], "gating"),  # type: ignore[arg-type]
             )
         case "module_ranks":
-            ranks, stacks = checks.mapping(data["ranks"], "ranks"), checks.mapping(data["experts"], "experts")
-            high = checks.MOST_RANK
+            ranks = _unstarred(checks.mapping(data["ranks"], "ranks"), "ranks")
             return ModuleRanks(
-                {path: checks.whole(r, f"rank of {path}", high=high) for path, r in ranks.items()},
-                {
-                    path: tuple(checks.whole(r, f"rank in {path}", high=high) for r in checks.sequence(each, path))
-                    for path, each in stacks.items()
-                },
+                {path: checks.whole(r, f"rank of {path}", high=checks.MOST_RANK) for path, r in ranks.items()},
+                _stacks_of(checks.mapping(data["experts"], "experts")),
             )
         case other:
             raise StudyError(
@@ -580,11 +760,23 @@ class LoraSettings:
         return self.lora_alpha / self.rank
 
 
-def _ids_of(layer: str, ids: Any) -> tuple[int, tuple[int, ...]]:
-    """A layer's number, which is text in JSON, and its expert ids."""
-    number = checks.whole(int(layer), "layer", high=checks.MOST_LAYERS)
-    what, last = f"expert id of layer {number}", checks.MOST_EXPERTS - 1
-    return number, tuple(checks.whole(each, what, high=last) for each in checks.sequence(ids, what))
+def _experts_of(written: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
+    """Expert ids by layer; layers, which are text in JSON, may be ranges, and ids then are text, too."""
+    experts: dict[int, tuple[int, ...]] = {}
+    places = 0
+    for layers, ids in written.items():
+        if isinstance(ids, str):
+            chosen = _of_compact_ids(ids, f"expert id of layer {layers}")
+            numbers = of_ranges(layers, "layer", high=checks.MOST_LAYERS)
+        else:
+            numbers = (checks.whole(int(layers), "layer", high=checks.MOST_LAYERS),)
+            what, last = f"expert id of layer {layers}", checks.MOST_EXPERTS - 1
+            chosen = tuple(checks.whole(each, what, high=last) for each in checks.sequence(ids, what))
+        places += len(numbers) * len(chosen)
+        if places > _MOST_PLACES or experts.keys() & set(numbers):
+            raise ValueError("experts: a layer twice, or more than there can be")
+        experts |= dict.fromkeys(numbers, chosen)
+    return experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -680,15 +872,8 @@ class Trial:
     @cached_property
     def digest(self) -> str:
         """It covers allocation, recipe, model, task and seed: allocator and knobs say only where it came from."""
-        return digest_of(
-            {
-                "allocation": self.allocation.to_json(),
-                "recipe": self.recipe.to_json(),
-                "model": self.model,
-                "task": self.task,
-                "seed": self.seed,
-            }
-        )
+        rest = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task, "seed": self.seed}
+        return self.allocation.hashed.digest_with("allocation", rest)
 
     @cached_property
     def point(self) -> str:
@@ -699,15 +884,15 @@ class Trial:
         what = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task}
         if self.knobs.get("draw") == "each":
             return digest_of(what | {"allocator": self.allocator, "knobs": dict(self.knobs)})
-        return digest_of(what | {"allocation": self.allocation.to_json()})
+        return self.allocation.hashed.digest_with("allocation", what)
 
-    def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads, and the digest."""
+    def to_json(self, *, compact: bool = False) -> dict[str, Any]:
+        """What `from_json` reads, and the digest; the allocation in few bytes where it is to be compact."""
         return {
             "digest": self.digest,
             "allocator": self.allocator,
             "knobs": dict(self.knobs),
-            "allocation": self.allocation.to_json(),
+            "allocation": self.allocation.to_compact() if compact else self.allocation.to_json(),
             "recipe": self.recipe.to_json(),
             "model": self.model,
             "task": self.task,
@@ -872,13 +1057,13 @@ class Outcome:
         """A copy with these fields changed."""
         return replace(self, **changes)
 
-    def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads: a line of outcomes.jsonl has it."""
+    def to_json(self, *, compact: bool = False) -> dict[str, Any]:
+        """What `from_json` reads; the trial's allocation in few bytes where it is to be compact."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "trial"}
         data["rungs"] = [rung.to_json() for rung in self.rungs]
         data["test"] = self.test.to_json() if self.test else None
         data["versions"] = dict(self.versions)
-        return {"trial": self.trial.to_json(), **data}
+        return {"trial": self.trial.to_json(compact=compact), **data}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Outcome:

@@ -44,10 +44,15 @@ def resolver(problem: Problem, *, repeats: bool = False) -> Callable[[Any], Know
     repeats   points may be trained with every seed that the problem has for them, else with its own alone
     """
 
+    by_allocation: dict[str, dict[str, float]] = {}
+
     def resolve(trial: Any) -> Known:
         point, params = problem.ask(trial)
         resolved, cost = problem.resolve(point)
-        numbers = features(resolved, problem.shape, problem.signals)
+        allocation = resolved.allocation.digest
+        if allocation not in by_allocation:
+            by_allocation[allocation] = features(resolved, problem.shape, problem.signals)
+        numbers = by_allocation[allocation]
         return Known(resolved.digest, cost, numbers, params, len(problem.seeds_of(resolved)) if repeats else 1)
 
     return resolve

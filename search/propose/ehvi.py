@@ -15,7 +15,9 @@ Legend  N trained or running points, M candidates, R points that may be tried ag
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -28,6 +30,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from allocators.core.errors import BudgetError, InfeasibleError
+from search.front import Unbeaten
 from search.propose import RUN, STDERR
 from search.propose.candidates import Candidate, Drawing, Known, Repeating, candidate, matrix
 from search.propose.criterion import Landscape, expected_gain_of_repeats, expected_hypervolume_improvement, learnt
@@ -37,45 +40,140 @@ START = 5  # results, starting points included, before a model is worth fitting
 DRAWN = 100  # candidates drawn anew for a suggestion; those of earlier suggestions stay
 NEAR = 100  # candidates drawn near members of the front
 MOST = 4000  # candidates kept
+MOST_FITTED = 400  # points that the model is fitted to: fitting costs the cube of their number
+LATEST = 0.25  # of these, the share that is kept as the latest: runs under way are among them
 BELIEF = 8.0  # results that weigh as much as what is expected of the recipe
 FACTOR = 2.0  # by which an expected value may be wrong, as a standard deviation
 
 
-@dataclass
+RUNNING, LOST = "running", "lost"  # a run without an accuracy: not yet, or stopped early; failed
+
+
+@dataclass(eq=False)
 class Tried:
     """A point and its runs.
 
-    accuracies   of the runs that ended with one
-    question     largest variance of an accuracy over the questions
-    running      runs that have no result yet, or will have none (stopped early): the place needs no second look
-    lost         runs that failed
+    number     how many points were tried before it
+    runs       by name: the accuracy of one that ended with one, else RUNNING or LOST
+    question   largest variance of an accuracy over the questions
     """
 
     point: Candidate
-    accuracies: list[float] = field(default_factory=list)
+    number: int
+    runs: dict[str, float | str] = field(default_factory=dict)
     question: float = 0.0
-    running: int = 0
-    lost: int = 0
-    runs: set[str] = field(default_factory=set)
 
-    def add(self, run: str, trial: FrozenTrial) -> None:
-        """Takes in a trial, unless its run was taken in before: it was not trained again, and says nothing of noise."""
-        if run in self.runs:
-            return
-        self.runs.add(run)
+    def take(self, run: str, trial: FrozenTrial) -> None:
+        """What is known of a run now."""
         match trial.state:
             case TrialState.COMPLETE:
-                self.accuracies.append(trial.values[0])
+                self.runs[run] = trial.values[0]
                 self.question = max(self.question, trial.user_attrs.get(STDERR, 0.0) ** 2)
             case TrialState.FAIL:
-                self.lost += 1
+                self.runs[run] = LOST
             case _:
-                self.running += 1
+                self.runs[run] = RUNNING
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Of the runs that ended with one."""
+        return [run for run in self.runs.values() if isinstance(run, float)]
+
+    @property
+    def running(self) -> int:
+        """Runs that have no result yet, or will have none (stopped early): the place needs no second look."""
+        return sum(run == RUNNING for run in self.runs.values())
+
+    @property
+    def lost(self) -> int:
+        """Runs that failed."""
+        return sum(run == LOST for run in self.runs.values())
 
     @property
     def mean(self) -> float:
         """Mean accuracy of the runs that have one."""
-        return math.fsum(self.accuracies) / len(self.accuracies)
+        accuracies = self.accuracies
+        return math.fsum(accuracies) / len(accuracies)
+
+
+class Memory:
+    """All points that were tried, kept up to date: what is new costs what it is, whatever is known already.
+
+    fitted   by key the points that the model is fitted to, in the order in which they were tried: all of them as long
+             as they are no more than `most`. Then one has to go for every new one: of two at random the one that
+             is farther below the front. Members of the front stay, and the latest. So the model sees most of the points
+             where a gain is to be made, and some of all others
+    done     points that have an accuracy; `heard` those that have a result, an accuracy or none
+    """
+
+    def __init__(self, recall: Callable[[FrozenTrial], Candidate | None], *, seed: int, most: int) -> None:
+        self._recall = recall
+        self._most = most
+        self._random = random.Random(seed)
+        self._study: Study | None = None
+        self._read = 0
+        self._open: dict[int, tuple[Tried, str]] = {}  # by number of the Optuna trial the runs under way
+        self._front = Unbeaten[Tried]()
+        self._worst = math.inf
+        self.tried: dict[str, Tried] = {}
+        self.fitted: dict[str, Tried] = {}
+        self.done = self.heard = 0
+
+    def update(self, study: Study, number: int) -> list[str]:
+        """Takes in what became of the study's trials since the last time, `number` aside; keys of the new points."""
+        if study is not self._study:  # the same trials, numbered anew
+            self._study, self._read, self._open = study, 0, {}
+        trials, known = study.get_trials(deepcopy=False), len(self.tried)
+        for place in [place for place in self._open if trials[place].state != TrialState.RUNNING]:
+            self._take(*self._open.pop(place), trials[place])
+        while self._read < len(trials) and trials[self._read].state != TrialState.WAITING:
+            past, self._read = trials[self._read], self._read + 1
+            if past.number == number:
+                self._read -= 1
+                break
+            if (point := self._recall(past)) is not None:
+                self._read_one(point, past)
+        return list(itertools.islice(reversed(self.tried), len(self.tried) - known))
+
+    def _read_one(self, point: Candidate, past: FrozenTrial) -> None:
+        """A trial that is read for the first time."""
+        key = point.known.key
+        run = past.user_attrs.get(RUN, key)
+        tried = self.tried.setdefault(key, Tried(point, len(self.tried)))
+        if tried.runs.get(run, RUNNING) != RUNNING or any((tried, run) == one for one in self._open.values()):
+            return  # taken in before: it was not trained again, and says nothing of noise
+        if past.state == TrialState.RUNNING:
+            self._open[past.number] = (tried, run)
+        self._take(tried, run, past)
+
+    def _take(self, tried: Tried, run: str, past: FrozenTrial) -> None:
+        key = tried.point.known.key
+        before = bool(tried.accuracies), bool(tried.accuracies or tried.lost)
+        tried.take(run, past)
+        self.done += bool(tried.accuracies) - before[0]
+        self.heard += bool(tried.accuracies or tried.lost) - before[1]
+        if tried.accuracies:
+            self._worst = min(self._worst, tried.mean)
+            self._front.put(key, tried, cost=tried.point.known.cost, accuracy=tried.mean, number=tried.number)
+        self.fitted[key] = tried
+        if len(self.fitted) > self._most:
+            self._leave_one_out()
+
+    def _leave_one_out(self) -> None:
+        older = list(self.fitted)[: -math.ceil(LATEST * self._most)]
+        older = self._random.sample(older, len(older))
+        others = [key for key in older if key not in self._front]
+        del self.fitted[max((others or older)[:2], key=self._shortfall)]
+
+    def _shortfall(self, key: str) -> float:
+        """How far a point lies below the front; one without an accuracy as far as the worst would."""
+        one = self.fitted[key]
+        return self._front.height(one.point.known.cost) - (one.mean if one.accuracies else self._worst)
+
+    @property
+    def front(self) -> list[Tried]:
+        """Points that are more accurate, by the mean of their runs, than all that cost no more."""
+        return _front(self._front)
 
 
 class EHVISampler(BaseSampler):
@@ -86,22 +184,34 @@ class EHVISampler(BaseSampler):
     expected  by name of a parameter, the value above 0 that is expected to be about right: points far from it have to
               promise more, the less the more results there are
     seed      of everything that is drawn
+    fitted    points that the model is fitted to at most; 0: MOST_FITTED
 
     The study's objectives are accuracy, maximised, and trainable parameters, minimised. Parameters count by their
     logarithm: a front spans decades, and on a linear axis nearly all of the area belongs to its largest points.
     """
 
     def __init__(
-        self, resolve: Callable[[Any], Known], *, expected: Mapping[str, float] = MappingProxyType({}), seed: int = 0
+        self,
+        resolve: Callable[[Any], Known],
+        *,
+        expected: Mapping[str, float] = MappingProxyType({}),
+        seed: int = 0,
+        fitted: int = 0,
     ) -> None:
         self._resolve = resolve
         self._expected = expected
         self._random = np.random.default_rng(seed)
         self._independent = RandomSampler(seed=seed)
         self._model = AccuracyModel()
+        self._memory = Memory(self._recall, seed=seed, most=fitted or MOST_FITTED)
         self._pool: dict[str, Candidate] = {}
-        self._history: dict[int, Candidate | None] = {}  # by number of the Optuna trial
+        self._recalled: dict[tuple[tuple[str, Any], ...], Candidate | None] = {}  # by parameters
         self._chosen: Candidate | None = None
+
+    def learn(self, study: Study) -> None:
+        """Takes in all trials that the study has; else that is done when a point is asked for."""
+        for key in self._memory.update(study, -1):
+            self._pool.pop(key, None)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Chooses the point; Optuna asks for its parameters first, then for their values."""
@@ -124,19 +234,19 @@ class EHVISampler(BaseSampler):
 
     def _choose(self, study: Study, number: int) -> Candidate | None:
         """The best candidate; None where the space seems to have none."""
-        tried = self._tried(study, number)
-        done = [each for each in tried.values() if each.accuracies]
-        self._widen([each.point for each in _front(done)], tried)
-        fresh = [point for key, point in self._pool.items() if key not in tried]
-        again = [each for each in done if len(each.runs) < each.point.known.seeds]
-        if len(done) < START or not (fresh or again):
-            return self._drawn(fresh, len(done)) if fresh else None
+        memory = self._memory
+        new = memory.update(study, number)
+        self._widen([each.point for each in memory.front], new)
+        fresh = list(self._pool.values())
+        again = [each for each in memory.fitted.values() if each.accuracies and len(each.runs) < each.point.known.seeds]
+        if memory.done < START or not (fresh or again):
+            return self._drawn(fresh, memory.done) if fresh else None
         from threadpoolctl import threadpool_limits
 
         with threadpool_limits(1):  # the other cores train
-            gain = self._gain(fresh, again, list(tried.values()))
+            gain = self._gain(fresh, again, list(memory.fitted.values()))
         points = [*fresh, *(each.point for each in again)]
-        return points[int((gain * self._trust(points, len(done))).argmax())]
+        return points[int((gain * self._trust(points, memory.done)).argmax())]
 
     def _drawn(self, fresh: Sequence[Candidate], results: int) -> Candidate:
         """A point at random, sooner one that lies near what is expected."""
@@ -158,17 +268,6 @@ class EHVISampler(BaseSampler):
             distance_M += (np.log(np.maximum(values_M, 1e-300) / expected) / math.log(FACTOR)) ** 2
         trust_M: Array = np.exp(-0.5 * BELIEF / results * (distance_M - distance_M.min()))
         return trust_M
-
-    def _tried(self, study: Study, number: int) -> dict[str, Tried]:
-        """Points that were tried or are under way, by their keys."""
-        tried: dict[str, Tried] = {}
-        for past in study.get_trials(deepcopy=False):
-            if past.number == number or past.state == TrialState.WAITING:
-                continue
-            if (point := self._recall(past)) is not None:
-                each = tried.setdefault(point.known.key, Tried(point))
-                each.add(past.user_attrs.get(RUN, point.known.key), past)
-        return tried
 
     def _gain(self, fresh: Sequence[Candidate], again: Sequence[Tried], tried: Sequence[Tried]) -> Array:
         """Expected gain of hypervolume by every new candidate, and by every point tried again. Shape [M + R].
@@ -210,7 +309,7 @@ class EHVISampler(BaseSampler):
             [[max(each, worst) for each in one.accuracies] or [worst] * bool(one.lost) for one in tried],
             [one.question for one in tried],
         )
-        self._model.fit(x_ND[:heard], results.first(heard))
+        self._model.fit(x_ND[:heard], results.first(heard), of=max(self._memory.heard, heard))
         height_N, _ = self._model.predict(x_ND)
         running_N = np.array([float(one.running) for one in tried])
         if running_N.any():
@@ -220,31 +319,33 @@ class EHVISampler(BaseSampler):
 
     def _recall(self, past: FrozenTrial) -> Candidate | None:
         """An earlier trial's point; None where it is none (impossible, over the budget, not of this space)."""
-        if past.number not in self._history:
+        params = tuple(past.params.items())
+        if params not in self._recalled:
             try:
-                self._history[past.number] = candidate(Repeating(self._random, past.params), self._resolve)
+                self._recalled[params] = candidate(Repeating(self._random, past.params), self._resolve)
             except (InfeasibleError, BudgetError, KeyError):
-                self._history[past.number] = None
-        return self._history[past.number]
+                self._recalled[params] = None
+        return self._recalled[params]
 
-    def _widen(self, front: Sequence[Candidate], seen: Iterable[str]) -> None:
-        """Draws more candidates, anywhere and near the front; drops what was trained, and the oldest."""
-        for _ in range(DRAWN):
-            self._draw(None)
+    def _widen(self, front: Sequence[Candidate], new: Iterable[str]) -> None:
+        """Draws more candidates, anywhere and near the front; drops what was tried (`new`: since) and the oldest."""
+        drawn = [self._draw(None) for _ in range(DRAWN)]
         for _ in range(NEAR if front else 0):
-            self._draw(front[int(self._random.integers(len(front)))].params)
-        for key in [*seen, *list(self._pool)[: max(len(self._pool) - MOST, 0)]]:
+            drawn.append(self._draw(front[int(self._random.integers(len(front)))].params))
+        tried = [key for key in drawn if key in self._memory.tried]
+        for key in [*new, *tried, *itertools.islice(self._pool, max(len(self._pool) - MOST, 0))]:
             self._pool.pop(key, None)
 
-    def _draw(self, parent: Mapping[str, Any] | None) -> None:
+    def _draw(self, parent: Mapping[str, Any] | None) -> str | None:
+        """Adds a candidate; gives its key."""
         try:
             point = candidate(Drawing(self._random, parent), self._resolve)
         except (InfeasibleError, BudgetError):
-            return
-        self._pool.setdefault(point.known.key, point)
+            return None
+        return self._pool.setdefault(point.known.key, point).known.key
 
 
-def _front(done: Sequence[Tried]) -> list[Tried]:
+def _front(done: Iterable[Tried]) -> list[Tried]:
     """Points that are more accurate, by the mean of their runs, than all that cost no more."""
     front, best = [], -math.inf
     for each in sorted(done, key=lambda each: (each.point.known.cost, -each.mean)):

@@ -100,23 +100,23 @@ class AccuracyModel:
 
     def __init__(self) -> None:
         self._theta = np.empty(0)  # logarithms of (variance, D length scales, seed variance)
-        self._fitted = (0, 0)  # N and D of the last fit of the hyperparameters
+        self._fitted = (0, 0)  # results and D of the last fit of the hyperparameters
 
     @property
     def seed_variance(self) -> float:
         """Of the accuracy of a run, between seeds."""
         return float(self._scale**2 * math.exp(self._theta[-1]))
 
-    def fit(self, x_ND: Array, results: Results) -> None:
-        """Learns from results."""
+    def fit(self, x_ND: Array, results: Results, *, of: int = 0) -> None:
+        """Learns from results, which are a part of so many."""
         n, dims = x_ND.shape
         self._mean, self._scale = float(results.mean_N.mean()), float(results.mean_N.std())
         if self._scale < 1e-9:  # all equal up to rounding
             self._scale = 1.0
         if dims != self._fitted[1]:
             self._theta = np.array([0.0, *[math.log(dims) / 2] * dims, math.log(0.02)])
-        if dims != self._fitted[1] or n >= self.REFIT * self._fitted[0]:
-            self._fitted = (n, dims)
+        if dims != self._fitted[1] or max(of, n) >= self.REFIT * self._fitted[0]:
+            self._fitted = (max(of, n), dims)
             self._theta = self._most_probable(x_ND, self._scaled(results))
         self.condition(x_ND, results)
 

@@ -11,10 +11,11 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError
 from allocators.core.types import Outcome, Point, Trial
+from search.front import front
 from search.points.starting import UPDATES, starting_points
 from search.problem import Problem, Proposal, corners
 from search.propose import RUN, STDERR
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 # Successive repeats after which plain random points are drawn, and after which the space counts as used up.
 PATIENCE = 25
 EXHAUSTED = 400
+
+MOST_TOLD = 1_000  # trials that Optuna keeps; up to twice as many before the oldest are forgotten
 
 
 def _ehvi(problem: Problem, seed: int, *, repeats: bool, expected: Mapping[str, float]) -> Any:
@@ -123,18 +126,66 @@ class Proposer:
             }[sampler]()
         self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=self._sampler)
         self._finished: dict[str, Outcome] = {}
+        self._told = 0  # Optuna trials of the study, about
         self._running: dict[str, list[Any]] = {}  # digest -> Optuna trials that wait for its result
         self._unfinished = list(unfinished)
         self._repeats = repeats
         self._seeds: dict[str, set[int]] = {}  # point -> the seeds that it was tried with
-        for outcome, params in known:
+        for outcome, _ in known:
             self._finished[outcome.digest] = outcome
             self._seeds.setdefault(outcome.trial.point, set()).add(outcome.trial.seed)
-            for trial in self._asked_before(params):
-                self._tell(trial, outcome)
+        self._learn(known)
+
+    def _learn(self, known: Sequence[tuple[Outcome, Mapping[str, Any]]]) -> None:
+        """Optuna's trials of recorded results, as if they had been proposed and told; without asking its sampler."""
+        for outcome, params in known:
+            state, values = self._ending(outcome)
+            given = _Given(params)
+            try:
+                self._problem.ask(given)
+                self._study.add_trial(
+                    self._optuna.trial.create_trial(
+                        state=state,
+                        values=values,
+                        params=given.params,
+                        distributions=given.distributions,
+                        user_attrs=_attributes(outcome),
+                    )
+                )
+                self._told += 1
+            except (ValueError, KeyError, TypeError):  # not as this space has them: Optuna takes some of that
+                for trial in self._asked_before(params):
+                    self._tell(trial, outcome)
+        if hasattr(self._sampler, "learn"):
+            self._sampler.learn(self._study)  # all of them, before the oldest are forgotten
+
+    def _forget(self) -> None:
+        """A new study of Optuna's with the front, the latest trials and those under way.
+
+        Optuna and its samplers look at every trial whenever they are asked, so that what a proposal costs would grow
+        with the results. A model does not need them all; NSGA-II needs the latest.
+        """
+        if self._told < 2 * MOST_TOLD:
+            return
+        old = self._study.get_trials(deepcopy=False)
+        complete = self._optuna.trial.TrialState.COMPLETE
+        scored = [_Scored(t.number, int(t.values[1]), t.values[0]) for t in old if t.state == complete]
+        kept = {scored.number for scored in front(scored)} | {trial.number for trial in old[-MOST_TOLD:]}
+        under_way = {trial.number for trials in self._running.values() for trial in trials}
+        self._study = self._optuna.create_study(directions=["maximize", "minimize"], sampler=self._random)
+        again: dict[int, Any] = {}
+        for trial in old:
+            if trial.number in kept or trial.number in under_way:
+                self._study.add_trial(trial)
+                if trial.number in under_way:
+                    copied = self._study.get_trials(deepcopy=False)[-1]
+                    again[trial.number] = self._optuna.trial.Trial(self._study, copied._trial_id)
+        self._running = {digest: [again[t.number] for t in trials] for digest, trials in self._running.items()}
+        self._told = len(self._study.get_trials(deepcopy=False))
 
     def propose(self) -> Proposal | None:
         """The next point that has to be trained; None when the space has nothing new."""
+        self._forget()
         if self._unfinished:
             proposal = self._unfinished.pop(0)
             self._begin(proposal.trial, self._asked_before(proposal.params))
@@ -191,6 +242,7 @@ class Proposer:
         if params is not None:
             self._study.enqueue_trial(dict(params))
         trial = self._study.ask()
+        self._told += 1
         return trial, *self._problem.ask(trial)
 
     def _asked_before(self, params: Mapping[str, Any]) -> list[Any]:
@@ -203,13 +255,64 @@ class Proposer:
             return []
 
     def _tell(self, trial: Any, outcome: Outcome) -> None:
-        trial.set_user_attr(RUN, outcome.digest)
-        if outcome.rungs and outcome.rungs[-1].stderr is not None:
-            trial.set_user_attr(STDERR, outcome.rungs[-1].stderr)
+        for name, value in _attributes(outcome).items():
+            trial.set_user_attr(name, value)
+        state, values = self._ending(outcome)
+        self._study.tell(trial, values, state=state)
+
+    def _ending(self, outcome: Outcome) -> tuple[Any, tuple[float, int] | None]:
+        """How Optuna's trial ends, and with which values."""
+        states = self._optuna.trial.TrialState
         if outcome.status == "stopped":
             # Worse than its rivals, but its accuracy is not that of a whole training: on no front, whatever it was.
-            self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
-        elif outcome.accuracy is None:
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-        else:
-            self._study.tell(trial, (outcome.accuracy, outcome.trainable_params))
+            return states.PRUNED, None
+        if outcome.accuracy is None:
+            return states.FAIL, None
+        return states.COMPLETE, (outcome.accuracy, outcome.trainable_params)
+
+
+def _attributes(outcome: Outcome) -> dict[str, Any]:
+    """What an Optuna trial says of its training."""
+    error = outcome.rungs[-1].stderr if outcome.rungs else None
+    return {RUN: outcome.digest} | ({} if error is None else {STDERR: error})
+
+
+class _Scored(NamedTuple):
+    """A trial of Optuna's, as fronts are made of."""
+
+    number: int
+    trainable_params: int
+    accuracy: float | None
+
+
+class _Given:
+    """A trial with given parameters, which remembers what was asked. Raises KeyError for one that is not given."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self._given = params
+        self.params: dict[str, Any] = {}
+        self.distributions: dict[str, Any] = {}
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        from optuna.distributions import CategoricalDistribution
+
+        return self._take(name, CategoricalDistribution(choices))
+
+    def suggest_float(
+        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
+    ) -> float:
+        from optuna.distributions import FloatDistribution
+
+        value: float = self._take(name, FloatDistribution(low, high, log, step))
+        return value
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        from optuna.distributions import IntDistribution
+
+        value: int = self._take(name, IntDistribution(low, high, log, step))
+        return value
+
+    def _take(self, name: str, distribution: Any) -> Any:
+        self.params[name] = self._given[name]
+        self.distributions[name] = distribution
+        return self.params[name]

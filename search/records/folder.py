@@ -338,7 +338,7 @@ def _differ(old: str, new: str) -> bool:
 def _recorded(outcome: Outcome) -> dict[str, Any]:
     """An outcome as a line has it: without secrets in its message, and with an adapter that is named by its digest."""
     adapter = adapter_name(outcome.digest) if outcome.adapter else ""
-    return outcome.updated(adapter=adapter, message=redacted(outcome.message)).to_json()
+    return outcome.updated(adapter=adapter, message=redacted(outcome.message)).to_json(compact=True)
 
 
 def _plain(value: Any) -> Any:

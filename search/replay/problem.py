@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -49,8 +50,12 @@ class TableProblem(Problem):
 
     def allocate(self, point: Point, *, seed: int | None = None) -> Allocation:
         """As the recording study allocated: a draw that all seeds share was made with that study's own seed."""
-        with_its_seed = Problem(**{f.name: getattr(self, f.name) for f in fields(Problem)} | {"seed": self.study_seed})
-        return with_its_seed.allocate(point, seed=self.seed if seed is None else seed)
+        return self._with_its_seed.allocate(point, seed=self.seed if seed is None else seed)
+
+    @cached_property
+    def _with_its_seed(self) -> Problem:
+        own = {f.name: getattr(self, f.name) for f in fields(Problem)}
+        return Problem(**own | {"seed": self.study_seed})
 
     def seeds_of(self, trial: Trial) -> Sequence[int]:
         """Seeds that the table has a row of the point for: the study's own, those after it, then those before it."""

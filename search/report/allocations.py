@@ -18,6 +18,7 @@ no rule has a point there, those stand in that have up to a fifth fewer paramete
 
 from __future__ import annotations
 
+import bisect
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -199,15 +200,25 @@ class Worth:
 def worths(points: Sequence[Candidate], *, noise: Noise | None) -> list[Worth]:
     """One for every size that a control was tried at and a rule has a point for, ascending in parameters."""
     measured = [c for c in points if c.accuracy is not None]
-    rules = [c for c in measured if c.best.trial.allocator not in CONTROLS]
+    rules = sorted((c.trainable_params, place) for place, c in enumerate(measured) if not _is_control(c))
+    sizes = [size for size, _ in rules]
+
+    def between(low: float, high: float) -> list[Candidate]:
+        """Rules with parameters from low to high, in the order of the points."""
+        here = rules[bisect.bisect_left(sizes, low) : bisect.bisect_right(sizes, high)]
+        return [measured[place] for place in sorted(place for _, place in here)]
+
     found = []
-    for controls in by_size(c for c in measured if c.best.trial.allocator in CONTROLS):
+    for controls in by_size(c for c in measured if _is_control(c)):
         size = controls[0].trainable_params
-        rivals = [c for c in rules if abs(c.trainable_params - size) <= EQUAL * size]
-        rivals = rivals or [c for c in rules if NEAR * size <= c.trainable_params < size]
+        rivals = between(size - EQUAL * size, size + EQUAL * size) or between(NEAR * size, size - 1)
         if rivals:
             found.append(_worth(rivals, controls, noise))
     return found
+
+
+def _is_control(candidate: Candidate) -> bool:
+    return candidate.best.trial.allocator in CONTROLS
 
 
 def by_size(points: Iterable[Candidate]) -> list[list[Candidate]]:

@@ -28,6 +28,7 @@ from search.front import Candidate
 from search.report.sections import Section
 
 FEWEST = 20  # points below which a forest tells chance
+MOST = 1_000  # points that forests are fitted to: more do not move the shares by what their errors are
 RESAMPLES, TREES, SHUFFLES = 20, 30, 2
 
 
@@ -80,9 +81,12 @@ def groups_of(trial: Trial) -> dict[str, dict[str, object]]:
 def importance(points: Sequence[Candidate]) -> Importance | None:
     """How accuracy (mean over the seeds) goes with each group; the order of the points does not matter.
 
+    Of more than a thousand points as many are taken.
+
     None for fewer than 20 points with an accuracy, or where accuracy or the settings are all the same.
     """
-    measured = sorted((c for c in points if c.accuracy is not None), key=lambda c: c.point)
+    # by digest, so that the first of many are as good as drawn
+    measured = sorted((c for c in points if c.accuracy is not None), key=lambda c: c.point)[:MOST]
     accuracies = [c.accuracy or 0.0 for c in measured]
     if len(measured) < FEWEST or len(set(accuracies)) == 1:
         return None
@@ -173,10 +177,11 @@ def in_words(explained: Importance | None, points: Sequence[Candidate]) -> list[
         return [
             f"From the settings of the {n} points tried accuracy cannot be foreseen: nothing is attributed to them."
         ]
+    which = f"the {n} points tried" if n == explained.points else f"{explained.points:,} of the {n:,} points tried"
     parts = [f"{_percent(s)} with {'the ' if len(s.settings) > 1 else ''}{_name(s)}" for s in explained.shares[:3]]
     listed = " and ".join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
     return [
-        f"Of the variance of accuracy over the {n} points tried, broken trainings included, "
+        f"Of the variance of accuracy over {which}, broken trainings included, "
         f"{listed.replace(' with', ' goes with', 1)}."
     ]
 

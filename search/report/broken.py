@@ -13,8 +13,10 @@ from __future__ import annotations
 import bisect
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from allocators.core.types import Outcome
 from search.records import Records
@@ -124,39 +126,41 @@ def _is_broken(outcome: Outcome, base: Base | None) -> bool:
 def _culprits(name: str, values: Sequence[object], bad: Sequence[bool]) -> list[Culprit]:
     """Every value or range of a setting that enough trainings have, and enough lack."""
     found = []
-    for where, is_in in _ranges(values):
-        inside = [is_bad for value, is_bad in zip(values, bad, strict=True) if is_in(value)]
-        others = len(values) - len(inside)
-        if min(len(inside), others) >= FEWEST:
-            outside = sum(bad) - sum(inside)
-            p = _chance(sum(inside), len(inside), sum(bad), len(values))
-            found.append(Culprit(name, where, sum(inside), len(inside), outside, others, p))
+    for where, inside, trainings in _counted(values, bad):
+        others = len(values) - trainings
+        if min(trainings, others) >= FEWEST:
+            p = _chance(inside, trainings, sum(bad), len(values))
+            found.append(Culprit(name, where, inside, trainings, sum(bad) - inside, others, p))
     return found
 
 
-def _ranges(values: Sequence[object]) -> list[tuple[str, Callable[[object], bool]]]:
-    """Values one by one; of numbers that have more than four, runs of neighbouring parts."""
+def _counted(values: Sequence[object], bad: Sequence[bool]) -> list[tuple[str, int, int]]:
+    """Broken trainings and all, of values one by one; of numbers that have more than four, of runs of parts."""
     numbers = [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
     if len(numbers) < len(values) or len(set(numbers)) <= FEW_VALUES:
-        return [(number(value), _equal(value)) for value in sorted(set(values), key=lambda v: (str(type(v)), str(v)))]
+        each = _tally(values, bad)
+        return [(number(value), *each[value]) for value in sorted(each, key=lambda v: (str(type(v)), str(v)))]
     parts = min(max(len(numbers) // PER_PART, 2), PARTS)
     cuts = sorted(set(statistics.quantiles(numbers, n=parts, method="inclusive")) - {max(numbers)})
     last = len(cuts)
-    return [
-        (_range_text(cuts, low, high), _between(cuts, low, high))
-        for low in range(last + 1)
-        for high in range(low, last + 1)
-        if (low, high) != (0, last)
-    ]
+    of_part = _tally([bisect.bisect_left(cuts, value) for value in numbers], bad)  # part k ends with cuts[k]
+    counted = []
+    for low in range(last + 1):
+        inside = trainings = 0
+        for high in range(low, last + 1):
+            inside, trainings = inside + of_part[high][0], trainings + of_part[high][1]
+            if (low, high) != (0, last):
+                counted.append((_range_text(cuts, low, high), inside, trainings))
+    return counted
 
 
-def _equal(value: object) -> Callable[[object], bool]:
-    return lambda other: other == value
-
-
-def _between(cuts: Sequence[float], low: int, high: int) -> Callable[[object], bool]:
-    """Whether a number is in the parts low to high; part k ends with cuts[k], which is in it."""
-    return lambda value: low <= bisect.bisect_left(cuts, float(value)) <= high  # type: ignore[arg-type]
+def _tally(values: Iterable[object], bad: Sequence[bool]) -> dict[Any, tuple[int, int]]:
+    """By value the broken trainings and all."""
+    tally: dict[Any, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for value, is_bad in zip(values, bad, strict=True):
+        broken_ones, trainings = tally[value]
+        tally[value] = (broken_ones + is_bad, trainings + 1)
+    return tally
 
 
 def _range_text(cuts: Sequence[float], low: int, high: int) -> str:
@@ -169,12 +173,21 @@ def _range_text(cuts: Sequence[float], low: int, high: int) -> str:
 
 def _chance(inside: int, trainings: int, bad: int, total: int) -> float:
     """P(at least so many broken ones in so many trainings drawn from all): the tail of the hypergeometric."""
-    ways = sum(
-        math.comb(bad, k) * math.comb(total - bad, trainings - k)
-        for k in range(inside, min(bad, trainings) + 1)
-        if trainings - k <= total - bad
-    )
-    return ways / math.comb(total, trainings)
+    least = max(inside, trainings - (total - bad))  # fewer there cannot be
+    most = min(bad, trainings)
+    if least > most:
+        return 0.0
+    ways = _log_comb(bad, least) + _log_comb(total - bad, trainings - least) - _log_comb(total, trainings)
+    logarithms = [ways]
+    for k in range(least, most):  # each from the one before: whole numbers of thousands of digits would be slow
+        ratio = (bad - k) * (trainings - k) / ((k + 1) * (total - bad - trainings + k + 1))
+        logarithms.append(logarithms[-1] + math.log(ratio))
+    peak = max(logarithms)
+    return min(math.exp(peak) * math.fsum(math.exp(each - peak) for each in logarithms), 1.0)
+
+
+def _log_comb(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
 
 
 # --- in words and a table

@@ -8,6 +8,8 @@ point is always named.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import math
 import shlex
@@ -17,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from allocators.core.types import Outcome, best_under
+from allocators.core.types import Outcome, Recipe, best_under
 from search.config import AUTO, load_arguments
 from search.front import Candidate
 from search.report import allocations, attribution, broken
@@ -28,6 +30,7 @@ from search.report.splits import Optimism, optimism, selects_on_test
 from search.report.uncertainty import TOO_CLOSE, Bias, Difference
 from search.text import Split, human, point, recipe_words, run_id
 
+MOST_TOLD = 12  # comparisons outside the noise that are told one by one
 MANY = 5  # comparisons inside the noise that are told one by one
 FAITHFUL = 0.8  # rank correlation between a third of the training and its end below which early results mislead
 ALIKE = "one question, or questions that were all answered alike, say nothing of others"
@@ -272,32 +275,52 @@ def _against_baselines(results: Results) -> list[str]:
 
     Of many that are inside the noise only their number is told.
     """
-    said: list[str] = []
+    said: list[tuple[float, str]] = []
     inside: list[str] = []
     measured = [candidate for candidate in results.points if candidate.accuracy is not None]
+    rivals = _Rivals(measured)
     for baseline in sorted(measured, key=lambda candidate: candidate.trainable_params):
-        rivals = [c for c in measured if _is_rival(c, baseline)] if baseline.best.trial.allocator in CONTROLS else []
-        if rivals:
-            best = max(rivals, key=lambda c: c.accuracy or 0.0)
+        best = rivals.of(baseline) if baseline.best.trial.allocator in CONTROLS else None
+        if best is not None:
             difference = results.difference(baseline, best)
             sentence = _comparison(results, baseline, best, difference)
-            (inside if difference.inside_noise else said).append(sentence)
+            if difference.inside_noise:
+                inside.append(sentence)
+            else:
+                said.append((abs(difference.rise), sentence))
+    least = sorted((rise for rise, _ in said), reverse=True)[:MOST_TOLD][-1:]
+    told = [sentence for rise, sentence in said if rise >= least[0]][:MOST_TOLD]
+    if left := len(said) - len(told):
+        told.append(f"{left} more such comparisons, with smaller differences, are more than noise, too.")
     if len(inside) <= MANY:
-        return said + inside
+        return told + inside
     return [
-        *said,
+        *told,
         f"In {len(inside)}{' more' if said else ''} comparisons of {' or '.join(SAID)} with the best other "
         f"rule at equal parameters and recipe the difference is inside the noise.",
     ]
 
 
-def _is_rival(candidate: Candidate, baseline: Candidate) -> bool:
-    """Whether a point has the baseline's parameters and recipe, and is no baseline itself."""
-    return (
-        candidate.best.trial.allocator not in CONTROLS
-        and candidate.best.trial.recipe == baseline.best.trial.recipe
-        and abs(candidate.trainable_params - baseline.trainable_params) <= EQUAL * baseline.trainable_params
-    )
+class _Rivals:
+    """Points that are no baseline, by recipe and parameters: of each the first that is the most accurate."""
+
+    def __init__(self, measured: Sequence[Candidate]) -> None:
+        self._best: dict[Recipe, dict[int, tuple[float, int, Candidate]]] = {}
+        for place, candidate in enumerate(measured):
+            if candidate.best.trial.allocator not in CONTROLS:
+                sizes = self._best.setdefault(candidate.best.trial.recipe, {})
+                here = (candidate.accuracy or 0.0, -place, candidate)
+                sizes[candidate.trainable_params] = max(sizes.get(candidate.trainable_params, here), here)
+        self._sizes = {recipe: sorted(sizes) for recipe, sizes in self._best.items()}
+
+    def of(self, baseline: Candidate) -> Candidate | None:
+        """The most accurate with the baseline's recipe and parameters; None where there is none."""
+        recipe, size = baseline.best.trial.recipe, baseline.trainable_params
+        sizes, reach = self._sizes.get(recipe, []), EQUAL * size
+        near = itertools.takewhile(
+            lambda other: other - size <= reach, sizes[bisect.bisect_left(sizes, math.ceil(size - reach)) :]
+        )
+        return max((self._best[recipe][other] for other in near), default=(0.0, 0, None))[2]
 
 
 def _comparison(results: Results, baseline: Candidate, best: Candidate, difference: Difference) -> str:

@@ -32,6 +32,7 @@ A table that is used up ends a search: its regret stands for larger budgets too.
 scheduler: `+halving` is `scheduler=pareto_halving` of propose/halving.py, `+auto` is `seeds=auto` (the seeds of an own
 table, the search's own first, are the runs of a point), `+repeats` trains a repeated point again however often, as
 Optuna alone does; `ehvi-even` is ehvi without what the starting points' recipe lets it expect;
+`ehvi-few` fits its model to 50 points at most (ehvi to 400, which searches of 200 trainings do not reach);
 `rows` draws the rows of the llm table themselves, each once, as benchmarks of schedulers do, and
 `nsga2-50` has Optuna's own population of 50 where `nsga2` has 10, as `sampler=nsga2` does.
 
@@ -99,6 +100,7 @@ MOST = 50  # trainings begun for one of budget, where a scheduler stops nearly a
 VERSION = 1  # raise it where a change to this file changes what a search comes to
 ENOUGH = 0.95  # of the table's hypervolume
 AT = (50, 200)
+FEW = 50  # points that the model of `ehvi-few` is fitted to at most
 
 
 class Rung(NamedTuple):
@@ -221,6 +223,9 @@ VARIANTS = {
 }
 OTHERS = {
     "ehvi-even": Variant(lambda table, seed: EHVISampler(table.suggest, seed=seed)),
+    "ehvi-few": Variant(
+        lambda table, seed: EHVISampler(table.suggest, expected=expected(table.starting), seed=seed, fitted=FEW)
+    ),
     "rows": Variant(Rows),
     "nsga2-50": Variant(lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed)),
 }

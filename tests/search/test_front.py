@@ -251,7 +251,7 @@ def test_points_build_one_candidate_a_training_and_compare_it_with_the_front_alo
         built.append(runs)
         return build(runs)
 
-    def counted_beats(one: module._Entry, other: module._Entry) -> bool:
+    def counted_beats(one: module._Entry[Candidate], other: module._Entry[Candidate]) -> bool:
         compared.append(1)
         return beats(one, other)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -25,6 +25,9 @@ from search.text import amount, human, number, probability, settings_of
 
 FOLDER = Path(__file__).parent
 _MOST = 50_000  # one character further lie halves of pairs, which no JSON holds
+# what a list stands for on the page: a run, an evaluation
+RUN = ("seed", "status", "accuracy", "test", "seconds", "tokens", "memory", "message", "rungs")
+RUNG = ("tokens", "step", "accuracy", "loss")
 
 
 def html(results: Results, *, headlines: Sequence[str], words: Sequence[str], sections: Sequence[Section]) -> str:
@@ -65,7 +68,8 @@ def _data(
         "knobs": list(dict.fromkeys(knob for c in results.points for knob in c.best.trial.knobs)),
         "splits": results.splits,
         "untrained": results.records.untrained,
-        "points": [_point(results, candidate) for candidate in results.points],
+        "points": packed(_points(results)),
+        "fields": {"runs": RUN, "rungs": RUNG},
         "answered": _answered(results),
         "map": {"rows": places.rows, "exists": places.places, "across": places.across},
         "rank_map": {"rows": ranks.rows, "exists": ranks.places, "across": ranks.across},
@@ -97,36 +101,70 @@ def _counted(texts: Sequence[str]) -> list[str]:
     return [f"{n}x {text}" for text, n in Counter(text for text in texts if text).most_common(5)]
 
 
+def packed(points: Sequence[Mapping[str, object]]) -> dict[str, object]:
+    """Points as columns, so that no name is said more than once; of what many points share, the allocation too.
+
+    `{"count": n, "columns": {name: {"each": [...]} | {"of": [different values], "at": [which one, point by point]}}}`;
+    without "at" all have the same.
+    """
+    columns: dict[str, object] = {}
+    for name in points[0] if points else ():
+        values = [point[name] for point in points]
+        texts = [json.dumps(value) for value in values]
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        if 2 * len(places) > len(values) > 1:
+            columns[name] = {"each": values}
+            continue
+        column: dict[str, object] = {"of": [json.loads(text) for text in places]}
+        columns[name] = column | ({"at": [places[text] for text in texts]} if len(places) > 1 else {})
+    return {"count": len(points), "columns": columns}
+
+
+def _points(results: Results) -> list[dict[str, object]]:
+    on_step = {member.point for member in results.step}
+    cells: dict[str, list[str]] = {}  # by digest of the allocation
+    points = []
+    for candidate in results.points:
+        allocation = candidate.best.trial.allocation
+        if allocation.digest not in cells:
+            cells[allocation.digest] = _cells(AllocationMap.of(allocation, results.records.shape))
+        own = {"step": candidate.point in on_step, "cells": cells[allocation.digest]}
+        points.append(_point(results, candidate) | own)
+    return points
+
+
 def _point(results: Results, candidate: Candidate) -> dict[str, object]:
     best, loadable, judged = candidate.best, results.loadable(candidate), results.tested.get(candidate.point)
     settings = results.records.header["config"]
     return {
         "digest": best.digest,
         "allocator": best.trial.allocator or "unnamed",
-        "label": results.label(best),
         "knobs": {name: number(value) for name, value in best.trial.knobs.items()},
-        "recipe": {name: number(value) for name, value in settings_of(best.trial.recipe).items()},
+        **{f"recipe.{name}": number(value) for name, value in settings_of(best.trial.recipe).items()},
         "params": candidate.trainable_params,
         "size": human(candidate.trainable_params),
-        "accuracy": candidate.accuracy,
-        "stderr": candidate.stderr,
-        "test": judged.accuracy if judged else None,
-        "test_stderr": judged.stderr if judged else None,
-        "spread": candidate.spread,
+        "accuracy": _short(candidate.accuracy),
+        "stderr": _short(candidate.stderr),
+        "test": _short(judged.accuracy) if judged else None,
+        "test_stderr": _short(judged.stderr) if judged else None,
+        "spread": _short(candidate.spread),
         "seeds": len(candidate.complete),
         "chance": probability(results.chances.get(best.digest)),
         "status": best.status.replace("_", " "),
         "front": best.digest in results.winners,
-        "step": candidate.point in {member.point for member in results.step},
         "knee": candidate is results.knee,
         "experts": best.trial.allocation.total_experts,
         "amount": amount(best.trial.allocation),
         "ranks": isinstance(best.trial.allocation, ModuleRanks),
-        "cells": _cells(AllocationMap.of(best.trial.allocation, results.records.shape)),
         "load": load_code(best.trial.model, loadable[1], settings=settings) if loadable else "",
         "export": export_command(results.records.folder, loadable[0]) if loadable else "",
         "runs": [_run(results, run) for run in candidate.runs],
     }
+
+
+def _short(value: float | None) -> float | None:
+    """Six digits, which is more than any picture or text shows."""
+    return None if value is None else float(f"{value:.6g}")
 
 
 def _cells(drawn: AllocationMap) -> list[str]:
@@ -137,19 +175,18 @@ def _cells(drawn: AllocationMap) -> list[str]:
     return ["".join(chr(ord("0") + min(number or 0, _MOST)) for number in row) for row in drawn.cells]
 
 
-def _run(results: Results, run: Outcome) -> dict[str, object]:
+def _run(results: Results, run: Outcome) -> list[object]:
+    """The values of RUN."""
     study = results.records.reused.get(run.digest)
-    return {
-        "seed": run.trial.seed,
-        "status": run.status.replace("_", " "),
-        "accuracy": run.accuracy,
-        "test": run.test.accuracy if run.test and results.tested else None,
-        "seconds": run.seconds,
-        "tokens": run.tokens,
-        "memory": run.peak_memory_bytes,
-        "message": "; ".join(text for text in (f"reused from {study}" if study else "", run.message) if text),
-        "rungs": [
-            {"tokens": rung.tokens, "step": rung.step, "accuracy": rung.accuracy, "loss": rung.loss}
-            for rung in run.rungs
-        ],
-    }
+    message = "; ".join(text for text in (f"reused from {study}" if study else "", run.message) if text)
+    return [
+        run.trial.seed,
+        run.status.replace("_", " "),
+        _short(run.accuracy),
+        _short(run.test.accuracy) if run.test and results.tested else None,
+        _short(run.seconds),
+        run.tokens,
+        run.peak_memory_bytes,
+        message,
+        [[rung.tokens, rung.step, _short(rung.accuracy), _short(rung.loss)] for rung in run.rungs],
+    ]

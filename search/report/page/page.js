@@ -1,5 +1,21 @@
 "use strict";
 const S = JSON.parse(document.getElementById("study").textContent);
+// Points come as columns (`packed` in __init__.py): what many of them share is said once.
+const named = (names, values) => Object.fromEntries(names.map((name, i) => [name, values[i]]));
+const runOf = values => { const r = named(S.fields.runs, values); r.rungs = r.rungs.map(g => named(S.fields.rungs, g)); return r; };
+S.points = (({ count, columns }) => {
+  const entries = Object.entries(columns), [plain, recipe] = [false, true].map(is => entries.filter(([name]) => name.startsWith("recipe.") === is));
+  const at = (c, i) => c.each ? c.each[i] : c.of[c.at ? c.at[i] : 0];
+  return Array.from({ length: count }, (_, i) => {
+    const p = { recipe: {} };
+    for (const [name, c] of plain) p[name] = at(c, i);
+    for (const [name, c] of recipe) p.recipe[name.slice(7)] = at(c, i);
+    p.runs = p.runs.map(runOf);
+    p.label = [[p.allocator, ...Object.entries(p.knobs).map(([k, v]) => k + "=" + v)].join(" "), ...S.settings.map(s => s + " " + p.recipe[s])].join(", ");
+    return p;
+  });
+})(S.points);
+const least = list => list.reduce((a, b) => a < b ? a : b, Infinity), most = list => list.reduce((a, b) => a > b ? a : b, -Infinity);  // Math.max takes no 100,000
 const NS = "http://www.w3.org/2000/svg";
 const fill = (node, attributes, children) => {
   for (const [key, value] of Object.entries(attributes || {}))
@@ -28,6 +44,9 @@ const faint = p => both && p.test === null;
 const drawn = S.points.filter(p => height(p) !== null);
 const front = drawn.filter(p => p.front).sort((a, b) => a.params - b.params);
 const steps = front.filter(p => p.step);
+const SINGLY = 1500;  // points that are drawn one by one
+const PAGE = 200;  // rows of the table that are shown at first, and more at every wish
+const OTHERS = 300;  // points whose curves are drawn behind those of the chosen one
 let chosen = S.points.find(p => p.knee) || last(front) || drawn[0] || S.points[0] || null;
 
 const tip = document.getElementById("tip");
@@ -69,10 +88,10 @@ const frame = (W, H, box, ys, decimals, y, label) => [
 
 function scatter() {
   const W = 700, H = 430, box = { l: 52, r: 14, t: 10, b: 42 };
-  const sizes = drawn.map(p => Math.max(p.params, 1)), low = Math.min(...sizes) / 1.2, high = Math.max(...sizes) * 1.2;
+  const sizes = drawn.map(p => Math.max(p.params, 1)), low = least(sizes) / 1.2, high = most(sizes) * 1.2;
   const base = S.untrained ? [(both && S.untrained.test || S.untrained).accuracy] : [];
   const tops = drawn.map(p => height(p) + (p.front ? error(p) : 0)).concat(base), floors = drawn.map(p => height(p) - (p.front ? error(p) : 0)).concat(base);
-  const gap = (Math.max(...tops) - Math.min(...floors)) * 0.06 || 0.05, y0 = Math.min(...floors) - gap, y1 = Math.max(...tops) + gap;
+  const gap = (most(tops) - least(floors)) * 0.06 || 0.05, y0 = least(floors) - gap, y1 = most(tops) + gap;
   const x = v => box.l + (Math.log(Math.max(v, 1)) - Math.log(low)) / (Math.log(high) - Math.log(low)) * (W - box.l - box.r);
   const y = v => H - box.b - (v - y0) / (y1 - y0) * (H - box.t - box.b);
   const [ys, decimals] = ticks(y0, y1, 6);
@@ -88,7 +107,25 @@ function scatter() {
     "stroke-width": 1.3, "fill-opacity": p.front || p === chosen ? 1 : 0.65, opacity: faint(p) ? 0.4 : 1,
     onmousemove: e => showTip(e, describe(p)), onmouseleave: hideTip, onclick: () => choose(p), onkeydown: e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(p); } },
   });
-  return svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": "accuracy against trainable parameters" },
+  // Of many points those beside the front are one path a colour, and the nearest one to the pointer is meant.
+  const many = drawn.length > SINGLY, alone = many ? drawn.filter(p => p.front) : drawn, crowd = many ? drawn.filter(p => !p.front) : [];
+  const groups = new Map();
+  for (const p of crowd) {
+    const key = (p.accuracy === null ? "stopped" : colour(p)) + (faint(p) ? " faint" : "");
+    groups.set(key, (groups.get(key) || "") + `M${x(p.params).toFixed(1)} ${y(height(p)).toFixed(1)}h0`);
+  }
+  const cloud = [...groups].map(([key, d]) => svg("path", { d, fill: "none", stroke: key.startsWith("stopped") ? "var(--soft)" : key.split(" ")[0], "stroke-width": key.startsWith("stopped") ? 3 : 6, "stroke-linecap": "round", "stroke-opacity": key.endsWith("faint") ? 0.25 : 0.5 }));
+  const meant = e => {
+    const area = e.currentTarget.getBoundingClientRect(), px = (e.clientX - area.left) / area.width * W, py = (e.clientY - area.top) / area.height * H;
+    const far = p => (x(p.params) - px) ** 2 + (y(height(p)) - py) ** 2;
+    const best = crowd.reduce((a, b) => a && far(a) <= far(b) ? a : b, null);
+    return best && far(best) < 64 ? best : null;
+  };
+  const pointer = many ? {
+    onmousemove: e => { if (e.target.classList.contains("dot")) return; const p = meant(e); p ? showTip(e, describe(p)) : hideTip(); },
+    onmouseleave: hideTip, onclick: e => { if (e.target.classList.contains("dot")) return; const p = meant(e); if (p) choose(p); },
+  } : {};
+  return svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "group", "aria-label": "accuracy against trainable parameters", ...pointer },
     ...frame(W, H, box, ys, decimals, y, both ? "accuracy on the test split" : split === "accuracy" ? split : "accuracy on the validation split"),
     ...logTicks(low, high).map(t => svg("text", { x: x(t), y: H - box.b + 18, "text-anchor": "middle" }, human(t))),
     svg("text", { x: (W + box.l) / 2, y: H - 6, "text-anchor": "middle" }, "trainable parameters (log scale)"),
@@ -97,7 +134,7 @@ function scatter() {
     steps.length ? svg("path", { d: step, fill: "none", stroke: "var(--soft)", "stroke-width": 1.3 }) : null,
     ...front.filter(error).map(p => svg("line", { x1: x(p.params), x2: x(p.params), y1: y(height(p) - error(p)), y2: y(height(p) + error(p)), stroke: "var(--soft)" })),
     drawn.includes(chosen) ? svg("circle", { cx: x(chosen.params), cy: y(height(chosen)), r: 12, fill: "none", stroke: "var(--mark)", "stroke-width": 2.5 }) : null,
-    ...drawn.map(dot));
+    ...cloud, ...alone.map(dot));
 }
 
 function legend() {
@@ -111,11 +148,12 @@ function legend() {
 
 function curves(key, label) {
   const runs = p => p.runs.map(r => r.rungs.filter(g => g[key] !== null && g[key] !== undefined)).filter(g => g.length);
-  const all = S.points.flatMap(runs);
+  const every = Math.ceil(S.points.length / OTHERS), others = S.points.filter((p, i) => p !== chosen && i % every === 0);
+  const all = [...others, ...(chosen ? [chosen] : [])].flatMap(runs);
   if (!all.length) return null;
   const W = 340, H = 190, box = { l: 46, r: 8, t: 8, b: 34 };
   const xs = all.flat().map(g => g.tokens), vs = all.flat().map(g => g[key]);
-  const gap = (Math.max(...vs) - Math.min(...vs)) * 0.06 || 0.05, y0 = Math.min(...vs) - gap, y1 = Math.max(...vs) + gap, x1 = Math.max(...xs, 1);
+  const gap = (most(vs) - least(vs)) * 0.06 || 0.05, y0 = least(vs) - gap, y1 = most(vs) + gap, x1 = Math.max(most(xs), 1);
   const x = v => box.l + v / x1 * (W - box.l - box.r), y = v => H - box.b - (v - y0) / (y1 - y0) * (H - box.t - box.b);
   const [ys, decimals] = ticks(y0, y1, 4);
   const line = (g, mine) => [
@@ -126,14 +164,14 @@ function curves(key, label) {
     ...frame(W, H, box, ys, decimals, y, label),
     ...ticks(0, x1, 6)[0].map(t => svg("text", { x: x(t), y: H - box.b + 16, "text-anchor": "middle" }, human(t))),
     svg("text", { x: (W + box.l) / 2, y: H - 4, "text-anchor": "middle" }, "trained tokens"),
-    ...S.points.filter(p => p !== chosen).flatMap(runs).flatMap(g => line(g, false)), ...(chosen ? runs(chosen).flatMap(g => line(g, true)) : []));
+    ...others.flatMap(runs).flatMap(g => line(g, false)), ...(chosen ? runs(chosen).flatMap(g => line(g, true)) : []));
 }
 
 function allocation(p) {
   const M = p.ranks ? S.rank_map : S.map, columns = Math.max(0, ...M.exists.flat().map(c => c + 1));
   const cell = Math.max(3, Math.min(18, Math.floor(1000 / Math.max(columns, 1)))), rowHeight = M.rows.length > 40 ? 9 : Math.max(cell, 13);
   const l = 78, W = l + columns * cell + 60, H = M.rows.length * rowHeight + 24;
-  const value = p.cells.map(row => [...row].map(c => c.charCodeAt(0) - 48)), most = Math.max(1, ...value.map(row => Math.max(0, ...row)));
+  const value = p.cells.map(row => [...row].map(c => c.charCodeAt(0) - 48)), top = Math.max(1, ...value.map(row => Math.max(0, ...row)));
   const nodes = [];
   M.rows.forEach((row, r) => {
     const total = value[r].reduce((sum, v) => sum + v, 0);
@@ -142,7 +180,7 @@ function allocation(p) {
       svg("text", { x: l + columns * cell + 6, y: r * rowHeight + rowHeight / 2 + 4 }, M.across === "expert" ? `${total}/${M.exists[r].length}` : "" + total));
     for (const c of M.exists[r]) {
       const v = value[r][c];
-      nodes.push(svg("rect", { x: l + c * cell, y: r * rowHeight, width: cell - (cell > 5 ? 1 : 0), height: rowHeight - 1, fill: v ? "var(--mark)" : "var(--empty)", "fill-opacity": v ? 0.25 + 0.75 * v / most : 1,
+      nodes.push(svg("rect", { x: l + c * cell, y: r * rowHeight, width: cell - (cell > 5 ? 1 : 0), height: rowHeight - 1, fill: v ? "var(--mark)" : "var(--empty)", "fill-opacity": v ? 0.25 + 0.75 * v / top : 1,
         onmousemove: e => showTip(e, [`${row}, ${M.across} ${c}`, p.ranks ? `rank ${v}` : M.across === "expert" ? (v ? "adapted" : "not adapted") : `${v} experts`]), onmouseleave: hideTip }));
     }
   });
@@ -192,7 +230,7 @@ function details(p) {
   ];
 }
 
-let order = { key: "params", up: true };
+let order = { key: "params", up: true }, rows = PAGE;
 function table() {
   const columns = [
     ["", p => p.knee ? "knee" : p.front ? "front" : ""], ["allocator", p => p.allocator],
@@ -209,13 +247,15 @@ function table() {
     if (u === "" || v === "") return (u === "") - (v === "");  // empty last, whichever way
     return (typeof u === "number" && typeof v === "number" ? u - v : String(u).localeCompare(String(v))) * (order.up ? 1 : -1);
   };
-  const numeric = c => S.points.every(p => c[1](p) === "" || typeof c[1](p) === "number");
-  return el("table", { id: "table" },
-    el("thead", {}, el("tr", {}, columns.map(c => el("th", { class: numeric(c) && c[0] ? "num" : "", tabindex: 0, "aria-sort": order.key === c[0] ? (order.up ? "ascending" : "descending") : "none",
+  const numbers = new Set(columns.filter(c => c[0] && S.points.every(p => { const v = c[1](p); return v === "" || typeof v === "number"; })));
+  const numeric = c => numbers.has(c), sorted = [...S.points].sort(compare), left = sorted.length - rows;
+  return el("div", {}, el("table", { id: "table" },
+    el("thead", {}, el("tr", {}, columns.map(c => el("th", { class: numeric(c) ? "num" : "", tabindex: 0, "aria-sort": order.key === c[0] ? (order.up ? "ascending" : "descending") : "none",
       onclick: () => { order = { key: c[0], up: order.key === c[0] ? !order.up : true }; draw(); }, onkeydown: e => { if (e.key === "Enter") e.target.click(); } },
       ({ params: "trainable parameters" }[c[0]] || c[0] || "front") + (order.key === c[0] ? (order.up ? " ▲" : " ▼") : ""))))),
-    el("tbody", {}, [...S.points].sort(compare).map(p => el("tr", { class: p === chosen ? "chosen" : "", onclick: () => choose(p) },
-      columns.map(c => el("td", { class: c[0] === "message" ? "wrap" : numeric(c) && c[0] ? "num" : "" }, "" + (c[2] || c[1])(p)))))));
+    el("tbody", {}, sorted.slice(0, rows).map(p => el("tr", { class: p === chosen ? "chosen" : "", onclick: () => choose(p) },
+      columns.map(c => el("td", { class: c[0] === "message" ? "wrap" : numeric(c) ? "num" : "" }, "" + (c[2] || c[1])(p))))))),
+    left > 0 ? el("button", { onclick: () => { rows += PAGE; slots.table.replaceChildren(table()); } }, `${Math.min(left, PAGE)} more of ${left.toLocaleString("en")}`) : null);
 }
 
 function under() {
@@ -244,8 +284,8 @@ function draw() {
 function choose(p) { chosen = p; location.hash = p.digest; draw(); }
 
 const words = card("In words", list(S.headlines), front.length ? under() : null, S.words.length ? el("details", {}, el("summary", {}, `${S.words.length} more sentences`), list(S.words)) : null);
-const named = S.points.find(p => "#" + p.digest === location.hash);
-if (named) chosen = named;
+const linked = S.points.find(p => "#" + p.digest === location.hash);
+if (linked) chosen = linked;
 fill(document.getElementById("page"), {}, [
   el("h1", {}, S.name),
   el("div", { class: "soft small" }, `started ${S.started}` + (S.resumed.length ? `, resumed ${S.resumed.length === 1 ? "once" : S.resumed.length + " times, last"} ${last(S.resumed)}` : "")),

@@ -388,11 +388,13 @@ def test_a_study_with_other_objectives_is_refused() -> None:
 
 def test_the_front_that_candidates_are_drawn_near() -> None:
     tried = [(3, 0.5), (1, 0.2), (2, 0.2), (3, 0.4), (9, 0.7)]
-    points = [Tried(Candidate({}, {}, Known(str(i), cost), {}), [value]) for i, (cost, value) in enumerate(tried)]
+    points = [
+        Tried(Candidate({}, {}, Known(str(i), cost), {}), i, {"": value}) for i, (cost, value) in enumerate(tried)
+    ]
     assert [each.point.known.key for each in _front(points)] == ["1", "0", "4"]
-    points[1].accuracies.append(0.4)  # what counts is the mean of a point's runs
+    points[1].runs["b"] = 0.4  # what counts is the mean of a point's runs
     assert [each.point.known.key for each in _front(points)] == ["1", "0", "4"]
-    points[4].accuracies.append(0.1)
+    points[4].runs["b"] = 0.1
     assert [each.point.known.key for each in _front(points)] == ["1", "0"]
 
 

@@ -48,6 +48,7 @@ from rich.console import Console
 from allocators.core import words
 from allocators.core.types import ModelShape, Outcome, Recipe, Signal
 from search import replay, report
+from search.points.starting import starting_points
 from search.problem import Problem, load_space
 from search.propose.sampler import Proposer
 from search.records import LINES, read
@@ -111,7 +112,8 @@ def _copy(row: replay.Row, draw: random.Random) -> tuple[Outcome, dict[str, Any]
     rungs = tuple(replace(rung, accuracy=(rung.accuracy or 0.0) + moved) for rung in row.outcome.rungs)
     accuracy = None if row.outcome.accuracy is None else row.outcome.accuracy + moved
     outcome = row.outcome.updated(trial=trial, rungs=rungs, accuracy=accuracy, test=None)
-    return outcome, {**row.params, **settings}
+    score = {"score": "count"} if row.params["allocator"] == "sieve" else {}  # the grid has no other
+    return outcome, {**row.params, **score, **settings}
 
 
 def build(folder: Path, table: replay.Table, results: int) -> None:
@@ -181,7 +183,7 @@ def seconds_a_proposal(folder: Path, table: replay.Table, sampler: str, repeats:
     known = [(outcome, records.params_of(digest)) for digest, outcome in records.finished.items()]
     proposer = Proposer(problem, sampler=sampler, known=known)
     results, seconds = multiplied(table), []
-    skipped = len(proposer.starting_points())
+    skipped = len(starting_points(problem))
     for number in range(skipped + repeats):
         began = time.process_time()
         proposal = proposer.propose()

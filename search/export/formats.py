@@ -95,9 +95,11 @@ class Conversion:
 
 def write_adapter(conversion: Conversion) -> str:
     """Our files, checked; texts without this machine's folders."""
+    from trainers.adapter import files
+
     saved = _checked(conversion)
     shutil.copyfile(conversion.source / "adapter.safetensors", conversion.target / "adapter.safetensors")
-    text = json.dumps(portable(saved.config), indent=1) + "\n"
+    text = json.dumps(files.sealed(portable(saved.config), saved.weights), indent=1) + "\n"
     (conversion.target / "adapter.json").write_text(text, encoding="utf-8")
     _compare_adapters(conversion, saved)
     return load_code(portable(conversion.base), conversion.name, settings=conversion.settings)
@@ -250,7 +252,10 @@ def _compare_adapters(conversion: Conversion, saved: Saved) -> None:
 
     from trainers import adapter
 
-    again = adapter.read(conversion.target)
+    try:
+        again = adapter.read(conversion.target)
+    except StudyError as error:
+        raise _failed(conversion, f"it cannot be read again ({error})") from error
     same = (
         again.allocation == saved.allocation and again.lora == saved.lora and again.shape.modules == saved.shape.modules
     )

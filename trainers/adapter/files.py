@@ -44,7 +44,7 @@ def save(adapter: Adapter, folder: storage.Location, *, metadata: Mapping[str, A
         "metadata": dict(metadata),
     }
     weights = {n: t.detach().contiguous().cpu() for n, t in adapter.state_dict().items()}
-    config["checksum"] = _checksum(weights, config)
+    config = sealed(config, weights)
     try:
         path.mkdir(parents=True, exist_ok=True)
         save_file(weights, path / _WEIGHTS)
@@ -108,6 +108,11 @@ def read(folder: storage.Location) -> Saved:
     if "checksum" in config and config["checksum"] != _checksum(weights, config):  # an earlier version wrote none
         raise StudyError(f"the adapter in {folder} is damaged: its checksum is another; save it again")
     return saved
+
+
+def sealed(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The contents of adapter.json with the checksum that belongs to them and to the weights."""
+    return {**config, "checksum": _checksum(weights, config)}
 
 
 def _checksum(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:

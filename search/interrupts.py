@@ -39,6 +39,8 @@ class _Interruption:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.error: StudyError | None = None
+        self.deferring = 0  # blocks of `deferred` that the main thread is in
+        self.deferred = False  # whether it is to be interrupted when it comes out of them
         self._untold = False  # whether the main thread has not heard of the error yet
         self.watching = False  # between the beginning and the end of `watched`
         self._lock = threading.Lock()
@@ -100,7 +102,9 @@ _now = _Interruption()
 
 def _on_signal(signum: int, _: FrameType | None) -> None:
     if _now.tells_error() or _now.note(signum=signum):
-        raise KeyboardInterrupt
+        if not _now.deferring:
+            raise KeyboardInterrupt
+        _now.deferred = True
 
 
 @contextlib.contextmanager
@@ -129,6 +133,26 @@ def install() -> None:
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _on_signal)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """An interruption comes at the end of the block, and not in the middle of what must not be left half done.
+
+    A database, say, whose transaction was cut through stays locked.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    now = _now
+    now.deferring += 1
+    try:
+        yield
+    finally:
+        now.deferring -= 1
+        if now.deferred and not now.deferring:
+            now.deferred = False
+            raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

@@ -41,6 +41,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED, ModuleRanks, Outcome, Rung, Score
+from search import interrupts
 from search.records import Records, flattened
 from search.records.redact import redacted
 from search.text import human, settings_of
@@ -190,7 +191,8 @@ class Tracker:
                 return
             act, arguments, self._down = self._sync, (self._records,), False  # the records have this event already
         try:
-            act(*arguments)
+            with interrupts.deferred():
+                act(*arguments)
         except Exception as error:  # whatever MLflow or its storage raises: a view must not end the study
             self._down, self._failed_at, self._failures = True, time.monotonic(), self._failures + 1
             if (reason := _reason(error)) != self._warned:

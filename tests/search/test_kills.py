@@ -190,6 +190,27 @@ def test_the_first_signal_ends_in_order_and_later_ones_do_not_disturb(name: str,
     assert (done.returncode, done.stdout, done.stderr) == (code, "reported\nended\n", "")
 
 
+DEFERRED = """
+import os, signal
+from search import interrupts
+with interrupts.watched():
+    try:
+        with interrupts.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with interrupts.deferred():
+                os.getpid()
+            print("whole", flush=True)
+        print("not here", flush=True)
+    except KeyboardInterrupt:
+        interrupts.leave(interrupts.exit_code())
+"""
+
+
+def test_what_must_not_be_cut_through_is_not() -> None:
+    done = subprocess.run([sys.executable, "-c", DEFERRED], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (143, "whole\n")
+
+
 STUCK = """
 import signal
 from search import interrupts

@@ -138,6 +138,7 @@ class Proposer:
 
     def _learn(self, known: Sequence[tuple[Outcome, Mapping[str, Any]]]) -> None:
         """Optuna's trials of recorded results, as if they had been proposed and told; without asking its sampler."""
+        self._study.sampler = self._random  # until a point is asked for
         for outcome, params in known:
             state, values = self._ending(outcome)
             given = _Given(params)
@@ -153,7 +154,12 @@ class Proposer:
                     )
                 )
                 self._told += 1
-            except (ValueError, KeyError, TypeError):  # not as this space has them: Optuna takes some of that
+            except (
+                SpaceError,
+                ValueError,
+                KeyError,
+                TypeError,
+            ):  # not as this space has them
                 for trial in self._asked_before(params):
                     self._tell(trial, outcome)
         if hasattr(self._sampler, "learn"):

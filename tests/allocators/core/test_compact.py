@@ -15,6 +15,7 @@ from allocators.core.types import (
     Allocation,
     ExpertCounts,
     ExpertSelection,
+    ModuleRanks,
     Recipe,
     Trial,
     allocation_from_json,

@@ -1,7 +1,7 @@
 """What a study of many results costs its driver: seconds and bytes at 100, 1,000 and 10,000 results.
 
     python -m tests.benchmarks.growth sizes=100,1000,10000
-    python -m tests.benchmarks.growth sizes=100,1000 samplers=ehvi page=false      without a browser
+    python -m tests.benchmarks.growth sizes=100,1000 samplers=ehvi browser=none      without a browser
 
 Nothing is trained. A study folder is made from the recorded trainings of a table (`search/replay/tables/`), multiplied:
 every copy has a learning rate of its own, and an accuracy that is moved by its own standard error, so that points do
@@ -15,8 +15,8 @@ and MLflow. Then each size is measured in a process of its own, in CPU seconds:
     resume      what the same command does before its first proposal: records, front, and a sampler (the first of
                 `samplers`) that has learnt everything
     report      `search.report`: four files and the words, in MB of memory at its peak, too
-    page        report.html in a browser: wall-clock seconds from the start of Chromium to the drawn page, less those of
-                an empty page. Left out where there is no /usr/bin/chromium (`browser=`)
+    page        report.html in Chromium, all of its processes until the page is drawn, less what an empty page takes.
+                Left out where there is no /usr/bin/chromium (`browser=`)
     lines, html MB of outcomes.jsonl and report.html
 
 The last column is the growth exponent between the two largest sizes: 1 is linear, 0 constant.
@@ -229,17 +229,18 @@ def seconds_a_result(folder: Path, table: replay.Table, settings: Settings) -> d
 
 
 def seconds_to_draw(browser: str, page: Path) -> float:
-    """Wall-clock seconds of Chromium from its start to the drawn page, less those of an empty page."""
+    """CPU seconds of all processes of Chromium from its start to the drawn page, less those for an empty page."""
     empty = page.with_name("empty.html")
     empty.write_text("<!doctype html><title>empty</title>")
     with tempfile.TemporaryDirectory() as profile:
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}", "--dump-dom"]
 
         def once(file: Path) -> float:
-            began = time.perf_counter()
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
             shown = subprocess.run([*command, file.as_uri()], capture_output=True, check=True, timeout=600).stdout
             assert file == empty or b"All points" in shown
-            return time.perf_counter() - began
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
         once(empty)  # makes the profile
         base = statistics.median(once(empty) for _ in range(3))

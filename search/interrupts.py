@@ -42,6 +42,7 @@ class _Interruption:
         self.deferring = 0  # blocks of `deferred` that the main thread is in
         self.deferred = False  # whether it is to be interrupted when it comes out of them
         self._untold = False  # whether the main thread has not heard of the error yet
+        self.abandoned = False  # a library still runs threads, which its own clean-up would trip over
         self.watching = False  # between the beginning and the end of `watched`
         self._lock = threading.Lock()
         self._end: Callable[[], None] | None = None
@@ -188,6 +189,11 @@ def fail(error: StudyError) -> None:
         _thread.interrupt_main()
 
 
+def abandon() -> None:
+    """This process is to end without its libraries' own clean-up."""
+    _now.abandoned = True
+
+
 def came() -> bool:
     """Whether this process is being ended."""
     return _now.came
@@ -200,7 +206,7 @@ def exit_code() -> int:
 
 def leave(code: int) -> None:
     """Ends the process; after an interruption without the libraries' own clean-up, which may wait for what is dead."""
-    if _now.came:
+    if _now.came or _now.abandoned:
         _leave(code)
     sys.exit(code)
 

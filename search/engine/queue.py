@@ -203,9 +203,9 @@ class JobQueue:
         self.closed = True
         self._tell()
 
-    async def forever(self) -> None:
-        """Is never answered: who calls it hears of the end of this queue."""
-        await asyncio.get_running_loop().create_future()
+    async def until_closed(self) -> None:
+        """Is answered when the queue is closed: who calls it hears before if the queue dies."""
+        await self._until(lambda: self.closed)
 
     def _is_current(self, group: int, life: int) -> bool:
         """Whether this is a group's present life; a new one has died before, with what it held."""

@@ -12,6 +12,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,9 @@ class RayWorkers:
             thread = threading.Thread(target=self._run_group, args=(group,), daemon=True)
             thread.start()
             self._threads.append(thread)
-        threading.Thread(target=self._watch_queue, daemon=True).start()
+        watching = threading.Thread(target=self._watch_queue, daemon=True)
+        watching.start()
+        self._threads.append(watching)
         if self._connected and self._resources.ray_address == "local":
             threading.Thread(target=watch_ray, args=(self._closing,), daemon=True).start()
 
@@ -197,7 +200,7 @@ class RayWorkers:
         """Says that the queue died, and tells the new one what only this process knows."""
         while not self._closing.is_set():
             try:
-                ray.get(self._queue.forever.options(max_task_retries=0).remote())
+                ray.get(self._queue.until_closed.options(max_task_retries=0).remote())
             except ActorUnavailableError:
                 if self._closing.is_set():
                     return
@@ -282,8 +285,8 @@ class RayWorkers:
     def close(self) -> None:
         """Lets the groups end after their current job, and ends the local Ray or leaves the cluster.
 
-        Where the process is being ended it does neither: what is its own of Ray ends with it, and Ray's code would end
-        the process as soon as a thread asks for something that was shut down.
+        Where the process is being ended, or a group does not end, it does neither: what is its own of Ray ends with the
+        process, and Ray's code would end the process at once where a thread asks for something that was shut down.
         """
         self._closing.set()
         if interrupts.came():
@@ -291,9 +294,13 @@ class RayWorkers:
         if ray.is_initialized():
             with contextlib.suppress(RayError):
                 ray.get(self._queue.close.remote())
-                for thread in self._threads:
-                    thread.join(PATIENCE)
-        self._disconnect()
+            until = time.monotonic() + PATIENCE
+            for thread in self._threads:
+                thread.join(max(until - time.monotonic(), 0.0))
+        if any(thread.is_alive() for thread in self._threads):
+            interrupts.abandon()
+        else:
+            self._disconnect()
 
     def _disconnect(self) -> None:
         """Leaves a Ray alone that this process had started or joined before."""

@@ -295,9 +295,7 @@ def test_our_own_form_is_refused_where_the_copy_is_another_adapter(
 
     monkeypatch.setattr(shutil, "copyfile", damaged)
     study, known = exports["tiny-moe"]
-    with pytest.raises(
-        StudyError, match=r"format=adapter would not be .*cannot be read again .*checksum is another"
-    ):
+    with pytest.raises(StudyError, match=r"format=adapter would not be .*cannot be read again .*checksum is another"):
         exported(study, to=tmp_path / "out", point=known["some"][0], format="adapter")
     assert not list(tmp_path.iterdir())
 

@@ -27,6 +27,15 @@ from tests.benchmarks.kills import events, of_role, processes_of, start
 from tests.search.studies import open_study
 from tests.search.test_lost import finished_lines
 
+
+@pytest.fixture(autouse=True)
+def _signals_are_heard() -> None:
+    """What a shell starts in the background ignores SIGINT, and nohup SIGHUP; programs started from here would too."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 WORDS = "space=sieve trials=6 recipe.steps=40 recipe.batch_size=4 limit=24 calibration_samples=16 evaluations=4"
 NAME = "killed"
 

@@ -18,6 +18,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from allocators.core.types import ExpertCounts, ExpertSelection, ModelShape, ModuleRanks, Signal, Trial
 from search.problem import Problem
 from search.propose.model import Array
+from search.propose.trials import Asked
 
 
 @dataclass(frozen=True)
@@ -94,31 +95,14 @@ class Candidate:
     inputs: Mapping[str, float]
 
 
-class Drawing:
+class Drawing(Asked):
     """A trial that draws every parameter uniformly, or near those of `parent`, and remembers what was asked."""
 
     def __init__(self, random: np.random.Generator, parent: Mapping[str, Any] | None = None) -> None:
+        super().__init__()
         self._random = random
         self._parent = parent or {}
         self._moves = 1.5 / max(len(self._parent), 1)  # one or two parameters move
-        self.params: dict[str, Any] = {}
-        self.distributions: dict[str, BaseDistribution] = {}
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """One of the choices."""
-        return self._take(name, CategoricalDistribution(choices))
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        """A number between the bounds."""
-        value: float = self._take(name, FloatDistribution(low, high, log, step))
-        return value
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        """A whole number between the bounds."""
-        value: int = self._take(name, IntDistribution(low, high, log, step))
-        return value
 
     def _take(self, name: str, distribution: Any) -> Any:
         if name not in self.params:
@@ -134,16 +118,7 @@ class Drawing:
         return self.params[name]
 
 
-class Repeating(Drawing):
-    """A trial that gives the parameters of an earlier one again."""
-
-    def _take(self, name: str, distribution: Any) -> Any:
-        self.params[name] = self._parent[name]
-        self.distributions[name] = distribution
-        return self.params[name]
-
-
-def candidate(trial: Drawing, resolve: Callable[[Any], Known]) -> Candidate:
+def candidate(trial: Asked, resolve: Callable[[Any], Known]) -> Candidate:
     """The point that the space makes of a trial; raises what `resolve` raises where it is none."""
     known = resolve(trial)
     params = trial.params if known.params is None else {name: known.params[name] for name in trial.params}

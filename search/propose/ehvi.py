@@ -32,9 +32,10 @@ from optuna.trial import FrozenTrial, TrialState
 from allocators.core.errors import BudgetError, InfeasibleError
 from search.front import Unbeaten
 from search.propose import RUN, STDERR
-from search.propose.candidates import Candidate, Drawing, Known, Repeating, candidate, matrix
+from search.propose.candidates import Candidate, Drawing, Known, candidate, matrix
 from search.propose.criterion import Landscape, expected_gain_of_repeats, expected_hypervolume_improvement, learnt
 from search.propose.model import AccuracyModel, Array, Results
+from search.propose.trials import Repeating
 
 START = 5  # results, starting points included, before a model is worth fitting
 DRAWN = 100  # candidates drawn anew for a suggestion; those of earlier suggestions stay
@@ -322,7 +323,7 @@ class EHVISampler(BaseSampler):
         params = tuple(past.params.items())
         if params not in self._recalled:
             try:
-                self._recalled[params] = candidate(Repeating(self._random, past.params), self._resolve)
+                self._recalled[params] = candidate(Repeating(past.params), self._resolve)
             except (InfeasibleError, BudgetError, KeyError):
                 self._recalled[params] = None
         return self._recalled[params]

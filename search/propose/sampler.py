@@ -138,10 +138,12 @@ class Proposer:
 
     def _learn(self, known: Sequence[tuple[Outcome, Mapping[str, Any]]]) -> None:
         """Optuna's trials of recorded results, as if they had been proposed and told; without asking its sampler."""
+        from search.propose.trials import Repeating
+
         self._study.sampler = self._random  # until a point is asked for
         for outcome, params in known:
             state, values = self._ending(outcome)
-            given = _Given(params)
+            given = Repeating(params)
             try:
                 self._problem.ask(given)
                 self._study.add_trial(
@@ -289,36 +291,3 @@ class _Scored(NamedTuple):
     number: int
     trainable_params: int
     accuracy: float | None
-
-
-class _Given:
-    """A trial with given parameters, which remembers what was asked. Raises KeyError for one that is not given."""
-
-    def __init__(self, params: Mapping[str, Any]) -> None:
-        self._given = params
-        self.params: dict[str, Any] = {}
-        self.distributions: dict[str, Any] = {}
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        from optuna.distributions import CategoricalDistribution
-
-        return self._take(name, CategoricalDistribution(choices))
-
-    def suggest_float(
-        self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False
-    ) -> float:
-        from optuna.distributions import FloatDistribution
-
-        value: float = self._take(name, FloatDistribution(low, high, log, step))
-        return value
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        from optuna.distributions import IntDistribution
-
-        value: int = self._take(name, IntDistribution(low, high, log, step))
-        return value
-
-    def _take(self, name: str, distribution: Any) -> Any:
-        self.params[name] = self._given[name]
-        self.distributions[name] = distribution
-        return self.params[name]

@@ -13,13 +13,12 @@ from random import Random
 from types import ModuleType
 from typing import Any
 
-from allocators.core import checks, plugins
+from allocators.core import checks, plugins, tables
 from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError, shown, unknown
 from allocators.core.types import Allocation, ModelShape, ModuleShape, Point, Signal, SignalKind, Trial, canonical_json
 from allocators.core.words import Value
 from search.config import MOST_SEED, MOST_SEEDS, SETTINGS, make_recipe
 from search.points.asked import Corner, Kind, PinnedTrial, differs
-from spaces import _tables
 
 MOST_CORNERS = 500  # combinations of choices that are walked one by one
 DRAWN_CORNERS = 100  # where there are more
@@ -235,11 +234,11 @@ def _check_parts(space: ModuleType) -> None:
             raise must(part, "a function")
     for one in names:
         plugins.load("allocators", one)
-    for part, kind in (("PUBLISHED", _tables.Published), ("COMPARISONS", _tables.Comparison)):
+    for part, kind in (("PUBLISHED", tables.Published), ("COMPARISONS", tables.Comparison)):
         entries = getattr(space, part, ())
         if not isinstance(entries, tuple | list) or not all(isinstance(entry, kind) for entry in entries):
-            raise must(part, f"a list of {kind.__name__}s (spaces/_tables.py)")
-    canonical_json(_tables.facts(space))  # it goes into the study's records
+            raise must(part, f"a list of {kind.__name__}s (allocators/core/tables.py)")
+    canonical_json(tables.facts(space))  # it goes into the study's records
 
 
 def corners(problem: Problem, *, high: bool = False) -> Iterator[tuple[Point, dict[str, Any]]]:

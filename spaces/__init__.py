@@ -13,7 +13,8 @@ or is a table, a fixed grid like those of the papers, whose every point is train
     BASE, ALLOCATORS, suggest                 as above, all knobs categorical: every combination is a row
     TABLE       True
     SEEDS       seeds behind each row unless `seeds=` says otherwise
-    PUBLISHED   published accuracies, COMPARISONS  pairs of rows that are tested (`spaces/_tables.py`); may be left out
+    PUBLISHED   published accuracies, COMPARISONS  pairs of rows that are tested; both may be left out
+                      (`allocators/core/tables.py`)
     starting_points   where its recorded rows are searched (`replay=`); may be left out
 
 A knob has one range or one list of choices wherever it is asked for, and one name stands for one knob; a table may give

@@ -7,9 +7,6 @@ from typing import Any
 
 from allocators.core.types import ModelShape
 
-# A recipe for a first look at any model, where neither the task nor the command line suggests one.
-TRANSFERABLE = {"rank": 4, "lora_alpha": 64.0, "scaled_rate": 0.1}
-
 # AlphaLoRA's and MoLA's: rank 8, lora_alpha 16, learning_rate 3e-4, top-2.
 PAPERS = {"rank": 8, "lora_alpha": 16.0, "scaled_rate": 16 * 3e-4, "top_k": 2}
 

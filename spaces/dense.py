@@ -29,7 +29,8 @@ from __future__ import annotations
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
-from spaces._knobs import PAPERS, controls, dense_knobs, dense_recipe
+
+from ._knobs import PAPERS, controls, dense_knobs, dense_recipe
 
 BASE = "dense"
 ALLOCATORS = ("uniform", "random", "mola", "alphalora", "lora_smoe", "sensitivity")

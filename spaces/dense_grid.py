@@ -32,8 +32,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from allocators.core.tables import Comparison
 from allocators.core.types import ModelShape, Point
-from spaces._tables import Comparison
 
 BASE = "dense"
 TABLE = True

@@ -33,8 +33,10 @@ from __future__ import annotations
 from typing import Any
 
 from allocators.core.layers import blocks, total_or_default
+from allocators.core.tables import Comparison
 from allocators.core.types import ExpertCounts, ModelShape, Point
-from spaces._tables import Comparison, recipe_of_row, tuned_against_paper, with_each_recipe
+
+from ._tables import recipe_of_row, tuned_against_paper, with_each_recipe
 
 BASE = "dense"
 TABLE = True

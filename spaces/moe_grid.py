@@ -24,8 +24,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from allocators.core.tables import Comparison
 from allocators.core.types import ModelShape, Point
-from spaces._tables import Comparison
 
 BASE = "moe"
 TABLE = True

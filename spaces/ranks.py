@@ -32,7 +32,8 @@ import math
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
-from spaces._knobs import PATTERNS, lora_recipe
+
+from ._knobs import PATTERNS, lora_recipe
 
 BASE = "any"
 CONTROLS = ("uniform_ranks", "random_ranks", "stratified_ranks")

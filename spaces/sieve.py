@@ -31,7 +31,8 @@ import math
 from typing import Any
 
 from allocators.core.types import ModelShape, Point
-from spaces._knobs import lora_recipe
+
+from ._knobs import lora_recipe
 
 BASE = "moe"
 ALLOCATORS = ("sieve", "coverage", "greedy", "esft", "random", "all", "none")

@@ -33,9 +33,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from allocators.core.tables import Comparison, Published
 from allocators.core.types import ModelShape, Point
-from spaces._knobs import table_of_experts
-from spaces._tables import Comparison, Published, recipe_of_row, tuned_against_paper, with_each_recipe
+
+from ._knobs import table_of_experts
+from ._tables import recipe_of_row, tuned_against_paper, with_each_recipe
 
 BASE = "moe"
 TABLE = True

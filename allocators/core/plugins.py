@@ -25,7 +25,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import pkgutil
+import re
 import sys
 import types
 import typing
@@ -44,6 +44,7 @@ BASES = ("moe", "dense", "any")
 GIVES = ("experts", "ranks")
 _COMMANDS = ("show",)  # files of a plug-in folder that are commands, not plug-ins
 _ENTRY = {"allocators": "allocate", "spaces": "suggest"}
+_PLACE = Path(__file__).resolve().parents[2]  # where the folders of plug-ins are: a name may be another distribution's
 _imported: dict[tuple[str, str], ModuleType] = {}
 _added: dict[str, dict[str, ModuleType]] = {folder: {} for folder in _ENTRY}
 
@@ -66,7 +67,7 @@ def load(folder_package: str, name: str, what: str = "allocator") -> ModuleType:
         files = _files(folder_package)
         if name not in files:
             raise unknown(what, name, names(folder_package))
-        _imported[folder_package, name] = importlib.import_module(f"{folder_package}.{files[name]}")
+        _imported[folder_package, name] = importlib.import_module(f"{_package(folder_package)}.{files[name]}")
     return _imported[folder_package, name]
 
 
@@ -244,10 +245,33 @@ def plugin_name(module: ModuleType) -> str:
 @cache
 def _files(folder_package: str) -> dict[str, str]:
     """Plug-in name -> file stem."""
-    spec = importlib.util.find_spec(folder_package)
-    assert spec is not None, folder_package
-    stems = [m.name for m in pkgutil.iter_modules(spec.submodule_search_locations) if not m.ispkg]
-    return {s.removesuffix("_"): s for s in sorted(stems) if not s.startswith("_") and s not in _COMMANDS}
+    files = sorted((_PLACE / folder_package).glob("*.py"))
+    stems = [file.stem for file in files if not file.name.startswith("_") and file.stem not in _COMMANDS]
+    if _package(folder_package) != folder_package:  # an installer may have put another distribution's files beside ours
+        defined = re.compile(rf"^def {_ENTRY[folder_package]}\(", re.MULTILINE)
+        stems = [s for s in stems if defined.search((_PLACE / folder_package / f"{s}.py").read_text("utf-8"))]
+    return {s.removesuffix("_"): s for s in stems}
+
+
+@cache
+def _package(folder_package: str) -> str:
+    """The name that a folder of plug-ins imports by: its own, or one of ours where another distribution has that name.
+
+    Hugging Face's `spaces` is one: installed beside an editable checkout it comes first, and in one site-packages its
+    `__init__.py` replaces ours.
+    """
+    place = _PLACE / folder_package
+    try:
+        spec = importlib.util.find_spec(folder_package)
+    except ValueError:  # a module that somebody made by hand
+        spec = None
+    door = Path(spec.origin).resolve() if spec is not None and spec.origin is not None else None
+    if door == place / "__init__.py" and _ENTRY[folder_package] in door.read_text("utf-8"):
+        return folder_package
+    package = ModuleType(f"lora_expert_{folder_package}")
+    package.__path__ = [str(place)]
+    sys.modules[package.__name__] = package
+    return package.__name__
 
 
 def _user_path(path_or_module: str) -> Path:

@@ -848,6 +848,10 @@ class Recipe:
         return cls(**data)
 
 
+# A recipe for a first look at any model, where neither the task nor the command line suggests one.
+TRANSFERABLE: Mapping[str, float] = {"rank": 4, "lora_alpha": 64.0, "scaled_rate": 0.1}
+
+
 @dataclass(frozen=True)
 class Point:
     """What a space proposes: an allocator, its knobs, and recipe settings that differ from the study's."""

@@ -83,7 +83,7 @@ class StudyFolder(Records):
         command    what the user typed, for the report
         place      where the workers write, with its login: URI/<name>; empty: as the config's storage says
         defaults   of the identity's keys: a folder that an earlier version made lacks those that came later
-        table      what a table space says about its paper (`spaces/_tables.py`), for the report
+        table      what a table space says about its paper (`allocators/core/tables.py`), for the report
         contents   hashes of what results depend on besides the identity, by what it is; "" where it is not known
         lock       False: the file system has no locks, and no other driver runs here
 

@@ -108,7 +108,7 @@ def check_shape(shape: Any) -> None:
 
 
 def _check_table(table: Any) -> None:
-    """What a table space says about its paper (`spaces/_tables.py`); nothing of any other space."""
+    """What a table space says about its paper (`allocators/core/tables.py`); nothing of any other space."""
     if not checks.mapping(table, "table"):
         return
     for name, example in {"published": _PUBLISHED, "comparisons": _COMPARISON}.items():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from allocators.core import words
+from allocators.core import tables, words
 from allocators.core.errors import StudyError
 from allocators.core.messages import Failed, PackJob, Tested, TestJob
 from allocators.core.types import Signal, canonical_json
@@ -28,7 +28,6 @@ from search.session.contents import contents_of, refuse_other_facts
 from search.session.dry_run import drawn
 from search.session.make_workers import Locations, make_workers
 from search.study import MOST_LOST, Conductor, trainings_left, untested
-from spaces import _tables
 from trainers import storage
 
 
@@ -87,7 +86,7 @@ def _records(config: RunConfig, problem: Problem, locations: Locations) -> Study
         shape=problem.shape,
         command=config.command(),
         place=locations.shared if storage.is_uri(locations.shared) else "",
-        table=_tables.facts(problem.space) if problem.is_table else {},
+        table=tables.facts(problem.space) if problem.is_table else {},
         contents=contents_of(config, cache=locations.folder.parent / ".contents.json"),
         lock=config.lock,
     )

@@ -19,7 +19,7 @@ from search.session.prepare import prepare
 HEAD = """import random
 from allocators.core.errors import *
 from allocators.core.types import ExpertCounts, ExpertSelection, Point
-from spaces._tables import Comparison
+from allocators.core.tables import Comparison
 """
 SPACE = 'BASE = "moe"\nALLOCATORS = ("sieve", "none", "all")\n'
 CHOICE = 'a = trial.suggest_categorical("allocator", ["none", "all"])'
@@ -125,7 +125,10 @@ def test_whatever_a_space_raises_or_returns_is_one_line(tmp_path: Path, suggest:
         ('BASE = "moe"\nALLOCATORS = ["seive"]\n', "unknown allocator 'seive': choose from"),
         (f"{SPACE}TABLE = 1\n", "TABLE must be True or False, got 1 (FILE"),
         (f"{SPACE}TABLE = True; SEEDS = 0\n", "SEEDS must be a number from 1 to 10,000, got 0 (FILE"),
-        (f"{SPACE}TABLE = True; COMPARISONS = [3]\n", "COMPARISONS must be a list of Comparisons (spaces/_tables.py)"),
+        (
+            f"{SPACE}TABLE = True; COMPARISONS = [3]\n",
+            "COMPARISONS must be a list of Comparisons (allocators/core/tables.py)",
+        ),
         (f"{SPACE}starting_points = 3\n", "starting_points must be a function, got 3 (FILE"),
     ],
 )

@@ -18,13 +18,13 @@ from allocators.core import plugins
 from allocators.core.errors import InfeasibleError, StudyError
 from allocators.core.layers import blocks
 from allocators.core.shapes import shape_from_config
-from allocators.core.types import ExpertCounts, ModelShape, Point, Recipe
+from allocators.core.tables import facts
+from allocators.core.types import TRANSFERABLE, ExpertCounts, ModelShape, Point, Recipe
 from search.config import make_recipe, parse
 from search.problem import Problem, Proposal, corners, load_space, placeholder
 from search.propose.sampler import Proposer, table_rows
 from search.session.prepare import prepare, prepare_training
-from spaces._knobs import TRANSFERABLE
-from spaces._tables import RECIPES, facts
+from spaces._tables import RECIPES
 from tests.search.propose.proposals import next_proposal
 
 SPACES = plugins.names("spaces")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import cast
@@ -11,6 +14,8 @@ import pytest
 from allocators.core import plugins
 from allocators.core.errors import StudyError
 from allocators.core.types import ExpertSelection
+from spaces import sieve_ablation
+from tests import ROOT
 from tests.allocators.models import dense_shape, moe_shape, routing
 
 ALLOCATOR = '''"""Adapts the last expert of each layer."""
@@ -116,3 +121,51 @@ def test_call_checks_model_signal_and_knobs() -> None:
     must = SimpleNamespace(__name__="x.must", NEEDS=None, BASE="any", allocate=lambda signal, shape, *, beta: None)
     with pytest.raises(StudyError, match="must needs a value for beta"):
         plugins.call(cast(ModuleType, must), None, shape, {})
+
+
+FOREIGN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+if sys.argv[2] == "imported":
+    import spaces
+    assert not hasattr(spaces, "sieve")
+from allocators.core import plugins
+print(plugins.names("spaces"))
+space = plugins.load("spaces", "sieve_ablation", "space")
+print(space.__name__, len(space.COMPARISONS), Path(space.__file__).parent.name)
+"""
+
+
+@pytest.mark.parametrize("state", ["imported", "broken"])
+def test_another_distribution_may_own_the_name_of_a_folder(tmp_path: Path, state: str) -> None:
+    """Hugging Face's `spaces` does; where it cannot be imported here, nothing of it is."""
+    foreign = tmp_path / "spaces"
+    foreign.mkdir()
+    (foreign / "__init__.py").write_text("" if state == "imported" else "import a_module_that_is_not_here\n")
+    (foreign / "gradio.py").write_text("def gradio_auto_wrap(task): ...\n")
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN, str(tmp_path), state], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    names, space = done.stdout.splitlines()
+    assert names == str(plugins.names("spaces"))
+    assert space == f"lora_expert_spaces.sieve_ablation {len(sieve_ablation.COMPARISONS)} spaces"
+
+
+def test_files_of_another_distribution_beside_ours_are_no_plugins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one site-packages an installer puts both into one folder, and the door of the last one stays."""
+    shutil.copytree(ROOT / "spaces", tmp_path / "spaces", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "spaces" / "__init__.py").write_text("import a_module_that_is_not_here\n")
+    (tmp_path / "spaces" / "gradio.py").write_text("def gradio_auto_wrap(task): ...\n")
+    known = plugins.names("spaces")
+    monkeypatch.setattr(plugins, "_PLACE", tmp_path)
+    for cached in (plugins._files, plugins._package):
+        cached.cache_clear()
+    try:
+        assert plugins.names("spaces") == known
+    finally:
+        for cached in (plugins._files, plugins._package):
+            cached.cache_clear()

@@ -14,10 +14,10 @@ from rich.console import Console
 from scipy import stats
 
 import spaces.sieve_ablation as space
+from allocators.core.tables import facts
 from allocators.core.types import ExpertSelection, Outcome, Score
 from search.report import Report, show, write
 from search.report.sections import Section
-from spaces._tables import facts
 from tests.search.report.written import data_of
 from tests.search.studies import APART, BOTH, CONFIG, EXPERTS, IDENTITY, open_study, outcome, score, selection
 

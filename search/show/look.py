@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
@@ -42,13 +42,7 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
         plugins.check(module, shape, knobs_by_name[name])
         plugins.check_values(module, knobs_by_name[name])
 
-    source, lacking = Source(config, shape), dict[str, str]()
-    for kind in sorted({m.NEEDS for m in modules.values() if m.NEEDS is not None} - set(signals)):
-        try:
-            signals[kind], origin = source.measured(kind)
-        except NotFiniteError as error:  # the rules that need none of it have an answer all the same
-            lacking[kind], origin = str(error), f"{kind} cannot be measured: {error}"
-        origins.append(origin)
+    lacking = _measure({m.NEEDS for m in modules.values() if m.NEEDS is not None}, signals, origins, config, shape)
     origins += models.left_out(model, trust_remote_code=config.trust_remote_code)
 
     answers = [
@@ -62,6 +56,30 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
     answers.sort(key=lambda answer: (answer.trainable_params(shape, rank=config.rank), answer.name))
     total = None if shape.is_moe else total_or_default(shape, knobs.get("total_experts"))
     return Shown(shape, config.rank, tuple(answers), signals, tuple(origins), total)
+
+
+def _measure(
+    kinds: Iterable[str], signals: dict[str, Signal], origins: list[str], config: ShowConfig, shape: ModelShape
+) -> dict[str, str]:
+    """Adds the signals that are not there yet, and what they are to `origins`. Gives the reason for each that it cannot
+    measure: rules that need none of these have an answer all the same.
+    """
+    from trainers import models
+
+    lacking: dict[str, str] = {}
+    source, wanted = Source(config, shape), sorted(set(kinds) - set(signals))
+    if wanted and not models.has_weights(shape.name):
+        origins.append(f"no weights in '{shape.name}': rules that read {' or '.join(wanted)} have no answer")
+        return {
+            kind: f"reads {kind}, and '{shape.name}' has no weights: fetch them, or give signal=" for kind in wanted
+        }
+    for kind in wanted:
+        try:
+            signals[kind], origin = source.measured(kind)
+        except NotFiniteError as error:
+            lacking[kind], origin = str(error), f"{kind} cannot be measured: {error}"
+        origins.append(origin)
+    return lacking
 
 
 def _read(files: Sequence[str]) -> tuple[dict[str, Signal], list[str]]:

@@ -112,6 +112,15 @@ def check_files(name: str) -> None:
         files.check(config.parent, stored=stored_as(config_of(name), name=name), numbers="")
 
 
+def has_weights(name: str) -> bool:
+    """Whether a model has weights here or, from the hub, can have them: a folder may hold a config.json alone.
+
+    Raises StudyError as `config_of` does.
+    """
+    config = config_file(name)
+    return hub.is_cached(config) or any(f for kind in ("*.safetensors*", "*.bin*") for f in config.parent.glob(kind))
+
+
 def left_out(name: str, *, trust_remote_code: bool = False) -> list[str]:
     """A note that names the linear maps of decoder layers that have no role, and so never get LoRA; [] for none.
 

@@ -367,6 +367,25 @@ def test_the_spectrum_of_a_folder_is_measured_once_and_loads_no_model(
     assert len(list((tmp_path / "signals").glob("spectrum-*.json"))) == 1
 
 
+def test_a_folder_with_config_json_alone_shows_the_rules_that_need_no_weights(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from tests.allocators import tiny
+
+    tiny.model("olmoe").config.save_pretrained(tmp_path / "model")
+    out = output(capsys, f"model={tmp_path / 'model'}", f"cache={tmp_path / 'signals'}")
+    shown = table(out)
+    assert "no weights in" in out
+    assert {name for name, answer in shown.items() if answer[-1].isdigit() or "," in answer[-1]} == {
+        "all",
+        "none",
+        "random",
+    }
+    assert "reads routing" in "".join(shown["sieve"])
+    refused = refusal(capsys, f"model={tmp_path / 'model'}", "allocator=sieve")
+    assert f"error: sieve: reads routing, and '{tmp_path / 'model'}' has no weights: fetch" in refused
+
+
 @pytest.mark.parametrize(
     ("family", "tensor", "value", "without"),
     [

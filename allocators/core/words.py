@@ -7,9 +7,10 @@
 
     settings = parse(["rank=16"], Settings)
 
-A value is read by the type of its key and by nothing else: text stays exactly as it was typed, whole numbers are `16`
-or `1_000`, numbers also `.25` or `3e-4` and finite, booleans are `true` or `false` in any case, lists are `a,b` or
-`[a,b]`, with double quotes around an item that holds a comma. Every mistake is a StudyError of one line.
+A value is read by the type of its key and by nothing else: text stays exactly as it was typed, whole numbers are `16`,
+`1_000`, `1e8` or `1.5M` (k, M, B or G: thousands, millions, billions), numbers also `.25` or `3e-4` and finite,
+booleans are `true` or `false` in any case, lists are `a,b` or `[a,b]`, with double quotes around an item that holds a
+comma. Every mistake is a StudyError of one line.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import textwrap
 import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
@@ -31,15 +33,18 @@ from allocators.core.errors import StudyError, ToolkitError, did_you_mean, shown
 
 HELP = ("help", "-h", "--help")
 READING = (
-    "numbers: 16, 1_000, .25, 3e-4; switches: true or false; lists: a,b or [a,b]; text is taken as it is typed",
+    "numbers: 16, 1_000, .25, 3e-4, 100M; switches: true or false; lists: a,b or [a,b]; text is taken as it is typed",
     "in a shell, put quotes around a word with spaces or special characters: 'name=my study'",
 )
 Value = str | int | float | bool | None
 
 _WHOLE = re.compile(r"[+-]?\d+(_\d+)*", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+(_\d+)*\.?(\d+(_\d+)*)?|\.\d+(_\d+)*)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+_SUFFIXES = {"": 0, "k": 3, "K": 3, "M": 6, "B": 9, "G": 9}  # powers of ten
 _PADDED = re.compile(r"[+-]?0[\d_]+", re.ASCII)  # 007 is a name
 _WORDS: dict[str, bool | None] = {"true": True, "false": False, "null": None}
+
+_LONGEST = 400  # digits of a number
 
 S = TypeVar("S")
 
@@ -182,19 +187,33 @@ def _text(name: str, text: str) -> str:
 
 
 def _whole(name: str, text: str) -> int:
-    try:
-        if _WHOLE.fullmatch(text.strip()):
-            return int(text.strip())
-    except ValueError:  # Python reads 4,300 digits at most
-        pass
+    value, bare = _decimal(text), text.strip()
+    scaled = bare[-1:] in "kKMBG" or "e" in bare.lower()  # 8.0 is no whole number, 8.0k is one
+    if value is not None and value == value.to_integral_value() and (scaled or _WHOLE.fullmatch(bare)):
+        return int(value)
     raise StudyError(f"{name} must be a whole number, got '{shown(text)}'")
 
 
 def _number(name: str, text: str) -> float:
-    value = float(text.strip()) if _NUMBER.fullmatch(text.strip()) else math.nan
-    if not math.isfinite(value):
+    value = _decimal(text)
+    if value is None or not math.isfinite(float(value)):
         raise StudyError(f"{name} must be a finite number, got '{shown(text)}'")
-    return value
+    return float(value)
+
+
+def _decimal(text: str) -> Decimal | None:
+    """The exact number, None for what is none or is far beyond any that a key takes."""
+    bare = text.strip()
+    digits = bare[:-1] if bare[-1:] in _SUFFIXES else bare
+    if not _NUMBER.fullmatch(digits) or len(digits) > _LONGEST:
+        return None
+    try:
+        value = Decimal(digits)
+        if value and abs(value.adjusted()) > _LONGEST:
+            return None
+        return value * 10 ** _SUFFIXES[bare[len(digits) :]]
+    except ArithmeticError:  # an exponent of twenty digits
+        return None
 
 
 def read_value(text: str) -> Value:

@@ -115,3 +115,42 @@ def test_a_word_may_stand_for_a_number_that_the_bounds_leave_out() -> None:
     for wrong in ("seeds=0", "seeds=-3", "seeds=Auto"):
         with pytest.raises(StudyError, match="seeds must be"):
             words.parse([wrong], Named)
+
+
+def test_whole_numbers_may_be_said_in_thousands_millions_and_billions() -> None:
+    for text, number in (
+        ("100M", 100_000_000),
+        ("1e8", 100_000_000),
+        ("1.5M", 1_500_000),
+        ("2k", 2_000),
+        ("7B", 7_000_000_000),
+        ("1_000K", 1_000_000),
+        ("9007199254740991", 9_007_199_254_740_991),  # no float on the way
+    ):
+        assert words.parse([f"rank={text}"], Settings).rank == number
+    for text in (
+        "1.5",
+        "8.0",
+        "M",
+        "1m",
+        "1MM",
+        "1e-3",
+        "1.0001k",
+        "1e999999999",
+        "1e8 M",
+        "0x10",
+        "nan",
+        "inf",
+        "9" * 5_000,
+    ):
+        with pytest.raises(StudyError, match=r"^rank must be a whole number, got"):
+            words.parse([f"rank={text}"], Settings)
+
+
+def test_fractions_are_read_to_the_nearest_float() -> None:
+    for text in (".1", "3e-4", "0.30000000000000004", "1e308", "5e-324", "2.5k", "-1e-3"):
+        wanted = float(text.removesuffix("k")) * (1000 if text.endswith("k") else 1)
+        assert words.read("share", text, float) == wanted
+    for text in ("1e309", "1e-999999999", "1e400"):
+        with pytest.raises(StudyError, match="share must be a finite number"):
+            words.read("share", text, float)

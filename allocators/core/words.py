@@ -211,7 +211,7 @@ def _decimal(text: str) -> Decimal | None:
         value = Decimal(digits)
         if value and abs(value.adjusted()) > _LONGEST:
             return None
-        return value * 10 ** _SUFFIXES[bare[len(digits) :]]
+        return value * Decimal(10) ** _SUFFIXES[bare[len(digits) :]]
     except ArithmeticError:  # an exponent of twenty digits
         return None
 

@@ -238,7 +238,7 @@ def test_one_reading_of_numbers_and_switches(word: str, value: Any) -> None:
     [
         *("trials=1e400", "trials=1.5", "trials=0x10", "trials=", "trials=" + "9" * 5000, "trials=1:30", "seed=-1"),
         *("gpus_per_worker=inf", "gpus_per_worker=nan", "gpus_per_worker=1e400", "gpus_per_worker=-2"),
-        *("reuse=yes", "reuse=on", "reuse=1", "num_fewshot=-2", "pack=1e9", "pack=" + "9" * 5000, "time_budget=٣s"),
+        *("reuse=yes", "reuse=on", "reuse=1", "num_fewshot=-2", "pack=1e-9", "pack=" + "9" * 5000, "time_budget=٣s"),
         *("recipe.steps=inf", "recipe.rank=nan", "recipe.learning_rate=1e400", "recipe.weight_decay=-1"),
         *("recipe.lora_alpha=0", "recipe.max_grad_norm=-1", "recipe.balance_coef=-.1", "recipe.epochs=-1"),
         *("recipe.lora_dropout=nan", "recipe.steps=" + "9" * 400, "recipe.rank=null", "recipe.rank=true"),

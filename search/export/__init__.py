@@ -7,7 +7,7 @@ The command is `__main__.py`, what a format computes `formats.py`, the card `mod
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,14 +16,24 @@ from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import Outcome
 from search import records
 from search.config import SETTINGS, RunConfig, before, keys
-from search.export.formats import FORMATS, Conversion
+from search.export.formats import Conversion, write_adapter, write_merged, write_peft
 from search.export.model_card import PROJECT, Card, markdown
+from search.export.served import write_gguf_ready, write_vllm
 from search.front import Candidate
 from search.records.files import ADAPTERS, refuse_links_out
 from search.records.redact import portable_command
 from search.report import Report
 from search.text import human, run_id
 from trainers import storage
+
+# What writes each form: files in `conversion.target`, what to say in `conversion.notes`, and gives how to load it.
+FORMATS: Mapping[str, Callable[[Conversion], str]] = {
+    "adapter": write_adapter,
+    "merged": write_merged,
+    "peft": write_peft,
+    "vllm": write_vllm,
+    "gguf-ready": write_gguf_ready,
+}
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Request:
 
     to: str = words.key("", "folder, or URI such as s3://bucket/dir, to write")
     point: str = words.key("best", "best (the most accurate), knee, or the id of a run: as many digits as are unique")
-    format: str = words.key("adapter", "ours, a transformers model, or PEFT's", choices=tuple(FORMATS))
+    format: str = words.key("adapter", "ours, a transformers model, PEFT's, or a server's", choices=tuple(FORMATS))
     dtype: str = words.key("float32", "of a merged model (stored: as the base's)", choices=("float32", "stored"))
     model: str = words.key("", "the base model, where it has moved since the study")
     overwrite: bool = words.key(False, "replace an earlier export")

@@ -11,6 +11,10 @@ format=merged    a transformers model without LoRA: W + (lora_alpha/r)·B·A, su
                  on disk: half the size for 16 bits, and logits that differ by as much as is said
 format=peft      a PEFT adapter, where PEFT can express it (trainers/adapter/peft_format.py); loaded back before it is
                  handed out, and compared
+format=vllm      an adapter for servers of many adapters (vLLM, SGLang): every linear map, and every expert of a layer,
+                 by its own name, one rank and one lora_alpha for all; read back by name, and compared on the base.
+                 Neither server runs in the tests: their loaders' sources were read
+format=gguf-ready  the merged model, with the command of llama.cpp's converter
 
 What a format cannot express is refused with the reason. Nothing is written in place: the folder appears whole or not
 at all.
@@ -68,8 +72,8 @@ def parse(given: Sequence[str]) -> tuple[str, Request]:
         raise StudyError("to=FOLDER is missing: where shall the export go?")
     if not storage.is_uri(request.to):
         request = replace(request, to=str(Path(request.to).expanduser()))
-    if request.dtype != "float32" and request.format != "merged":
-        raise StudyError("dtype is for format=merged: adapters are float32, whatever the base is")
+    if request.dtype != "float32" and request.format not in ("merged", "gguf-ready"):
+        raise StudyError("dtype is for format=merged and gguf-ready: adapters are float32, whatever the base is")
     return folders[0], request
 
 

@@ -1,6 +1,6 @@
-"""The three forms of an export: what each writes, how it is checked, and the Python that loads it.
+"""The three forms of an export for Python: what each writes, how it is checked, and the code that loads it.
 
-    load = FORMATS["merged"](conversion)        # files in conversion.target, what to say in conversion.notes
+    load = write_merged(conversion)        # files in conversion.target, what to say in conversion.notes
 
 What a format cannot express is refused with the reason, before or after the computation, but never handed out: each
 form is loaded back from what was written, by the library that will use it, and its logits (of our own form its tensors)
@@ -13,7 +13,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,7 +97,7 @@ def write_adapter(conversion: Conversion) -> str:
     """Our files, checked; texts without this machine's folders."""
     from trainers.adapter import files
 
-    saved = _checked(conversion)
+    saved = checked(conversion)
     shutil.copyfile(conversion.source / "adapter.safetensors", conversion.target / "adapter.safetensors")
     text = json.dumps(files.sealed(portable(saved.config), saved.weights), indent=1) + "\n"
     (conversion.target / "adapter.json").write_text(text, encoding="utf-8")
@@ -110,22 +110,22 @@ def write_merged(conversion: Conversion) -> str:
     from trainers import adapter
     from trainers.models import files
 
-    _refuse_to_merge(_checked(conversion), conversion.settings)
+    refuse_to_merge(checked(conversion), conversion.settings)
     dtype = "float32"
     if conversion.dtype == "stored":
         dtype = _stored_dtype(models.folder_of(conversion.base), conversion.base)
     loaded = conversion.load_base(dtype=dtype)
     attached = adapter.load(loaded.model, conversion.source)
-    expected = _logits(loaded.model)
+    expected = logits_of(loaded.model)
     attached.merge()
-    merged = _logits(loaded.model)
+    merged = logits_of(loaded.model)
     with files.quiet():
         loaded.model.save_pretrained(conversion.target)
     loaded.tokenizer.save_pretrained(conversion.target)
     trusted = bool(conversion.settings.get("trust_remote_code"))
-    again = _logits(_load_plain(conversion, dtype, trusted))
+    again = logits_of(_load_plain(conversion, dtype, trusted))
     _refuse_other(conversion, again, merged)
-    _compare(conversion, f"{dtype} weights, loaded by transformers", again, expected, exact=dtype == "float32")
+    compare(conversion, f"{dtype} weights, loaded by transformers", again, expected, exact=dtype == "float32")
     code = ", trust_remote_code=True" if trusted else ""
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
@@ -157,7 +157,7 @@ def _load_plain(conversion: Conversion, dtype: str, trusted: bool) -> Any:
     return model.eval()
 
 
-def _refuse_to_merge(saved: Saved, settings: Mapping[str, Any]) -> None:
+def refuse_to_merge(saved: Saved, settings: Mapping[str, Any]) -> None:
     """Raises StudyError where no sum of weights equals the adapter on its base."""
     if quantization := settings.get("quantization"):
         raise StudyError(
@@ -179,19 +179,19 @@ def write_peft(conversion: Conversion) -> str:
     from trainers import adapter
     from trainers.adapter import peft_format
 
-    saved = _checked(conversion)
+    saved = checked(conversion)
     if reason := peft_format.refusal(saved):
         raise StudyError(f"format=peft cannot express this adapter: {reason}; use format=adapter")
     loaded = conversion.load_base(dtype="float32")
     attached = adapter.load(loaded.model, conversion.source)
-    expected = _logits(loaded.model)
+    expected = logits_of(loaded.model)
     attached.detach()
     revision = loaded.identity if conversion.is_hub else None
     base = portable(conversion.base)
     written = peft_format.write(loaded.model, saved, conversion.target, base=base, revision=revision)
     wrapped = PeftModel.from_pretrained(loaded.model, str(conversion.target))
     kind = conversion.settings.get("quantization") or "float32"
-    _compare(conversion, f"loaded by PEFT on a {kind} base", _logits(wrapped), expected, exact=True)
+    compare(conversion, f"loaded by PEFT on a {kind} base", logits_of(wrapped), expected, exact=True)
     if written.stored > written.trained:
         conversion.notes.append(
             "PEFT says which experts are adapted, and that gate and up have an A each, by zeros: the file holds "
@@ -215,13 +215,10 @@ def _load_with_peft(conversion: Conversion, revision: str | None) -> str:
     return f"from peft import PeftModel\n{library}\nmodel = PeftModel.from_pretrained({base}, {conversion.quoted})"
 
 
-FORMATS: dict[str, Callable[[Conversion], str]] = {"adapter": write_adapter, "merged": write_merged, "peft": write_peft}
-
-
 # --- parts
 
 
-def _checked(conversion: Conversion) -> Saved:
+def checked(conversion: Conversion) -> Saved:
     """The adapter as it was saved. Raises StudyError where it is damaged, not finite or another run's."""
     from trainers import adapter
 
@@ -235,7 +232,7 @@ def _checked(conversion: Conversion) -> Saved:
     return saved
 
 
-def _logits(model: Any) -> Tensor:
+def logits_of(model: Any) -> Tensor:
     """Of two fixed sequences of 16 random tokens, [2, 16, V]."""
     import torch
 
@@ -280,7 +277,7 @@ def _refuse_other(conversion: Conversion, logits: Tensor, expected: Tensor) -> N
         raise _failed(conversion, f"logits differ by {difference:.3g}, the largest is {largest:.3g}")
 
 
-def _compare(conversion: Conversion, what: str, logits: Tensor, expected: Tensor, *, exact: bool) -> None:
+def compare(conversion: Conversion, what: str, logits: Tensor, expected: Tensor, *, exact: bool) -> None:
     """Notes how far the logits are from the adapter's. Raises StudyError where that cannot be rounding."""
     if exact:
         _refuse_other(conversion, logits, expected)

@@ -22,24 +22,44 @@ KIND = {
     "adapter": "LoRA experts, in the format of lora-expert-search",
     "merged": "A plain transformers model with the LoRA experts merged into its weights",
     "peft": "LoRA experts as a PEFT adapter",
+    "vllm": "LoRA experts as an adapter for servers (vLLM, SGLang), every linear map by its own name",
+    "gguf-ready": "A transformers model with the LoRA experts merged into its weights, for llama.cpp's converter",
 }
+# What runs an export of each form, and how that is known.
+_AS_ANY = "as any model of its architecture; it did not run there"
+_BY_NAME = "its loader's source was read, it did not run there"
+RUNS_IN: Mapping[str, Sequence[tuple[str, str]]] = {
+    "adapter": [(PROJECT, "tested: read again, every tensor is the trained one")],
+    "merged": [("transformers", "tested: loaded from these files, logits compared"), ("vLLM, SGLang", _AS_ANY)],
+    "peft": [("PEFT", "tested: loaded from these files, logits compared"), ("vLLM, SGLang", "no: use format=vllm")],
+    "vllm": [
+        (PROJECT, "tested: added to the base by name from these files, logits compared"),
+        ("vLLM", _BY_NAME),
+        ("SGLang", f"{_BY_NAME}; no LoRA on routers"),
+    ],
+    "gguf-ready": [
+        ("transformers", "tested: loaded from these files, logits compared"),
+        ("llama.cpp", "after conversion, where its converter knows architecture and tokenizer; it did not run there"),
+    ],
+}
+MERGED = ("merged", "gguf-ready")
 CHOSEN_ON: Mapping[Split, str] = {
     "accuracy": "on the questions that the accuracy is measured on, those of the test split: it is a little high",
     "validation": "by validation accuracy, which is therefore a little high; nothing was chosen by test accuracy",
 }
-LIBRARY = {"adapter": PROJECT, "merged": "transformers", "peft": "peft"}
+LIBRARY = {"adapter": PROJECT, "merged": "transformers", "peft": "peft", "vllm": "peft", "gguf-ready": "transformers"}
 
 
 @dataclass(frozen=True)
 class Card:
     """Everything that a card says.
 
-    format        adapter | merged | peft
+    format        adapter | merged | peft | vllm | gguf-ready
     splits        accuracies that points of the study have, as in `search.report.splits`
     points        measured points of the study, among which this one was chosen
     base_params   all parameters of the base model; None where it does not lie on this machine
     command       of the study; `retrain`: of this point alone
-    load          Python
+    load          Python, for servers shell commands
     notes         a sentence each: what the export measured, costs or leaves out
     """
 
@@ -82,7 +102,8 @@ def markdown(card: Card) -> str:
         f"{KIND[card.format]}: base model `{card.base}`, trained on the task `{card.task}`. Which experts or "
         f"layers get LoRA was chosen by the allocator `{point(run)}`, found by a search over allocators and LoRA "
         "settings for accuracy against trainable parameters.",
-        "## How to load it\n" + _code(card.load, "python"),
+        "## How to load it\n" + _code(card.load, "bash" if card.format in ("vllm", "gguf-ready") else "python"),
+        "## Runs in\n" + _table(RUNS_IN[card.format]),
         "## What is known\n" + _table(_facts(card)),
         *(f"- {note}" for note in card.notes),
         "## Where the LoRA experts are\n" + _code("\n".join(map_lines(run.trial.allocation, card.shape)), "text"),
@@ -115,7 +136,7 @@ def _head(card: Card) -> str:
         metric_name=f"{named} ({_seeds(card)})",
         dataset_split=None if card.split == "accuracy" else card.split,
     )
-    relation = "finetune" if card.format == "merged" else "adapter"
+    relation = "finetune" if card.format in MERGED else "adapter"
     data = ModelCardData(
         base_model=card.base,
         library_name=LIBRARY[card.format],

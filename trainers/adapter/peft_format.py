@@ -103,18 +103,18 @@ def write(
 
     if reason := refusal(saved):
         raise StudyError(f"the adapter in {saved.folder} has no PEFT form: {reason}")
-    targets = {target.name: target for target in _targets(model, saved)}
+    found = {target.name: target for target in targets(model, saved)}
     lora = saved.lora
-    parameters = [name for name, target in targets.items() if target.parameter]
-    widest = max(target.rank for target in targets.values())
-    narrow = _exceptions(targets, saved, widest)
+    parameters = [name for name, target in found.items() if target.parameter]
+    widest = max(target.rank for target in found.values())
+    narrow = _exceptions(found, saved, widest)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=widest,
         lora_alpha=_whole(lora.scale * widest),
         # PEFT has no dropout where it adapts parameters; it is for training only
         lora_dropout=0.0 if parameters else lora.lora_dropout,
-        target_modules=[name for name, target in targets.items() if not target.parameter],
+        target_modules=[name for name, target in found.items() if not target.parameter],
         target_parameters=parameters or None,
         rank_pattern=narrow,
         alpha_pattern={names: _whole(lora.scale * rank) for names, rank in narrow.items()},
@@ -123,14 +123,14 @@ def write(
         warnings.filterwarnings("ignore", message=".*keys did not match any targeted module")
         wrapped = get_peft_model(model, config)
     try:
-        _fill(wrapped, targets)
+        _fill(wrapped, found)
         config.base_model_name_or_path, config.revision = base, revision
         wrapped.save_pretrained(str(folder), save_embedding_layers=False)
     finally:
         wrapped.unload()
     _sort_targets(Path(folder) / "adapter_config.json")
     return Written(
-        stored=sum(t.a.numel() + t.b.numel() for t in targets.values()),
+        stored=sum(t.a.numel() + t.b.numel() for t in found.values()),
         trained=sum(t.numel() for name, t in saved.weights.items()) - _routers(saved),
     )
 
@@ -186,7 +186,8 @@ def _fill(wrapped: Any, targets: Mapping[str, Target]) -> None:
         raise StudyError(f"PEFT did not adapt {min(left)}: please report this")
 
 
-def _targets(model: nn.Module, saved: Saved) -> Iterator[Target]:
+def targets(model: nn.Module, saved: Saved) -> Iterator[Target]:
+    """What PEFT adapts and with which factors; `model` is the base, whose stacks are read for their layout only."""
     shape, rank, weights = saved.shape, saved.lora.rank, saved.weights
     match saved.allocation:
         case ExpertCounts() as counted:

@@ -40,7 +40,7 @@ from allocators.core.types import (
     Trial,
 )
 from search.config import RunConfig, parse
-from search.export import find, formats, write
+from search.export import by_name, find, formats, write
 from search.export.__main__ import main
 from search.export.__main__ import parse as parse_words
 from search.export.model_card import map_lines
@@ -196,6 +196,66 @@ def test_the_printed_lines_load_what_the_adapter_computes(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     tensors = sorted(f.name for f in folder.glob("*.safetensors"))
     assert tensors == [{"adapter": "adapter", "merged": "model", "peft": "adapter_model"}[format] + ".safetensors"]
+
+
+@pytest.mark.parametrize(("model", "point"), [("tiny-moe", "some"), ("tiny-moe", "every"), ("tiny-dense", "single")])
+def test_a_server_finds_every_linear_map_by_its_own_name(
+    exports: Exports, model: str, point: str, tmp_path: Path
+) -> None:
+    folder, known = exports[model]
+    digest, expected = known[point]
+    target, lines = exported(folder, to=tmp_path / "served", point=digest[:6], format="vllm")
+    assert "vllm serve" in lines[-1]
+    assert "--max-lora-rank 8" in lines[-1]
+    config = json.loads((target / "adapter_config.json").read_text())
+    tensors = load_file(target / "adapter_model.safetensors")
+    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert {tensor.size(0) for name, tensor in tensors.items() if ".lora_A." in name} == {4}
+    assert {name.rsplit(".", 3)[1] for name in tensors} == set(config["target_modules"])
+    by_layer: dict[str, set[str]] = {}
+    for name in tensors:
+        if match := re.match(r"base_model\.model\.model\.layers\.(\d+)\.mlp\.experts\.(.*)\.lora_[AB]\.weight", name):
+            by_layer.setdefault(match[1], set()).add(match[2])
+    allocation = POINTS[model][point]
+    if isinstance(allocation, ExpertSelection):  # of a layer with one adapted expert all are there, gate, up and down
+        every = {f"{expert}.{name}_proj" for expert in range(16) for name in ("gate", "up", "down")}
+        assert by_layer == {str(layer): every for layer in allocation.experts}
+    fresh = models.load(model, dtype="float32").model
+    by_name.apply(fresh, target)
+    torch.testing.assert_close(logits(fresh), expected, rtol=0, atol=CLOSE * float(expected.abs().max()))
+
+
+def test_ranks_of_their_own_are_filled_up_to_the_widest_for_a_server(tmp_path: Path) -> None:
+    ranks = {DENSE.modules[0].path: 3, DENSE.modules[9].path: 1}
+    run = run_of("tiny-dense", ModuleRanks(ranks))
+    run, expected = trained(run, str(tmp_path / "study" / "adapters" / run.digest))
+    folder = write_study(tmp_path / "study", [run], model="tiny-dense")
+    target, _ = exported(folder, to=tmp_path / "served", format="vllm")
+    config = json.loads((target / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 6)
+    fresh = models.load("tiny-dense", dtype="float32").model
+    by_name.apply(fresh, target)
+    torch.testing.assert_close(logits(fresh), expected, rtol=0, atol=CLOSE * float(expected.abs().max()))
+
+
+def test_what_a_server_cannot_hold_is_refused_with_the_reason(
+    exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, known = exports["tiny-dense"]
+    with pytest.raises(StudyError, match=r"^format=vllm cannot express this adapter: .* several LoRA experts"):
+        exported(folder, to=tmp_path / "a", point=known["routed"][0], format="vllm")
+    moe, known = exports["tiny-moe"]
+    monkeypatch.setattr(by_name, "RENAMED", {"mixtral": {}})
+    with pytest.raises(StudyError, match=r"the experts of 'olmoe' have no name of their own in its checkpoints"):
+        exported(moe, to=tmp_path / "b", point=known["some"][0], format="vllm")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_for_the_converter_has_the_names_of_the_hub(exports: Exports, tmp_path: Path) -> None:
+    folder, known = exports["tiny-moe"]
+    target, lines = exported(folder, to=tmp_path / "gguf", point=known["some"][0], format="gguf-ready")
+    assert "convert_hf_to_gguf.py gguf --outfile gguf.gguf" in lines[-1]
+    assert "model.layers.0.mlp.experts.0.gate_proj.weight" in load_file(target / "model.safetensors")
 
 
 def test_a_merged_model_is_plain_and_rounded_only_where_asked(exports: Exports, tmp_path: Path) -> None:
@@ -474,9 +534,12 @@ def test_an_adapter_that_is_not_what_the_records_say_is_not_handed_out(damage: s
     ("words", "expected"),
     [
         (["formt=peft"], "unknown key 'formt'; did you mean 'format'"),
-        (["format=pft"], "unknown format 'pft': choose from adapter, merged, peft; did you mean 'peft'"),
+        (
+            ["format=pft"],
+            "unknown format 'pft': choose from adapter, gguf-ready, merged, peft, vllm; did you mean 'peft'",
+        ),
         (["dtype=float16"], "unknown dtype 'float16': choose from float32, stored"),
-        (["dtype=stored"], "dtype is for format=merged"),
+        (["dtype=stored"], "dtype is for format=merged and gguf-ready"),
         (["overwrite=yes"], "overwrite must be true or false, got 'yes'"),
         (["to="], "to=FOLDER is missing"),
         (["another"], "give the folder of one study, got 2"),

@@ -177,6 +177,13 @@ class RunConfig:
         where="amount",
         least=0,
     )
+    deployable: str = _key(
+        "",
+        "points that this form of an export cannot express are not trained (search.export says what each is)",
+        decides="running",
+        where="amount",
+        choices=("", "peft", "vllm", "merged"),
+    )
     sampler: str = _key(
         "ehvi",
         "who proposes points; ehvi is expected hypervolume improvement (parameters are known, so only accuracy is "

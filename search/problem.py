@@ -43,6 +43,7 @@ class Problem:
     task: str
     seed: int = 0
     max_trainable_params: int = 0
+    deployable: str = ""
     signals: Mapping[str, Signal] = field(default_factory=dict)
     task_recipe: Mapping[str, Any] = field(default_factory=dict)
     fixed_recipe: Mapping[str, Any] = field(default_factory=dict)
@@ -138,14 +139,18 @@ class Problem:
     def resolve(self, point: Point) -> tuple[Trial, int]:
         """The trial that a point asks for and its exact number of trainable parameters.
 
-        Raises InfeasibleError where the allocation does not exist, BudgetError where it is over
-        `max_trainable_params`, StudyError for settings that no point could have.
+        Raises InfeasibleError where the allocation does not exist or has not the form `deployable`, BudgetError where
+        it is over `max_trainable_params`, StudyError for settings that no point could have.
         """
         recipe = make_recipe(self.task_recipe, point.recipe, self.fixed_recipe)
         allocation = self.allocate(point)
         params = allocation.trainable_params(self.shape, rank=recipe.rank)
         if params == 0:
             raise InfeasibleError(f"{point.allocator} adapts nothing at these knobs: there is nothing to train")
+        if self.deployable and (several := getattr(allocation, "several", [])):
+            raise InfeasibleError(
+                f"{several[0]} has several LoRA experts, which deployable={self.deployable} cannot express"
+            )
         trial = Trial(allocation, recipe, self.model, self.task, self.seed, point.allocator, dict(point.knobs))
         if self.max_trainable_params and params > self.max_trainable_params:
             raise BudgetError(f"{params:,} trainable parameters are more than {self.max_trainable_params:,}")

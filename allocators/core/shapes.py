@@ -270,3 +270,10 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family(_sizes(2304, 9216, 26, 8, 4, head_dim=256)),
     "gemma3_text": Family(_sizes(2304, 9216, 26, 8, 4, head_dim=256)),
 }
+
+# Families whose checkpoints on the hub have a name for each expert, and what is called otherwise there than in
+# transformers 5, which stacks experts. Dense models are called the same in both.
+NAMED_EXPERTS: Mapping[str, Mapping[str, str]] = {
+    **{family: {} for family in ("olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")},
+    "mixtral": {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
+}

@@ -383,6 +383,11 @@ class ExpertCounts:
         """Sum over modules (the papers' T counts layers: T experts a layer on all seven modules is 7T here)."""
         return sum(self.counts.values())
 
+    @property
+    def several(self) -> list[str]:
+        """Modules with more than one expert, whose mix changes with every token: no plain LoRA equals them."""
+        return [path for path, n in self.counts.items() if n > 1]
+
     def check(self, shape: ModelShape) -> None:
         """Raises InfeasibleError where a module does not exist or cannot take added experts."""
         known = {m.path for m in shape.modules if m.role in ("attention", "mlp")}

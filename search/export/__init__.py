@@ -8,6 +8,7 @@ The command is `__main__.py`, what a format computes `formats.py`, the card `mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import Outcome
 from search import records
 from search.config import SETTINGS, RunConfig, before, keys
+from search.export.elsewhere import write_config
 from search.export.formats import Conversion, write_adapter, write_merged, write_peft
 from search.export.model_card import PROJECT, Card, markdown
 from search.export.served import write_gguf_ready, write_vllm
@@ -33,7 +35,9 @@ FORMATS: Mapping[str, Callable[[Conversion], str]] = {
     "peft": write_peft,
     "vllm": write_vllm,
     "gguf-ready": write_gguf_ready,
+    "config": write_config,
 }
+WITHOUT_WEIGHTS = ("config",)  # needs the point alone, not its adapter
 
 
 @dataclass(frozen=True)
@@ -136,11 +140,12 @@ def write(folder: str | Path, request: Request) -> Iterator[str]:
     """
     report = Report(records.read(folder))
     candidate, run = find(report, request.point)
-    where = locate(report, run)
+    where = "" if request.format in WITHOUT_WEIGHTS else locate(report, run)
     _refuse_to_replace(request)
     size, accuracy = human(run.trainable_params), report.accuracy_words(candidate)
     yield f"run {run_id(run)}: {report.label(run)} ({size} trainable parameters, {accuracy})"
-    with storage.reading_folder(where) as source, storage.replacing_folder(request.to) as target:
+    reading = storage.reading_folder(where) if where else nullcontext(Path())
+    with reading as source, storage.replacing_folder(request.to) as target:
         target.mkdir()
         conversion = Conversion(
             format=request.format,

@@ -15,6 +15,8 @@ format=vllm      an adapter for servers of many adapters (vLLM, SGLang): every l
                  by its own name, one rank and one lora_alpha for all; read back by name, and compared on the base.
                  Neither server runs in the tests: their loaders' sources were read
 format=gguf-ready  the merged model, with the command of llama.cpp's converter
+format=config    allocation and recipe, no weights, to be trained elsewhere: PEFT's LoraConfig, and YAML of Axolotl and
+                 Unsloth where they can say it
 
 What a format cannot express is refused with the reason. Nothing is written in place: the folder appears whole or not
 at all.

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from allocators.core.errors import StudyError
+from allocators.core.shapes import NAMED_EXPERTS
 from trainers import storage
 from trainers.adapter import peft_format
 from trainers.adapter.expert_lora import weight_stacks
@@ -42,17 +43,6 @@ from trainers.adapter.linear import module_at
 
 _PREFIX = "base_model.model."
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's --max-lora-rank takes
-
-# Families whose experts have a name of their own in the hub's checkpoints, and what is called otherwise there than in
-# transformers 5. Dense models are called the same in both.
-RENAMED: dict[str, dict[str, str]] = {
-    "olmoe": {},
-    "qwen2_moe": {},
-    "qwen3_moe": {},
-    "deepseek_v2": {},
-    "deepseek_v3": {},
-    "mixtral": {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
-}
 
 
 @dataclass(frozen=True)
@@ -69,10 +59,10 @@ def refusal(saved: Saved, model_type: str) -> str:
     """Why no server would load this adapter; "" where the loaders' sources say that they do."""
     if reason := peft_format.refusal(saved):
         return reason
-    if saved.shape.is_moe and model_type not in RENAMED:
+    if saved.shape.is_moe and model_type not in NAMED_EXPERTS:
         return (
             f"the experts of '{model_type}' have no name of their own in its checkpoints (those of "
-            f"{', '.join(sorted(RENAMED))} do)"
+            f"{', '.join(sorted(NAMED_EXPERTS))} do)"
         )
     return ""
 
@@ -129,7 +119,7 @@ def apply(model: nn.Module, folder: storage.Location) -> None:
     config = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(Path(folder) / "adapter_model.safetensors")
     scale = config["lora_alpha"] / config["r"]
-    back = {new: old for old, new in RENAMED.get(str(getattr(model.config, "model_type", "")), {}).items()}
+    back = {new: old for old, new in NAMED_EXPERTS.get(str(getattr(model.config, "model_type", "")), {}).items()}
     with torch.no_grad():
         for name in sorted(tensors):
             if not name.endswith(".lora_A.weight"):
@@ -159,7 +149,7 @@ def _weight(model: Any, parts: list[str]) -> Tensor:
 
 def _renamed(pair: Pair, model_type: str) -> str:
     """The name of a map in the checkpoints of that family."""
-    names, path = RENAMED.get(model_type, {}), pair.path.split(".")
+    names, path = NAMED_EXPERTS.get(model_type, {}), pair.path.split(".")
     if pair.expert is not None:
         path.insert(-1, str(pair.expert))
     return ".".join(names.get(part, part) for part in path)

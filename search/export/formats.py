@@ -164,8 +164,7 @@ def refuse_to_merge(saved: Saved, settings: Mapping[str, Any]) -> None:
             f"this adapter was trained on a base with quantization={quantization}: no sum fits into packed weights, "
             "and on full ones it was never measured; use format=adapter or format=peft, which load on the packed base"
         )
-    several = [path for path, n in getattr(saved.allocation, "counts", {}).items() if n > 1]
-    if several:
+    if several := getattr(saved.allocation, "several", []):
         raise StudyError(
             f"{several[0]} and {len(several) - 1} more modules have several LoRA experts, mixed anew for every token: "
             "no merged weight equals them; use format=adapter, or train with one expert a module"

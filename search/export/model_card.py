@@ -24,6 +24,7 @@ KIND = {
     "peft": "LoRA experts as a PEFT adapter",
     "vllm": "LoRA experts as an adapter for servers (vLLM, SGLang), every linear map by its own name",
     "gguf-ready": "A transformers model with the LoRA experts merged into its weights, for llama.cpp's converter",
+    "config": "Where LoRA goes and how it is trained, as configuration files for PEFT, Axolotl and Unsloth",
 }
 # What runs an export of each form, and how that is known.
 _AS_ANY = "as any model of its architecture; it did not run there"
@@ -41,20 +42,31 @@ RUNS_IN: Mapping[str, Sequence[tuple[str, str]]] = {
         ("transformers", "tested: loaded from these files, logits compared"),
         ("llama.cpp", "after conversion, where its converter knows architecture and tokenizer; it did not run there"),
     ],
+    "config": [
+        ("PEFT", "built by PEFT"),
+        ("Axolotl, Unsloth", "the keys are those of their schemas, which were read; neither ran"),
+    ],
 }
 MERGED = ("merged", "gguf-ready")
 CHOSEN_ON: Mapping[Split, str] = {
     "accuracy": "on the questions that the accuracy is measured on, those of the test split: it is a little high",
     "validation": "by validation accuracy, which is therefore a little high; nothing was chosen by test accuracy",
 }
-LIBRARY = {"adapter": PROJECT, "merged": "transformers", "peft": "peft", "vllm": "peft", "gguf-ready": "transformers"}
+LIBRARY = {
+    "adapter": PROJECT,
+    "merged": "transformers",
+    "peft": "peft",
+    "vllm": "peft",
+    "gguf-ready": "transformers",
+    "config": "peft",
+}
 
 
 @dataclass(frozen=True)
 class Card:
     """Everything that a card says.
 
-    format        adapter | merged | peft | vllm | gguf-ready
+    format        as `search.export.FORMATS` has them
     splits        accuracies that points of the study have, as in `search.report.splits`
     points        measured points of the study, among which this one was chosen
     base_params   all parameters of the base model; None where it does not lie on this machine

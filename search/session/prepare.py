@@ -8,6 +8,7 @@ from types import ModuleType
 
 from allocators.core import plugins, words
 from allocators.core.errors import StudyError, shown, unknown
+from allocators.core.shapes import NAMED_EXPERTS
 from allocators.core.types import ModelShape
 from search.config import AUTO, RunConfig, make_recipe
 from search.points.starting import starting_points
@@ -57,6 +58,7 @@ def prepare_training(config: RunConfig) -> Problem:
         make_recipe(task.recipe)
     except StudyError as error:
         raise StudyError(f"task {shown(config.task)} suggests what no recipe has: {error}") from error
+    _check_deployable(config, shape)
     kinds = kinds_read(space.ALLOCATORS)
     problem = Problem(
         space=space,
@@ -65,6 +67,7 @@ def prepare_training(config: RunConfig) -> Problem:
         task=config.task,
         seed=config.seed,
         max_trainable_params=config.max_trainable_params,
+        deployable=config.deployable,
         signals={kind: placeholder(kind, shape, datasets=task.num_datasets) for kind in kinds},
         task_recipe=task.recipe,
         fixed_recipe=config.recipe,
@@ -78,6 +81,24 @@ def prepare_training(config: RunConfig) -> Problem:
     for allocator, reason in hopeless(problem).items():
         print(f"warning: no point of {allocator} can be trained: {reason}", file=sys.stderr)
     return problem
+
+
+def _check_deployable(config: RunConfig, shape: ModelShape) -> None:
+    """Raises StudyError where no point of this model could have the form that `deployable` asks for."""
+    if config.deployable == "merged" and config.quantization:
+        raise StudyError(
+            f"deployable=merged and quantization={config.quantization} do not go together: no sum fits into packed "
+            "weights; leave one of them out"
+        )
+    if config.deployable == "vllm" and shape.is_moe:
+        from trainers import models
+
+        kind = str(models.config_of(config.model).get("model_type"))
+        if kind not in NAMED_EXPERTS:
+            raise StudyError(
+                f"deployable=vllm: the experts of '{kind}' have no name of their own in its checkpoints (those of "
+                f"{', '.join(sorted(NAMED_EXPERTS))} do): leave it out, or deployable=merged"
+            )
 
 
 def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,6 +71,9 @@ def test_help_lists_keys_and_spaces_and_describes_a_space(capsys: pytest.Capture
         (["space.fractoin=0.5"], "did you mean 'fraction'"),
         (["space.allocator=sieve", "space.fraction=0.01"], "fraction"),
         (["max_trainable_params=100"], "is below the smallest allocation of tiny-moe in this space"),
+        (["space=mola", "model=tiny-dense", "space.allocator=mola", "deployable=peft"], "has several LoRA experts"),
+        (["deployable=merged", "quantization=nf4"], "no sum fits into packed weights"),
+        (["deployable=onnx"], "unknown deployable 'onnx': choose from merged, peft, vllm"),
         (["plugins=nowhere.py"], "no such file"),
         (
             ["space=mola", "model=tiny-dense", "space.pattern=2469"],
@@ -95,6 +99,15 @@ def test_a_point_of_mola_is_pinned_as_it_is_printed(capsys: pytest.CaptureFixtur
     words = ["space=mola", "model=tiny-dense", "space.allocator=mola", "space.pattern=8228", "space.rank=8"]
     assert main([*words, "dry_run=true", "trials=1"]) == 0
     assert "pattern=8228" in capsys.readouterr().out
+
+
+def test_what_cannot_be_deployed_is_not_proposed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["space=dense", "model=tiny-dense", "space.allocator=uniform", "trials=6", "dry_run=true"]
+    assert main([*words, "deployable=vllm"]) == 0
+    totals = set(re.findall(r"total_experts=(\d+)", capsys.readouterr().out))
+    assert totals == {"8"}  # one expert a layer of eight
+    assert main(words) == 0
+    assert len(set(re.findall(r"total_experts=(\d+)", capsys.readouterr().out))) > 1
 
 
 def test_help_is_asked_for_in_any_place_and_is_grouped(capsys: pytest.CaptureFixture[str]) -> None:

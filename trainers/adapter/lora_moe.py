@@ -455,8 +455,7 @@ class LoraMoeAdapter(Adapter):
 
         Raises TrialError where a module has more: the gates depend on the token, no weight equals them.
         """
-        several = [path for path, n in self.allocation.counts.items() if n > 1]
-        if several:
+        if several := self.allocation.several:
             raise TrialError(
                 f"{several[0]} and {len(several) - 1} more modules have several experts: their mix changes with every "
                 "token, so no merged weight equals it; use the adapter attached, or train with one expert a module"

@@ -76,13 +76,11 @@ class Written:
 def refusal(saved: Saved) -> str:
     """Why PEFT cannot express this adapter; "" where it can."""
     allocation = saved.allocation
-    if isinstance(allocation, ExpertCounts):
-        several = [path for path, n in allocation.counts.items() if n > 1]
-        if several:
-            return (
-                f"{several[0]} and {len(several) - 1} more modules have several LoRA experts with a router, and PEFT "
-                "has no such layer"
-            )
+    if isinstance(allocation, ExpertCounts) and (several := allocation.several):
+        return (
+            f"{several[0]} and {len(several) - 1} more modules have several LoRA experts with a router, and PEFT "
+            "has no such layer"
+        )
     nothing = isinstance(allocation, ExpertCounts) and not allocation.counts
     if nothing or (isinstance(allocation, ModuleRanks) and not allocation.total_rank):
         return "it adapts no module, and a PEFT adapter has at least one target"

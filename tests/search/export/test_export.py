@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -245,7 +246,7 @@ def test_what_a_server_cannot_hold_is_refused_with_the_reason(
     with pytest.raises(StudyError, match=r"^format=vllm cannot express this adapter: .* several LoRA experts"):
         exported(folder, to=tmp_path / "a", point=known["routed"][0], format="vllm")
     moe, known = exports["tiny-moe"]
-    monkeypatch.setattr(by_name, "RENAMED", {"mixtral": {}})
+    monkeypatch.setattr(by_name, "NAMED_EXPERTS", {"mixtral": {}})
     with pytest.raises(StudyError, match=r"the experts of 'olmoe' have no name of their own in its checkpoints"):
         exported(moe, to=tmp_path / "b", point=known["some"][0], format="vllm")
     assert not list(tmp_path.iterdir())
@@ -256,6 +257,61 @@ def test_a_model_for_the_converter_has_the_names_of_the_hub(exports: Exports, tm
     target, lines = exported(folder, to=tmp_path / "gguf", point=known["some"][0], format="gguf-ready")
     assert "convert_hf_to_gguf.py gguf --outfile gguf.gguf" in lines[-1]
     assert "model.layers.0.mlp.experts.0.gate_proj.weight" in load_file(target / "model.safetensors")
+
+
+def test_a_dense_point_is_configuration_for_three_programs(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    run = run_of("tiny-dense", single(DENSE))  # no adapter: none is needed
+    recipe = replace(run.trial.recipe, lora_alpha=79.5, learning_rate=0.002, micro_batch_size=8)
+    run = run.updated(trial=replace(run.trial, recipe=recipe))
+    target, lines = exported(write_study(tmp_path / "s", [run], model="tiny-dense"), to=tmp_path / "c", format="config")
+    config = LoraConfig.from_pretrained(str(target))
+    model = models.load("tiny-dense", dtype="float32").model
+    wrapped: Any = get_peft_model(model, config)
+    adapted = {n.removeprefix("base_model.model.") for n, m in wrapped.named_modules() if hasattr(m, "lora_A")}
+    assert adapted == {m.path for m in DENSE.modules[::3]}
+    assert wrapped.peft_config["default"].lora_alpha / wrapped.peft_config["default"].r == 79.5 / 4
+    axolotl, unsloth = (yaml.safe_load((target / f"{name}.yaml").read_text()) for name in ("axolotl", "unsloth"))
+    assert set(axolotl["lora_target_modules"]) == set(unsloth["lora"]["target_modules"].split(",")) == adapted
+    for rate, alpha in (
+        (axolotl["learning_rate"], axolotl["lora_alpha"]),
+        (unsloth["training"]["learning_rate"], unsloth["lora"]["lora_alpha"]),
+    ):
+        assert isinstance(alpha, int)
+        assert rate * alpha == pytest.approx(0.002 * 79.5)
+    assert (axolotl["micro_batch_size"], axolotl["gradient_accumulation_steps"]) == (8, 2)
+    assert "keeps learning_rate·lora_alpha" in "\n".join(lines)
+
+
+def test_configuration_of_chosen_experts_says_what_peft_cannot(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    run = run_of("tiny-moe", some(MOE))
+    target, lines = exported(write_study(tmp_path / "s", [run], model="tiny-moe"), to=tmp_path / "c", format="config")
+    wrapped: Any = get_peft_model(
+        models.load("tiny-moe", dtype="float32").model, LoraConfig.from_pretrained(str(target))
+    )
+    stacks = {
+        module.parameter_name: {int(re.findall(r"layers\.(\d+)", name)[0])}
+        for name, module in wrapped.named_modules()
+        if getattr(module, "parameter_name", "") in ("gate_up_proj", "down_proj")
+    }
+    assert set(stacks) == {"gate_up_proj", "down_proj"}
+    text = (target / "axolotl.yaml").read_text()
+    assert set(yaml.safe_load(text)["lora_target_parameters"]) >= {
+        f"model.layers.{layer}.mlp.experts.{stack}" for layer in MOE.moe_layers[1:] for stack in stacks
+    }
+    assert "model.layers.0.mlp.experts" not in text
+    assert "in them every expert is adapted" in "\n".join(lines)
+    assert not (target / "unsloth.yaml").exists()
+
+
+def test_configuration_is_refused_where_lora_alone_cannot_say_it(exports: Exports, tmp_path: Path) -> None:
+    folder, known = exports["tiny-dense"]
+    for point, reason in (("routed", "several LoRA experts with a router"), ("nothing", "adapts no module")):
+        with pytest.raises(StudyError, match=f"format=config .*{reason}"):
+            exported(folder, to=tmp_path / "no", point=known[point][0], format="config")
 
 
 def test_a_merged_model_is_plain_and_rounded_only_where_asked(exports: Exports, tmp_path: Path) -> None:
@@ -536,7 +592,7 @@ def test_an_adapter_that_is_not_what_the_records_say_is_not_handed_out(damage: s
         (["formt=peft"], "unknown key 'formt'; did you mean 'format'"),
         (
             ["format=pft"],
-            "unknown format 'pft': choose from adapter, gguf-ready, merged, peft, vllm; did you mean 'peft'",
+            "unknown format 'pft': choose from adapter, config, gguf-ready, merged, peft, vllm; did",
         ),
         (["dtype=float16"], "unknown dtype 'float16': choose from float32, stored"),
         (["dtype=stored"], "dtype is for format=merged and gguf-ready"),

@@ -126,67 +126,75 @@ def _parameters(ranks: dict[str, int]) -> list[str]:
 def _others(
     conversion: Conversion, shape: ModelShape, ranks: dict[str, int], recipe: Recipe
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names of files for programs with one rank for all modules, and what they hold."""
     rank = next(iter(ranks.values()))
-    alpha = max(1, round(recipe.lora_alpha * rank / recipe.rank))
-    rate = recipe.learning_rate * recipe.lora_alpha * rank / recipe.rank / alpha
-    if alpha * recipe.rank != recipe.lora_alpha * rank:
+    exact = recipe.lora_alpha * rank / recipe.rank
+    alpha = max(1, round(exact))
+    rate = recipe.learning_rate * exact / alpha
+    if alpha != exact:
         conversion.notes.append(
-            f"Axolotl and Unsloth take a whole lora_alpha: {recipe.lora_alpha:g} is {alpha} there, and the learning "
-            f"rate {rate:.3g} keeps learning_rate·lora_alpha"
+            f"Axolotl and Unsloth take a whole lora_alpha: {exact:g} is {alpha} there, and the learning rate "
+            f"{rate:.3g} keeps learning_rate·lora_alpha"
         )
-    parameters, accumulation = _parameters(ranks), recipe.batch_size // recipe.micro_batch_size
-    modules = sorted(set(ranks) - set(parameters))
-    base, amount = portable(conversion.base), {"max_steps": recipe.steps} if recipe.steps else {}
-    yield (
-        "axolotl.yaml",
-        {
-            "base_model": base,
-            "datasets": [{"path": YOUR_DATA, "type": "chat_template"}],
-            "sequence_len": recipe.max_length,
-            "adapter": "lora",
-            "lora_r": rank,
-            "lora_alpha": alpha,
-            "lora_dropout": 0.0 if parameters else recipe.lora_dropout,
-            "lora_target_modules": modules,
-            **({"lora_target_parameters": parameters} if parameters else {}),
-            "learning_rate": rate,
-            "lr_scheduler": recipe.schedule,
-            "warmup_ratio": recipe.warmup_ratio,
-            "weight_decay": recipe.weight_decay,
-            "max_grad_norm": recipe.max_grad_norm,
-            "optimizer": "adamw_torch",
-            "micro_batch_size": recipe.micro_batch_size,
-            "gradient_accumulation_steps": accumulation,
-            **(amount or {"num_epochs": recipe.epochs}),
-            "seed": conversion.run.trial.seed,
-            "output_dir": "./outputs",
-        },
-    )
+    yield "axolotl.yaml", _axolotl(conversion, ranks, recipe, rank=rank, alpha=alpha, rate=rate)
     if shape.is_moe:
         conversion.notes.append("unsloth.yaml is not written: its LoRA section has no word for stacked experts")
-        return
-    yield (
-        "unsloth.yaml",
-        {
-            "model": base,
-            "data": {"dataset": YOUR_DATA},
-            "training": {
-                "training_type": "lora",
-                "load_in_4bit": conversion.settings.get("quantization") == "nf4",
-                "max_seq_length": recipe.max_length,
-                "learning_rate": rate,
-                "batch_size": recipe.micro_batch_size,
-                "gradient_accumulation_steps": accumulation,
-                "warmup_steps": round(recipe.warmup_ratio * recipe.steps),
-                "weight_decay": recipe.weight_decay,
-                "random_seed": conversion.run.trial.seed,
-                **(amount or {"num_epochs": max(1, round(recipe.epochs))}),
-            },
-            "lora": {
-                "lora_r": rank,
-                "lora_alpha": alpha,
-                "lora_dropout": recipe.lora_dropout,
-                "target_modules": ",".join(modules),
-            },
-        },
-    )
+    else:
+        yield "unsloth.yaml", _unsloth(conversion, ranks, recipe, rank=rank, alpha=alpha, rate=rate)
+
+
+def _axolotl(
+    conversion: Conversion, ranks: dict[str, int], recipe: Recipe, *, rank: int, alpha: int, rate: float
+) -> dict[str, Any]:
+    parameters = _parameters(ranks)
+    return {
+        "base_model": portable(conversion.base),
+        "datasets": [{"path": YOUR_DATA, "type": "chat_template"}],
+        "sequence_len": recipe.max_length,
+        "adapter": "lora",
+        "lora_r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0 if parameters else recipe.lora_dropout,
+        "lora_target_modules": sorted(set(ranks) - set(parameters)),
+        **({"lora_target_parameters": parameters} if parameters else {}),
+        "learning_rate": rate,
+        "lr_scheduler": recipe.schedule,
+        "warmup_ratio": recipe.warmup_ratio,
+        "weight_decay": recipe.weight_decay,
+        "max_grad_norm": recipe.max_grad_norm,
+        "optimizer": "adamw_torch",
+        "micro_batch_size": recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch_size,
+        **({"max_steps": recipe.steps} if recipe.steps else {"num_epochs": recipe.epochs}),
+        "seed": conversion.run.trial.seed,
+        "output_dir": "./outputs",
+    }
+
+
+def _unsloth(
+    conversion: Conversion, ranks: dict[str, int], recipe: Recipe, *, rank: int, alpha: int, rate: float
+) -> dict[str, Any]:
+    training = {
+        "training_type": "lora",
+        "load_in_4bit": conversion.settings.get("quantization") == "nf4",
+        "max_seq_length": recipe.max_length,
+        "learning_rate": rate,
+        "batch_size": recipe.micro_batch_size,
+        "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch_size,
+        "warmup_steps": round(recipe.warmup_ratio * recipe.steps),
+        "weight_decay": recipe.weight_decay,
+        "random_seed": conversion.run.trial.seed,
+        **({"max_steps": recipe.steps} if recipe.steps else {"num_epochs": max(1, round(recipe.epochs))}),
+    }
+    lora = {
+        "lora_r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": recipe.lora_dropout,
+        "target_modules": ",".join(sorted(ranks)),
+    }
+    return {
+        "model": portable(conversion.base),
+        "data": {"dataset": YOUR_DATA},
+        "training": training,
+        "lora": lora,
+    }

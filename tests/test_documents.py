@@ -13,7 +13,7 @@ import pytest
 
 from allocators.core import plugins, words
 from allocators.core.errors import StudyError
-from search import config, evaluate
+from search import config, doctor, evaluate
 from search.export import __main__ as export
 from search.problem import load_space
 from search.replay.__main__ import Target
@@ -101,6 +101,7 @@ def pytest_words(given: Sequence[str]) -> None:
 
 PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "search.run": run,
+    "search.doctor": fields_of(doctor.Asked),
     "search.report": one_folder,
     "search.evaluate": evaluated,
     "search.export": exported,

@@ -9,7 +9,7 @@ which more is better (`early.merit`: accuracy, or minus a loss). And inside a fr
 whose loss would cost most hypervolume comes first, which keeps a rung from protecting every cheap point that is only
 cheap. Ranking within strata of like size instead was slower on recorded trainings, however the strata were cut. State
 only: no Ray (`engine/tune.py` obeys it), no clock, no random numbers. What it decided can be told from the evaluations
-on record, so a study that was cut off goes on with `restore`.
+on record: a study that was cut off says again, in their order, what was reached, gone on with and ended.
 """
 
 from __future__ import annotations
@@ -121,11 +121,11 @@ class NoHalving:
 
     paused: Mapping[str, int] = MappingProxyType({})
 
-    def restore(
-        self, key: str, merits: list[float | None], *, cost: int, finished: bool, accuracy: float | None = None
-    ) -> bool:
-        """False: nothing is paused."""
-        return False
+    def restore(self, key: str, merits: list[float | None], *, cost: int, accuracy: float | None = None) -> None:
+        """Does nothing."""
+
+    def go_on(self, key: str) -> None:
+        """Does nothing."""
 
     def reached(self, key: str, number: int, *, merit: float | None, cost: int) -> bool:
         """True: every training goes on."""
@@ -169,23 +169,21 @@ class Halving:
         self._closed = False
         self.paused: dict[str, int] = {}
 
-    def restore(
-        self, key: str, merits: list[float | None], *, cost: int, finished: bool, accuracy: float | None = None
-    ) -> bool:
-        """Takes in a training of an earlier run by its merits so far; says whether it is paused now.
+    def restore(self, key: str, merits: list[float | None], *, cost: int, accuracy: float | None = None) -> None:
+        """Takes in a training that has ended, by its merits: a rival and nothing else, wherever it ended.
 
-        One that finished is a rival and nothing else, wherever it ended. `accuracy` is that of a complete one.
+        accuracy   of one that is complete
         """
         for rung in self._at:
             if len(merits) >= rung:
                 self._at[rung][key] = (cost, merits[rung - 1])
             if len(merits) > rung:
                 self._promoted[rung].add(key)
-        if finished:
-            self.ended(key, accuracy=accuracy)
-        elif len(merits) in self._at:
-            self.paused[key] = len(merits)
-        return key in self.paused
+        self.ended(key, accuracy=accuracy)
+
+    def go_on(self, key: str) -> None:
+        """Takes in that a paused training was gone on with."""
+        self._promoted[self.paused.pop(key)].add(key)
 
     def reached(self, key: str, number: int, *, merit: float | None, cost: int) -> bool:
         """A training has its evaluation `number` (from 1): whether it goes on at once, else it is paused."""

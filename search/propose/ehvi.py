@@ -10,10 +10,10 @@ proposed (`criterion.py`). Where points may have more than one run, to try one a
 like any other. Trials under way count as if they had ended as predicted, so that workers who ask at the same time are
 sent to different places.
 
-What is proposed follows from the trials of the study, in their order. A sampler that takes over from one that was killed
-is told of every question that was asked (`recall`), and proposes what the other one would have: random numbers come from
-the seed and the number of the question, candidates from the latest questions, and hyperparameters from the points as
-they were when their fit was due.
+What is proposed follows from the trials of the study, in their order. A sampler that takes over from one that was
+killed is told of every question that was asked (`recall`), and proposes what the other one would have: random numbers
+come from the seed and the number of the question, candidates from the latest questions, and hyperparameters from the
+points as they were when their fit was due.
 
 Legend  N trained or running points, M candidates, R points that may be tried again, D inputs of the model.
 """

@@ -1,4 +1,4 @@
-"""With one worker a study that was killed and went on proposes what the uninterrupted one proposes, wherever it was killed.
+"""With one worker a study that was killed and went on proposes what the uninterrupted one does, wherever it was killed.
 
 A training is a function here; the driver is killed behind any line that it writes, and its next life reads the records.
 """

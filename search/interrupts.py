@@ -45,7 +45,7 @@ class _Interruption:
         self._untold = False  # whether the main thread has not heard of the error yet
         self.abandoned = False  # a library still runs threads, which its own clean-up would trip over
         self.watching = False  # between the beginning and the end of `watched`
-        self.signals = SIGNALS
+        self.signals: tuple[signal.Signals, ...] = SIGNALS
         self._lock = threading.Lock()
         self._end: Callable[[], None] | None = None
 

@@ -26,6 +26,7 @@ Members = Mapping[str, tuple[int, float | None]]  # by digest: trainable paramet
 BEYOND = 0.1  # of a front's extent: how far behind its worst corner the hypervolume is measured from
 SHOWN_BY = 8  # trainings that have to end before their first rung is known to rank as the end does
 AGREES = 0.5  # rank correlation of the first rung with the end from which on trainings pause there
+MOST_RIVALS = 1_000  # trainings of a rung, the latest, that are ranked there: ranking costs more than their number
 WATCHED = 0  # as `first_rung`: the first rung pauses nothing before it is known to agree
 
 
@@ -146,7 +147,7 @@ NO_HALVING = NoHalving()
 
 
 class Halving:
-    """Who goes on at a rung: the best 1/η of all that have reached it, as of now.
+    """Who goes on at a rung: the best 1/η of all that have reached it, as of now (of the latest, where they are many).
 
     evaluations   of a whole training, equally spaced in its tokens; after which of them one may pause: `rungs`
     eta           η: the part that goes on is 1/η, rounded down while trainings may still arrive
@@ -176,10 +177,20 @@ class Halving:
         """
         for rung in self._at:
             if len(merits) >= rung:
-                self._at[rung][key] = (cost, merits[rung - 1])
+                self._arrives(key, rung, cost, merits[rung - 1])
             if len(merits) > rung:
                 self._promoted[rung].add(key)
         self.ended(key, accuracy=accuracy)
+
+    def _arrives(self, key: str, rung: int, cost: int, merit: float | None) -> None:
+        """At a rung, where the oldest rival goes when there are too many; if it is paused, it stays so."""
+        members = self._at[rung]
+        members[key] = (cost, merit)
+        if len(members) > MOST_RIVALS:
+            oldest = next(iter(members))
+            del members[oldest]
+            self._promoted[rung].discard(oldest)
+            self._ends.pop(oldest, None)
 
     def go_on(self, key: str) -> None:
         """Takes in that a paused training was gone on with."""
@@ -189,7 +200,7 @@ class Halving:
         """A training has its evaluation `number` (from 1): whether it goes on at once, else it is paused."""
         if number not in self._at or key in self._promoted[number]:  # what goes on reports its old rungs again
             return True
-        self._at[number][key] = (cost, merit)
+        self._arrives(key, number, cost, merit)
         if key in self._promotable(number):
             self._promoted[number].add(key)
             return True

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from allocators.core.types import Outcome
 from search.config import parse
 from search.front import candidates, front
+from search.propose import halving as halving_module
 from search.propose.halving import (
     BEYOND,
     NO_HALVING,
@@ -338,6 +339,17 @@ def test_only_the_order_of_merits_inside_a_front_and_their_extent_matter(points:
     same = {key: (cost, round(merit, 3)) for key, (cost, merit) in finite.items()}
     numbers = front_numbers(same)
     assert [numbers[key] for key in ordered(moved)] == [numbers[key] for key in ordered(same)]
+
+
+def test_a_rung_ranks_its_latest_rivals_and_keeps_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halving_module, "MOST_RIVALS", 10)
+    halving = Halving(evaluations=4, eta=2)
+    for number in range(40):  # worse and worse
+        train_whole(halving, f"t{number:02}", merits=(1 - number / 50,) * 4, accuracy=0.5)
+    assert max(map(len, halving._at.values())) == 10
+    reached = train_whole(halving, "new", merits=(0.45,) * 4, accuracy=0.5)
+    assert reached == 2, "the best of the latest ten goes on; it is the 28th of all"
+    assert len(halving._ends) <= 20
 
 
 def test_without_halving_nothing_is_ever_paused() -> None:

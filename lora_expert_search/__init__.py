@@ -57,10 +57,12 @@ def search(*, recipe: Mapping[str, Any] | None = None, pins: Mapping[str, Any] |
     pins     knobs of the space that are fixed: `{"rank": 8}` is `space.rank=8`
     keys     every key of `python -m search.run help`, by name; lists stand for several values
 
-    An interrupt (Ctrl-C, the stop button of a notebook) ends the search and returns what is there so far.
+    An interrupt (Ctrl-C, the stop button of a notebook) ends the search and returns what is there so far. In the main
+    thread SIGTERM and SIGHUP end it in the same order, and then the process.
 
-    Raises StudyError for what cannot work, as the command does in one line.
+    Raises StudyError for what cannot work, as the command does in one line; SystemExit after SIGTERM or SIGHUP.
     """
+    from search import interrupts
     from search.config import parse
     from search.session import session
     from search.session.make_workers import Locations
@@ -69,10 +71,13 @@ def search(*, recipe: Mapping[str, Any] | None = None, pins: Mapping[str, Any] |
     config, problem = prepare(parse(as_words(keys, recipe=recipe or {}, space=pins or {})))
     if config.dry_run:
         raise StudyError("dry_run=true prints points and leaves no study: use the command line for it")
-    try:
-        session.run_study(config, problem)
-    except KeyboardInterrupt:
-        print("interrupted: the same call goes on where this one stopped")
+    with interrupts.watched(interrupts.ENDING):
+        try:
+            session.run_study(config, problem)
+        except KeyboardInterrupt:
+            print("interrupted: the same call goes on where this one stopped", flush=True)
+            if interrupts.ended():
+                raise SystemExit(interrupts.exit_code()) from None
     return open_study(Locations.of(config).folder)
 
 

@@ -29,6 +29,7 @@ class Said(StudyError):
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ENDING = (signal.SIGTERM, signal.SIGHUP)  # those that end a process that does not hear them
 PATIENCE = 4.0  # seconds that the main thread has to come back from where it was
 LONGEST = 9.0  # seconds after which the process ends, whatever is left to do
 
@@ -44,12 +45,18 @@ class _Interruption:
         self._untold = False  # whether the main thread has not heard of the error yet
         self.abandoned = False  # a library still runs threads, which its own clean-up would trip over
         self.watching = False  # between the beginning and the end of `watched`
+        self.signals: tuple[signal.Signals, ...] = SIGNALS
         self._lock = threading.Lock()
         self._end: Callable[[], None] | None = None
 
     @property
     def came(self) -> bool:
         return self.signal is not None or self.error is not None
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether the process may be ended: after an error a program that only called this one goes on."""
+        return self.watching and (self.signal is not None or self.signals == SIGNALS)
 
     @property
     def exit_code(self) -> int:
@@ -86,12 +93,12 @@ class _Interruption:
         time.sleep(PATIENCE)
         threading.Thread(target=self._end_and_leave, daemon=True).start()
         time.sleep(LONGEST - PATIENCE)
-        if self.watching:
+        if self.may_leave:
             _leave(self.exit_code)
 
     def _end_and_leave(self) -> None:
         with self._lock:
-            stuck = self.watching and self._end is not None
+            stuck = self.may_leave and self._end is not None
         if stuck:
             with contextlib.suppress(Exception):
                 self.end()
@@ -109,15 +116,15 @@ def _on_signal(signum: int, _: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def watched() -> Iterator[None]:
+def watched(signals: tuple[signal.Signals, ...] = SIGNALS) -> Iterator[None]:
     """Inside the block the first of the signals raises KeyboardInterrupt; later ones do not disturb the end."""
     global _now
     if threading.current_thread() is not threading.main_thread():  # in a notebook's thread, say: they are not ours
         yield
         return
     _now = _Interruption()
-    _now.watching = True
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    _now.watching, _now.signals = True, signals
+    before = {number: signal.getsignal(number) for number in signals}
     install()
     try:
         yield
@@ -131,7 +138,7 @@ def watched() -> Iterator[None]:
 def install() -> None:
     """Again, after a library that took a signal for itself: Ray's own code aborts the process at SIGTERM."""
     if _now.watching and threading.current_thread() is threading.main_thread():
-        for number in SIGNALS:
+        for number in _now.signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, _on_signal)
 
@@ -197,6 +204,11 @@ def abandon() -> None:
 def came() -> bool:
     """Whether this process is being ended."""
     return _now.came
+
+
+def ended() -> bool:
+    """Whether a signal came that ends the process."""
+    return _now.signal is not None
 
 
 def exit_code() -> int:

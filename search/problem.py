@@ -82,6 +82,10 @@ class Problem:
         pinned = PinnedTrial(trial, self.pins, anything=self.fixed_recipe, learning_rate=rate)
         return self.suggest(pinned), pinned.params
 
+    def recorded(self, name: str, distribution: Any, value: Any) -> Any:
+        """The value that a point has in the records where a sampler drew this one."""
+        return value
+
     @property
     def is_table(self) -> bool:
         """Whether the space is a fixed grid: every point of it is trained, and there is nothing to search."""

@@ -160,31 +160,54 @@ class Conductor:
             self._queue = self._go_on(sampler)
 
     def _go_on(self, sampler: str) -> Iterator[Proposal | Literal["wait"]]:
-        """What a search proposes from here on; its sampler has learnt what is on record."""
-        problem, records = self._problem, self._records
-        own = {digest: outcome for digest, outcome in records.finished.items() if self._counts(outcome.trial)}
-        half_done = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
-        paused = [p for p in half_done if self._restored(records.outcomes[p.trial.digest])]
-        for outcome in own.values():
-            self._restored(outcome)
-        under_way = [p for p in half_done if self._counts(p.trial) and p not in paused]
+        """What a search proposes from here on; its sampler and its halving have learnt what is on record."""
+        records = self._records
         self._proposer = Proposer(
-            problem,
-            sampler=sampler,
-            known=[(outcome, records.params_of(digest)) for digest, outcome in own.items()],
-            unfinished=[*paused, *under_way],
-            repeats=self._seeds == AUTO,
-            answered=self._on_answered,
+            self._problem, sampler=sampler, repeats=self._seeds == AUTO, answered=self._on_answered
         )
-        repeats = [p for p in half_done if not self._counts(p.trial)]
-        for _ in paused:  # the sampler knows that they are under way; they go on when it is their turn
-            proposal = self._proposer.propose()
-            assert proposal is not None
+        self._recall()
+        half_done = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
+        paused = [p for p in half_done if p.trial.digest in self._halving.paused]
+        for proposal in paused:
             self._proposals[proposal.trial.digest] = proposal
             self._progress.paused(proposal.trial.digest)
         self._expect()
-        trained = len(own.keys() - records.reused.keys())
-        return self._search(self._trials - trained - len(paused), repeats)
+        trained = sum(self._counts(outcome.trial) for outcome in records.trained.values())
+        return self._search(self._trials - trained - len(paused), [p for p in half_done if p not in paused])
+
+    def _recall(self) -> None:
+        """Tells sampler and halving what is on record, in its order: what they decide then is what they would have."""
+        records, asked = self._records, set[str]()
+        for what, digest, number in records.events:
+            if what == "answered":
+                self._proposer.recall_answered(records.answered[number])
+                continue
+            if (outcome := records.outcomes.get(digest)) is None:  # its start is on a damaged line
+                continue
+            if what != "rung" and digest not in asked and self._counts(outcome.trial):
+                self._proposer.recall(outcome.trial, records.params_of(digest))
+                asked.add(digest)
+            if self._is_own(outcome):
+                self._recall_halving(what, outcome, number, all_asked=len(asked) >= self._trials)
+            if what == "finished" and outcome.status in FINISHED:
+                self._proposer.tell(outcome)
+
+    def _recall_halving(self, what: str, outcome: Outcome, step: int, *, all_asked: bool) -> None:
+        """One event of a training: where it paused, went on and ended."""
+        halving, digest = self._halving, outcome.digest
+        if what == "finished" and digest in self._records.reused:
+            self._restored(outcome)
+        elif what == "finished":
+            halving.ended(digest, accuracy=_at_the_end(outcome))
+        else:
+            if digest in halving.paused:
+                if all_asked and what == "started":
+                    halving.close()
+                halving.go_on(digest)
+            reached = [rung for rung in outcome.rungs if rung.step <= step]
+            if what == "rung" and reached:
+                merit = early.merit(reached[-1], self._rank_by)
+                halving.reached(digest, len(reached), merit=merit, cost=outcome.trainable_params)
 
     @property
     def cut_off(self) -> bool:
@@ -221,16 +244,24 @@ class Conductor:
         self._progress.started(started)
         return proposal
 
-    def _search(self, own: int, repeats: list[Proposal]) -> Iterator[Proposal | Literal["wait"]]:
-        """What the sampler proposes; then repeats of the front, which is looked at again after every result."""
+    def _search(self, own: int, under_way: list[Proposal]) -> Iterator[Proposal | Literal["wait"]]:
+        """What was cut off, what the sampler proposes, and repeats of the front, which is looked at after every result.
+
+        own   trainings to be proposed yet, those that were cut off included
+        """
+        repeats = [proposal for proposal in under_way if not self._counts(proposal.trial)]
+        for proposal in under_way:
+            if proposal not in repeats and not self._taken(proposal):
+                own -= 1
+                yield proposal
         for _ in itertools.chain(range(own), self._instead()):
             yield from self._promoted()
-            while (proposal := self._proposer.propose()) is not None and self._taken(proposal):
+            while (new := self._proposer.propose()) is not None and self._taken(new):
                 pass
-            if proposal is None:
+            if new is None:
                 self._progress.message("every point of the space has been answered")
                 break
-            yield proposal
+            yield new
         yield from self._last_rungs()
         yield from (proposal for proposal in repeats if not self._taken(proposal))
         while self._seeds > 1:
@@ -275,17 +306,15 @@ class Conductor:
                     outcome.updated(status="stopped", accuracy=last.accuracy, tokens=last.tokens, seconds=last.seconds)
                 )
 
-    def _restored(self, outcome: Outcome) -> bool:
-        """Takes a training of an earlier run in; whether it is paused."""
-        if not self._is_own(outcome):
-            return False
-        return self._halving.restore(
-            outcome.digest,
-            [early.merit(rung, self._rank_by) for rung in outcome.rungs],
-            cost=outcome.trainable_params,
-            finished=outcome.status in FINISHED,
-            accuracy=_at_the_end(outcome),
-        )
+    def _restored(self, outcome: Outcome) -> None:
+        """Takes in a training of another study: a rival at every rung that it passed."""
+        if self._is_own(outcome):
+            self._halving.restore(
+                outcome.digest,
+                [early.merit(rung, self._rank_by) for rung in outcome.rungs],
+                cost=outcome.trainable_params,
+                accuracy=_at_the_end(outcome),
+            )
 
     def _rows(self) -> Iterator[Proposal]:
         """What is missing of a table."""
@@ -341,7 +370,7 @@ class Conductor:
         if taken is None:
             return False
         outcome, study = taken
-        self._restored(outcome)  # a rival at every rung that it passed
+        self._restored(outcome)
         self._finished(outcome, proposal.params, reused=study)
         return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import lora_expert_search as les
+from search import interrupts
 from search.session import session
 from trainers import adapter
 
@@ -91,6 +93,27 @@ def test_an_interrupt_returns_what_is_there(study: les.Study, monkeypatch: pytes
     monkeypatch.setattr(session, "run_study", interrupted)
     there = les.search(workers="process", limit=40, storage=study.folder.parent, recipe={"steps": 4})
     assert len(there.points) >= 2
+
+
+def test_sigterm_ends_the_search_in_order_and_then_the_process(
+    study: les.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    def stopped(*_: object) -> int:
+        with interrupts.ending(lambda: ended.append("reported")):
+            signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    monkeypatch.setattr(session, "run_study", stopped)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as error:
+        les.search(workers="process", limit=40, storage=study.folder.parent, recipe={"steps": 4})
+    assert error.value.code == 128 + signal.SIGTERM
+    assert ended == ["reported"]
+    assert signal.getsignal(signal.SIGTERM) is before
+    with interrupts.watched():  # which forgets the signal
+        assert not interrupts.came()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ Legend  N points, D inputs of the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,21 +132,54 @@ def candidate(trial: Asked, resolve: Callable[[Any], Known]) -> Candidate:
     return Candidate(params, trial.distributions, known, inputs)
 
 
-def matrix(points: Sequence[Candidate]) -> Array:
-    """Inputs of the model: log parameters, features, parameters in [0, 1], one column a category. Shape [N, D].
+@dataclass(frozen=True)
+class Inputs:
+    """What the columns of the model's input are.
 
-    Parameters that a branch of the space does not have stand in the middle; its category tells the branches apart.
+    names      of the columns but the last, which is log parameters
+    low, high  range of the parameters, which lie in [0, 1] there
     """
-    names = sorted({name for point in points for name in point.inputs})
-    column = {name: place for place, name in enumerate(names)}
-    x = np.empty((len(points), len(names) + 1))
-    x[:, :-1] = [0.0 if "=" in name else 0.5 for name in names]
-    for row, point in enumerate(points):
-        for name, value in point.inputs.items():
-            x[row, column[name]] = value
-    cost = np.log([max(point.known.cost, 1) for point in points])
-    x[:, -1] = (cost - cost.min()) / ((cost.max() - cost.min()) or 1.0)
-    return x
+
+    names: tuple[str, ...] = ()
+    low: int = 0
+    high: int = 0
+
+    @classmethod
+    def of(cls, points: Iterable[Candidate]) -> Inputs:
+        """Those that these points have."""
+        return cls().including(points)
+
+    @property
+    def dims(self) -> int:
+        """Number of columns."""
+        return len(self.names) + 1
+
+    def including(self, points: Iterable[Candidate]) -> Inputs:
+        """The same with what these points have besides."""
+        points = list(points)
+        if not points:
+            return self
+        costs = [max(point.known.cost, 1) for point in points] + [cost for cost in (self.low, self.high) if cost]
+        names = tuple(sorted({name for point in points for name in point.inputs}.union(self.names)))
+        return Inputs(names, min(costs), max(costs))
+
+    def matrix(self, points: Sequence[Candidate]) -> Array:
+        """Inputs of the model: features, parameters in [0, 1], one column a category, log parameters. Shape [N, D].
+
+        Parameters that a branch of the space does not have stand in the middle; its category tells the branches apart.
+        A column that is none of `names` is left out.
+        """
+        column = {name: place for place, name in enumerate(self.names)}
+        x = np.empty((len(points), self.dims))
+        x[:, :-1] = [0.0 if "=" in name else 0.5 for name in self.names]
+        for row, point in enumerate(points):
+            for name, value in point.inputs.items():
+                if name in column:
+                    x[row, column[name]] = value
+        cost = np.log([max(point.known.cost, 1) for point in points])
+        low, high = math.log(max(self.low, 1)), math.log(max(self.high, 1))
+        x[:, -1] = (cost - low) / ((high - low) or 1.0)
+        return x
 
 
 def _steps(distribution: BaseDistribution) -> int:

@@ -10,14 +10,19 @@ proposed (`criterion.py`). Where points may have more than one run, to try one a
 like any other. Trials under way count as if they had ended as predicted, so that workers who ask at the same time are
 sent to different places.
 
+What is proposed follows from the trials of the study, in their order. A sampler that takes over from one that was
+killed is told of every question that was asked (`recall`), and proposes what the other one would have: random numbers
+come from the seed and the number of the question, candidates from the latest questions, and hyperparameters from the
+points as they were when their fit was due.
+
 Legend  N trained or running points, M candidates, R points that may be tried again, D inputs of the model.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -31,16 +36,18 @@ from optuna.trial import FrozenTrial, TrialState
 
 from allocators.core.errors import BudgetError, InfeasibleError
 from search.front import Unbeaten
-from search.propose import RUN, STDERR
-from search.propose.candidates import Candidate, Drawing, Known, candidate, matrix
+from search.propose import RUN, STDERR, seed_of
+from search.propose.candidates import Candidate, Drawing, Inputs, Known, candidate
 from search.propose.criterion import Landscape, expected_gain_of_repeats, expected_hypervolume_improvement, learnt
 from search.propose.model import AccuracyModel, Array, Results
 from search.propose.trials import Repeating
 
 START = 5  # results, starting points included, before a model is worth fitting
-DRAWN = 100  # candidates drawn anew for a suggestion; those of earlier suggestions stay
+DRAWN = 100  # candidates drawn anew for a suggestion
 NEAR = 100  # candidates drawn near members of the front
-MOST = 4000  # candidates kept
+KEPT = 20  # suggestions whose candidates are looked at, the present one among them
+PROBE = 200  # candidates drawn at the start, which show what inputs a point has
+REFIT = 1.15  # times as many results, and the hyperparameters are fitted again
 MOST_FITTED = 400  # points that the model is fitted to: fitting costs the cube of their number
 LATEST = 0.25  # of these, the share that is kept as the latest: runs under way are among them
 BELIEF = 8.0  # results that weigh as much as what is expected of the recipe
@@ -120,11 +127,12 @@ class Memory:
         self.fitted: dict[str, Tried] = {}
         self.done = self.heard = 0
 
-    def update(self, study: Study, number: int) -> list[str]:
-        """Takes in what became of the study's trials since the last time, `number` aside; keys of the new points."""
+    def update(self, study: Study, number: int) -> list[Candidate]:
+        """Takes in what became of the study's trials since the last time, `number` aside; gives the new points."""
         if study is not self._study:  # the same trials, numbered anew
             self._study, self._read, self._open = study, 0, {}
         trials, known = study.get_trials(deepcopy=False), len(self.tried)
+        new: list[Candidate] = []
         for place in [place for place in self._open if trials[place].state != TrialState.RUNNING]:
             self._take(*self._open.pop(place), trials[place])
         while self._read < len(trials) and trials[self._read].state != TrialState.WAITING:
@@ -134,7 +142,10 @@ class Memory:
                 break
             if (point := self._recall(past)) is not None:
                 self._read_one(point, past)
-        return list(itertools.islice(reversed(self.tried), len(self.tried) - known))
+                if len(self.tried) > known:
+                    new.append(point)
+                    known = len(self.tried)
+        return new
 
     def _read_one(self, point: Candidate, past: FrozenTrial) -> None:
         """A trial that is read for the first time."""
@@ -177,6 +188,28 @@ class Memory:
         return _front(self._front)
 
 
+@dataclass(frozen=True)
+class _Basis:
+    """What the hyperparameters are fitted to: inputs and results as they were when `heard` points had a result."""
+
+    x_ND: Array
+    results: Results
+    heard: int
+
+    def is_past(self, heard: int, dims: int) -> bool:
+        """Whether they are to be fitted again."""
+        return heard >= REFIT * self.heard or dims != self.x_ND.shape[1]
+
+
+@dataclass(eq=False)
+class _Question:
+    """A point was asked for, when the front had these members; its candidates are drawn when they are looked at."""
+
+    number: int
+    front: Sequence[Candidate]
+    drawn: dict[str, Candidate] | None = None
+
+
 class EHVISampler(BaseSampler):
     """Proposes the point with the largest expected hypervolume improvement in (log trainable parameters, accuracy).
 
@@ -201,18 +234,36 @@ class EHVISampler(BaseSampler):
     ) -> None:
         self._resolve = resolve
         self._expected = expected
-        self._random = np.random.default_rng(seed)
+        self._seed = seed
         self._independent = RandomSampler(seed=seed)
         self._model = AccuracyModel()
         self._memory = Memory(self._recall, seed=seed, most=fitted or MOST_FITTED)
-        self._pool: dict[str, Candidate] = {}
+        self._asked = 0  # questions so far
+        self._latest: deque[_Question] = deque(maxlen=KEPT)
+        self._inputs: Inputs | None = None
+        self._due: _Basis | None = None
+        self._fitted: _Basis | None = None
         self._recalled: dict[tuple[tuple[str, Any], ...], Candidate | None] = {}  # by parameters
         self._chosen: Candidate | None = None
 
-    def learn(self, study: Study) -> None:
-        """Takes in all trials that the study has; else that is done when a point is asked for."""
-        for key in self._memory.update(study, -1):
-            self._pool.pop(key, None)
+    def recall(self, study: Study) -> None:
+        """Takes in that it was asked now by an earlier process, when the study had the trials that it has."""
+        self._note(study, -1)
+
+    def _note(self, study: Study, number: int) -> _Question:
+        """A question, and what has to be kept of the points as they are now."""
+        memory, new = self._memory, self._memory.update(study, number)
+        if self._inputs is None:
+            random = np.random.default_rng(seed_of(self._seed, -1))
+            self._inputs = Inputs.of(point for _ in range(PROBE) if (point := self._draw(random, None)))
+        self._inputs = self._inputs.including(new)
+        if memory.done >= START and (self._due is None or self._due.is_past(memory.heard, self._inputs.dims)):
+            tried, heard = _ordered(memory.fitted.values())
+            x_ND = self._inputs.matrix([each.point for each in tried[:heard]])
+            self._due = _Basis(x_ND, _results(tried).first(heard), memory.heard)
+        self._asked += 1
+        self._latest.append(_Question(self._asked, [each.point for each in memory.front]))
+        return self._latest[-1]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Chooses the point; Optuna asks for its parameters first, then for their values."""
@@ -235,13 +286,13 @@ class EHVISampler(BaseSampler):
 
     def _choose(self, study: Study, number: int) -> Candidate | None:
         """The best candidate; None where the space seems to have none."""
-        memory = self._memory
-        new = memory.update(study, number)
-        self._widen([each.point for each in memory.front], new)
-        fresh = list(self._pool.values())
+        memory, question = self._memory, self._note(study, number)
+        self._independent = RandomSampler(seed=seed_of(self._seed, question.number))
+        random = self._widen(question)
+        fresh = self._untried()
         again = [each for each in memory.fitted.values() if each.accuracies and len(each.runs) < each.point.known.seeds]
         if memory.done < START or not (fresh or again):
-            return self._drawn(fresh, memory.done) if fresh else None
+            return self._drawn(fresh, memory.done, random) if fresh else None
         from threadpoolctl import threadpool_limits
 
         with threadpool_limits(1):  # the other cores train
@@ -249,12 +300,23 @@ class EHVISampler(BaseSampler):
         points = [*fresh, *(each.point for each in again)]
         return points[int((gain * self._trust(points, memory.done)).argmax())]
 
-    def _drawn(self, fresh: Sequence[Candidate], results: int) -> Candidate:
+    def _untried(self) -> list[Candidate]:
+        """What was drawn for the latest questions and was not tried since."""
+        pool: dict[str, Candidate] = {}
+        for question in self._latest:
+            if question.drawn is None:  # asked by an earlier process
+                self._widen(question)
+            assert question.drawn is not None
+            for key, point in question.drawn.items():
+                pool.setdefault(key, point)
+        return [point for key, point in pool.items() if key not in self._memory.tried]
+
+    def _drawn(self, fresh: Sequence[Candidate], results: int, random: np.random.Generator) -> Candidate:
         """A point at random, sooner one that lies near what is expected."""
         if not self._expected:
-            return fresh[int(self._random.integers(len(fresh)))]
+            return fresh[int(random.integers(len(fresh)))]
         trust_M = self._trust(fresh, max(results, 1))
-        return fresh[int(self._random.choice(len(fresh), p=trust_M / trust_M.sum()))]
+        return fresh[int(random.choice(len(fresh), p=trust_M / trust_M.sum()))]
 
     def _trust(self, points: Sequence[Candidate], results: int) -> Array:
         """What the gain of each point counts, relative to the others, for lying near what is expected. Shape [M].
@@ -277,13 +339,11 @@ class EHVISampler(BaseSampler):
         mean of a new point by less than its doubt. Where they may not, the result of a training is all that will ever
         be known of its point, and a new point counts with all of its doubt.
         """
-        done = [each for each in tried if each.accuracies]
-        lost = [each for each in tried if not each.accuracies and each.lost]
-        tried = [*done, *lost, *(each for each in tried if not each.accuracies and not each.lost)]
-        worst = _floor(np.array([each.mean for each in done]))
-        x = matrix([*(each.point for each in tried), *fresh])
-        x_ND, x_MD = x[: len(tried)], x[len(tried) :]
-        results, height_N = self._learn(x_ND, tried, worst, heard=len(done) + len(lost))
+        assert self._inputs is not None
+        tried, heard = _ordered(tried)
+        worst = _worst(tried)
+        x_ND, x_MD = self._inputs.matrix([each.point for each in tried]), self._inputs.matrix(fresh)
+        results, height_N = self._learn(x_ND, tried, heard=heard)
         cost_N, cost_M = _costs([each.point for each in tried]), _costs(fresh)
         there = Landscape(cost_N, height_N, (_beyond(np.concatenate((cost_N, cost_M))), worst))
         gain_M, gain_R = np.empty(0), np.empty(0)
@@ -300,17 +360,18 @@ class EHVISampler(BaseSampler):
             gain_R = expected_gain_of_repeats(std_N[which_R], which_R, there)
         return np.concatenate((gain_M, gain_R))
 
-    def _learn(self, x_ND: Array, tried: Sequence[Tried], worst: float, *, heard: int) -> tuple[Results, Array]:
+    def _learn(self, x_ND: Array, tried: Sequence[Tried], *, heard: int) -> tuple[Results, Array]:
         """Fits the model to the first `heard` points; then it holds runs under way for ended as predicted.
 
         Nothing new is learnt by that, but less is left to learn there. Gives what the model then holds for results,
         and the heights of the front.
         """
-        results = Results.of(
-            [[max(each, worst) for each in one.accuracies] or [worst] * bool(one.lost) for one in tried],
-            [one.question for one in tried],
-        )
-        self._model.fit(x_ND[:heard], results.first(heard), of=max(self._memory.heard, heard))
+        if self._due is not self._fitted:
+            assert self._due is not None
+            self._model.fit(self._due.x_ND, self._due.results)
+            self._fitted = self._due
+        results = _results(tried)
+        self._model.take(x_ND[:heard], results.first(heard))
         height_N, _ = self._model.predict(x_ND)
         running_N = np.array([float(one.running) for one in tried])
         if running_N.any():
@@ -328,22 +389,46 @@ class EHVISampler(BaseSampler):
                 self._recalled[params] = None
         return self._recalled[params]
 
-    def _widen(self, front: Sequence[Candidate], new: Iterable[str]) -> None:
-        """Draws more candidates, anywhere and near the front; drops what was tried (`new`: since) and the oldest."""
-        drawn = [self._draw(None) for _ in range(DRAWN)]
+    def _widen(self, question: _Question) -> np.random.Generator:
+        """Draws a question's candidates, anywhere and near the front; gives what draws behind them."""
+        random, front = np.random.default_rng(seed_of(self._seed, question.number)), question.front
+        points = [self._draw(random, None) for _ in range(DRAWN)]
         for _ in range(NEAR if front else 0):
-            drawn.append(self._draw(front[int(self._random.integers(len(front)))].params))
-        tried = [key for key in drawn if key in self._memory.tried]
-        for key in [*new, *tried, *itertools.islice(self._pool, max(len(self._pool) - MOST, 0))]:
-            self._pool.pop(key, None)
+            points.append(self._draw(random, front[int(random.integers(len(front)))].params))
+        question.drawn = {}
+        for point in points:
+            if point is not None:
+                question.drawn.setdefault(point.known.key, point)
+        return random
 
-    def _draw(self, parent: Mapping[str, Any] | None) -> str | None:
-        """Adds a candidate; gives its key."""
+    def _draw(self, random: np.random.Generator, parent: Mapping[str, Any] | None) -> Candidate | None:
+        """A candidate; None where the space has none at what was drawn."""
         try:
-            point = candidate(Drawing(self._random, parent), self._resolve)
+            return candidate(Drawing(random, parent), self._resolve)
         except (InfeasibleError, BudgetError):
             return None
-        return self._pool.setdefault(point.known.key, point).known.key
+
+
+def _ordered(tried: Iterable[Tried]) -> tuple[list[Tried], int]:
+    """Points with an accuracy, those that failed, those under way or stopped early; and how many have a result."""
+    tried = list(tried)
+    done = [each for each in tried if each.accuracies]
+    lost = [each for each in tried if not each.accuracies and each.lost]
+    return [*done, *lost, *(each for each in tried if not each.accuracies and not each.lost)], len(done) + len(lost)
+
+
+def _worst(tried: Sequence[Tried]) -> float:
+    """The accuracy below which nothing counts."""
+    return _floor(np.array([each.mean for each in tried if each.accuracies]))
+
+
+def _results(tried: Sequence[Tried]) -> Results:
+    """What is known of points; one that failed counts as the worst."""
+    worst = _worst(tried)
+    return Results.of(
+        [[max(each, worst) for each in one.accuracies] or [worst] * bool(one.lost) for one in tried],
+        [one.question for one in tried],
+    )
 
 
 def _front(done: Iterable[Tried]) -> list[Tried]:

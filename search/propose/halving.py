@@ -9,7 +9,7 @@ which more is better (`early.merit`: accuracy, or minus a loss). And inside a fr
 whose loss would cost most hypervolume comes first, which keeps a rung from protecting every cheap point that is only
 cheap. Ranking within strata of like size instead was slower on recorded trainings, however the strata were cut. State
 only: no Ray (`engine/tune.py` obeys it), no clock, no random numbers. What it decided can be told from the evaluations
-on record, so a study that was cut off goes on with `restore`.
+on record: a study that was cut off says again, in their order, what was reached, gone on with and ended.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ Members = Mapping[str, tuple[int, float | None]]  # by digest: trainable paramet
 BEYOND = 0.1  # of a front's extent: how far behind its worst corner the hypervolume is measured from
 SHOWN_BY = 8  # trainings that have to end before their first rung is known to rank as the end does
 AGREES = 0.5  # rank correlation of the first rung with the end from which on trainings pause there
+MOST_RIVALS = 1_000  # trainings of a rung, the latest, that are ranked there: ranking costs more than their number
 WATCHED = 0  # as `first_rung`: the first rung pauses nothing before it is known to agree
 
 
@@ -121,11 +122,11 @@ class NoHalving:
 
     paused: Mapping[str, int] = MappingProxyType({})
 
-    def restore(
-        self, key: str, merits: list[float | None], *, cost: int, finished: bool, accuracy: float | None = None
-    ) -> bool:
-        """False: nothing is paused."""
-        return False
+    def restore(self, key: str, merits: list[float | None], *, cost: int, accuracy: float | None = None) -> None:
+        """Does nothing."""
+
+    def go_on(self, key: str) -> None:
+        """Does nothing."""
 
     def reached(self, key: str, number: int, *, merit: float | None, cost: int) -> bool:
         """True: every training goes on."""
@@ -146,7 +147,7 @@ NO_HALVING = NoHalving()
 
 
 class Halving:
-    """Who goes on at a rung: the best 1/η of all that have reached it, as of now.
+    """Who goes on at a rung: the best 1/η of all that have reached it, as of now (of the latest, where they are many).
 
     evaluations   of a whole training, equally spaced in its tokens; after which of them one may pause: `rungs`
     eta           η: the part that goes on is 1/η, rounded down while trainings may still arrive
@@ -169,29 +170,37 @@ class Halving:
         self._closed = False
         self.paused: dict[str, int] = {}
 
-    def restore(
-        self, key: str, merits: list[float | None], *, cost: int, finished: bool, accuracy: float | None = None
-    ) -> bool:
-        """Takes in a training of an earlier run by its merits so far; says whether it is paused now.
+    def restore(self, key: str, merits: list[float | None], *, cost: int, accuracy: float | None = None) -> None:
+        """Takes in a training that has ended, by its merits: a rival and nothing else, wherever it ended.
 
-        One that finished is a rival and nothing else, wherever it ended. `accuracy` is that of a complete one.
+        accuracy   of one that is complete
         """
         for rung in self._at:
             if len(merits) >= rung:
-                self._at[rung][key] = (cost, merits[rung - 1])
+                self._arrives(key, rung, cost, merits[rung - 1])
             if len(merits) > rung:
                 self._promoted[rung].add(key)
-        if finished:
-            self.ended(key, accuracy=accuracy)
-        elif len(merits) in self._at:
-            self.paused[key] = len(merits)
-        return key in self.paused
+        self.ended(key, accuracy=accuracy)
+
+    def _arrives(self, key: str, rung: int, cost: int, merit: float | None) -> None:
+        """At a rung, where the oldest rival goes when there are too many; if it is paused, it stays so."""
+        members = self._at[rung]
+        members[key] = (cost, merit)
+        if len(members) > MOST_RIVALS:
+            oldest = next(iter(members))
+            del members[oldest]
+            self._promoted[rung].discard(oldest)
+            self._ends.pop(oldest, None)
+
+    def go_on(self, key: str) -> None:
+        """Takes in that a paused training was gone on with."""
+        self._promoted[self.paused.pop(key)].add(key)
 
     def reached(self, key: str, number: int, *, merit: float | None, cost: int) -> bool:
         """A training has its evaluation `number` (from 1): whether it goes on at once, else it is paused."""
         if number not in self._at or key in self._promoted[number]:  # what goes on reports its old rungs again
             return True
-        self._at[number][key] = (cost, merit)
+        self._arrives(key, number, cost, merit)
         if key in self._promotable(number):
             self._promoted[number].add(key)
             return True

@@ -92,33 +92,34 @@ class AccuracyModel:
     The result of a point with n runs has the noise variance q + s/n. q, of the questions, is given. s, of a seed, is
     fitted like the other hyperparameters: by the most probable value under the priors of `_Prior`, where results of
     single runs and the spread between the runs of a point both speak. All variances are relative to that of the
-    accuracies. A dozen results cannot determine a dozen length scales without priors. The hyperparameters are fitted
-    again when there are REFIT times as many results; between that only the data are new.
+    accuracies. A dozen results cannot determine a dozen length scales without priors.
     """
-
-    REFIT = 1.15
 
     def __init__(self) -> None:
         self._theta = np.empty(0)  # logarithms of (variance, D length scales, seed variance)
-        self._fitted = (0, 0)  # results and D of the last fit of the hyperparameters
 
     @property
     def seed_variance(self) -> float:
         """Of the accuracy of a run, between seeds."""
         return float(self._scale**2 * math.exp(self._theta[-1]))
 
-    def fit(self, x_ND: Array, results: Results, *, of: int = 0) -> None:
-        """Learns from results, which are a part of so many."""
-        n, dims = x_ND.shape
+    def fit(self, x_ND: Array, results: Results) -> None:
+        """Learns from results, what a result is like included: from nothing, whatever it was fitted to before."""
+        self._scale_by(results)
+        dims = x_ND.shape[1]
+        self._theta = np.array([0.0, *[math.log(dims) / 2] * dims, math.log(0.02)])
+        self._theta = self._most_probable(x_ND, self._scaled(results))
+        self.condition(x_ND, results)
+
+    def take(self, x_ND: Array, results: Results) -> None:
+        """Learns from other results of the same kind, with the hyperparameters that it has."""
+        self._scale_by(results)
+        self.condition(x_ND, results)
+
+    def _scale_by(self, results: Results) -> None:
         self._mean, self._scale = float(results.mean_N.mean()), float(results.mean_N.std())
         if self._scale < 1e-9:  # all equal up to rounding
             self._scale = 1.0
-        if dims != self._fitted[1]:
-            self._theta = np.array([0.0, *[math.log(dims) / 2] * dims, math.log(0.02)])
-        if dims != self._fitted[1] or max(of, n) >= self.REFIT * self._fitted[0]:
-            self._fitted = (max(of, n), dims)
-            self._theta = self._most_probable(x_ND, self._scaled(results))
-        self.condition(x_ND, results)
 
     def condition(self, x_ND: Array, results: Results) -> None:
         """Takes results for granted, without learning from them what a result is like."""

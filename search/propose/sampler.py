@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError
@@ -28,13 +27,6 @@ PATIENCE = 25
 EXHAUSTED = 400
 
 MOST_TOLD = 1_000  # trials that Optuna keeps; up to twice as many before the oldest are forgotten
-
-
-def _ehvi(problem: Problem, seed: int, *, repeats: bool, expected: Mapping[str, float]) -> Any:
-    from search.propose.candidates import resolver  # brings numpy and scipy, which no other sampler needs
-    from search.propose.ehvi import EHVISampler
-
-    return EHVISampler(resolver(problem, repeats=repeats), expected=expected, seed=seed)
 
 
 def expected(starting: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -80,11 +72,12 @@ def _repeated(params: Mapping[str, Any], digest: str) -> Answered:
 class Proposer:
     """Two objectives, accuracy up and trainable parameters down, over one space.
 
+    What is proposed follows from what was proposed and answered before, in that order, and from the results. Whoever
+    goes on with a study says all of it first: `recall` and `recall_answered` for what was asked, `tell` for a result.
+
     sampler    ehvi (models accuracy alone: `propose/ehvi.py`) | gp (Optuna's GPSampler, which models both objectives;
                knobs that not every branch of a space has are drawn at random) | tpe (multivariate, grouped:
                conditional spaces keep one joint model a branch) | nsga2 | random
-    known      results of an earlier run with their parameters: the sampler learns them, none is trained again
-    unfinished points that an earlier run started and did not finish: proposed first
     repeats    a point that is proposed again is trained again, with the next of its seeds (`seeds=auto`); else it is
                answered with the result that it has, as it is where no seed is left
     trust      sampler=ehvi keeps near the recipe of the starting points as long as few results say where to go
@@ -97,8 +90,6 @@ class Proposer:
         problem: Problem,
         *,
         sampler: str = "ehvi",
-        known: Sequence[tuple[Outcome, Mapping[str, Any]]] = (),
-        unfinished: Iterable[Proposal] = (),
         repeats: bool = False,
         trust: bool = True,
         draws: int | None = None,
@@ -106,66 +97,74 @@ class Proposer:
     ) -> None:
         import optuna
 
+        from search.propose.draws import Draws
+
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna = optuna
         self._problem = problem
         self._answered = answered
-        # A rerun must not walk through the points of the first run again: its draws start elsewhere.
-        seed = (problem.seed if draws is None else draws) + 7919 * len(known)
         self._starting = starting_points(problem)
-        trusted = expected(self._starting) if trust else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._random = optuna.samplers.RandomSampler(seed=seed)
-            self._sampler = {
-                "ehvi": lambda: _ehvi(problem, seed, repeats=repeats, expected=trusted),
-                "gp": lambda: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False),
-                "tpe": lambda: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
-                "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
-                "random": lambda: self._random,
-            }[sampler]()
-        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=self._sampler)
+        self._draws = Draws(
+            sampler,
+            problem,
+            seed=problem.seed if draws is None else draws,
+            repeats=repeats,
+            expected=expected(self._starting) if trust else {},
+        )
+        self._idle = self._draws.at_random(0)  # the sampler of a study that asks for nothing
+        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=self._idle)
+        self._asked = 0  # questions so far
+        self._in_vain = 0  # of these, the last ones whose answer was no training
         self._finished: dict[str, Outcome] = {}
         self._told = 0  # Optuna trials of the study, about
         self._running: dict[str, list[Any]] = {}  # digest -> Optuna trials that wait for its result
-        self._unfinished = list(unfinished)
         self._repeats = repeats
         self._seeds: dict[str, set[int]] = {}  # point -> the seeds that it was tried with
-        for outcome, _ in known:
-            self._finished[outcome.digest] = outcome
-            self._seeds.setdefault(outcome.trial.point, set()).add(outcome.trial.seed)
-        self._learn(known)
 
-    def _learn(self, known: Sequence[tuple[Outcome, Mapping[str, Any]]]) -> None:
-        """Optuna's trials of recorded results, as if they had been proposed and told; without asking its sampler."""
+    def recall(self, run: Trial, params: Mapping[str, Any]) -> None:
+        """Takes in what was proposed in an earlier run, without asking the sampler."""
+        self._begin(run, self._recalled(params))
+        self._in_vain = 0
+
+    def recall_answered(self, point: Answered) -> None:
+        """Takes in what was answered without training in an earlier run."""
+        for trial in self._recalled(point.params):
+            if point.digest in self._finished or point.digest in self._running:
+                self._repeat(trial, point.digest)
+            else:
+                self._refuse(trial)
+        self._in_vain += 1
+
+    def _recalled(self, params: Mapping[str, Any]) -> list[Any]:
+        """Optuna's trial of recorded parameters; none where this space cannot have them: the sampler then misses it."""
         from search.propose.trials import Repeating
 
-        self._study.sampler = self._random  # until a point is asked for
-        for outcome, params in known:
-            state, values = self._ending(outcome)
-            given = Repeating(params)
-            try:
-                self._problem.ask(given)
-                self._study.add_trial(
-                    self._optuna.trial.create_trial(
-                        state=state,
-                        values=values,
-                        params=given.params,
-                        distributions=given.distributions,
-                        user_attrs=_attributes(outcome),
-                    )
-                )
-                self._told += 1
-            except (
-                SpaceError,
-                ValueError,
-                KeyError,
-                TypeError,
-            ):  # not as this space has them
-                for trial in self._asked_before(params):
-                    self._tell(trial, outcome)
-        if hasattr(self._sampler, "learn"):
-            self._sampler.learn(self._study)  # all of them, before the oldest are forgotten
+        _, own = self._next_question()
+        self._study.sampler, given = self._idle, Repeating(params)
+        try:
+            self._problem.ask(given)
+            frozen = self._optuna.trial.create_trial(
+                state=self._optuna.trial.TrialState.RUNNING, params=given.params, distributions=given.distributions
+            )
+            if own:
+                self._draws.before(self._study)
+            self._study.add_trial(frozen)
+        except (SpaceError, StudyError, ValueError, KeyError, TypeError) as error:
+            log.warning("the sampler does not learn from recorded parameters that this space cannot have: %s", error)
+            return []
+        added = self._study.get_trials(deepcopy=False)[-1]
+        if own:
+            self._draws.after(self._study, added.number)
+        return [self._optuna.trial.Trial(self._study, added._trial_id)]
+
+    def _next_question(self) -> tuple[Mapping[str, Any] | None, bool]:
+        """The starting point that is to be tried now, if any; and whether the study's own sampler is asked."""
+        if self._in_vain % EXHAUSTED == 0:
+            self._forget()
+        self._asked += 1
+        self._told += 1
+        starting = self._starting.pop(0) if self._starting else None
+        return starting, starting is None and self._in_vain % EXHAUSTED < PATIENCE
 
     def _forget(self) -> None:
         """A new study of Optuna's with the front, the latest trials and those under way.
@@ -180,7 +179,7 @@ class Proposer:
         scored = [_Scored(t.number, int(t.values[1]), t.values[0]) for t in old if t.state == complete]
         kept = {scored.number for scored in front(scored)} | {trial.number for trial in old[-MOST_TOLD:]}
         under_way = {trial.number for trials in self._running.values() for trial in trials}
-        self._study = self._optuna.create_study(directions=["maximize", "minimize"], sampler=self._random)
+        self._study = self._optuna.create_study(directions=["maximize", "minimize"], sampler=self._idle)
         again: dict[int, Any] = {}
         for trial in old:
             if trial.number in kept or trial.number in under_way:
@@ -193,38 +192,41 @@ class Proposer:
 
     def propose(self) -> Proposal | None:
         """The next point that has to be trained; None when the space has nothing new."""
-        self._forget()
-        if self._unfinished:
-            proposal = self._unfinished.pop(0)
-            self._begin(proposal.trial, self._asked_before(proposal.params))
-            return proposal
         began = time.monotonic()
-        for attempt in range(EXHAUSTED):
-            self._study.sampler = self._sampler if attempt < PATIENCE else self._random
-            starting = self._starting.pop(0) if self._starting else None
+        while True:
+            starting, own = self._next_question()
+            self._study.sampler = (self._draws.of if own else self._draws.at_random)(self._asked)
             trial, point, params = self._ask(starting)
             try:
                 resolved, cost = self._problem.resolve(point)
             except (InfeasibleError, BudgetError) as error:
-                # A violated constraint, not a failure: the sampler learns to stay away.
-                trial.set_constraint("feasible", 1.0)
-                self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+                self._refuse(trial)
                 self._answered(_refused(params, error))
-                continue
-            if self._repeats and not starting:
-                resolved = self._next_run(resolved)
-            digest = resolved.digest
-            if digest in self._finished:
-                self._tell(trial, self._finished[digest])
-                if starting:  # a rerun meets its own starting points again: not worth a record
-                    continue
-            elif digest in self._running:
-                self._running[digest].append(trial)
             else:
-                self._begin(resolved, [trial])
-                return Proposal(resolved, cost, params, time.monotonic() - began)
-            self._answered(_repeated(params, digest))
-        return None
+                if self._repeats and not starting:
+                    resolved = self._next_run(resolved)
+                digest = resolved.digest
+                if digest not in self._finished and digest not in self._running:
+                    self._begin(resolved, [trial])
+                    self._in_vain = 0
+                    return Proposal(resolved, cost, params, time.monotonic() - began)
+                self._repeat(trial, digest)
+                self._answered(_repeated(params, digest))
+            self._in_vain += 1
+            if self._in_vain % EXHAUSTED == 0:
+                return None
+
+    def _refuse(self, trial: Any) -> None:
+        """A violated constraint, not a failure: the sampler learns to stay away."""
+        trial.set_constraint("feasible", 1.0)
+        self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+
+    def _repeat(self, trial: Any, digest: str) -> None:
+        """The trial has the result of a training that was proposed before, now or when it has one."""
+        if digest in self._finished:
+            self._tell(trial, self._finished[digest])
+        else:
+            self._running[digest].append(trial)
 
     def _next_run(self, trial: Trial) -> Trial:
         """The same point with the first seed that it was not tried with; as it is where there is none."""
@@ -250,17 +252,7 @@ class Proposer:
         if params is not None:
             self._study.enqueue_trial(dict(params))
         trial = self._study.ask()
-        self._told += 1
         return trial, *self._problem.ask(trial)
-
-    def _asked_before(self, params: Mapping[str, Any]) -> list[Any]:
-        """Optuna's trial of recorded parameters; none where the space cannot have them: the sampler then misses one."""
-        try:
-            return [self._ask(params)[0]]
-        except SpaceError as error:
-            log.warning("the sampler does not learn from recorded parameters that this space cannot have: %s", error)
-            self._study.tell(len(self._study.trials) - 1, state=self._optuna.trial.TrialState.FAIL)
-            return []
 
     def _tell(self, trial: Any, outcome: Outcome) -> None:
         for name, value in _attributes(outcome).items():

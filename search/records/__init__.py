@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from allocators.core import checks
 from allocators.core.errors import StudyError, ToolkitError
@@ -94,6 +94,19 @@ class Answered:
     message: str
 
 
+class Event(NamedTuple):
+    """What happened, in the order of the lines.
+
+    what     the line's event, of those that decide what is proposed next
+    digest   of the training; "" where a point was answered without one
+    number   step of a rung; place in `answered` of an answered point
+    """
+
+    what: Literal["started", "rung", "finished", "answered"]
+    digest: str = ""
+    number: int = 0
+
+
 class Records:
     """What a study folder says, as of its last line.
 
@@ -105,6 +118,7 @@ class Records:
     points     those that finished, as points and their front
     tried      (point, seed) of everything that was started
     answered   points answered without training, in order
+    events     everything that what is proposed next follows from, in order
     problems   one sentence for everything that is damaged
     sampler_seconds   what it took to propose each point that was started
     lost       digest -> how often the platform took the training away
@@ -120,6 +134,7 @@ class Records:
         self.points = Points()
         self.tried: set[tuple[str, int]] = set()
         self.answered: list[Answered] = []
+        self.events: list[Event] = []
         self.problems: list[str] = []
         self.sampler_seconds: list[float] = []
         self.lost: Counter[str] = Counter()
@@ -204,7 +219,9 @@ class Records:
             case "rung":
                 digest, rung = checks.digest(line["digest"]), Rung.from_json(line["rung"])
                 # by step: a run that goes on from its checkpoint reports some rungs a second time
-                self._rungs.setdefault(digest, {})[rung.step] = rung
+                if rung.step not in self._rungs.setdefault(digest, {}):
+                    self.events.append(Event("rung", digest, rung.step))
+                self._rungs[digest][rung.step] = rung
                 if digest in self.outcomes and self.outcomes[digest].status not in FINISHED:
                     self.outcomes[digest] = self.outcomes[digest].updated(rungs=self._curve(digest))
             case "lost":
@@ -216,6 +233,7 @@ class Records:
                     raise ValueError("unknown reason")
                 repeated = None if line["digest"] is None else checks.digest(line["digest"])
                 params, message = checks.scalars(line["params"], "params"), checks.text(line["message"], "message")
+                self.events.append(Event("answered", number=len(self.answered)))
                 self.answered.append(Answered(params, line["reason"], repeated, message))
             case _:
                 raise ValueError("unknown event")
@@ -244,6 +262,7 @@ class Records:
         for known in (self.outcomes, self._trained):  # to the end: dictionaries keep the order of events
             known.pop(digest, None)
         self.outcomes[digest] = outcome
+        self.events.append(Event("finished" if outcome.status in FINISHED else "started", digest))
         self.tried.add((outcome.trial.point, outcome.trial.seed))
         self._params[digest] = params
         if outcome.status not in FINISHED:

@@ -48,6 +48,14 @@ class TableProblem(Problem):
         pinned = PinnedTrial(_Nearest(trial, self.table.values), self.pins)
         return self.suggest(pinned), pinned.params
 
+    def recorded(self, name: str, distribution: Any, value: Any) -> Any:
+        """The nearest value of the table, where the knob can have it."""
+        numbers = [each for each in self.table.values.get(name, ()) if _is_number(each)]
+        if not hasattr(distribution, "low") or not numbers:
+            return value
+        nearest = type(value)(_nearest(numbers, value, log=distribution.log))
+        return nearest if distribution.low <= nearest <= distribution.high else value
+
     def allocate(self, point: Point, *, seed: int | None = None) -> Allocation:
         """As the recording study allocated: a draw that all seeds share was made with that study's own seed."""
         return self._with_its_seed.allocate(point, seed=self.seed if seed is None else seed)

@@ -181,8 +181,10 @@ def _warm_up() -> None:
 def seconds_a_proposal(folder: Path, table: replay.Table, sampler: str, repeats: int) -> float:
     """CPU seconds of a proposal, each told of its result; those of the starting points are not counted."""
     records, problem = read(folder), problem_of(table)
-    known = [(outcome, records.params_of(digest)) for digest, outcome in records.finished.items()]
-    proposer = Proposer(problem, sampler=sampler, known=known)
+    proposer = Proposer(problem, sampler=sampler)
+    for digest, outcome in records.finished.items():
+        proposer.recall(outcome.trial, records.params_of(digest))
+        proposer.tell(outcome)
     results, seconds = multiplied(table), []
     skipped = len(starting_points(problem))
     for number in range(skipped + repeats):

@@ -15,6 +15,8 @@ included. Then the command runs to its end, and the books are checked:
                company, so that packs are not compared)
     mlflow     runs in MLflow that are not as the records are, or are not ended
     left       processes five seconds after a run, and folders after the last one, that should be gone
+    otherwise  proposals, in their order, that are not those of a study that nobody killed (kinds with one worker, where
+               results come in one order)
     unended    studies whose command did not end with exit code 0 after the kills
 
 Every study is one line of the file `results`, written when it is over; a second call goes on behind them.
@@ -23,6 +25,7 @@ Every study is one line of the file `results`, written when it is over; a second
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 import os
 import random
@@ -47,9 +50,10 @@ KINDS = {
     "halving": "space=sieve trials=8 scheduler=pareto_halving eta=2 max_concurrent=2",
     "seeds": "space=sieve trials=4 seeds=2 max_concurrent=1",
     "workers": "space=sieve trials=4 workers_per_trial=2 num_cpus=2",
-    "replay": "space=sieve replay=tiny-moe trials=60",
+    "replay": "space=sieve replay=tiny-moe trials=60 max_concurrent=1",
 }
 ALIKE = ("plain", "halving", "seeds")  # kinds whose equal trainings have equal results, to the last digit
+ALONE = ("seeds", "replay")  # kinds with one worker that trains one at a time
 SMALL = "recipe.steps=20 recipe.batch_size=4 limit=40 calibration_samples=16 evaluations=4 keep=all"
 ROLES = {  # how a process of each role calls itself
     "worker": "TrainWorker",
@@ -60,6 +64,7 @@ ROLES = {  # how a process of each role calls itself
 }
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP}
 A_STUDY = 4  # kills
+FAULTS = ("lost", "twice", "failed", "unequal", "mlflow", "left", "otherwise", "unended")
 LONGEST = 900.0  # seconds of a run
 
 
@@ -88,6 +93,7 @@ class Books:
     unequal: int = 0
     mlflow: int = 0
     left: int = 0
+    otherwise: int = 0
     unended: int = 0
     results: dict[str, Any] = field(default_factory=dict)
 
@@ -207,9 +213,25 @@ def check(books: Books, storage: Path, name: str, before: list[dict[str, Any]], 
     books.failed = sum(outcome.status in ("failed", "lost") for outcome in records.outcomes.values())
     if books.kind != "packed":
         books.unequal = sum(equal.get(digest, rungs) != rungs for digest, rungs in books.results.items())
+    if books.kind in ALONE:
+        pairs = itertools.zip_longest(proposed(records), uninterrupted(storage, books.kind))
+        books.otherwise = sum(one != other for one, other in pairs)
     books.mlflow = _unlike(records, storage)
     rests = [*(folder / "checkpoints").glob("*"), *folder.glob(".ray"), *Path(tempfile.gettempdir()).glob("tune-*")]
     books.left += len(rests)
+
+
+def proposed(records: Records) -> list[str]:
+    """What was trained, in the order in which it was proposed first."""
+    return list(dict.fromkeys(digest for what, digest, _ in records.events if what == "started"))
+
+
+def uninterrupted(storage: Path, kind: str) -> list[str]:
+    """The same of a study that nobody kills, which runs once."""
+    name = f"{kind}-whole"
+    if not (storage / name / "front.csv").exists():
+        start(storage, name, f"{KINDS[kind]} {SMALL if kind != 'replay' else ''}", storage / f"{name}.log").wait()
+    return proposed(read(storage / name))
 
 
 def _finished(folder: Path) -> Iterator[str]:
@@ -259,13 +281,12 @@ def study(settings: Settings, kind: str, number: int, equal: dict[str, Any]) -> 
 
 def table(done: list[dict[str, Any]]) -> str:
     """A row a kind."""
-    faults = ("lost", "twice", "failed", "unequal", "mlflow", "left", "unended")
-    lines = [f"{'kind':<10}{'studies':>8}{'kills':>7}{'results':>9}" + "".join(f"{name:>9}" for name in faults)]
+    lines = [f"{'kind':<10}{'studies':>8}{'kills':>7}{'results':>9}" + "".join(f"{name:>10}" for name in FAULTS)]
     for kind in dict.fromkeys(line["kind"] for line in done):
         of = [line for line in done if line["kind"] == kind]
         kills = sum(len(line["kills"]) for line in of)
         results = sum(len(line["results"]) for line in of)
-        sums = "".join(f"{sum(line[name] for line in of):>9}" for name in faults)
+        sums = "".join(f"{sum(line.get(name, 0) for line in of):>10}" for name in FAULTS)
         lines.append(f"{kind:<10}{len(of):>8}{kills:>7}{results:>9}{sums}")
     return "\n".join(lines)
 
@@ -292,8 +313,7 @@ def main(argv: list[str] | None = None) -> int:
             results.write(json.dumps(done[-1]) + "\n")
         print(f"{kind}-{number}: {'; '.join(books.kills)}; exit codes {books.codes}", flush=True)
         print(table(done), flush=True)
-    wrong = ("lost", "twice", "failed", "unequal", "mlflow", "left", "unended")
-    return int(any(line[name] for line in done for name in wrong))
+    return int(any(line.get(name, 0) for line in done for name in FAULTS))
 
 
 if __name__ == "__main__":

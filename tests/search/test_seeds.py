@@ -25,6 +25,7 @@ from search.records.reuse import NO_OTHER_STUDIES, OtherStudies
 from search.records.tracking import Tracker
 from search.report.live import Progress
 from search.study import Conductor, missing_repeats, table_trainings, trainings_left
+from tests.search.propose.proposals import recalled
 from tests.search.propose.test_sampler import problem as search_problem
 from tests.search.studies import CONFIG, IDENTITY
 from trainers import storage
@@ -222,7 +223,8 @@ def test_the_sampler_tries_points_again_and_these_trainings_are_among_the_trials
     assert any(outcome.trial.seed > 5 for outcome in killed.finished.values()), "a seed moves accuracy by .08 here"
     for tried in seeds_by_point(records).values():
         assert sorted(tried) == list(range(5, 5 + len(tried))), "seeds are taken in order, none twice"
-    known = Proposer(problem, repeats=True, known=[(o, records.params_of(d)) for d, o in records.finished.items()])
+    known = Proposer(problem, repeats=True)
+    recalled(known, [(o, records.params_of(d)) for d, o in records.finished.items()])
     runs = Counter(trial.user_attrs[RUN] for trial in known._study.get_trials())
     assert runs == Counter(list(records.finished)), "a rerun's sampler knows every run, repeats included"
 

@@ -140,7 +140,25 @@ class FunctionName(str):
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads task files without importing the functions they name."""
+    """Reads task files without importing the functions they name.
+
+    A key that is there twice is refused: of two values the last would count, in silence. Files that come with lm-eval
+    stay as lm-eval reads them.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._read: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if id(node) in self._read:  # what is merged into others has their keys beside its own by now
+            return
+        self._read.add(id(node))
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if (twice := [name for name in names if names.count(name) > 1]) and "lm_eval" not in Path(self.name).parts:
+            lines = [key.start_mark.line + 1 for key, _ in node.value if key.value == twice[0]]
+            raise yaml.YAMLError(f"{shown(twice[0])} is given twice, in lines {lines[0]} and {lines[1]}")
+        super().flatten_mapping(node)
 
 
 _Loader.add_constructor(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from allocators.core.types import Outcome
 from search.problem import Proposal
 from search.propose.sampler import Proposer
 
@@ -11,3 +15,10 @@ def next_proposal(proposer: Proposer) -> Proposal:
     proposal = proposer.propose()
     assert proposal is not None
     return proposal
+
+
+def recalled(proposer: Proposer, known: Iterable[tuple[Outcome, Mapping[str, Any]]]) -> None:
+    """Says what an earlier run proposed, one after the other, and what came of it."""
+    for outcome, params in known:
+        proposer.recall(outcome.trial, params)
+        proposer.tell(outcome)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from allocators.core.types import Outcome
 from search.config import parse
 from search.front import candidates, front
+from search.propose import halving as halving_module
 from search.propose.halving import (
     BEYOND,
     NO_HALVING,
@@ -37,7 +38,7 @@ from search.records.folder import StudyFolder
 from search.replay import export
 from search.run import main
 from search.session.prepare import prepare_replay
-from tests.search.propose.proposals import next_proposal
+from tests.search.propose.proposals import next_proposal, recalled
 from tests.search.propose.test_sampler import problem
 from tests.search.replay.test_replay import record
 from tests.search.test_study import lines
@@ -179,6 +180,17 @@ class Toy:
                 return
         self.halving.ended(key, accuracy=accuracy)
 
+    def say_again(self, halving: Halving) -> None:
+        """What a driver that goes on tells another one."""
+        for entry in self.log:
+            key, number = entry.split("@")
+            cost, accuracy = self.points[key]
+            if key in halving.paused:
+                halving.go_on(key)
+            halving.reached(key, int(number), merit=accuracy, cost=cost)
+            if int(number) == self.evaluations:
+                halving.ended(key, accuracy=accuracy)
+
     def run(self) -> Toy:
         for key in self.points:
             while (paused := self.halving.next()) is not None:
@@ -245,23 +257,16 @@ def test_in_the_end_the_best_part_of_every_rung_has_gone_on(points: list[tuple[i
         assert all(toy.at[key] > rung for key in best)
 
 
-@given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=2, max_size=12), st.integers(0, 30), st.randoms())
-def test_a_restart_decides_as_if_there_had_been_none(
-    points: list[tuple[int, float]], when: int, draw: random.Random
-) -> None:
-    """Everything can be told from the evaluations on record, in whatever order they are read."""
+@given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=2, max_size=12), st.integers(0, 30))
+def test_a_restart_decides_as_if_there_had_been_none(points: list[tuple[int, float]], when: int) -> None:
+    """Everything can be told from the evaluations on record, in their order."""
     toy = Toy(named(points), evaluations=4, eta=2)
     for key in list(toy.points)[:when]:
         toy.train(key)
         while (paused := toy.halving.next()) is not None:
             toy.train(paused)
     again = Halving(evaluations=4, eta=2)
-    known = [key for key, reached in toy.at.items() if reached]
-    draw.shuffle(known)
-    for key in known:
-        cost, accuracy = toy.points[key]
-        is_paused = again.restore(key, [accuracy] * toy.at[key], cost=cost, finished=toy.at[key] == 4)
-        assert is_paused == (key in toy.halving.paused)
+    toy.say_again(again)
     assert again.paused == toy.halving.paused
     for halving in (toy.halving, again):
         halving.close()
@@ -317,29 +322,12 @@ def test_the_first_rung_pauses_once_it_is_known_to_rank_as_the_end_does(agrees: 
 def test_what_waits_at_a_rung_that_is_not_believed_any_more_goes_on() -> None:
     halving = Halving(evaluations=3, eta=2, first_rung=WATCHED)
     for n in range(8):
-        halving.restore(f"t{n}", [n / 10] * 3, cost=10, finished=True, accuracy=n / 10)
+        halving.restore(f"t{n}", [n / 10] * 3, cost=10, accuracy=n / 10)
     assert train_whole(halving, "low", merits=(-1.0,), accuracy=0.0) == 1
     assert halving.next() is None
     for n in range(8, 16):
-        halving.restore(f"t{n}", [n / 10] * 3, cost=10, finished=True, accuracy=-n / 10)
+        halving.restore(f"t{n}", [n / 10] * 3, cost=10, accuracy=-n / 10)
     assert halving.next() == "low"
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=9, max_size=20), st.randoms())
-def test_a_restart_of_a_watching_search_decides_as_if_there_had_been_none(
-    drawn: list[tuple[float, float]], draw: random.Random
-) -> None:
-    whole, reached = Halving(evaluations=3, eta=2, first_rung=WATCHED), {}
-    for n, (first, final) in enumerate(drawn):
-        reached[f"t{n:02}"] = train_whole(whole, f"t{n:02}", merits=(first, final, final), accuracy=final)
-    again, order = Halving(evaluations=3, eta=2, first_rung=WATCHED), list(enumerate(drawn))
-    draw.shuffle(order)
-    for n, (first, final) in order:
-        at = reached[f"t{n:02}"]
-        merits: list[float | None] = [first, final, final]
-        again.restore(f"t{n:02}", merits[:at], cost=10, finished=at == 3, accuracy=final if at == 3 else None)
-    assert again.paused == whole.paused
-    assert [again.next() for _ in drawn] == [whole.next() for _ in drawn]
 
 
 @given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=1, max_size=12))
@@ -353,11 +341,23 @@ def test_only_the_order_of_merits_inside_a_front_and_their_extent_matter(points:
     assert [numbers[key] for key in ordered(moved)] == [numbers[key] for key in ordered(same)]
 
 
+def test_a_rung_ranks_its_latest_rivals_and_keeps_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(halving_module, "MOST_RIVALS", 10)
+    halving = Halving(evaluations=4, eta=2)
+    for number in range(40):  # worse and worse
+        train_whole(halving, f"t{number:02}", merits=(1 - number / 50,) * 4, accuracy=0.5)
+    assert max(map(len, halving._at.values())) == 10
+    reached = train_whole(halving, "new", merits=(0.45,) * 4, accuracy=0.5)
+    assert reached == 2, "the best of the latest ten goes on; it is the 28th of all"
+    assert len(halving._ends) <= 20
+
+
 def test_without_halving_nothing_is_ever_paused() -> None:
     halving = NO_HALVING
     assert halving.reached("a", 1, merit=None, cost=1)
     assert halving.next() is None
-    assert not halving.restore("a", [0.1], cost=1, finished=False)
+    halving.restore("a", [0.1], cost=1)
+    assert not halving.paused
 
 
 def test_tokens_that_were_not_trained_are_counted() -> None:
@@ -408,7 +408,8 @@ def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_fro
         proposal = next_proposal(first)
         outcome = Outcome(proposal.trial, status, proposal.trainable_params, accuracy=0.9)
         second.append((outcome, proposal.params))
-    again = Proposer(asked, sampler="tpe", known=second)
+    again = Proposer(asked, sampler="tpe")
+    recalled(again, second)
     states = [trial.state.name for trial in again._study.get_trials(deepcopy=False)]
     assert states == ["COMPLETE", "PRUNED"]
     assert len(again._study.best_trials) == 1

@@ -19,7 +19,7 @@ from search.points.starting import UPDATES, starting_points
 from search.problem import Problem, Proposal, cheapest, check_budget, check_pins, corners, placeholder
 from search.propose import RUN, STDERR
 from search.propose.sampler import Answered, Proposer
-from tests.search.propose.proposals import next_proposal
+from tests.search.propose.proposals import next_proposal, recalled
 
 
 def moe_shape(layers: int = 3, experts: int = 16, hidden: int = 8) -> ModelShape:
@@ -132,8 +132,10 @@ def test_with_repeats_a_point_that_is_proposed_again_is_trained_with_its_next_se
     assert len({proposal.trial.point for proposal in proposals}) == 1
     proposer.tell(result(proposals[1], 0.5))
     known = [(result(proposal, 0.5), proposal.params) for proposal in proposals[:2]]
-    later = Proposer(problem(pins=pins, seed=3), sampler="tpe", repeats=True, known=known, unfinished=proposals[2:])
-    assert [next_proposal(later).trial.seed for _ in range(2)] == [5, 6]
+    later = Proposer(problem(pins=pins, seed=3), sampler="tpe", repeats=True)
+    recalled(later, known)
+    later.recall(proposals[2].trial, proposals[2].params)
+    assert [next_proposal(later).trial.seed for _ in range(2)] == [6, 7]
 
 
 def test_the_sampler_hears_how_large_the_error_of_the_questions_is() -> None:
@@ -163,12 +165,14 @@ def test_points_over_the_budget_are_answered_and_the_rest_fit() -> None:
     assert "over_budget" in {point.reason for point in answered}
 
 
-def test_results_of_an_earlier_run_are_not_trained_again_and_its_unfinished_points_come_first() -> None:
+def test_what_an_earlier_run_proposed_is_not_proposed_again_finished_or_not() -> None:
     first = Proposer(problem())
     proposals = [next_proposal(first) for _ in range(6)]
     known = [(result(p, 0.1 * i), p.params) for i, p in enumerate(proposals[:4])]
-    second = Proposer(problem(), known=known, unfinished=proposals[4:])
-    assert [next_proposal(second).trial.digest for _ in range(2)] == [p.trial.digest for p in proposals[4:]]
+    second = Proposer(problem())
+    recalled(second, known)
+    for proposal in proposals[4:]:
+        second.recall(proposal.trial, proposal.params)
     old = {p.trial.digest for p in proposals}
     assert all(next_proposal(second).trial.digest not in old for _ in range(10))
 

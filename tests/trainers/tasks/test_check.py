@@ -19,6 +19,7 @@ from allocators.core.errors import StudyError
 from tests.trainers.conftest import char_tokenizer
 from trainers import tasks
 from trainers.tasks import harness
+from trainers.tasks.task_file import read_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -451,6 +452,29 @@ def test_functions_of_a_task_file_get_a_data_set_with_the_same_texts(tmp_path: P
     )
     assert pairs(path)[0] == ("2019-05-04 :2019-05-04 :", "01/5")
     assert trained(path) == ["01/5", "2020-01-01/7.5"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("output_type: multiple_choice\n", "output_type is given twice, in lines 1 and"),
+        ("metadata:\n  recipe:\n    rank: 4\n    rank: 8\n", "rank is given twice"),
+        ('metadata: {recipe: {rank: 4, "rank": 8}}\n', "rank is given twice"),
+    ],
+)
+def test_a_key_that_a_task_file_gives_twice_is_refused(tmp_path: Path, more: str, said: str) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("output_type: generate_until\ntask: twice\n" + more)
+    with pytest.raises(StudyError) as error:
+        read_yaml(path)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_key_that_is_merged_in_may_be_there_too(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, x: 4}\n")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 4, "y": 3}}
 
 
 # --- files that cannot be read ----------------------------------------------------------------------------------------

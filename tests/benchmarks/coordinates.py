@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allocators.core import words
-from allocators.core.errors import StudyError
+from allocators.core.errors import StudyError, unknown
 from search import replay
 from search.records import Records, read
 from tests.benchmarks._shared import parse
@@ -50,6 +50,7 @@ class Settings:
     trials: int = words.key(16, "trainings of a study", least=1)
     seeds: int = words.key(1, "trainings behind each member of a front", least=1)
     table: str = words.key("tiny-moe", "the table that judges")
+    sides: tuple[str, ...] = words.key(tuple(SIDES), "papers, ours: one of them leaves the other to a second process")
     storage: str = words.key(str(FOLDER / "coordinates"), "folder of the studies")
     show: bool = words.key(False, "only show what is finished")
 
@@ -62,18 +63,18 @@ def trained(settings: Settings, side: str, seed: int) -> Records | None:
     from search.run import main as run
 
     name = f"{side}-{seed}"
-    folder = Path(settings.storage) / name
+    storage = Path(settings.storage) / side  # two processes never write to one MLflow database
     asked = [f"seed={seed}", f"trials={settings.trials}", f"seeds={settings.seeds}"]
-    asked += [f"name={name}", f"storage={settings.storage}", "workers=process", "evaluations=1"]
+    asked += [f"name={name}", f"storage={storage}", "workers=process", "evaluations=1"]
     if not settings.show:
-        Path(settings.storage).mkdir(parents=True, exist_ok=True)
-        with (Path(settings.storage) / f"{name}.log").open("a") as log, contextlib.redirect_stdout(log):
+        storage.mkdir(parents=True, exist_ok=True)
+        with (storage / f"{name}.log").open("a") as log, contextlib.redirect_stdout(log):
             code = run([*SIDES[side], *asked])
         if code:
             raise StudyError(f"the study {name} ended with exit code {code}: {name}.log beside it may say why")
-    elif not folder.is_dir():
+    elif not (storage / name).is_dir():
         return None
-    records = read(folder)
+    records = read(storage / name)
     return records if len(records.trained) >= settings.trials else None
 
 
@@ -109,11 +110,14 @@ def report(shares: Mapping[str, Mapping[int, float]], bad: Mapping[str, Mapping[
 def main(arguments: list[str]) -> None:
     """Trains what is missing, seed by seed, and prints each study's share, then the summary and the JSON line."""
     settings = parse(arguments, Settings)
+    for side in settings.sides:
+        if side not in SIDES:
+            raise unknown("side", side, SIDES)
     judge = Judge(replay.load(settings.table))
     shares: dict[str, dict[int, float]] = {side: {} for side in SIDES}
     bad: dict[str, dict[int, float]] = {side: {} for side in SIDES}
     for seed in range(settings.studies):
-        for side in SIDES:
+        for side in settings.sides:
             if (records := trained(settings, side, seed)) is not None:
                 shares[side][seed], bad[side][seed] = share_of(judge, records), broken(records)
                 print(f"{side} {seed}: {shares[side][seed]:.3f}", file=sys.stderr, flush=True)

@@ -3,11 +3,13 @@
     python -m tests.benchmarks.end_to_end                                    costs and replayed searches
     python -m tests.benchmarks.end_to_end table=mine.parquet seeds=20 repeats=3
     python -m tests.benchmarks.end_to_end costs=false                        replayed searches alone: nothing is trained
-    python -m tests.benchmarks.end_to_end real=true seed=0 cap=100           and both ways once to the target, trained
+    python -m tests.benchmarks.end_to_end real=true seed=0 cap=100           and both ways once, trained
+    python -m tests.benchmarks.end_to_end seeds=1 costs=false real=true      hardly more than that; resumes
 
 The target is 95 % of the hypervolume of everything in a recorded table of a full grid (replay/tables/): accuracy up,
-log trainable parameters down, both scaled by the table as in search_tables.py. Both ways search the table's grid with
-the table's model, task, recipe and routing signal, on two CPUs, two trainings at once.
+log trainable parameters down, both scaled by the table as in search_tables.py. Replayed, both ways search the table's
+grid, whose coordinates are a gift to the plain way; for real each has its own. Model, task, number of steps and batch
+are the table's, on two CPUs, two trainings at once.
 
 The plain way is what one writes today: Ray Tune with OptunaSearch (NSGA-II, two objectives, a define-by-run space);
 every trial is a Tune function that runs one TorchTrainer, which loads model and task, trains PEFT adapters and
@@ -15,7 +17,8 @@ evaluates by lm-eval. PEFT adapts all experts of a layer, so the gradient of the
 masked; layers without a chosen one stay as they are. Its gate and up share an A: fewer parameters than ours, which its
 objective does not see (both ways count what the allocation says). In its favour: its training loop, data order and
 number of steps are ours; lm-eval's records of the environment (seconds of git and pip a trial) are left out; the
-routing signal is a gift; NSGA-II has a population of 10, as `sampler=nsga2` has, with 50, Optuna's own, beside it.
+routing signal and the table's four shares of experts are gifts; NSGA-II has a population of 10, as `sampler=nsga2`
+has, with 50, Optuna's own, beside it.
 
 Cost of a training, the same points in all ways, which take turns, medians over `repeats` after one that warms up:
     plain        one Tune trial from the last one's end to its own
@@ -33,6 +36,15 @@ takes one of the table's seeds and is judged by it, by the mean over all seeds w
 seed was lucky with is no find. `+repeats` trains a repeated point again; trainings that halving stops count their
 share. A search that does not get there in `evaluations` counts as having needed so many.
 
+For real: the plain way searches as people do, rank 4, 8, 16 or 32, lora_alpha twice the rank, learning rate 5e-4 to
+2e-2; ours is the command `python -m search.run space=sieve` with its defaults, from the start of its process. A way
+trains `cap` or `ours` times. When both have ended, each training's adapter is evaluated on the test split, which no
+search has seen, at no cost to its way; what the trainings so far cover of the hypervolume of the table's test front
+(mean over the table's seeds) is compared. A training has one seed: more trainings are more luck, which favours the
+plain way. Points smaller than all of the table, and more accurate ones, count as those at its edge. Compared is the
+cost of three shares: 95 % of the front (which rows at rank 4 and above, alone, do not have); 95 % of what those rows
+have; and what the plain way had in the end. A way that did not get there has spent its whole run: a lower bound.
+
 The table's factors are medians (quartiles; of costs: smallest..largest) of paired ratios, the last lines products.
 JSON `ratios`, how many times less (null: not in this run):
     warm_workers, adapters, evaluation, packing          cost of a training, as {"wall", "cpu"}
@@ -40,8 +52,9 @@ JSON `ratios`, how many times less (null: not in this run):
     defaults, all                                        products as {"wall", "cpu"}: without packing and halving, which
                                                          are off unless asked for, and with them (halving then pays for
                                                          its evaluations on the way, as `curve` has them)
-    real_trainings, real_wall, real_cpu                  the same of one real run of both, beside which is printed what
-                                                         replayed searches of that seed and costs predict
+    front_*, real_*, same_*                              for real, to those three shares: `wall`, `cpu`, `trainings`,
+                                                         `is_lower_bound` (null: our way did not get there)
+    plain_share, ours_share                              what each way had in the end
 """
 
 from __future__ import annotations
@@ -52,14 +65,15 @@ import math
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cache
+from dataclasses import asdict, dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,8 +83,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
 from allocators.core import words
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.messages import TrainJob
-from allocators.core.types import ExpertSelection, ModelShape, Outcome, Trial
-from tests.benchmarks import search_tables
+from allocators.core.types import ExpertSelection, ModelShape, Outcome, Point, Trial
+from search import replay
+from tests.benchmarks import optimism, search_tables
 from tests.benchmarks.trial_overhead import CpuWatch, make_trials, warm
 from trainers.worker_state import WorkerSetup
 
@@ -79,11 +94,13 @@ if TYPE_CHECKING:
 
 FOLDER = search_tables.BUILD / "end_to_end"
 PLAIN, DEDUPED, OURS, HALVED = "nsga2+repeats", "nsga2", "ehvi", "ehvi+halving"
-SEARCHES = (PLAIN, DEDUPED, "ehvi+repeats", OURS, HALVED, "nsga2-50+repeats", "random+repeats", "random")
+SEARCHES = (PLAIN, DEDUPED, OURS, HALVED, "nsga2-50+repeats", "random+repeats", "random")
 COSTS = ("warm_workers", "adapters", "evaluation")  # factors of a training's cost, as studies have them by default
 WARM = ("peft", "lm-eval", "ours", "curve", "packed")
 WORKERS = 2
 POPULATION = 10
+RANKS = (4, 8, 16, 32)  # of the plain way for real; lora_alpha is twice the rank
+RATES = (5e-4, 2e-2)  # its learning rates
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,7 @@ class Settings:
     real: bool = False
     seed: int = 0
     cap: int = 100
+    ours: int = 32
 
 
 @dataclass(frozen=True)
@@ -337,8 +355,10 @@ def plain_trial(config: dict[str, Any]) -> None:
         run_config=RunConfig(name=uuid.uuid4().hex, storage_path=config["storage"]),
     ).fit()
     assert result.metrics is not None
+    assert result.checkpoint is not None
     told = {"params": config["params"], "digest": Trial.from_json(json.loads(config["trial"])).digest}
-    tune.report({**told, "accuracy": result.metrics["accuracy"], "tokens": result.metrics["tokens"]})
+    told |= {"accuracy": result.metrics["accuracy"], "tokens": result.metrics["tokens"]}
+    tune.report({**told, "adapter": result.checkpoint.path})
 
 
 # --- cost of a training
@@ -505,115 +525,94 @@ def worker_setup(recorded: Recorded, folder: Path) -> WorkerSetup:
 # --- both ways, for real
 
 
-@dataclass
-class Target:
-    """Follows a real search until it has trained points that make 95 % of the table's hypervolume, as recorded."""
+@dataclass(frozen=True)
+class Ended:
+    """A training of a real run, in the order in which they ended.
 
-    covered: search_tables.Covered
-    cap: int
-    watch: CpuWatch
-    way: str
-    began: float = field(default_factory=time.monotonic)
-    cpu: float = 0.0
-    trainings: int = 0
-    tokens: int = 0
-    spent: Cost = Cost(0.0, 0.0)
-    reached: bool = False
+    accuracy   on the validation split, which the way searches by; None where the training diverged
+    spent      by its way until this training had ended, the way's start included
+    adapter    folder
+    """
 
-    def __post_init__(self) -> None:
-        self.cpu = self.watch.seconds()
+    digest: str
+    trainable_params: int
+    accuracy: float | None
+    tokens: int
+    spent: Cost
+    adapter: str
 
-    @property
-    def over(self) -> bool:
-        return self.reached or self.trainings >= self.cap
 
-    def add(self, digest: str, accuracy: float | None, tokens: int, *, spent: Cost | None = None) -> None:
-        """A training has ended, now or (`spent`) in an earlier run of this benchmark."""
-        if self.over:
-            return
-        self.trainings += 1
-        self.tokens += tokens
-        if spent is None:
-            self.spent = Cost(time.monotonic() - self.began, self.watch.seconds() - self.cpu)
-        else:
-            self.spent = spent
-            self.began = time.monotonic() - spent.wall
-            self.cpu = self.watch.seconds() - spent.cpu
-        if accuracy is not None:
-            self.reached = self.covered.add(digest) >= search_tables.ENOUGH
-        shown = "diverged" if accuracy is None else f"{accuracy:.3f}"
+class Log:
+    """The trainings of one way, in a file that a later run of the benchmark goes on with."""
+
+    def __init__(self, way: str, file: Path) -> None:
+        self.way, self._file = way, file
+        lines = file.read_text().splitlines() if file.exists() else []
+        known = (json.loads(line) for line in lines)
+        self.ended = [Ended(**entry | {"spent": Cost(**entry["spent"])}) for entry in known]
+
+    def add(self, training: Ended) -> None:
+        self.ended.append(training)
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as file:
+            file.write(json.dumps(asdict(training)) + "\n")
+        shown = "diverged" if training.accuracy is None else f"accuracy {training.accuracy:.3f}"
         print(
-            f"  {self.way}: training {self.trainings}, accuracy {shown}, {self.covered.share:.1%} of the table, "
-            f"{self.spent.wall:.0f} s, {self.spent.cpu:.0f} CPU-seconds",
+            f"  {self.way}: training {len(self.ended)}, {training.trainable_params:,} parameters, {shown}, "
+            f"{training.spent.wall:.0f} s, {training.spent.cpu:.0f} CPU-seconds",
             flush=True,
         )
 
 
-def real_ours(settings: Settings, target: Target, folder: Path) -> None:
-    """A study of the toolkit, but for its report: records, MLflow, warm workers, ehvi; without packs and halving."""
-    from search.config import RunConfig
-    from search.engine.groups import Resources
-    from search.engine.workers import RayWorkers
-    from search.records.folder import StudyFolder
-    from search.records.tracking import Tracker
-    from search.report.live import Progress
-    from search.session.make_workers import Locations
-    from search.session.make_workers import worker_setup as setup_of
-    from search.study import Conductor
+def real_ours(settings: Settings, log: Log, watch: CpuWatch, folder: Path) -> None:
+    """The command that a user types, `space=sieve` with its defaults; adapters are kept, to be judged afterwards."""
+    from search.records import LINES
 
+    if len(log.ended) >= settings.ours:
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # minutes: from the start each time
+    log.ended.clear()
+    folder.mkdir(parents=True)
     recorded = problem_of(settings.table, settings.seed)
-    space = recorded.problem.table.about["identity"]["space"]
-    config = RunConfig(
-        space=space,
-        model=recorded.model,
-        task=recorded.task,
-        seed=recorded.problem.seed,
-        evaluations=1,
-        max_concurrent=WORKERS,
-        storage=str(folder),
-        trials=settings.cap,
-        name="ours",
-    )
+    command = [sys.executable, "-m", "search.run", "space=sieve", f"model={recorded.model}", f"task={recorded.task}"]
+    command += [f"seed={recorded.problem.seed}", f"trials={settings.ours}", f"num_cpus={WORKERS}"]
+    command += ["keep=all", f"storage={folder}", "name=ours"]
+    began, cpu, read = time.time(), watch.seconds(), 0
+    lines = folder / "ours" / LINES
+    with (folder / "ours.txt").open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while process.poll() is None or read < lines.stat().st_size:
+            time.sleep(0.1)
+            text = lines.read_bytes()[read:] if lines.exists() else b""
+            text = text[: text.rfind(b"\n") + 1]
+            read += len(text)
+            for line in map(json.loads, text.splitlines()):
+                if line["event"] == "finished":
+                    outcome = Outcome.from_json(line["outcome"])
+                    spent = Cost(line["time"] - began, watch.seconds() - cpu)
+                    place = str(folder / "ours" / "adapters" / outcome.digest)
+                    params, accuracy = outcome.trainable_params, outcome.accuracy
+                    log.add(Ended(outcome.digest, params, accuracy, outcome.tokens, spent, place))
+    if process.returncode:
+        raise StudyError(f"our way ended with exit code {process.returncode}: {folder}/ours.txt says why")
 
-    class ToTarget(Conductor):
-        def propose(self) -> Any:
-            return None if target.over else super().propose()
 
-        def finished(self, outcome: Outcome) -> None:
-            super().finished(outcome)
-            if outcome.status not in ("complete", "diverged"):
-                raise StudyError(f"a training ended as {outcome.status}: {outcome.message}")
-            target.add(outcome.digest, outcome.accuracy, outcome.tokens)
+def of_people(trial: Any) -> Point:
+    """What one lets Optuna choose: the table's allocations, rank and learning rate; lora_alpha is twice the rank.
 
-    locations = Locations.of(config)
-    own = locations.folder
-    with StudyFolder.open(
-        own, config=config.to_json(), identity=config.identity(), shape=recorded.problem.shape, command=config.command()
-    ) as records:
-        tracker = Tracker.open(
-            None, folder, experiment=space, study_name="ours", tags={"model": recorded.model}, params=config.to_json()
-        )
-        tracker.sync(records)
-        study = records.header["id"]
-        resources = Resources(settings.cap, num_cpus=WORKERS, max_concurrent=WORKERS)
-        workers = RayWorkers(
-            resources, setup_of(config, locations), study=study, notes=locations.ray, here=locations.tune
-        )
-        with Progress(settings.cap, quiet=True, seed=config.seed) as progress:
-            workers.start()
-            conductor = ToTarget(
-                recorded.problem,
-                records,
-                tracker,
-                progress,
-                sampler="ehvi",
-                deadline=None,
-                keep="front",
-                trials=settings.cap,
-            )
-            workers.search(conductor, pausing=False)
-            workers.close()
-        tracker.close(status="FINISHED")
+    At the best scaled rate of tiny-moe, 0.05 to 0.2, the learning rate is .006 to .025 at rank 4 and .0008 to .003 at
+    rank 32: the middle of its range.
+    """
+    from spaces import moe_grid
+
+    allocator = trial.suggest_categorical("allocator", list(moe_grid.ALLOCATORS))
+    knobs: dict[str, Any] = {}
+    if allocator in ("sieve", "random"):
+        knobs["fraction"] = trial.suggest_categorical("fraction", list(moe_grid.FRACTIONS))
+        knobs |= {"score": "count"} if allocator == "sieve" else {"draw": "each"}
+    rank = trial.suggest_categorical("rank", list(RANKS))
+    rate = trial.suggest_float("learning_rate", *RATES, log=True)
+    return Point(allocator, knobs, {"rank": rank, "lora_alpha": 2.0 * rank, "learning_rate": rate})
 
 
 class PlainSpace:
@@ -623,13 +622,14 @@ class PlainSpace:
         self._table, self._seed = table, seed
 
     def __call__(self, trial: Any) -> dict[str, Any]:
+        from search.problem import Problem
+
         problem = problem_of(self._table, self._seed).problem
-        point, _ = problem.ask(trial)
-        resolved, cost = problem.resolve(point)
+        resolved, cost = Problem.resolve(problem, of_people(trial))  # not only rows of the table
         return {"trial": json.dumps(resolved.to_json()), "params": cost}
 
 
-def real_plain(settings: Settings, target: Target, folder: Path) -> None:
+def real_plain(settings: Settings, log: Log, watch: CpuWatch, folder: Path) -> None:
     """Ray Tune with Optuna's NSGA-II. What an earlier run of this benchmark trained counts, with what it took."""
     import optuna
     import ray
@@ -640,43 +640,25 @@ def real_plain(settings: Settings, target: Target, folder: Path) -> None:
 
     from search.engine.workers import connect
 
+    done = len(log.ended)
+    if done >= settings.cap:
+        return
     recorded = problem_of(settings.table, settings.seed)
     folder.mkdir(parents=True, exist_ok=True)
-    log, stop = folder / "plain.jsonl", folder / "over"
-    stop.unlink(missing_ok=True)
-    for line in log.read_text().splitlines() if log.exists() else ():
-        known = json.loads(line)
-        target.add(known["digest"], known["accuracy"], known["tokens"], spent=Cost(known["wall"], known["cpu"]))
-    if target.over:
-        return
+    before = log.ended[-1].spent if log.ended else Cost(0.0, 0.0)
+    began, cpu = time.monotonic(), watch.seconds()
 
     class Follow(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            spent = before + Cost(time.monotonic() - began, watch.seconds() - cpu)
             told = trial.last_result
             accuracy = told["accuracy"] if math.isfinite(told["accuracy"]) else None
-            target.add(told["digest"], accuracy, told["tokens"])
-            known = {"digest": told["digest"], "accuracy": accuracy, "tokens": told["tokens"]}
-            with log.open("a") as file:
-                file.write(json.dumps(known | {"wall": target.spent.wall, "cpu": target.spent.cpu}) + "\n")
-            if target.over:
-                stop.touch()
-
-    class StopAll(tune.Stopper):
-        """By a file: Tune works with a copy of its stopper."""
-
-        def __init__(self, file: Path) -> None:
-            self._file = file
-
-        def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-            return False
-
-        def stop_all(self) -> bool:
-            return self._file.exists()
+            log.add(Ended(told["digest"], told["params"], accuracy, told["tokens"], spent, told["adapter"]))
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     connect("local", num_cpus=WORKERS + 1)  # the Tune functions around the trainers take slots of their own
     # the same seed again would propose the same points again
-    sampler = optuna.samplers.NSGAIISampler(seed=settings.seed + 7919 * target.trainings, population_size=POPULATION)
+    sampler = optuna.samplers.NSGAIISampler(seed=settings.seed + 7919 * done, population_size=POPULATION)
     search = OptunaSearch(
         PlainSpace(settings.table, settings.seed),
         metric=["accuracy", "params"],
@@ -687,32 +669,142 @@ def real_plain(settings: Settings, target: Target, folder: Path) -> None:
     tune.Tuner(
         tune.with_resources(plain_trial, {"CPU": 0.01}),
         param_space={"model": recorded.model, "task": recorded.task, "storage": str(folder / "train")},
-        tune_config=tune.TuneConfig(
-            search_alg=search, num_samples=settings.cap - target.trainings, max_concurrent_trials=WORKERS
-        ),
-        run_config=tune.RunConfig(
-            verbose=0, storage_path=str(folder / "tune"), callbacks=[Follow()], stop=StopAll(stop)
-        ),
+        tune_config=tune.TuneConfig(search_alg=search, num_samples=settings.cap - done, max_concurrent_trials=WORKERS),
+        run_config=tune.RunConfig(verbose=0, storage_path=str(folder / "tune"), callbacks=[Follow()]),
     ).fit()
     ray.shutdown()
 
 
-def both_for_real(settings: Settings) -> tuple[Target, Target]:
-    """Plain and ours, one after the other; the plain way goes on where an earlier run was cut off."""
+class Examiner:
+    """Test accuracy of trainings, from their adapters, after the clock has stopped; kept in a file."""
+
+    def __init__(self, recorded: Recorded, folder: Path) -> None:
+        self._recorded, self._folder, self._file = recorded, folder, folder / "tested.jsonl"
+        lines = self._file.read_text().splitlines() if self._file.exists() else []
+        self._known: dict[str, float] = {entry["adapter"]: entry["test"] for entry in map(json.loads, lines)}
+
+    @cached_property
+    def _state(self) -> Any:
+        from trainers.worker_state import WorkerState
+
+        return WorkerState(worker_setup(self._recorded, self._folder), "cpu")
+
+    def places(self, log: Log) -> list[optimism.Place]:
+        """Of every training of a way, in their order."""
+        return [optimism.Place(one.trainable_params, self._tested(log.way, one)) for one in log.ended]
+
+    def _tested(self, way: str, one: Ended) -> float | None:
+        if one.accuracy is None:
+            return None
+        if one.adapter not in self._known:
+            found = self._peft(one.adapter) if way == "plain" else self._state.test(one.adapter).score.accuracy
+            self._known[one.adapter] = found
+            with self._file.open("a") as file:
+                file.write(json.dumps({"adapter": one.adapter, "test": found}) + "\n")
+        return self._known[one.adapter]
+
+    def _peft(self, folder: str) -> float:
+        from peft import PeftModel
+
+        state, test = self._state, self._state.task.test
+        wrapped = PeftModel.from_pretrained(state.model, folder)
+        try:
+            test.prepare(state.tokenizer)
+            accuracy: float = test.evaluate(state.model).accuracy
+        finally:
+            wrapped.unload()
+        return accuracy
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A way's trainings, and what the trainings up to each of them cover of the table's hypervolume."""
+
+    log: Log
+    shares: Sequence[float]
+
+    def reached(self, share: float) -> Ended | None:
+        """The first training with which so much is covered."""
+        return next((one for one, has in zip(self.log.ended, self.shares, strict=True) if has >= share), None)
+
+    def number(self, one: Ended) -> int:
+        return self.log.ended.index(one) + 1
+
+    def line(self, share: float) -> str:
+        one = self.reached(share)
+        if one is None:
+            one, said = self.log.ended[-1], f"not reached, {self.shares[-1]:.1%} after"
+        else:
+            said = "reached after"
+        tokens = sum(training.tokens for training in self.log.ended[: self.number(one)])
+        return (
+            f"{self.log.way:<8}{said} {self.number(one)} trainings, {tokens:,} tokens, {one.spent.wall:.0f} s, "
+            f"{one.spent.cpu:.0f} CPU-seconds, start included"
+        )
+
+
+def shares_of(judge: optimism.Judge, places: Sequence[optimism.Place]) -> list[float]:
+    """What the first 1, 2, ... of these trainings cover of the table's hypervolume."""
+    return [judge.share_of(places[: n + 1]) for n in range(len(places))]
+
+
+def of_ranks(judge: optimism.Judge, least: int) -> float:
+    """Share of a table's hypervolume that its rows of that rank and above have."""
+    trials = (outcome.trial for outcome in judge.table.outcomes.values())
+    return judge.share(trial.point for trial in trials if trial.recipe.rank >= least)
+
+
+def times_less(plain: Judged, ours: Judged, share: float, name: str) -> dict[str, float | bool | None]:
+    """How many times less of everything our way needs to a share; a way that did not get there needs more than it had.
+
+    NAME_is_lower_bound   the plain way was not there in the end
+    """
+    there, early = plain.reached(share), ours.reached(share)
+    units = ("wall", "cpu", "trainings")
+    if early is None:
+        return dict.fromkeys(f"{name}_{unit}" for unit in units)
+    late = there or plain.log.ended[-1]
+    found: dict[str, float | bool | None] = {
+        f"{name}_wall": round(late.spent.wall / early.spent.wall, 2),
+        f"{name}_cpu": round(late.spent.cpu / early.spent.cpu, 2),
+        f"{name}_trainings": round(plain.number(late) / ours.number(early), 2),
+    }
+    return found | {f"{name}_is_lower_bound": there is None}
+
+
+def both_for_real(settings: Settings) -> dict[str, float | bool | None]:
+    """Ours and plain, one after the other, then judged; the plain way goes on where an earlier run was cut off."""
+    judge = optimism.Judge(replay.load(settings.table))
+    version = search_tables.own(settings.table, settings.seed, mean=False).version
+    folder = (FOLDER / f"real-{Path(settings.table).stem}-{settings.seed}-{version}").absolute()  # Train needs it
     watch = CpuWatch()
     watch.start()
-    table = search_tables.own(settings.table, settings.seed, mean=False)
-    done = []
-    for way, run in (("ours", real_ours), ("plain", real_plain)):
-        name = f"{way}-{Path(settings.table).stem}-{settings.seed}-{table.version}"
-        folder = (FOLDER / name).absolute()  # Ray Train takes a relative one for a bucket
-        if way == "ours":  # minutes: from the start each time
-            shutil.rmtree(folder, ignore_errors=True)
-        target = Target(search_tables.Covered(table), settings.cap, watch, way)
-        run(settings, target, folder)
-        done.append(target)
+    logs = {way: Log(way, folder / f"{way}.jsonl") for way in ("ours", "plain")}
+    real_ours(settings, logs["ours"], watch, folder / "ours")
+    real_plain(settings, logs["plain"], watch, folder / "plain")
     watch.stop()
-    return done[1], done[0]
+    examiner = Examiner(problem_of(settings.table, settings.seed), folder)
+    ours, plain = (Judged(log, shares_of(judge, examiner.places(log))) for log in logs.values())
+    within = of_ranks(judge, min(RANKS))
+    shares = {
+        "front": (search_tables.ENOUGH, f"95 % of the front of {settings.table}"),
+        "real": (search_tables.ENOUGH * within, f"95 % of what its rows at rank {min(RANKS)} and more have"),
+        "same": (plain.shares[-1], f"what the plain way had after {len(plain.shares)} trainings"),
+    }
+    found: dict[str, float | bool | None] = {"plain_share": plain.shares[-1], "ours_share": ours.shares[-1]}
+    found = {name: round(value or 0.0, 4) for name, value in found.items()}
+    for name, (share, what) in shares.items():
+        print(f"{what} ({share:.1%})")
+        print(f"  {plain.line(share)}\n  {ours.line(share)}")
+        less = times_less(plain, ours, share, name)
+        if less[f"{name}_wall"] is not None:
+            least = "at least " if less[f"{name}_is_lower_bound"] else ""
+            print(
+                f"  {least}{less[f'{name}_wall']} × less wall clock, {less[f'{name}_cpu']} × fewer CPU-seconds, "
+                f"{less[f'{name}_trainings']} × fewer trainings"
+            )
+        found |= less
+    return found
 
 
 # --- the report
@@ -781,40 +873,9 @@ def main(arguments: Sequence[str]) -> None:
             print(f"{'product, ' + name:<22}{units['wall']:>24.1f}{units['cpu']:>24.1f}")
     else:
         print("costs=true measures what a training costs: warm workers, adapters, evaluation, packing")
-    report |= dict.fromkeys(("real_trainings", "real_wall", "real_cpu"))
     if settings.real:
-        print(f"\nBoth ways until 95 %, or {settings.cap} trainings")
-        plain, ours = both_for_real(settings)
-        for target in (plain, ours):
-            end = "reached" if target.reached else f"only {target.covered.share:.1%} reached"
-            print(
-                f"{target.way:<8}{end}: {target.trainings} trainings, {target.tokens:,} tokens, "
-                f"{target.spent.wall:.0f} s, {target.spent.cpu:.0f} CPU-seconds, starts included"
-            )
-        if ours.reached:  # the plain way's cost up to the cap is a lower bound of what it needs
-            report |= {
-                "real_trainings": round(plain.trainings / ours.trainings, 2),
-                "real_wall": round(plain.spent.wall / ours.spent.wall, 2),
-                "real_cpu": round(plain.spent.cpu / ours.spent.cpu, 2),
-                "real_is_lower_bound": not plain.reached,
-            }
-            least = "" if plain.reached else "at least "
-            print(
-                f"{least}{report['real_wall']} × less wall clock, {report['real_cpu']} × fewer CPU-seconds, "
-                f"{report['real_trainings']} × fewer trainings"
-            )
-            replayed = {name: trainings[name][settings.seed] for name in (PLAIN, OURS)}
-            fewer = replayed[PLAIN] / replayed[OURS]
-            times = ""
-            if settings.costs:
-                less_wall, less_cpu = (
-                    fewer * product({name: rows[name][unit] for name in COSTS}) for unit in ("wall", "cpu")
-                )
-                times = f": {less_wall:.1f} × less wall clock, {less_cpu:.1f} × fewer CPU-seconds"
-            print(
-                f"replayed with the same seed they need {replayed[PLAIN]:.0f} and {replayed[OURS]:.0f} trainings, "
-                f"{fewer:.2f} × fewer{times}"
-            )
+        print(f"\nBoth ways for real: {settings.ours} trainings of ours, {settings.cap} of the plain way")
+        report |= both_for_real(settings)
     record = {"benchmark": "end_to_end", "device": "cpu", "versions": versions(), "settings": vars(settings)}
     print(json.dumps(record | {"ratios": report}))
 

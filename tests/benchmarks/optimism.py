@@ -107,6 +107,20 @@ class Judge:
         """Of the table's hypervolume, what these points have."""
         return self._area(self.places[point] for point in points if point in self.places) / self._whole
 
+    def share_of(self, places: Iterable[Place]) -> float:
+        """Of the table's hypervolume, what trainings have that may be no rows of it.
+
+        A place outside the range of the table's sizes and accuracies counts as one at its edge: what is smaller or
+        better than all of the table makes good for nothing that is missing elsewhere.
+        """
+        return self._area(self._inside(place) for place in places) / self._whole
+
+    def _inside(self, place: Place) -> Place:
+        known = self.places.values()
+        least, best = min(p.trainable_params for p in known), max(p.accuracy or 0.0 for p in known)
+        accuracy = None if place.accuracy is None else min(place.accuracy, best)
+        return Place(max(place.trainable_params, least), accuracy)
+
     @cached_property
     def _whole(self) -> float:
         return self._area(self.places.values())

@@ -5,7 +5,9 @@ python -m pytest tests/benchmarks/test_end_to_end.py
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,28 @@ from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
 from allocators.core.types import ExpertSelection, ModelShape, Recipe, Trial
+from search import replay
 from search.propose.candidates import Known
 from tests.benchmarks import end_to_end
-from tests.benchmarks.end_to_end import Cost, Settings, cost_factors, parse, product, search_factors, spaced, spread
-from tests.benchmarks.search_tables import Asker, Covered, Rung, Table, simulate
+from tests.benchmarks.end_to_end import (
+    RANKS,
+    RATES,
+    Cost,
+    Ended,
+    Judged,
+    Log,
+    Settings,
+    cost_factors,
+    parse,
+    product,
+    search_factors,
+    shares_of,
+    spaced,
+    spread,
+    times_less,
+)
+from tests.benchmarks.optimism import Judge, Place
+from tests.benchmarks.search_tables import ALL, Asker, Covered, Rung, Table, simulate
 from tests.trainers.reference import (
     every_expert,
     from_peft,
@@ -148,6 +168,85 @@ def test_the_plain_way_trains_the_chosen_experts_and_counts_them(
                 assert moved, name
         assert adapted == set(allocation.experts)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_what_the_plain_way_trained_is_judged_from_its_files(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    model = tiny_model("olmoe")
+    shape = shape_of_model(model)
+    trial = Trial(some_experts(shape), Recipe(rank=2, lora_alpha=4.0, steps=1), "tiny", "default", 0)
+    with end_to_end.peft_adapter(model, shape, trial) as adapter:
+        for _, parameter in adapter.named_parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        trained = model(tokens()).logits.detach()
+        adapter.wrapped.save_pretrained(str(tmp_path))
+    base = model(tokens()).logits.detach()
+    wrapped = PeftModel.from_pretrained(model, str(tmp_path))
+    again = model(tokens()).logits.detach()
+    wrapped.unload()
+    torch.testing.assert_close(again, trained)
+    assert not torch.allclose(base, trained)
+    torch.testing.assert_close(model(tokens()).logits.detach(), base)
+
+
+@given(seed=st.integers(0, 10**6))
+def test_people_tune_rank_and_rate_and_set_alpha_to_twice_the_rank(seed: int) -> None:
+    import optuna
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+    asked = end_to_end.PlainSpace("tiny-moe", 0)(study.ask())
+    trial = Trial.from_json(json.loads(asked["trial"]))
+    assert trial.recipe.rank in RANKS
+    assert trial.recipe.lora_alpha == 2 * trial.recipe.rank
+    assert RATES[0] <= trial.recipe.learning_rate <= RATES[1]
+    assert (trial.recipe.steps, trial.recipe.schedule) == (100, "linear")  # as the table's trainings
+    assert asked["params"] > 0
+
+
+def way(name: str, *seconds: float) -> Log:
+    log = Log(name, Path("nowhere"))
+    log.ended += [Ended(f"{n}", 10, 0.5, 100, Cost(wall, 2 * wall), "") for n, wall in enumerate(seconds)]
+    return log
+
+
+def test_both_ways_are_compared_at_one_share() -> None:
+    ours = Judged(way("ours", 5.0, 10.0, 20.0), [0.2, 0.6, 0.9])
+    plain = Judged(way("plain", 100.0, 200.0, 300.0, 400.0), [0.1, 0.5, 0.6, 0.6])
+    assert times_less(plain, ours, 0.6, "same") == {
+        "same_wall": 30.0,
+        "same_cpu": 30.0,
+        "same_trainings": 1.5,
+        "same_is_lower_bound": False,
+    }
+    bound = times_less(plain, ours, 0.9, "real")
+    assert (bound["real_wall"], bound["real_trainings"], bound["real_is_lower_bound"]) == (20.0, 1.33, True)
+    assert set(times_less(plain, ours, 0.95, "front").values()) == {None}
+    assert "reached after 2 trainings, 200 tokens, 10 s, 20 CPU-seconds" in ours.line(0.6)
+    assert "not reached, 60.0% after 4 trainings" in plain.line(0.9)
+
+
+def test_a_real_run_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    log, training = Log("plain", tmp_path / "a" / "plain.jsonl"), Ended("d", 10, None, 100, Cost(1.5, 2.5), "place")
+    log.add(training)
+    assert Log("plain", tmp_path / "a" / "plain.jsonl").ended == [training]
+
+
+def test_trainings_that_are_no_rows_gain_nothing_outside_the_table() -> None:
+    judge = Judge(replay.load("tiny-moe"))
+    rows = list(judge.places.values())
+    least, best = min(p.trainable_params for p in rows), max(p.accuracy or 0.0 for p in rows)
+    shares = shares_of(judge, rows)
+    assert shares == sorted(shares)
+    assert shares[-1] == pytest.approx(1.0)
+    small = judge.share_of([Place(least, 0.5)])
+    assert judge.share_of([Place(1, 0.5)]) == small > 0
+    assert judge.share_of([Place(least, 1.0)]) == judge.share_of([Place(least, best)])
+    assert judge.share_of([Place(10 * max(p.trainable_params for p in rows), 1.0), Place(least, None)]) == 0.0
+
+
+def test_every_search_that_is_replayed_is_one_that_there_is() -> None:
+    assert set(end_to_end.SEARCHES) <= set(ALL)
 
 
 def test_arguments_are_checked() -> None:

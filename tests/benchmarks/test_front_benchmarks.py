@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 
+import optuna
 import pytest
 import torch
 
@@ -12,8 +13,10 @@ from allocators import uniform
 from allocators.core.errors import StudyError
 from allocators.core.types import Recipe, Score
 from search import replay
+from search.config import parse
 from search.replay import Row as Recorded
-from tests.benchmarks import open_task, optimism, router_rate, transfer
+from search.session.prepare import prepare
+from tests.benchmarks import coordinates, open_task, optimism, router_rate, transfer
 from tests.search.replay.test_replay import record
 from trainers import models
 from trainers.adapter import attach, lora_moe
@@ -128,3 +131,26 @@ def test_routers_are_found_in_the_flat_buffer() -> None:
         assert (router == 0.25).all()
         assert (view == 0.25).sum() == router.numel()
     adapter.detach()
+
+
+def test_the_papers_coordinates_are_the_same_search_with_another_recipe() -> None:
+    words = coordinates.SIDES["papers"]
+    _, old = prepare(parse(words))
+    _, new = prepare(parse(coordinates.SIDES["ours"]))
+    for seed in range(20):
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        trial = study.ask()
+        point, params = old.ask(trial)
+        assert point.recipe["lora_alpha"] == 2 * point.recipe["rank"] >= 8
+        assert {"rank", "learning_rate"} <= params.keys()
+        assert "scaled_rate" not in params
+        same, _ = new.ask(optuna.trial.FixedTrial(params | {"rank": 4, "lora_alpha": 64.0, "scaled_rate": 0.1}))
+        assert (same.allocator, same.knobs) == (point.allocator, point.knobs)
+
+
+def test_gain_is_of_pairs_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    shares = {"papers": {0: 0.5, 1: 0.7}, "ours": {0: 0.9, 1: 0.9, 2: 0.1}}
+    ratios = coordinates.report(shares, {"papers": {0: 0.5, 1: 0.5}, "ours": {0: 0.0, 1: 0.0, 2: 0.0}})
+    assert (ratios["gain"], ratios["gain_error"]) == (pytest.approx(0.3), pytest.approx(0.1))
+    assert (ratios["papers"], ratios["ours"], ratios["papers_broken"]) == (0.6, pytest.approx(0.6333, abs=1e-4), 0.5)
+    assert "2 pairs: +0.300 ± 0.100" in capsys.readouterr().out

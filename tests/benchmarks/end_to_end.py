@@ -597,7 +597,12 @@ def real_ours(settings: Settings, target: Target, folder: Path) -> None:
         study = records.header["id"]
         resources = Resources(settings.cap, num_cpus=WORKERS, max_concurrent=WORKERS)
         workers = RayWorkers(
-            resources, setup_of(config, locations), study=study, notes=locations.ray, here=locations.tune
+            resources,
+            setup_of(config, locations),
+            study=study,
+            notes=locations.ray,
+            here=locations.tune,
+            logs=locations.logs,
         )
         with Progress(settings.cap, quiet=True, seed=config.seed) as progress:
             workers.start()

@@ -42,8 +42,10 @@ _undertaker: subprocess.Popen[bytes] | None = None
 GOES_ON = "what was finished is kept, and the same command goes on"
 
 
-def connect(address: str, *, num_cpus: int = 0) -> str:
+def connect(address: str, *, num_cpus: int = 0, logs: Path | None = None) -> str:
     """Starts a local Ray or joins a cluster, unless this process did so before; says which cluster, in one line.
+
+    logs   a folder for what workers of a cluster print; those of a local Ray have their logs on this machine
 
     Raises StudyError when the address does not answer, or no Ray can be started here.
     """
@@ -56,6 +58,7 @@ def connect(address: str, *, num_cpus: int = 0) -> str:
         options |= {"include_dashboard": False, "num_cpus": num_cpus or None, "_plasma_directory": surroundings.store()}
     else:
         where, how = joining.resolve(address)
+        options["log_to_driver"] = logs is not None
         if not where.startswith("ray://") and not joining.answers(where):
             raise joining.why_not(where, ConnectionError("nothing listens there"))
     logging.getLogger("ray").setLevel(logging.ERROR)  # before: it warns that the handler of SIGTERM stays ours
@@ -69,13 +72,18 @@ def connect(address: str, *, num_cpus: int = 0) -> str:
             raise joining.why_not(where, error) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise StudyError(f"Ray cannot be started here ({reason}): is the machine out of memory or busy?") from None
-    return joining.describe(how) if how else ""
+    if not how:
+        return ""
+    if logs is not None:
+        joining.keep_prints(logs)
+    return joining.describe(how)
 
 
 def disconnect() -> None:
     """Ends the local Ray, or leaves the cluster."""
     global _undertaker
     ray.shutdown()
+    joining.drop_prints()
     if _undertaker is not None and _undertaker.stdin is not None:
         _undertaker.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a Ray that this process starts next is none of its own

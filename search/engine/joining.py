@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -18,6 +20,7 @@ import ray
 from allocators.core.errors import StudyError
 from search import interrupts
 
+_PRINTS = "lora-expert-search"
 SILENT = 45.0  # seconds without an answer of the head; after a minute Ray's code ends this process without a word
 _TOKENS = re.compile(r"InvalidAuthToken|AuthenticationError|[Uu]nauthenticated|auth(entication)? ?token", re.ASCII)
 
@@ -111,6 +114,29 @@ def describe(how: str) -> str:
         f"joined the Ray cluster at {ray.get_runtime_context().gcs_address}, {how}: {count}, "
         f"{total.get('CPU', 0):g} CPU and {total.get('GPU', 0):g} GPU"
     )
+
+
+def keep_prints(folder: Path) -> None:
+    """Writes what workers print on any node into this folder, a file a process, instead of the driver's terminal."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as streams
+
+    def write(data: Mapping[str, Any]) -> None:
+        process = re.sub(r"[^A-Za-z0-9.:]", "_", f"{data.get('ip')}-{data.get('pid')}")
+        end = "err" if data.get("is_err") else "out"
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with (folder / f"{process}.{end}").open("a", encoding="utf-8", errors="backslashreplace") as file:
+                file.writelines(f"{line}\n" for line in data.get("lines", ()))
+
+    streams.remove_handler("ray_print_logs")
+    streams.add_handler(_PRINTS, write)
+
+
+def drop_prints() -> None:
+    """Ends `keep_prints`."""
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher as streams
+
+    streams.remove_handler(_PRINTS)
 
 
 def watch_head(closing: threading.Event, *, goes_on: str) -> None:

@@ -1,7 +1,7 @@
 """Warm workers: Ray Train worker groups that start once a study and train trial after trial. Edge file: Ray.
 
 Starting a TorchTrainer for every trial costs tens of CPU-seconds and reloads the base model each time. Here each group
-is one `TorchTrainer(serve).fit()` that lives as long as the study. A zero-CPU actor, the job queue, holds jobs and
+is one `TorchTrainer(serve).fit()` that lives as long as the study (`steward.py`). A zero-CPU actor, the job queue, holds jobs and
 reports; workers take jobs from it, Tune's trial handles wait on it.
 """
 
@@ -82,6 +82,7 @@ class RayWorkers:
         self._resources = resources
         self._study = study
         self._here = here
+        self._logs = logs
         self._asked = 0
         self._closing = threading.Event()
         self._grows = resources.ray_address != "local"
@@ -90,7 +91,7 @@ class RayWorkers:
     def start(self) -> None:
         """Starts the groups in threads of this process; returns at once."""
         self._connected = not ray.is_initialized()
-        self._joined = connect(self._resources.ray_address, num_cpus=self._resources.num_cpus)
+        self._joined = connect(self._resources.ray_address, num_cpus=self._resources.num_cpus, logs=self._logs)
         try:
             self._groups = self._steward.plan()
         except StudyError:

@@ -23,7 +23,7 @@ from allocators.core.errors import StudyError
 from search.records import mirror, read
 from search.records.files import HEADER, LINES
 
-WORDS = "space=sieve recipe.steps=20 recipe.batch_size=4 limit=24 calibration_samples=16 evaluations=4 workers=process"
+WORDS = "space=sieve recipe.steps=8 recipe.batch_size=2 limit=8 calibration_samples=4 evaluations=2 workers=process"
 
 
 def recorded(folder: Path, lines: str) -> Path:
@@ -90,7 +90,7 @@ def run(module: str, words: str, folder: Path, store: dict[str, str]) -> subproc
 
 
 def ended(program: subprocess.Popen[str]) -> str:
-    said, _ = program.communicate(timeout=900)
+    said, _ = program.communicate(timeout=1800)
     assert program.returncode == 0, said
     return said
 

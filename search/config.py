@@ -339,6 +339,13 @@ class RunConfig:
     num_cpus: int = _key(
         0, "logical CPUs of a local Ray (0: as many as the machine has)", decides="running", where="machine", least=0
     )
+    wait_for_workers: str = _key(
+        "10m",
+        "on a cluster that is joined: how long a study waits for nodes with room for one trial, at its beginning and "
+        "after the last of them left (90s, 10m, 2h)",
+        decides="running",
+        where="machine",
+    )
     storage: str = _key(
         "studies", "folder, or URI such as s3://bucket/dir, that all nodes see", decides="running", where="machine"
     )
@@ -387,7 +394,12 @@ class RunConfig:
     @property
     def time_budget_seconds(self) -> float:
         """0 where there is no limit."""
-        return _seconds(self.time_budget)
+        return _seconds("time_budget", self.time_budget)
+
+    @property
+    def seconds_for_workers(self) -> float:
+        """How long a study waits for room for one worker group."""
+        return _seconds("wait_for_workers", self.wait_for_workers)
 
     @property
     def study_name(self) -> str:
@@ -462,12 +474,12 @@ def portable_words(command: str) -> list[str]:
     return [word for word in words.shell_words(command) if word.partition("=")[0] not in machine]
 
 
-def _seconds(text: str) -> float:
+def _seconds(key: str, text: str) -> float:
     if not text:
         return 0.0
     amount = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text, re.ASCII)
     if not amount or not math.isfinite(float(amount[1])):
-        raise StudyError(f"time_budget must look like 90s, 10m or 2h, got '{shown(text)}'")
+        raise StudyError(f"{key} must look like 90s, 10m or 2h, got '{shown(text)}'")
     return float(amount[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[amount[2]]
 
 
@@ -540,7 +552,8 @@ def check(config: RunConfig) -> None:
             "lower it, or raise evaluations"
         )
     _check_workers(config)
-    _seconds(config.time_budget)
+    _seconds("time_budget", config.time_budget)
+    _seconds("wait_for_workers", config.wait_for_workers)
     make_recipe(config.recipe)
 
 

@@ -30,6 +30,7 @@ from allocators.core.errors import StudyError, ToolkitError
 from search import records
 from search.config import load_arguments
 from search.export import find, locate
+from search.records import mirror
 from search.records.files import EVALUATIONS, append_line
 from search.records.redact import redacted
 from search.report import Report
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(help_text(), file=sys.stdout if given else sys.stderr)
             return 0 if given else 2
         folder, request = parse(given)
-        for line in evaluate(folder, request):
+        for line in evaluate(mirror.here(folder), request):
             print(line, flush=True)
     except ToolkitError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)

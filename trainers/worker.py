@@ -46,6 +46,8 @@ def serve(config: dict[str, Any]) -> None:
 
     ranks, queue = Ranks.of_this_worker(), _queue(config)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if ranks.leads:
+        queue.arrive()
     try:
         state = WorkerState(config["setup"], get_device())
     except Exception as error:  # nothing can be trained: say why once instead of being restarted for ever
@@ -65,10 +67,14 @@ class QueueClient:
     def __init__(self, name: str, namespace: str, group: int, life: int) -> None:
         import ray
 
-        self._get = ray.get
+        self._get, self._node = ray.get, ray.get_runtime_context().get_node_id()
         self._queue: Any = ray.get_actor(name, namespace=namespace)
         self._group, self._life = group, life
         self._jobs: dict[str, tuple[Job, Any]] = {}  # what this group works on, with the open call that says so
+
+    def arrive(self) -> None:
+        """Tells the queue that the group's processes run, and where."""
+        self._get(self._queue.arrive.remote(self._group, self._life, self._node))
 
     def start(self) -> None:
         """Tells the queue that this group begins, or begins anew."""

@@ -17,7 +17,7 @@ import ray
 
 from allocators.core.errors import StudyError
 from search import interrupts
-from search.engine import surroundings
+from search.engine import joining, surroundings
 
 NAMESPACE = "lora-expert-search"  # of the job queue's actor
 _UNDERTAKER = """
@@ -42,38 +42,48 @@ _undertaker: subprocess.Popen[bytes] | None = None
 GOES_ON = "what was finished is kept, and the same command goes on"
 
 
-def connect(address: str, *, num_cpus: int = 0) -> dict[str, float]:
-    """Starts a local Ray or joins a cluster, unless this process did so before; returns its total resources.
+def connect(address: str, *, num_cpus: int = 0, logs: Path | None = None) -> str:
+    """Starts a local Ray or joins a cluster, unless this process did so before; says which cluster, in one line.
+
+    logs   a folder for what workers of a cluster print; those of a local Ray have their logs on this machine
 
     Raises StudyError when the address does not answer, or no Ray can be started here.
     """
     if ray.is_initialized():
-        return dict(ray.cluster_resources())
+        return ""
     options: dict[str, Any] = {"namespace": NAMESPACE, "log_to_driver": False, "configure_logging": True}
+    how, where = "", address
     if address == "local":
         surroundings.check()
         options |= {"include_dashboard": False, "num_cpus": num_cpus or None, "_plasma_directory": surroundings.store()}
+    else:
+        where, how = joining.resolve(address)
+        options["log_to_driver"] = logs is not None
+        if not where.startswith("ray://") and not joining.answers(where):
+            raise joining.why_not(where, ConnectionError("nothing listens there"))
     logging.getLogger("ray").setLevel(logging.ERROR)  # before: it warns that the handler of SIGTERM stays ours
     try:
         if address == "local":
             _bury_with_us()
-        _beside(lambda: ray.init(address=address, logging_level=logging.ERROR, **options))
+        _beside(lambda: ray.init(address=where, logging_level=logging.ERROR, **options))
         interrupts.install()
     except Exception as error:  # a node that takes too long to start raises no narrower class
+        if address != "local":
+            raise joining.why_not(where, error) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if address == "local":
-            raise StudyError(f"Ray cannot be started here ({reason}): is the machine out of memory or busy?") from None
-        raise StudyError(
-            f"ray_address={address} does not answer ({reason}): start a cluster with 'ray start --head', "
-            "or use ray_address=local"
-        ) from None
-    return dict(ray.cluster_resources())
+        raise StudyError(f"Ray cannot be started here ({reason}): is the machine out of memory or busy?") from None
+    if not how:
+        return ""
+    if logs is not None:
+        joining.keep_prints(logs)
+    return joining.describe(how)
 
 
 def disconnect() -> None:
     """Ends the local Ray, or leaves the cluster."""
     global _undertaker
     ray.shutdown()
+    joining.drop_prints()
     if _undertaker is not None and _undertaker.stdin is not None:
         _undertaker.stdin.close()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a Ray that this process starts next is none of its own

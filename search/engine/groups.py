@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from allocators.core.errors import StudyError
@@ -40,6 +40,7 @@ class Resources:
 
     trials   no more groups or packed trials are started than there are trainings
     pack     trainings that share a worker; None: as many as it measures
+    wait     seconds that a study on a cluster waits for the resources of one worker group
     """
 
     trials: int
@@ -50,34 +51,58 @@ class Resources:
     gpus_per_worker: float = -1.0
     max_concurrent: int = 0
     pack: int | None = 1
+    wait: float = 600.0
 
-    def groups_in(self, cluster: Mapping[str, float]) -> WorkerGroups:
-        """Fits worker groups to what the cluster holds. Rather another worker than another trial in a pack.
+    def groups_in(self, nodes: Sequence[Mapping[str, float]]) -> WorkerGroups:
+        """Fits worker groups to what the nodes of a cluster hold. Rather another worker than another trial in a pack.
 
-        Raises StudyError when not even one group fits, or fewer than `max_concurrent` asks for: a group that waits for
-        resources that do not exist would wait for ever. Also for several workers of a trial with a part of a GPU each:
-        Ray would put them on one, and NCCL refuses two ranks on one device.
+        Raises StudyError when not even one group fits, or fewer than `max_concurrent` asks for: on a machine that does
+        not grow they would wait for ever. Also what `room_in` raises.
         """
-        cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-        wanted = (1.0 if gpus else 0.0) if self.gpus_per_worker < 0 else self.gpus_per_worker
+        if self.fitting(nodes) < max(1, self.max_concurrent):
+            raise StudyError(f"{self.lacks(nodes)} (num_cpus raises a local cluster's logical CPUs)")
+        return self.room_in(nodes)
+
+    def room_in(self, nodes: Sequence[Mapping[str, float]]) -> WorkerGroups:
+        """The groups of a cluster that may grow: at least one, and as many as `max_concurrent` asks for.
+
+        Raises StudyError for several workers of a trial with a part of a GPU each: Ray would put them on one, and NCCL
+        refuses two ranks on one device.
+        """
+        wanted = self._gpus(nodes)
         if self.workers_per_trial > 1 and 0 < wanted < 1:
             raise StudyError(
                 f"{self.workers_per_trial} workers of one trial cannot share a GPU (gpus_per_worker={wanted:g}): use "
                 "gpus_per_worker=1, or workers_per_trial=1 to have several trials share one"
             )
-        fitting = int(cpus // (self.workers_per_trial * self.cpus_per_worker))
-        if wanted:
-            fitting = min(fitting, int(gpus / (self.workers_per_trial * wanted) + 1e-9))
-        if fitting < max(1, self.max_concurrent):
-            count = f"{self.max_concurrent} times " if self.max_concurrent > 1 else ""
-            asked = f"{self.workers_per_trial} worker(s) of {self.cpus_per_worker} CPU and {wanted:g} GPU"
-            raise StudyError(
-                f"{count}{asked} do not fit the cluster's {cpus:g} CPU and {gpus:g} GPU: lower max_concurrent, "
-                "workers_per_trial, cpus_per_worker or gpus_per_worker (num_cpus raises a local cluster's logical CPUs)"
-            )
+        fitting = max(1, self.fitting(nodes))
         groups = self.max_concurrent or (fitting if wanted else min(fitting, MOST_CPU_GROUPS))
         groups = min(groups, self.trials)
         pack = MOST_PACKED if self.pack is None else self.pack
         return WorkerGroups(
             groups, self.workers_per_trial, self.cpus_per_worker, wanted, min(pack, -(-self.trials // groups))
         )
+
+    def fitting(self, nodes: Sequence[Mapping[str, float]]) -> int:
+        """How many groups the nodes hold; a worker has to fit one of them, a group may lie on several."""
+        wanted, workers = self._gpus(nodes), 0
+        for node in nodes:
+            fit = int(node.get("CPU", 0.0) // self.cpus_per_worker)
+            workers += min(fit, int(node.get("GPU", 0.0) / wanted + 1e-9)) if wanted else fit
+        return workers // self.workers_per_trial
+
+    def lacks(self, nodes: Sequence[Mapping[str, float]]) -> str:
+        """What was asked for, what there is, and what to lower."""
+        cpus, gpus = (sum(node.get(what, 0.0) for node in nodes) for what in ("CPU", "GPU"))
+        count = f"{self.max_concurrent} times " if self.max_concurrent > 1 else ""
+        asked = f"{self.workers_per_trial} worker(s) of {self.cpus_per_worker} CPU and {self._gpus(nodes):g} GPU"
+        return (
+            f"{count}{asked} do not fit the cluster's {cpus:g} CPU and {gpus:g} GPU on {len(nodes)} node(s): lower "
+            "max_concurrent, workers_per_trial, cpus_per_worker or gpus_per_worker"
+        )
+
+    def _gpus(self, nodes: Sequence[Mapping[str, float]]) -> float:
+        """Of one worker."""
+        if self.gpus_per_worker >= 0:
+            return self.gpus_per_worker
+        return 1.0 if any(node.get("GPU", 0.0) for node in nodes) else 0.0

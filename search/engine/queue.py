@@ -11,7 +11,9 @@ from __future__ import annotations
 import asyncio
 import collections
 import math
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from allocators.core.messages import Assignment, Failed, Finished, Job, Report, TrainJob, is_end
@@ -21,8 +23,29 @@ GRACE = 3.0  # seconds after a restart of the queue in which groups say what the
 KEPT = 64  # ends of jobs that are kept for a reader that died with one
 
 
+@dataclass(frozen=True)
+class News:
+    """Something that happened to a worker group.
+
+    time    seconds since the epoch
+    event   arrived (its processes run, the model is not loaded yet), took, ended (a job), away (its resources are gone)
+    job     the job that it took or that ended
+    node    where its first worker runs
+    """
+
+    time: float
+    event: Literal["arrived", "took", "ended", "away"]
+    group: int
+    life: int
+    job: str = ""
+    node: str = ""
+
+
 class JobQueue:
-    """Jobs of one study for so many worker groups.
+    """Jobs of one study for worker groups, of which there are so many at its beginning.
+
+    Groups come and go: one that was never heard of is a group from its first call on, and one whose resources are gone
+    keeps its place, but not its jobs.
 
     slots       trials that a group trains at once
     restarted   it was killed: groups may be at work, and have so many seconds (`grace`) to say what they hold
@@ -43,6 +66,9 @@ class JobQueue:
         self.cancelled: set[str] = set()
         self.asking: dict[str, tuple[int, asyncio.Future[bool]]] = {}  # job -> the group that waits for an answer
         self.alive = set(range(groups))
+        self.gone: set[int] = set()  # groups that ended for good
+        self.away: set[int] = set()  # groups that wait for resources
+        self.news: list[News] = []
         self.closed = False
         self.reason = ""
         self._changed = asyncio.Event()  # set, and replaced by a new one, whenever something changes
@@ -111,6 +137,10 @@ class JobQueue:
 
     # --- worker groups
 
+    async def arrive(self, group: int, life: int, node: str) -> None:
+        """The processes of a group run; it loads the model next."""
+        self._note("arrived", group, life, node=node)
+
     async def start(self, group: int, life: int) -> None:
         """A worker begins, or begins anew after it died: it then takes what it held again, before anything else."""
         self._is_current(group, life)
@@ -137,6 +167,7 @@ class JobQueue:
         job_id, work = job
         self.held.setdefault(group, {})[job_id] = work
         self.attempts[job_id] += 1
+        self._note("took", group, life, job_id)
         return Assignment(job_id, work, self.attempts[job_id])
 
     async def hold(self, group: int, life: int, job_id: str, job: Job) -> None:
@@ -158,6 +189,7 @@ class JobQueue:
         self.deaths.pop(job_id, None)
         if end:
             del self.held[group][job_id]
+            self._note("ended", group, life, job_id)
         if stopped or job_id in self.cancelled:  # nobody wants to hear of it, or not of this
             if end:
                 self.cancelled.discard(job_id)
@@ -183,8 +215,9 @@ class JobQueue:
 
     async def lost(self, group: int, reason: str) -> None:
         """A group ended for good. Others take over its jobs; when it was the last one, everything is given up."""
-        if group not in self.alive:
+        if group in self.gone:
             return
+        self.gone.add(group)
         self.alive.discard(group)
         self.reason = reason
         jobs = self.again.pop(group, {}) | self.held.pop(group, {})
@@ -194,6 +227,25 @@ class JobQueue:
             self.asking.pop(job_id, None)
             self._offer(job_id, job)
         self._tell()
+
+    async def leave(self, group: int) -> None:
+        """The resources of a group are gone, with its node perhaps: others take its jobs, before all that wait.
+
+        That is no sign against a job. The group may begin anew.
+        """
+        self.away.add(group)
+        self._note("away", group, self.lives.get(group, -1))
+        jobs = self.again.pop(group, {}) | self.held.pop(group, {})
+        for job_id in jobs:
+            self.asking.pop(job_id, None)
+            self.attempts.pop(job_id, None)
+        self.waiting = jobs | self.waiting
+        self._tell()
+
+    async def heard_of(self) -> list[News]:
+        """What happened to the groups since the last call."""
+        news, self.news = self.news, []
+        return news
 
     async def close(self) -> None:
         """Every group ends after its jobs; one still under way (the driver was interrupted) ends at its next rung."""
@@ -209,8 +261,11 @@ class JobQueue:
 
     def _is_current(self, group: int, life: int) -> bool:
         """Whether this is a group's present life; a new one has died before, with what it held."""
+        if group not in self.gone:
+            self.alive.add(group)
         if life > self.lives.get(group, -1):
             self.lives[group] = life
+            self.away.discard(group)
             before = self.held.pop(group, {})
             for job_id in before:
                 self.asking.pop(job_id, None)
@@ -247,7 +302,7 @@ class JobQueue:
 
     def _is_next(self, group: int) -> bool:
         """Whether a worker has a free slot, and no other one that has started holds fewer jobs."""
-        others = [len(self.held.get(other, {})) for other in self.alive - {group} if other in self.lives]
+        others = [len(self.held.get(other, {})) for other in self.alive - self.away - {group} if other in self.lives]
         own = len(self.held.get(group, {}))
         return own < self.slots and own <= min(others, default=math.inf)
 
@@ -268,6 +323,11 @@ class JobQueue:
         self.deaths.pop(job_id, None)
         self.reports[job_id].append(Failed(reason))
         self._tell()
+
+    def _note(
+        self, event: Literal["arrived", "took", "ended", "away"], group: int, life: int, job: str = "", node: str = ""
+    ) -> None:
+        self.news.append(News(time.time(), event, group, life, job, node))
 
     # --- waiting
 

@@ -26,6 +26,7 @@ from search.engine import StudyConductor
 from search.engine.connect import GOES_ON, NAMESPACE
 
 T = TypeVar("T")
+MOST_PENDING = 1000  # trials whose processes start at once; how many there are, the searcher says
 
 _searches: dict[str, _SearchState] = {}  # Tune pickles and copies its searcher; a name survives that
 
@@ -34,7 +35,7 @@ _searches: dict[str, _SearchState] = {}  # Tune pickles and copies its searcher;
 class _SearchState:
     """What Tune's searcher and its scheduler have to know of each other.
 
-    slots     trainings that run at once
+    slots     trainings that run at once, as of now: worker groups may come and go
     pausing   whether the conductor may pause a training
     digests   Tune trial -> training, of all that have not ended
     paused    training -> Tune trial that waits for the conductor to propose it again
@@ -45,7 +46,7 @@ class _SearchState:
 
     conductor: StudyConductor
     queue: Any
-    slots: int
+    slots: Callable[[], int]
     pausing: bool
     digests: dict[str, str] = field(default_factory=dict)
     paused: dict[str, TuneTrial] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class _SearchState:
 
     @property
     def full(self) -> bool:
-        return len(self.digests) - len(self.paused) >= self.slots
+        return len(self.digests) - len(self.paused) >= self.slots()
 
 
 class StudySearcher(Searcher):
@@ -214,11 +215,13 @@ class TrialHandle(tune.Trainable):
         self._leave()
 
 
-def search(conductor: StudyConductor, *, study: str, queue: str, slots: int, pausing: bool, notes: Path) -> None:
+def search(
+    conductor: StudyConductor, *, study: str, queue: str, slots: Callable[[], int], pausing: bool, notes: Path
+) -> None:
     """Runs trials through Tune until the conductor has nothing more to propose.
 
     queue     name of the job queue's actor
-    slots     trainings that run at once
+    slots     trainings that run at once, as of now: worker groups may come and go
     pausing   whether the conductor may pause a training: workers then wait at every evaluation for its answer
     notes     a folder of this machine for Tune's own notes, of which nothing is needed later
 
@@ -236,7 +239,7 @@ def search(conductor: StudyConductor, *, study: str, queue: str, slots: int, pau
                 search_alg=StudySearcher(study),
                 scheduler=StudyScheduler(study),
                 num_samples=-1,  # the conductor ends the search
-                max_concurrent_trials=slots,
+                max_concurrent_trials=MOST_PENDING,  # else Tune starts one at a time
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(name="study", storage_path=str(notes), verbose=0),

@@ -1,20 +1,20 @@
 """Warm workers: Ray Train worker groups that start once a study and train trial after trial. Edge file: Ray.
 
 Starting a TorchTrainer for every trial costs tens of CPU-seconds and reloads the base model each time. Here each group
-is one `TorchTrainer(serve).fit()` that lives as long as the study. A zero-CPU actor, the job queue, holds jobs and
+is one `TorchTrainer(serve).fit()` that lives as long as the study (`steward.py`). A zero-CPU actor, the job queue, holds jobs and
 reports; workers take jobs from it, Tune's trial handles wait on it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,8 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-import psutil
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from allocators.core.errors import StudyError
@@ -53,20 +52,14 @@ from allocators.core.messages import (
 )
 from allocators.core.types import Signal, SignalKind
 from search import interrupts
-from search.engine import Facts, OnProgress, OnTested, StudyConductor, tune
+from search.engine import Facts, OnProgress, OnTested, StudyConductor, joining, tune
 from search.engine.connect import GOES_ON, NAMESPACE, connect, disconnect, watch_ray
 from search.engine.groups import Resources
 from search.engine.queue import JobQueue
-from trainers import models
+from search.engine.steward import Steward, in_a_line, queue_name
 from trainers.worker_state import WorkerSetup
 
-# Seconds that the workers of one trial wait for the first of them, which waits for a trial or measures a signal:
-# torch's half an hour would end groups that have nothing to do while others train.
-LONGEST_WAIT = 7 * 24 * 3600
 PATIENCE = 10.0  # seconds that `close` waits for a group to end
-MOST_DEATHS = 3  # of a worker group without a report between: then it is not started again
-NO_RETRIES: dict[str, Any] = {"max_preemption_failures": 0, "controller_failure_limit": 0}
-TOO_LATE = "WorkerGroupStartupTimeoutError"  # Ray Train's, which waits half a minute for a group's resources
 MOST_RESTARTS = 20  # of the job queue
 log = logging.getLogger(__name__)
 
@@ -77,124 +70,44 @@ class RayWorkers:
     study     its id: names its queue, and groups beside those of other studies of the cluster
     notes     where Ray Train keeps its own notes, of which a resume needs none
     here      a folder of this machine for those of Ray Tune
+    logs      a folder of this machine for what workers print, and which of them took what
     """
 
     results = "trainings"
     processes = "driver, Ray and workers"
 
-    def __init__(self, resources: Resources, setup: WorkerSetup, *, study: str, notes: str, here: Path) -> None:
+    def __init__(
+        self, resources: Resources, setup: WorkerSetup, *, study: str, notes: str, here: Path, logs: Path
+    ) -> None:
         self._resources = resources
-        self._setup = setup
         self._study = study
-        self._notes = notes
         self._here = here
-        self._queue_name = f"queue-{study}"
-        self._threads: list[threading.Thread] = []
+        self._logs = logs
         self._asked = 0
         self._closing = threading.Event()
-        self._lost: dict[int, str] = {}  # groups that ended for good, and why
+        self._grows = resources.ray_address != "local"
+        self._steward = Steward(resources, setup, study=study, notes=notes, logs=logs, grows=self._grows)
 
     def start(self) -> None:
         """Starts the groups in threads of this process; returns at once."""
         self._connected = not ray.is_initialized()
-        cluster = connect(self._resources.ray_address, num_cpus=self._resources.num_cpus)
+        self._joined = connect(self._resources.ray_address, num_cpus=self._resources.num_cpus, logs=self._logs)
         try:
-            self._groups = self._resources.groups_in(cluster)
+            self._groups = self._steward.plan()
         except StudyError:
             self._disconnect()
             raise
         # On this node: where another one dies, the queue goes on. Calls that nobody answered are sent again.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         actor: Any = ray.remote(num_cpus=0, max_restarts=MOST_RESTARTS, max_task_retries=-1)(_Queue)
-        named = actor.options(name=self._queue_name, namespace=NAMESPACE, scheduling_strategy=here)
+        named = actor.options(name=queue_name(self._study), namespace=NAMESPACE, scheduling_strategy=here)
         self._queue: Any = named.remote(self._groups.groups, self._groups.pack)
-        for group in range(self._groups.groups):
-            thread = threading.Thread(target=self._run_group, args=(group,), daemon=True)
-            thread.start()
-            self._threads.append(thread)
-        watching = threading.Thread(target=self._watch_queue, daemon=True)
-        watching.start()
-        self._threads.append(watching)
-        if self._connected and self._resources.ray_address == "local":
-            threading.Thread(target=watch_ray, args=(self._closing,), daemon=True).start()
-
-    def _run_group(self, group: int) -> None:
-        """Starts a worker group, and again when it died, until it dies too often without a report between."""
-        deaths, heard = 0, 0
-        for life in itertools.count():
-            reason = self._live(group, life)
-            if self._closing.is_set():
-                return
-            if reason is None:
-                self._give_up(group, "the worker group ended")
-                return
-            if TOO_LATE in reason:  # others have the resources, or the machine is busy: nobody died
-                continue
-            try:
-                now = ray.get(self._queue.reports_of.remote(group))
-            except RayError:  # the queue is gone for good, and whoever watches it says so
-                return
-            deaths, heard = 1 if now > heard else deaths + 1, now
-            if deaths >= MOST_DEATHS:
-                often = f"it died {deaths} times without a report between, the last time because {reason}"
-                self._give_up(group, f"{often} ({self._memory()})")
-                return
-            log.warning("worker group %d is started again: %s", group, reason)
-
-    def _live(self, group: int, life: int) -> str | None:
-        """One life of a worker group; why it died, None where it ended by itself."""
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-
-        from trainers.worker import serve
-
-        resources = {"CPU": float(self._groups.cpus_per_worker)}
-        if self._groups.gpus_per_worker:
-            resources["GPU"] = self._groups.gpus_per_worker
-        try:
-            TorchTrainer(
-                serve,
-                train_loop_config={
-                    "setup": self._setup,
-                    "queue": self._queue_name,
-                    "namespace": NAMESPACE,
-                    "group": group,
-                    "life": life,
-                    "slots": self._groups.pack,
-                },
-                torch_config=TorchConfig(timeout_s=LONGEST_WAIT),
-                scaling_config=ScalingConfig(
-                    num_workers=self._groups.workers,
-                    use_gpu=self._groups.gpus_per_worker > 0,
-                    resources_per_worker=resources,
-                ),
-                run_config=RunConfig(
-                    name=f"{self._study}-{group}-{life}",
-                    storage_path=self._notes,
-                    # none: whatever dies, controller or worker, `_run_group` starts anew and counts
-                    failure_config=FailureConfig(max_failures=0, **NO_RETRIES),
-                ),
-            ).fit()
-        except Exception as error:  # whatever ended it, the queue has to know, or trials would wait for ever
-            return _in_a_line(error)
-        return None
-
-    def _give_up(self, group: int, reason: str) -> None:
-        self._lost[group] = reason
-        with contextlib.suppress(RayError):
-            ray.get(self._queue.lost.remote(group, reason))
-
-    def _memory(self) -> str:
-        """What there is of memory on this machine, and what a worker asks for at least."""
-        memory = psutil.virtual_memory()
-        there = f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB are free here"
-        count = self._groups.groups * self._groups.workers
-        try:
-            files = models.folder_of(self._setup.model).glob("*.safetensors")
-            weights = sum(file.stat().st_size for file in files)
-        except (OSError, StudyError):
-            return f"{there}, for {count} worker(s)"
-        return f"{there}; each of {count} worker(s) loads weights of {weights / 2**30:.2g} GiB"
+        self._steward.start(self._queue)
+        self._watching = threading.Thread(target=self._watch_queue, daemon=True)
+        self._watching.start()
+        if self._connected:
+            watch = partial(joining.watch_head, goes_on=GOES_ON) if self._grows else watch_ray
+            threading.Thread(target=watch, args=(self._closing,), daemon=True).start()
 
     def _watch_queue(self) -> None:
         """Says that the queue died, and tells the new one what only this process knows."""
@@ -207,16 +120,18 @@ class RayWorkers:
                 log.warning("the job queue died and is started again; trainings go on")
                 with contextlib.suppress(RayError):
                     ray.get(self._queue.limit.remote(self._groups.pack))
-                    for group, reason in self._lost.items():
+                    for group, reason in self._steward.lost.items():
                         ray.get(self._queue.lost.remote(group, reason))
             except Exception as error:
                 if not self._closing.is_set():
-                    interrupts.fail(StudyError(f"the job queue died ({_in_a_line(error)}): {GOES_ON}"))
+                    interrupts.fail(StudyError(f"the job queue died ({in_a_line(error)}): {GOES_ON}"))
                 return
 
     def describe(self) -> str:
         """The number and size of the worker groups, and of the trials that each packs."""
-        return f"starting workers: {self._groups.describe()}"
+        waits = self._steward.waits_for
+        parts = [self._joined, f"starting workers: {self._groups.describe()}", waits]
+        return "; ".join(part for part in parts if part)
 
     def facts(self) -> Facts:
         """The task in one line, and the versions that decide whether a training can be reused."""
@@ -267,11 +182,13 @@ class RayWorkers:
 
     def search(self, conductor: StudyConductor, *, pausing: bool) -> None:
         """Ray Tune runs the trials; raises StudyError where it cannot."""
-        slots = self._groups.slots
+
+        def slots() -> int:
+            return max(self._steward.present, 1) * self._groups.pack
+
+        queue = queue_name(self._study)
         with _named_deaths():
-            tune.search(
-                conductor, study=self._study, queue=self._queue_name, slots=slots, pausing=pausing, notes=self._here
-            )
+            tune.search(conductor, study=self._study, queue=queue, slots=slots, pausing=pausing, notes=self._here)
 
     def test(self, jobs: Sequence[TestJob], on_tested: OnTested) -> None:
         """All groups at once, an adapter each."""
@@ -289,15 +206,17 @@ class RayWorkers:
         process, and Ray's code would end the process at once where a thread asks for something that was shut down.
         """
         self._closing.set()
+        self._steward.close()
         if interrupts.came():
             return
+        ended = True
         if ray.is_initialized():
             with contextlib.suppress(RayError):
                 ray.get(self._queue.close.remote())
             until = time.monotonic() + PATIENCE
-            for thread in self._threads:
-                thread.join(max(until - time.monotonic(), 0.0))
-        if any(thread.is_alive() for thread in self._threads):
+            ended = self._steward.join(until)
+            self._watching.join(max(until - time.monotonic(), 0.0))
+        if not ended or self._watching.is_alive():
             interrupts.abandon()
         else:
             self._disconnect()
@@ -321,19 +240,4 @@ def _named_deaths() -> Iterator[None]:
     try:
         yield
     except RayError as error:
-        raise StudyError(f"Ray does not answer ({_in_a_line(error)}): {GOES_ON}") from None
-
-
-def _in_a_line(error: BaseException) -> str:
-    """Why a worker group ended, without the stacks that Ray's messages carry."""
-    from ray.train import ControllerError, WorkerGroupError
-
-    match error:
-        case WorkerGroupError(worker_failures=failures) if failures:
-            return f"a worker: {_in_a_line(next(iter(failures.values())))}"
-        case ControllerError(controller_failure=failure):
-            return _in_a_line(failure)
-        case ActorDiedError():
-            return "its process was killed or ended by itself"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1][:200] if lines else 'no message'}"
+        raise StudyError(f"Ray does not answer ({in_a_line(error)}): {GOES_ON}") from None

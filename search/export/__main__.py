@@ -32,6 +32,7 @@ from pathlib import Path
 from allocators.core import words
 from allocators.core.errors import StudyError, ToolkitError
 from search.export import Request, write
+from search.records import mirror
 from search.records.redact import redacted
 from trainers import command, storage
 
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(help_text(), file=sys.stdout if given else sys.stderr)
             return 0 if given else 2
         folder, request = parse(given)
-        for line in write(folder, request):
+        for line in write(mirror.here(folder), request):
             print(line, flush=True)
     except ToolkitError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
@@ -65,11 +66,6 @@ def parse(given: Sequence[str]) -> tuple[str, Request]:
     request = words.build(Request, pairs)
     if len(folders) != 1:
         raise StudyError(f"give the folder of one study, got {len(folders)}: python -m search.export STUDY to=FOLDER")
-    if storage.is_uri(folders[0]):
-        raise StudyError(
-            f"'{folders[0]}' is no study: its records lie in studies/NAME on the machine that started it, whatever its "
-            "storage is"
-        )
     if not request.to:
         raise StudyError("to=FOLDER is missing: where shall the export go?")
     if not storage.is_uri(request.to):

@@ -20,6 +20,7 @@ UNTRAINED = "untrained.json"  # accuracy and stderr of the base, and by_task
 EVALUATIONS = "evaluations.jsonl"  # of other tasks (search/evaluate.py)
 LOCK = ".lock"
 ADAPTERS, CHECKPOINTS, SIGNALS = "adapters", "checkpoints", "signals"
+LOGS = "logs"  # of the workers
 RAY = ".ray"  # Ray Train's own notes: a resume needs none of them
 WRITTEN = (
     HEADER,
@@ -27,6 +28,7 @@ WRITTEN = (
     UNTRAINED,
     EVALUATIONS,
     LOCK,
+    LOGS,
     RAY,
     ADAPTERS,
     CHECKPOINTS,

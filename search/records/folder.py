@@ -21,7 +21,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self, get_args
@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from allocators.core import checks
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED, ModelShape, Outcome, Rung, Score
-from search.records import Reason, Records, adapter_name, flattened
+from search.records import Reason, Records, adapter_name, flattened, mirror
 from search.records.files import (
     ADAPTERS,
     CHECKPOINTS,
@@ -60,6 +60,8 @@ class StudyFolder(Records):
 
     _lock: FileLock | None
     _descriptor: int
+    _changed: Callable[[], None]  # copies the records to their place, where that is a URI
+    _mirror: contextlib.ExitStack
 
     @classmethod
     def open(
@@ -141,6 +143,9 @@ class StudyFolder(Records):
             raise
         for problem in study.problems:
             log.warning(problem)
+        study._mirror, study._changed = contextlib.ExitStack(), lambda: None
+        if storage.is_uri(study.place):
+            study._changed = study._mirror.enter_context(mirror.kept(folder, study.place))
         return study
 
     def append_started(self, outcome: Outcome, params: Mapping[str, Any], *, sampler_seconds: float = 0.0) -> None:
@@ -194,6 +199,7 @@ class StudyFolder(Records):
                 f"{self.folder / LINES} cannot be written ({error.strerror}): make room and run the same command again"
             ) from None
         self.apply(json.loads(text))
+        self._changed()
 
     # --- what workers wrote
 
@@ -227,6 +233,7 @@ class StudyFolder(Records):
     def close(self) -> None:
         """Gives the lock back."""
         if self._descriptor >= 0:
+            self._mirror.close()
             os.close(self._descriptor)
             self._descriptor = -1
             _release(self._lock)

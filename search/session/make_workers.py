@@ -10,7 +10,7 @@ from pathlib import Path
 from search.config import RunConfig
 from search.engine import Workers
 from search.problem import Problem
-from search.records.files import RAY
+from search.records.files import LOGS, RAY
 from search.replay.problem import TableProblem
 from trainers import models, storage, tasks
 from trainers.worker_state import WorkerSetup
@@ -60,6 +60,11 @@ class Locations:
         """Ray Tune's own notes, on this machine."""
         return self.folder / RAY / "tune"
 
+    @property
+    def logs(self) -> Path:
+        """What the workers print, and which of them took what."""
+        return self.folder / LOGS
+
     def check(self) -> None:
         """Raises StudyError where workers cannot write: before any of them starts, and no trial is lost to it."""
         for place in (self.adapters, self.checkpoints, str(self.signals)):
@@ -106,8 +111,9 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
         gpus_per_worker=config.gpus_per_worker,
         max_concurrent=config.max_concurrent,
         pack=None if config.pack == "auto" else int(config.pack),
+        wait=config.seconds_for_workers,
     )
-    return RayWorkers(resources, setup, study=study, notes=locations.ray, here=locations.tune)
+    return RayWorkers(resources, setup, study=study, notes=locations.ray, here=locations.tune, logs=locations.logs)
 
 
 def worker_setup(config: RunConfig, locations: Locations) -> WorkerSetup:

@@ -19,8 +19,10 @@ from search.engine import Workers
 from search.engine.memory import PeakMemory
 from search.problem import Problem, cheapest, check_budget, hopeless
 from search.propose.halving import NO_HALVING, Halving, NoHalving
+from search.records import mirror
 from search.records.files import UNTRAINED, write_atomically
 from search.records.folder import StudyFolder
+from search.records.redact import redacted
 from search.records.reuse import NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
 from search.records.tracking import Tracker
 from search.report.live import Progress
@@ -37,6 +39,8 @@ def run_study(config: RunConfig, problem: Problem) -> int:
     Raises KeyboardInterrupt where a signal ended it, StudyError where it cannot go on; what was finished is reported.
     """
     locations = Locations.of(config)
+    if storage.is_uri(locations.shared) and mirror.collect(locations.folder, locations.shared):
+        print(f"the records come from {redacted(locations.shared)}: another machine has run this study")
     with _records(config, problem, locations) as records:
         locations.check()
         tracker = _tracker(config, locations)

@@ -153,6 +153,7 @@ def warm(trials: list[tuple[Any, int]], folder: Path, watch: CpuWatch) -> Clock:
         study="warm",
         notes=str(folder / "ray"),
         here=folder,
+        logs=folder,
     )
     workers.start()
     workers.search(Conductor(), pausing=False)

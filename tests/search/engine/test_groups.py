@@ -31,7 +31,7 @@ from search.engine.groups import MOST_CPU_GROUPS, MOST_PACKED, Resources, Worker
 def test_groups_fill_the_cluster_and_no_more(
     cluster: dict[str, int], asked: dict[str, Any], expected: WorkerGroups
 ) -> None:
-    assert Resources(**({"trials": 100} | asked)).groups_in(cluster) == expected
+    assert Resources(**({"trials": 100} | asked)).groups_in([cluster]) == expected
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,22 @@ def test_what_does_not_fit_is_refused_instead_of_waiting_for_ever(
     cluster: dict[str, int], asked: dict[str, float] | dict[str, int]
 ) -> None:
     with pytest.raises(StudyError, match=r"do not fit the cluster's .*lower max_concurrent"):
-        Resources(100, **asked).groups_in(cluster)
+        Resources(100, **asked).groups_in([cluster])
 
 
 def test_workers_of_one_trial_need_a_gpu_each() -> None:
     with pytest.raises(StudyError, match="2 workers of one trial cannot share a GPU"):
-        Resources(100, workers_per_trial=2, gpus_per_worker=0.5).groups_in({"CPU": 16, "GPU": 1})
+        Resources(100, workers_per_trial=2, gpus_per_worker=0.5).groups_in([{"CPU": 16, "GPU": 1}])
+
+
+def test_a_worker_has_to_fit_one_node_and_a_group_may_lie_on_several() -> None:
+    nodes = [{"CPU": 3}, {"CPU": 1}]
+    assert Resources(100, cpus_per_worker=2).fitting(nodes) == 1
+    assert Resources(100, workers_per_trial=4).fitting(nodes) == 1
+    assert Resources(100, cpus_per_worker=4).fitting(nodes) == 0
+
+
+def test_a_cluster_that_may_grow_has_a_group_at_least_and_as_many_as_asked() -> None:
+    assert Resources(100, workers_per_trial=2).room_in([{"CPU": 1}]).groups == 1
+    assert Resources(100, max_concurrent=3).room_in([{"CPU": 1}]).groups == 3
+    assert Resources(2, max_concurrent=3).room_in([]).groups == 2

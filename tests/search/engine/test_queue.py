@@ -350,3 +350,52 @@ def test_closing_lets_those_go_who_ask() -> None:
         assert await queue.take(0, 0) == "closed"
 
     asyncio.run(story())
+
+
+# --- groups that come and go
+
+
+def test_jobs_of_a_group_without_a_node_go_to_others_first_and_that_is_no_sign_against_them() -> None:
+    async def story() -> None:
+        queue = JobQueue(groups=1)
+        for job in ("a", "b"):
+            await queue.submit(job, JOB)
+        for life in range(3 * ATTEMPTS):  # each time its node is lost
+            assert await queue.take(0, life) == Assignment("a", JOB, attempt=1)
+            await queue.leave(0)
+        assert not await queue.report(0, 3 * ATTEMPTS - 1, "a", JOB, rung(1)), "it was only cut off, and is to stop"
+        assert await queue.take(1, 0) == Assignment("a", JOB, attempt=1), "a group that joined"
+        assert await queue.take(0, 3 * ATTEMPTS) == Assignment("b", JOB, attempt=1), "the first has a node again"
+
+    asyncio.run(story())
+
+
+def test_a_group_without_a_node_is_not_waited_for() -> None:
+    async def story() -> None:
+        queue = JobQueue(groups=2, slots=2)
+        await queue.start(0, 0)
+        await queue.start(1, 0)
+        for job in ("a", "b"):
+            await queue.submit(job, JOB)
+        await queue.take(0, 0, wait=False)
+        assert await queue.take(0, 0, wait=False) == "empty"  # the other one has fewer
+        await queue.leave(1)
+        assert (await assigned(queue, 0, wait=False)).job_id == "b"
+
+    asyncio.run(story())
+
+
+def test_a_group_that_joins_is_one_of_those_that_are_left() -> None:
+    async def story() -> None:
+        queue = JobQueue(groups=1)
+        await queue.arrive(1, 0, "node")
+        await queue.start(1, 0)
+        await queue.lost(0, "its node left the cluster")
+        await queue.submit("a", JOB)
+        assert (await assigned(queue, 1)).job_id == "a"
+        assert await queue.take(0, 1) == "closed"
+        told = [(news.event, news.group, news.node, news.job) for news in await queue.heard_of()]
+        assert told == [("arrived", 1, "node", ""), ("took", 1, "", "a")]
+        assert not await queue.heard_of()
+
+    asyncio.run(story())

@@ -615,9 +615,9 @@ def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_study_is_no_uri(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["s3://bucket/studies/x", "to=out"]) == 2
-    assert "its records lie in studies/NAME on the machine that started it" in capsys.readouterr().err
+def test_a_uri_without_records_is_no_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([f"file://{tmp_path}/x", "to=out"]) == 2
+    assert f"no study at 'file://{tmp_path}/x': give URI/NAME" in capsys.readouterr().err
 
 
 def test_help_and_errors_load_neither_torch_nor_transformers(tmp_path: Path) -> None:

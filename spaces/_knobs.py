@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from allocators import _roles
+from allocators.core.ranking import SCORES
 from allocators.core.types import ModelShape
 
 # A recipe for a first look at any model, where neither the task nor the command line suggests one.
@@ -35,6 +36,13 @@ def lora_recipe(trial: Any) -> dict[str, Any]:
     }
 
 
+def score(trial: Any) -> str:
+    """What makes an expert hot: count or mass, and where `space.score=` names it reap or ean, too."""
+    optional = getattr(trial, "suggest_optional", lambda *_, **__: None)
+    asked = optional("score", SCORES, searched=SCORES)
+    return str(asked or trial.suggest_categorical("score", ["count", "mass"]))
+
+
 def role_knobs(trial: Any, shape: ModelShape) -> dict[str, Any]:
     """`roles` and `expert_rank` (`allocators/_roles.py`) of an MoE model, where `space.NAME=` names them; else nothing.
 
@@ -60,7 +68,7 @@ def total_experts(trial: Any, shape: ModelShape) -> int:
 def dense_knobs(trial: Any, allocator: str, shape: ModelShape) -> dict[str, Any]:
     """The knobs of one allocator for dense bases, and of no other."""
     match allocator:
-        case "uniform" | "random":
+        case "uniform" | "random" | "layermoe":
             return {"total_experts": total_experts(trial, shape)}
         case "mola":
             return {"pattern": trial.suggest_categorical("pattern", list(PATTERNS))}

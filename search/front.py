@@ -116,6 +116,11 @@ class Candidate:
         return self.runs[0].trial.point
 
     @property
+    def parent(self) -> str:
+        """Digest of the training that the point was cut from (`search/truncate/`); empty where it was trained."""
+        return self.runs[0].trial.parent
+
+    @property
     def trainable_params(self) -> int:
         """Parameters of one run; all runs of a point have the same number."""
         return self.runs[0].trainable_params

@@ -45,7 +45,7 @@ def missing_repeats(problem: Problem, records: Records, *, seeds: int) -> list[P
     members = records.points.front
     for seed in range(problem.seed + 1, problem.seed + seeds):
         for member in members:
-            if (member.point, seed) in records.tried:
+            if member.parent or (member.point, seed) in records.tried:  # what was cut from a training is none
                 continue
             first = member.runs[0]
             trial = problem.repeat(first.trial, seed)
@@ -148,7 +148,8 @@ class Conductor:
         self._losses: Counter[str] = Counter()  # of each training in this run, without an evaluation between
         self._in_a_row = 0
         self.given_up: dict[str, str] = {}  # lost too often in this run -> the last reason
-        here = records.outcomes.keys() - records.reused.keys()
+        cut = {digest for digest, outcome in records.finished.items() if outcome.trial.parent}
+        here = records.outcomes.keys() - records.reused.keys() - cut
         self._repeats = {digest for digest in here if not self._counts(records.outcomes[digest].trial)}
         self._unseen: set[str] = {candidate.point for candidate in records.points}  # whose adapters may be left over
         self._baselines = baselines.one_line(records.points)
@@ -162,7 +163,8 @@ class Conductor:
     def _go_on(self, sampler: str) -> Iterator[Proposal | Literal["wait"]]:
         """What a search proposes from here on; its sampler has learnt what is on record."""
         problem, records = self._problem, self._records
-        own = {digest: outcome for digest, outcome in records.finished.items() if self._counts(outcome.trial)}
+        trainings = ((d, outcome) for d, outcome in records.finished.items() if not outcome.trial.parent)
+        own = {digest: outcome for digest, outcome in trainings if self._counts(outcome.trial)}
         half_done = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
         paused = [p for p in half_done if self._restored(records.outcomes[p.trial.digest])]
         for outcome in own.values():

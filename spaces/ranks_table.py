@@ -65,7 +65,7 @@ def _control(allocator: str, share: float) -> dict[str, Any]:
 
 COMPARISONS = (
     Comparison("random − uniform", _control("random_ranks", 1.0), UNIFORM, "no difference is expected", "control"),
-    Comparison("stratified − uniform", _control("stratified_ranks", 1.0), UNIFORM, "better than guided ones", "control"),
+    Comparison("stratified − uniform", _control("stratified_ranks", 1.0), UNIFORM, "better than guided", "control"),
     *(
         Comparison(f"{name} − {against.partition('_')[0]}", row, second, claim, source)
         for name, row, share, claim, source in _RULES

@@ -10,6 +10,7 @@ A diverged or failing trial is an outcome and never takes the worker with it.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import resource
@@ -326,6 +327,42 @@ class WorkerState:
         if leads and result.status == "complete":  # one that was stopped is paused, perhaps: it has a checkpoint
             return outcome.updated(adapter=self._save(adapter, outcome))
         return outcome
+
+    def made(self, trial: Trial, weights: Mapping[str, torch.Tensor], *, of: Rung) -> Outcome:
+        """The outcome of an adapter that was made from a trained one: evaluated on both splits, and saved.
+
+        of   the last evaluation of the training: this one stands at the same step
+
+        Raises TrialError, or StudyError, where the weights do not fit the trial.
+        """
+        began = time.monotonic()
+        cost = trial.allocation.trainable_params(self.shape, rank=trial.recipe.rank)
+        adapter = self.attach(trial, cost)
+        try:
+            adapter.load_state_dict(weights)
+            self.task.prepare(self.tokenizer, rank=0, world_size=1)
+            evaluation = self.task.evaluate(self.model)
+            score = Score(evaluation.accuracy, evaluation.stderr, evaluation.by_task)
+            rung = replace(
+                of,
+                accuracy=score.accuracy,
+                stderr=score.stderr,
+                by_task=score.by_task,
+                loss=None,
+                eval_loss=evaluation.loss if evaluation.loss is not None and math.isfinite(evaluation.loss) else None,
+                seconds=0.0,
+            )
+            outcome = self.started(trial, cost).updated(
+                status="complete",
+                accuracy=score.accuracy,
+                rungs=(rung,),
+                test=score if self.selects_on_test else self._score(self.task.test),
+                seconds=time.monotonic() - began,
+            )
+            return outcome.updated(adapter=self._save(adapter, outcome))
+        finally:
+            adapter.detach()
+            self.clean_up()
 
     def failed(self, started: Outcome, error: Exception) -> Outcome:
         """The outcome of a training that raised, with the reason in words.

@@ -868,21 +868,32 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run. Two trials with equal digests are the same run, whichever allocator proposed them."""
+    """One training run. Two trials with equal digests are the same run, whichever allocator proposed them.
+
+    allocator, knobs   what proposed it: for the record, and no part of the digest
+    parent             digest of the training whose adapter this one was cut from (`search/truncate/`): it was not
+                       trained, and is a point of its own. Empty for a training
+    """
 
     allocation: Allocation
     recipe: Recipe
     model: str
     task: str
     seed: int
-    allocator: str = ""  # what proposed it and with which knobs: for the record, not part of the digest
+    allocator: str = ""
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    parent: str = ""
 
     @cached_property
     def digest(self) -> str:
         """It covers allocation, recipe, model, task and seed: allocator and knobs say only where it came from."""
         rest = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task, "seed": self.seed}
-        return self.allocation.hashed.digest_with("allocation", rest)
+        return self.allocation.hashed.digest_with("allocation", rest | self._origin)
+
+    @property
+    def _origin(self) -> dict[str, str]:
+        """What sets a cut adapter apart from a training with the same ranks."""
+        return {"parent": self.parent} if self.parent else {}
 
     @cached_property
     def point(self) -> str:
@@ -890,7 +901,7 @@ class Trial:
 
         Where every seed draws its own random experts (`draw=each`), the rule is the point and not what it drew.
         """
-        what = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task}
+        what = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task} | self._origin
         if self.knobs.get("draw") == "each":
             return digest_of(what | {"allocator": self.allocator, "knobs": dict(self.knobs)})
         return self.allocation.hashed.digest_with("allocation", what)
@@ -906,7 +917,7 @@ class Trial:
             "model": self.model,
             "task": self.task,
             "seed": self.seed,
-        }
+        } | self._origin
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
@@ -924,6 +935,7 @@ class Trial:
             checks.whole(data["seed"], "seed"),
             checks.text(data.get("allocator", ""), "allocator"),
             checks.scalars(data.get("knobs", {}), "knobs"),
+            checks.digest(data["parent"]) if data.get("parent") else "",
         )
 
 

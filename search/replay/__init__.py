@@ -184,7 +184,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
                     "and task; export them into two"
                 )
         for digest, outcome in records.finished.items():
-            if outcome.status in KEPT:
+            if outcome.status in KEPT and not outcome.trial.parent:
                 lines.setdefault(digest, _line(outcome, records.params_of(digest), records.seed))
     if not lines:
         raise StudyError(f"no finished training in {', '.join(str(r.folder) for r in studies)}: nothing to export")

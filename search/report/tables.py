@@ -115,6 +115,7 @@ def _front_row(results: Results, candidate: Candidate) -> dict[str, object]:
         **_columns(results, candidate.by_task),
         **_columns(results, judged.by_task if judged else {}, prefix="test_"),
         "seeds": len(candidate.complete),
+        **_parent(results, best),
         "seed_standard_deviation": candidate.spread,
         "better_than_next_smaller": results.chances.get(best.digest),
         "knee": candidate is results.knee,
@@ -143,6 +144,7 @@ def _run_row(results: Results, run: Outcome) -> dict[str, object]:
         "tokens": run.tokens,
         "peak_memory_bytes": run.peak_memory_bytes,
         "message": run.message,
+        **_parent(results, run),
         "reused_from": results.records.reused.get(run.digest, ""),
         "adapter": results.adapter_folder(run) or "",
         **_recipe(run),
@@ -170,6 +172,11 @@ def _allocation(run: Outcome) -> dict[str, object]:
     allocation = run.trial.allocation
     columns: dict[str, object] = {"allocator": run.trial.allocator, "knobs": knobs, "experts": allocation.total_experts}
     return columns | ({"total_rank": allocation.total_rank} if isinstance(allocation, ModuleRanks) else {})
+
+
+def _parent(results: Results, run: Outcome) -> dict[str, object]:
+    """A column in a study that has points which were cut from trainings."""
+    return {"cut_from": run.trial.parent} if len(results.trained) < len(results.points) else {}
 
 
 def _recipe(run: Outcome) -> dict[str, object]:

@@ -45,9 +45,9 @@ def sentences(results: Results) -> list[str]:
         *_gained(results),
         *_honesty(results),
         *_against_baselines(results),
-        *allocations.in_words(results.tried, results.worths, allocations.spread(results.points)),
+        *allocations.in_words(results.tried, results.worths, allocations.spread(results.trained)),
         *broken.in_words(results.broken),
-        *attribution.in_words(results.importance, results.points),
+        *attribution.in_words(results.importance, results.trained),
         *_early(results),
         *_state(results),
     ]
@@ -128,7 +128,21 @@ def _honesty(results: Results) -> list[str]:
         said.append("The standard error of the evaluation is not known: small differences may be chance.")
     elif steps:
         said.append(_rise(results, shown, steps))
-    return [*said, *_both_splits(results), *_picked(results)]
+    return [*said, *_cut(results), *_both_splits(results), *_picked(results)]
+
+
+def _cut(results: Results) -> list[str]:
+    """Which points of the front are no trainings."""
+    cut = [candidate for candidate in results.front if candidate.parent]
+    if not cut:
+        return []
+    one = len(cut) == 1
+    origins = ", ".join(dict.fromkeys(f"{candidate.parent[:8]}" for candidate in cut))
+    return [
+        f"{len(cut)} of the {len(results.front)} points of the front {'is' if one else 'are'} no training but cut from "
+        f"one ({origins}): {'it shares' if one else 'they share'} its seed and its luck, and "
+        f"{'counts' if one else 'count'} neither as a seed nor in what is said of settings."
+    ]
 
 
 def _both_splits(results: Results) -> list[str]:
@@ -211,7 +225,7 @@ def _picked(results: Results) -> list[str]:
 
 def _seeds(results: Results) -> str:
     """How many seeds stand behind the front, and how much accuracy moves between them."""
-    counts = sorted({len(candidate.complete) for candidate in results.front})
+    counts = sorted({len(candidate.complete) for candidate in results.front if not candidate.parent}) or [1]
     if counts == [1]:
         said = "One seed stands behind each point: how much accuracy moves with the seed was not measured."
     else:
@@ -277,7 +291,7 @@ def _against_baselines(results: Results) -> list[str]:
     """
     said: list[tuple[float, str]] = []
     inside: list[str] = []
-    measured = [candidate for candidate in results.points if candidate.accuracy is not None]
+    measured = [candidate for candidate in results.trained if candidate.accuracy is not None]
     rivals = _Rivals(measured)
     for baseline in sorted(measured, key=lambda candidate: candidate.trainable_params):
         best = rivals.of(baseline) if baseline.best.trial.allocator in CONTROLS else None

@@ -176,6 +176,7 @@ class Conductor:
             known=[(outcome, records.params_of(digest)) for digest, outcome in own.items()],
             unfinished=[*paused, *under_way],
             repeats=self._seeds == AUTO,
+            allows=lambda outcome: records.points.allows(outcome.forgetting.rise if outcome.forgetting else None),
             answered=self._on_answered,
         )
         repeats = [p for p in half_done if not self._counts(p.trial)]

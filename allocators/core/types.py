@@ -1026,6 +1026,32 @@ class Score:
         return score
 
 
+@dataclass(frozen=True, slots=True)
+class Forgetting:
+    """Loss on general text that was not trained on, nats a token (`trainers/forgetting.py`).
+
+    before, after   of the base alone, and with the trained adapter
+    stderr          of the rise, paired over the rows of the text; None where it is not known
+    """
+
+    before: float
+    after: float
+    stderr: float | None = None
+
+    @property
+    def rise(self) -> float:
+        """What was forgotten; below zero where the text is foreseen better than before."""
+        return self.after - self.before
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Forgetting:
+        """Raises KeyError or ValueError where it is none. Keys of other versions are left out."""
+        for name in ("before", "after"):
+            checks.number(data[name], f"loss {name} training", low=-_MOST_LOSS, high=_MOST_LOSS)
+        checks.optional_number(data.get("stderr"), "stderr of forgetting", low=0)
+        return cls(data["before"], data["after"], data.get("stderr"))
+
+
 # What became of a trial. Results, which are in FINISHED: complete, stopped (a scheduler ended it early), and diverged,
 # failed and out_of_memory, which this point does here every time. `lost` is no result: the platform took the training
 # away (a process that was killed, a disk that is full), and it is to be trained again.
@@ -1043,6 +1069,7 @@ class Outcome:
     tokens      trained tokens, padding excluded
     adapter     where the trained adapter was saved, "" where none was; records keep that there is one, not where
     pack        how many trainings shared its passes over the base at most, itself included; seconds are its share then
+    forgetting  loss on general text before and after; None where the study does not measure it, or nothing was saved
     """
 
     trial: Trial
@@ -1058,6 +1085,7 @@ class Outcome:
     versions: Mapping[str, str] = field(default_factory=dict)
     pack: int = 1
     test: Score | None = None
+    forgetting: Forgetting | None = None
 
     @property
     def digest(self) -> str:
@@ -1084,6 +1112,9 @@ class Outcome:
         data["rungs"] = [rung.to_json() for rung in self.rungs]
         data["test"] = self.test.to_json() if self.test else None
         data["versions"] = dict(self.versions)
+        del data["forgetting"]
+        if self.forgetting is not None:  # a study that does not measure it has no such key
+            data["forgetting"] = asdict(self.forgetting)
         return {"trial": self.trial.to_json(compact=compact), **data}
 
     @classmethod
@@ -1093,6 +1124,7 @@ class Outcome:
         rest = {k: v for k, v in data.items() if k in known and k != "trial"}
         rest["rungs"] = tuple(Rung.from_json(rung) for rung in checks.sequence(rest.get("rungs", ()), "rungs"))
         rest["test"] = Score.from_json(rest["test"]) if rest.get("test") else None
+        rest["forgetting"] = Forgetting.from_json(rest["forgetting"]) if rest.get("forgetting") else None
         outcome = cls(Trial.from_json(data["trial"]), **rest)
         if outcome.status not in get_args(Status):
             raise ValueError(f"status must be one of {', '.join(get_args(Status))}, got {ascii(outcome.status)[:60]}")

@@ -194,6 +194,8 @@ def _facts(card: Card) -> list[tuple[str, str]]:
         ("device", run.versions.get("device", "unknown")),
         ("id of the run", f"`{run.digest}`"),
     ]
+    if (lost := run.forgetting) is not None:
+        facts.append(("loss on general text", f"{lost.before:.3f} before, {lost.after:.3f} after ({lost.rise:+.3f})"))
     if chance := run.versions.get("chance"):
         facts.insert(len(card.splits), ("chance", chance))
     return facts

@@ -89,6 +89,7 @@ class Proposer:
                answered with the result that it has, as it is where no seed is left
     trust      sampler=ehvi keeps near the recipe of the starting points as long as few results say where to go
     draws      seed of what is drawn; None: the study's own
+    allows     whether a result may be on the front by what was forgotten; else it counts as one that failed
     answered   called with every point that needed no training
     """
 
@@ -102,6 +103,7 @@ class Proposer:
         repeats: bool = False,
         trust: bool = True,
         draws: int | None = None,
+        allows: Callable[[Outcome], bool] = lambda _: True,
         answered: Callable[[Answered], None] = lambda _: None,
     ) -> None:
         import optuna
@@ -110,6 +112,7 @@ class Proposer:
         self._optuna = optuna
         self._problem = problem
         self._answered = answered
+        self._allows = allows
         # A rerun must not walk through the points of the first run again: its draws start elsewhere.
         seed = (problem.seed if draws is None else draws) + 7919 * len(known)
         self._starting = starting_points(problem)
@@ -274,7 +277,7 @@ class Proposer:
         if outcome.status == "stopped":
             # Worse than its rivals, but its accuracy is not that of a whole training: on no front, whatever it was.
             return states.PRUNED, None
-        if outcome.accuracy is None:
+        if outcome.accuracy is None or not self._allows(outcome):
             return states.FAIL, None
         return states.COMPLETE, (outcome.accuracy, outcome.trainable_params)
 

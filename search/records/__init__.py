@@ -119,7 +119,7 @@ class Records:
         self.place = place or place_of(folder, header)
         self.shape = ModelShape.from_json(header["shape"])
         self.outcomes: dict[str, Outcome] = {}
-        self.points = Points()
+        self.points = Points(max_forgetting=float(header["config"].get("max_forgetting", 0.0)))
         self.tried: set[tuple[str, int]] = set()
         self.answered: list[Answered] = []
         self.problems: list[str] = []

@@ -310,6 +310,8 @@ class Tracker:
             "seconds": outcome.seconds,
             "peak_memory_bytes": outcome.peak_memory_bytes,
         }
+        if (lost := outcome.forgetting) is not None:
+            final |= {"forgetting": lost.rise, "general_loss": lost.after, "general_loss_before": lost.before}
         now = int(time.time() * 1000)
         metrics = [
             Metric(name, float(value), now, step)

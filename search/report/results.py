@@ -73,6 +73,11 @@ class Results:
         return knee(self.front)
 
     @cached_property
+    def forgets(self) -> bool:
+        """Whether what trainings forget was measured."""
+        return any(run.forgetting is not None for run in self.records.finished.values())
+
+    @cached_property
     def tasks(self) -> list[str]:
         """Labels of the tasks, where there are several."""
         return list(dict.fromkeys(label for run in self.records.finished.values() for label in run.by_task))
@@ -118,7 +123,7 @@ class Results:
     @cached_property
     def optimism(self) -> Optimism | None:
         """Validation less test accuracy over the front; None where none of it was tested, or test selected it."""
-        return optimism(c for c in self.front if not c.parent) if self.tested else None
+        return optimism(self.front) if self.tested else None
 
     def accuracy_words(self, candidate: Candidate) -> str:
         """`validation 0.840 ± 0.030, test 0.810 ± 0.031`."""
@@ -236,6 +241,8 @@ class Results:
             if at.correlation is not None:
                 numbers[f"rank_correlation_{at.signal}_{at.part}"] = at.correlation
         numbers |= {"trainings_broken": self.broken.count, "trainings_judged": self.broken.trainings}
+        if self.front and (forgotten := self.front[-1].forgetting) is not None:
+            numbers["best_forgetting"] = forgotten
         if self.records.reused:
             numbers["runs_reused"] = len(self.records.reused)
         if self.tokens_saved[0]:

@@ -39,10 +39,17 @@ ALIKE = "one question, or questions that were all answered alike, say nothing of
 def sentences(results: Results) -> list[str]:
     """The study in sentences, the most important first."""
     if not results.front:
+        limit = results.records.points.max_forgetting
+        if limit and any(candidate.accuracy is not None for candidate in results.points):
+            why = (
+                f"No point is known to forget at most max_forgetting={limit:g} nats a token: there is no front to show."
+            )
+            return [why, *_state(results)]
         return ["No finished trial yet: there is no front to show.", *_state(results)]
     return [
         *_best(results),
         *_gained(results),
+        *_forgotten(results),
         *_honesty(results),
         *_against_baselines(results),
         *allocations.in_words(results.tried, results.worths, allocations.spread(results.trained)),
@@ -100,6 +107,35 @@ def _gained(results: Results) -> list[str]:
     return [
         f"Untrained, the base has {here['accuracy']:.3f} ± {here['stderr']:.3f}{_on(split)}{other}: training is worth "
         f"{gain.rise:+.3f} at the most accurate point ({known})."
+    ]
+
+
+def _forgotten(results: Results) -> list[str]:
+    """What trainings cost on general text, and which points a limit keeps off the front."""
+    if not results.forgets:
+        return []
+    config, best = results.records.header["config"], results.front[-1]
+    text = Path(str(config.get("forgetting", ""))).name
+    before = next(run.forgetting.before for run in results.records.finished.values() if run.forgetting is not None)
+    measured = [c for c in results.points if c.forgetting is not None]
+    rises = sorted(c.forgetting or 0.0 for c in measured)
+    own = "was not measured" if best.forgetting is None else f"{best.forgetting:+.3f}"
+    error = best.best.forgetting.stderr if best.best.forgetting is not None else None
+    own += f" ± {error:.3f} over rows of the text" if error else ""
+    said = (
+        f"Forgetting: the base's loss on general text ({text}) is {before:.3f} nats a token; the most accurate point's "
+        f"rise is {own}, and over {len(measured)} points rises go from {rises[0]:+.3f} to {rises[-1]:+.3f}."
+    )
+    if not (limit := results.records.points.max_forgetting):
+        return [said]
+    above = sum(not results.records.points.allows(c.forgetting) for c in measured)
+    unknown = sum(c.forgetting is None and c.accuracy is not None for c in results.points)
+    unmeasured = (
+        f", and neither {'is' if unknown == 1 else 'are'} {unknown} of which it is not known" if unknown else ""
+    )
+    return [
+        f"{said} {above} of them are above max_forgetting={limit:g} and not on the front, however accurate"
+        f"{unmeasured}. Halving does not know the limit: what a training forgets is known at its end."
     ]
 
 

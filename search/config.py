@@ -30,7 +30,7 @@ from allocators.core.errors import StudyError, did_you_mean, shown
 from allocators.core.types import Recipe
 from allocators.core.words import Value
 from search import config_file
-from trainers import models
+from trainers import forgetting, models
 from trainers.tasks import files as task_files
 
 SAMPLERS = ("ehvi", "gp", "tpe", "nsga2", "random")
@@ -237,6 +237,21 @@ class RunConfig:
         decides="results",
         where="search",
         least=1,
+    )
+    forgetting: str = _key(
+        "",
+        "measure after every training what the model has forgotten: its loss on this text less that of the base "
+        "(held_out: rows of the embedded models' pretraining mixture; a .txt or .jsonl file; a task; empty: not "
+        "measured)",
+        decides="results",
+        where="search",
+    )
+    max_forgetting: float = _key(
+        0.0,
+        "points that forget more nats a token than this are not on the front (0: no limit; needs forgetting=)",
+        decides="running",
+        where="search",
+        least=0,
     )
     limit: int = _key(
         0,
@@ -551,10 +566,22 @@ def check(config: RunConfig) -> None:
             f"first_rung={config.first_rung} must be before the end, which is at evaluation {config.evaluations}: "
             "lower it, or raise evaluations"
         )
+    _check_forgetting(config)
     _check_workers(config)
     _seconds("time_budget", config.time_budget)
     _seconds("wait_for_workers", config.wait_for_workers)
     make_recipe(config.recipe)
+
+
+def _check_forgetting(config: RunConfig) -> None:
+    """Raises StudyError for a limit on what is not measured, or a text that cannot be there."""
+    if config.max_forgetting and not config.forgetting:
+        raise StudyError(
+            f"max_forgetting={config.max_forgetting:g} limits what is not measured: name a text with forgetting= "
+            "(forgetting=held_out with an embedded model)"
+        )
+    if config.forgetting:
+        forgetting.check(config.forgetting, model=config.model)
 
 
 def _needs_ray(config: RunConfig) -> str:

@@ -116,9 +116,20 @@ class Candidate:
         return self.runs[0].trial.point
 
     @property
+    def parent(self) -> str:
+        """Digest of the training that the point was cut from (`search/truncate/`); empty where it was trained."""
+        return self.runs[0].trial.parent
+
+    @property
     def trainable_params(self) -> int:
         """Parameters of one run; all runs of a point have the same number."""
         return self.runs[0].trainable_params
+
+    @property
+    def forgetting(self) -> float | None:
+        """Mean rise of the loss on general text over the complete runs; None where one was not measured."""
+        rises = [run.forgetting.rise for run in self.complete if run.forgetting is not None]
+        return statistics.fmean(rises) if rises and len(rises) == len(self.complete) else None
 
     @property
     def complete(self) -> tuple[Outcome, ...]:
@@ -324,10 +335,12 @@ class Points:
     After any number of `add` and `discard`, a list of it is `candidates(outcomes.values())` and `front` is the front of
     that. Adding costs what the point's own runs and the front cost (`Unbeaten`).
 
-    outcomes   by digest, in the order in which they were added
+    outcomes         by digest, in the order in which they were added
+    max_forgetting   points that forget more, or of which it is not known, are not on the front; 0: no limit
     """
 
-    def __init__(self, outcomes: Iterable[Outcome] = ()) -> None:
+    def __init__(self, outcomes: Iterable[Outcome] = (), *, max_forgetting: float = 0.0) -> None:
+        self.max_forgetting = max_forgetting
         self.outcomes: dict[str, Outcome] = {}
         self._numbers = itertools.count()
         self._added: dict[str, tuple[str, int]] = {}  # digest -> its point, and which addition it was
@@ -357,6 +370,10 @@ class Points:
     def is_on_front(self, candidate: Candidate) -> bool:
         """Whether the point, as it is now, is a member of the front."""
         return candidate.point in self._unbeaten
+
+    def allows(self, forgetting: float | None) -> bool:
+        """Whether a point that forgets so much may be on the front; where it is not known, only without a limit."""
+        return not self.max_forgetting or (forgetting is not None and forgetting <= self.max_forgetting)
 
     def add(self, outcome: Outcome) -> Candidate:
         """Takes in a training, in the place of an earlier result of it; returns its point as it is now."""
@@ -400,7 +417,11 @@ class Points:
         candidate = _candidate(tuple(runs.values()))
         _, number = self._added[next(iter(runs))]
         self._candidates[point] = (number, candidate)
-        if (accuracy := candidate.accuracy) is not None and math.isfinite(accuracy):
+        if (
+            (accuracy := candidate.accuracy) is not None
+            and math.isfinite(accuracy)
+            and self.allows(candidate.forgetting)
+        ):
             cost = candidate.trainable_params
             self._unbeaten.put(point, candidate, cost=cost, accuracy=accuracy, number=number)
         else:

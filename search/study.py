@@ -45,7 +45,7 @@ def missing_repeats(problem: Problem, records: Records, *, seeds: int) -> list[P
     members = records.points.front
     for seed in range(problem.seed + 1, problem.seed + seeds):
         for member in members:
-            if (member.point, seed) in records.tried:
+            if member.parent or (member.point, seed) in records.tried:  # what was cut from a training is none
                 continue
             first = member.runs[0]
             trial = problem.repeat(first.trial, seed)
@@ -148,7 +148,8 @@ class Conductor:
         self._losses: Counter[str] = Counter()  # of each training in this run, without an evaluation between
         self._in_a_row = 0
         self.given_up: dict[str, str] = {}  # lost too often in this run -> the last reason
-        here = records.outcomes.keys() - records.reused.keys()
+        cut = {digest for digest, outcome in records.finished.items() if outcome.trial.parent}
+        here = records.outcomes.keys() - records.reused.keys() - cut
         self._repeats = {digest for digest in here if not self._counts(records.outcomes[digest].trial)}
         self._unseen: set[str] = {candidate.point for candidate in records.points}  # whose adapters may be left over
         self._baselines = baselines.one_line(records.points)
@@ -163,7 +164,11 @@ class Conductor:
         """What a search proposes from here on; its sampler and its halving have learnt what is on record."""
         records = self._records
         self._proposer = Proposer(
-            self._problem, sampler=sampler, repeats=self._seeds == AUTO, answered=self._on_answered
+            self._problem,
+            sampler=sampler,
+            repeats=self._seeds == AUTO,
+            allows=lambda outcome: records.points.allows(outcome.forgetting.rise if outcome.forgetting else None),
+            answered=self._on_answered,
         )
         self._recall()
         half_done = [Proposal(o.trial, o.trainable_params, params) for o, params in records.in_flight]
@@ -182,7 +187,8 @@ class Conductor:
             if what == "answered":
                 self._proposer.recall_answered(records.answered[number])
                 continue
-            if (outcome := records.outcomes.get(digest)) is None:  # its start is on a damaged line
+            outcome = records.outcomes.get(digest)
+            if outcome is None or outcome.trial.parent:  # its start is on a damaged line; it was cut from another
                 continue
             if what != "rung" and digest not in asked and self._counts(outcome.trial):
                 self._proposer.recall(outcome.trial, records.params_of(digest))

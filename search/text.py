@@ -59,6 +59,11 @@ def accuracy_text(candidate: Candidate, split: Split = "accuracy") -> str:
     return f"{accuracy:.3f}" + (f" ± {error:.3f}" if error is not None else "")
 
 
+def forgotten_text(candidate: Candidate) -> str:
+    """`+0.031`: rise of the loss on general text, nats a token; nothing where it was not measured."""
+    return "" if candidate.forgetting is None else f"{candidate.forgetting:+.3f}"
+
+
 def both_text(candidate: Candidate, splits: Iterable[Split]) -> str:
     """`validation 0.512 ± 0.035, test 0.498 ± 0.035`; splits that the point was not evaluated on are left out."""
     texts = ((split, accuracy_text(candidate, split)) for split in splits)

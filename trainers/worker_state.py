@@ -10,6 +10,7 @@ A diverged or failing trial is an outcome and never takes the worker with it.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
 import resource
@@ -37,7 +38,8 @@ from allocators.core.messages import (
     UntrainedEvaluated,
     UntrainedJob,
 )
-from allocators.core.types import Outcome, Rung, Score, Signal, SignalKind, Trial
+from allocators.core.types import Forgetting, Outcome, Rung, Score, Signal, SignalKind, Trial
+from trainers import forgetting
 from trainers.versions import versions
 
 if TYPE_CHECKING:  # the driver imports this file, and needs no torch
@@ -64,6 +66,7 @@ class WorkerSetup:
     cpus_per_worker      torch's threads
     signals              folder of the signals' cache
     adapters, checkpoints   where trained adapters and the state of trials go: paths or URIs that every node sees
+    forgetting           text that forgetting is measured on (`trainers/forgetting.py`); empty: it is not
     """
 
     model: str
@@ -77,6 +80,7 @@ class WorkerSetup:
     signals: str
     adapters: str
     checkpoints: str
+    forgetting: str = ""
 
 
 class WorkerState:
@@ -113,6 +117,11 @@ class WorkerState:
             self.versions["test_data"] = self.task.test.data_hash
         if (chance := self.task.chance) is not None:
             self.versions["chance"] = f"{chance:.3g}"
+        self._general: forgetting.Measure | None = None
+        self._before: forgetting.Loss | None = None  # of the base alone, once it was asked for
+        if setup.forgetting:
+            self._general, text = forgetting.load(setup.forgetting, model=setup.model, tokenizer=self.tokenizer)
+            self.versions["general_text"] = text
         self.progress: Callable[[int, int, str], None] = lambda *_: None
 
     # --- questions ----------------------------------------------------------------------------------------------------
@@ -323,9 +332,64 @@ class WorkerState:
                 outcome = outcome.updated(test=Score(last.accuracy, last.stderr or 0.0, last.by_task))
         elif result.status == "complete" and tests:
             outcome = outcome.updated(test=self._score(self.task.test))
+        if result.status == "complete":
+            outcome = outcome.updated(forgetting=self._forgotten(adapter))
         if leads and result.status == "complete":  # one that was stopped is paused, perhaps: it has a checkpoint
             return outcome.updated(adapter=self._save(adapter, outcome))
         return outcome
+
+    def _forgotten(self, adapter: Adapter) -> Forgetting | None:
+        """With the adapter, which is on the model, and without; all workers of a group call this."""
+        if self._general is None:
+            return None
+        self.model.eval()
+        after = self._general(self.model)
+        if self._before is None:
+            adapter.detach()
+            try:
+                self._before = self._general(self.model)
+            finally:
+                adapter.reattach()
+        if not math.isfinite(after.mean):
+            return None
+        return Forgetting(self._before.mean, after.mean, forgetting.difference(self._before, after))
+
+    def made(self, trial: Trial, weights: Mapping[str, torch.Tensor], *, of: Rung) -> Outcome:
+        """The outcome of an adapter that was made from a trained one: evaluated on both splits, and saved.
+
+        of   the last evaluation of the training: this one stands at the same step
+
+        Raises TrialError, or StudyError, where the weights do not fit the trial.
+        """
+        began = time.monotonic()
+        cost = trial.allocation.trainable_params(self.shape, rank=trial.recipe.rank)
+        adapter = self.attach(trial, cost)
+        try:
+            adapter.load_state_dict(weights)
+            self.task.prepare(self.tokenizer, rank=0, world_size=1)
+            evaluation = self.task.evaluate(self.model)
+            score = Score(evaluation.accuracy, evaluation.stderr, evaluation.by_task)
+            rung = replace(
+                of,
+                accuracy=score.accuracy,
+                stderr=score.stderr,
+                by_task=score.by_task,
+                loss=None,
+                eval_loss=evaluation.loss if evaluation.loss is not None and math.isfinite(evaluation.loss) else None,
+                seconds=0.0,
+            )
+            outcome = self.started(trial, cost).updated(
+                status="complete",
+                accuracy=score.accuracy,
+                rungs=(rung,),
+                test=score if self.selects_on_test else self._score(self.task.test),
+                forgetting=self._forgotten(adapter),
+                seconds=time.monotonic() - began,
+            )
+            return outcome.updated(adapter=self._save(adapter, outcome))
+        finally:
+            adapter.detach()
+            self.clean_up()
 
     def failed(self, started: Outcome, error: Exception) -> Outcome:
         """The outcome of a training that raised, with the reason in words.
@@ -349,8 +413,8 @@ class WorkerState:
 
         target = storage.join(self.setup.adapters, outcome.digest)
         record = outcome.to_json()
-        named = ("trial", "accuracy", "test", "trainable_params", "tokens", "seconds", "versions")
-        facts = {key: record[key] for key in named}
+        named = ("trial", "accuracy", "test", "trainable_params", "tokens", "seconds", "versions", "forgetting")
+        facts = {key: record[key] for key in named if key in record}
         with tempfile.TemporaryDirectory() as folder:
             base = {"base_model": self.setup.model, "options": dict(self.setup.options)}
             adapters.save(adapter, Path(folder), metadata=facts | base)

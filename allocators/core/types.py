@@ -883,21 +883,32 @@ class Point:
 
 @dataclass(frozen=True)
 class Trial:
-    """One training run. Two trials with equal digests are the same run, whichever allocator proposed them."""
+    """One training run. Two trials with equal digests are the same run, whichever allocator proposed them.
+
+    allocator, knobs   what proposed it: for the record, and no part of the digest
+    parent             digest of the training whose adapter this one was cut from (`search/truncate/`): it was not
+                       trained, and is a point of its own. Empty for a training
+    """
 
     allocation: Allocation
     recipe: Recipe
     model: str
     task: str
     seed: int
-    allocator: str = ""  # what proposed it and with which knobs: for the record, not part of the digest
+    allocator: str = ""
     knobs: Mapping[str, Any] = field(default_factory=dict)
+    parent: str = ""
 
     @cached_property
     def digest(self) -> str:
         """It covers allocation, recipe, model, task and seed: allocator and knobs say only where it came from."""
         rest = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task, "seed": self.seed}
-        return self.allocation.hashed.digest_with("allocation", rest)
+        return self.allocation.hashed.digest_with("allocation", rest | self._origin)
+
+    @property
+    def _origin(self) -> dict[str, str]:
+        """What sets a cut adapter apart from a training with the same ranks."""
+        return {"parent": self.parent} if self.parent else {}
 
     @cached_property
     def point(self) -> str:
@@ -905,7 +916,7 @@ class Trial:
 
         Where every seed draws its own random experts (`draw=each`), the rule is the point and not what it drew.
         """
-        what = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task}
+        what = {"recipe": self.recipe.to_json(), "model": self.model, "task": self.task} | self._origin
         if self.knobs.get("draw") == "each":
             return digest_of(what | {"allocator": self.allocator, "knobs": dict(self.knobs)})
         return self.allocation.hashed.digest_with("allocation", what)
@@ -921,7 +932,7 @@ class Trial:
             "model": self.model,
             "task": self.task,
             "seed": self.seed,
-        }
+        } | self._origin
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Trial:
@@ -939,6 +950,7 @@ class Trial:
             checks.whole(data["seed"], "seed"),
             checks.text(data.get("allocator", ""), "allocator"),
             checks.scalars(data.get("knobs", {}), "knobs"),
+            checks.digest(data["parent"]) if data.get("parent") else "",
         )
 
 
@@ -1029,6 +1041,32 @@ class Score:
         return score
 
 
+@dataclass(frozen=True, slots=True)
+class Forgetting:
+    """Loss on general text that was not trained on, nats a token (`trainers/forgetting.py`).
+
+    before, after   of the base alone, and with the trained adapter
+    stderr          of the rise, paired over the rows of the text; None where it is not known
+    """
+
+    before: float
+    after: float
+    stderr: float | None = None
+
+    @property
+    def rise(self) -> float:
+        """What was forgotten; below zero where the text is foreseen better than before."""
+        return self.after - self.before
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Forgetting:
+        """Raises KeyError or ValueError where it is none. Keys of other versions are left out."""
+        for name in ("before", "after"):
+            checks.number(data[name], f"loss {name} training", low=-_MOST_LOSS, high=_MOST_LOSS)
+        checks.optional_number(data.get("stderr"), "stderr of forgetting", low=0)
+        return cls(data["before"], data["after"], data.get("stderr"))
+
+
 # What became of a trial. Results, which are in FINISHED: complete, stopped (a scheduler ended it early), and diverged,
 # failed and out_of_memory, which this point does here every time. `lost` is no result: the platform took the training
 # away (a process that was killed, a disk that is full), and it is to be trained again.
@@ -1046,6 +1084,7 @@ class Outcome:
     tokens      trained tokens, padding excluded
     adapter     where the trained adapter was saved, "" where none was; records keep that there is one, not where
     pack        how many trainings shared its passes over the base at most, itself included; seconds are its share then
+    forgetting  loss on general text before and after; None where the study does not measure it, or nothing was saved
     """
 
     trial: Trial
@@ -1061,6 +1100,7 @@ class Outcome:
     versions: Mapping[str, str] = field(default_factory=dict)
     pack: int = 1
     test: Score | None = None
+    forgetting: Forgetting | None = None
 
     @property
     def digest(self) -> str:
@@ -1087,6 +1127,9 @@ class Outcome:
         data["rungs"] = [rung.to_json() for rung in self.rungs]
         data["test"] = self.test.to_json() if self.test else None
         data["versions"] = dict(self.versions)
+        del data["forgetting"]
+        if self.forgetting is not None:  # a study that does not measure it has no such key
+            data["forgetting"] = asdict(self.forgetting)
         return {"trial": self.trial.to_json(compact=compact), **data}
 
     @classmethod
@@ -1096,6 +1139,7 @@ class Outcome:
         rest = {k: v for k, v in data.items() if k in known and k != "trial"}
         rest["rungs"] = tuple(Rung.from_json(rung) for rung in checks.sequence(rest.get("rungs", ()), "rungs"))
         rest["test"] = Score.from_json(rest["test"]) if rest.get("test") else None
+        rest["forgetting"] = Forgetting.from_json(rest["forgetting"]) if rest.get("forgetting") else None
         outcome = cls(Trial.from_json(data["trial"]), **rest)
         if outcome.status not in get_args(Status):
             raise ValueError(f"status must be one of {', '.join(get_args(Status))}, got {ascii(outcome.status)[:60]}")

@@ -7,6 +7,7 @@ The command is `__main__.py`, what a format computes `formats.py`, the card `mod
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -111,8 +112,15 @@ def _because(run: Outcome) -> str:
 
 
 def retrain(report: Report, run: Outcome) -> str:
-    """The command that trains this point alone in a study of its own, and keeps its adapter."""
+    """The command that trains this point alone in a study of its own, and keeps its adapter.
+
+    Of a point that was cut from a training, the command that cuts that again.
+    """
     header = report.records.header
+    if run.trial.parent:
+        energy = f"{run.trial.knobs.get('energy', 1.0):g}"
+        words_ = ["python", "-m", "search.truncate", str(report.records.folder), f"point={run.trial.parent[:8]}"]
+        return portable_command(shlex.join([*words_, f"energy={energy}"]))
     settings = before() | {name: header["config"][name] for name in keys() if name in header["config"]}
     config = RunConfig(**settings).without("amount")
     params = report.records.params_of(run.digest)

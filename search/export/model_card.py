@@ -117,7 +117,7 @@ def markdown(card: Card) -> str:
         "## How to load it\n" + _code(card.load, "bash" if card.format in ("vllm", "gguf-ready") else "python"),
         "## Runs in\n" + _table(RUNS_IN[card.format]),
         "## What is known\n" + _table(_facts(card)),
-        *(f"- {note}" for note in card.notes),
+        *(f"- {note}" for note in [*_cut(run), *card.notes]),
         "## Where the LoRA experts are\n" + _code("\n".join(map_lines(run.trial.allocation, card.shape)), "text"),
         "## Recipe\n" + _table(settings_of(run.trial.recipe).items()),
         "## Data\n" + _table(_data(card)),
@@ -128,6 +128,16 @@ def markdown(card: Card) -> str:
         "those of the data that it was trained on. lora-expert-search, which made it, adds no terms of its own.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _cut(run: Outcome) -> list[str]:
+    """A sentence on an adapter that was not trained as it is."""
+    if not run.trial.parent:
+        return []
+    return [
+        f"The adapter was trained as run `{run.trial.parent}` and then cut, by its singular values, to ranks that hold "
+        f"{number(run.trial.knobs.get('energy', 1.0))} of the sum of their squares; nothing was trained after that."
+    ]
 
 
 def _head(card: Card) -> str:
@@ -184,6 +194,8 @@ def _facts(card: Card) -> list[tuple[str, str]]:
         ("device", run.versions.get("device", "unknown")),
         ("id of the run", f"`{run.digest}`"),
     ]
+    if (lost := run.forgetting) is not None:
+        facts.append(("loss on general text", f"{lost.before:.3f} before, {lost.after:.3f} after ({lost.rise:+.3f})"))
     if chance := run.versions.get("chance"):
         facts.insert(len(card.splits), ("chance", chance))
     return facts

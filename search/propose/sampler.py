@@ -82,6 +82,7 @@ class Proposer:
                answered with the result that it has, as it is where no seed is left
     trust      sampler=ehvi keeps near the recipe of the starting points as long as few results say where to go
     draws      seed of what is drawn; None: the study's own
+    allows     whether a result may be on the front by what was forgotten; else it counts as one that failed
     answered   called with every point that needed no training
     """
 
@@ -93,6 +94,7 @@ class Proposer:
         repeats: bool = False,
         trust: bool = True,
         draws: int | None = None,
+        allows: Callable[[Outcome], bool] = lambda _: True,
         answered: Callable[[Answered], None] = lambda _: None,
     ) -> None:
         import optuna
@@ -103,6 +105,7 @@ class Proposer:
         self._optuna = optuna
         self._problem = problem
         self._answered = answered
+        self._allows = allows
         self._starting = starting_points(problem)
         self._draws = Draws(
             sampler,
@@ -266,7 +269,7 @@ class Proposer:
         if outcome.status == "stopped":
             # Worse than its rivals, but its accuracy is not that of a whole training: on no front, whatever it was.
             return states.PRUNED, None
-        if outcome.accuracy is None:
+        if outcome.accuracy is None or not self._allows(outcome):
             return states.FAIL, None
         return states.COMPLETE, (outcome.accuracy, outcome.trainable_params)
 

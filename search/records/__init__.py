@@ -15,10 +15,12 @@ Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
     {"event": "finished", "outcome": Outcome, "params": {...}, "reused": name of the study that trained it, or none}
     {"event": "tested",   "digest": "...", "test": {"accuracy", "stderr"} of its adapter on the test split}
     {"event": "answered", "params": {...}, "reason": "duplicate"|"infeasible"|"over_budget", "digest", "message"}
-`params` is the sampler's flat dictionary of the point. Every line stands by itself, so that a damaged one costs only
-itself; the allocation, the longest part of a trial, is therefore written in ranges (`to_compact` in core/types.py).
-Lines of earlier versions, which list every expert, are read as well. The last line of a digest wins. A driver that is
-killed in mid-write leaves a torn last line, which is dropped; a damaged line elsewhere is named and skipped.
+`params` is the sampler's flat dictionary of the point; of an adapter that was cut from a training (`search/truncate/`,
+its trial names the parent) it says from which, and how much was kept. Every line stands by itself, so that a damaged
+one costs only itself; the allocation, the longest part of a trial, is therefore written in ranges (`to_compact` in
+core/types.py). Lines of earlier versions, which list every expert, are read as well. The last line of a digest wins. A
+driver that is killed in mid-write leaves a torn last line, which is dropped; a damaged line elsewhere is named and
+skipped.
 
 A folder may come from anybody: every value is checked when it is read, and no path that a line records is followed.
 Whether an adapter was saved is on record, where it lies follows from its digest: a copy of a study has adapters of its
@@ -131,7 +133,7 @@ class Records:
         self.place = place or place_of(folder, header)
         self.shape = ModelShape.from_json(header["shape"])
         self.outcomes: dict[str, Outcome] = {}
-        self.points = Points()
+        self.points = Points(max_forgetting=float(header["config"].get("max_forgetting", 0.0)))
         self.tried: set[tuple[str, int]] = set()
         self.answered: list[Answered] = []
         self.events: list[Event] = []
@@ -190,7 +192,7 @@ class Records:
 
     @property
     def trained(self) -> Mapping[str, Outcome]:
-        """Those of `finished` that were trained here, and not reused from another study."""
+        """Those of `finished` that were trained here: not reused from another study, not cut from a training."""
         return MappingProxyType(self._trained)
 
     @property
@@ -269,7 +271,7 @@ class Records:
             self.points.discard(digest)
             return
         self.points.add(outcome)
-        if digest not in self.reused:
+        if digest not in self.reused and not outcome.trial.parent:
             self._trained[digest] = outcome
 
     def _apply_lost(self, digest: str, reason: str) -> None:

@@ -113,7 +113,8 @@ class OtherStudies:
         return None
 
     def _fits(self, outcome: Outcome) -> bool:
-        return outcome.status in TAKEN and all(outcome.versions.get(key) == fact for key, fact in self._facts.items())
+        trained = outcome.status in TAKEN and not outcome.trial.parent
+        return trained and all(outcome.versions.get(key) == fact for key, fact in self._facts.items())
 
     def _studies(self) -> Iterator[Records]:
         for header in sorted(self._folder.parent.glob(f"*/{HEADER}")):

@@ -257,6 +257,7 @@ class Tracker:
         if child is None:
             tags = {MLFLOW_PARENT_RUN_ID: self._parent, "study_id": self._study_id, "digest": outcome.digest}
             tags["point"] = trial.point  # the seeds of one point share it
+            tags |= {"cut_from": trial.parent} if trial.parent else {}
             name = f"{trial.allocator or 'trial'} {human(outcome.trainable_params)} {outcome.digest[:6]}"
             run = self._client.create_run(self._experiment.experiment_id, tags=tags | self._tags, run_name=name)
             child = self._children[outcome.digest] = _Child(run.info.run_id)
@@ -309,6 +310,8 @@ class Tracker:
             "seconds": outcome.seconds,
             "peak_memory_bytes": outcome.peak_memory_bytes,
         }
+        if (lost := outcome.forgetting) is not None:
+            final |= {"forgetting": lost.rise, "general_loss": lost.after, "general_loss_before": lost.before}
         now = int(time.time() * 1000)
         metrics = [
             Metric(name, float(value), now, step)

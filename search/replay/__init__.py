@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,7 @@ def _row(line: Mapping[str, Any]) -> Row:
     names = ("status", "accuracy", "rungs", "seconds", "tokens", "message", "trainable_params")
     outcome = Outcome.from_json(
         {**{name: line[name] for name in names}, "trial": trial, "versions": versions, "test": test}
+        | {"forgetting": line.get("forgetting")}
     )
     if outcome.status not in KEPT:
         raise ValueError(f"a row has status {outcome.status}")
@@ -190,7 +191,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
                     "and task; export them into two"
                 )
         for digest, outcome in records.finished.items():
-            if outcome.status in KEPT:
+            if outcome.status in KEPT and not outcome.trial.parent:
                 lines.setdefault(digest, _line(outcome, records.params_of(digest), records.seed))
     if not lines:
         raise StudyError(f"no finished training in {', '.join(str(r.folder) for r in studies)}: nothing to export")
@@ -201,7 +202,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
     ]
     ordered = sorted(lines.values(), key=lambda line: (line["seed"], line["trainable_params"], line["digest"]))
     columns = sorted({name for line in ordered for name in line if name.startswith("param.")})
-    columns += [name for name in ordered[0] if not name.startswith("param.")]
+    columns += list(dict.fromkeys(name for line in ordered for name in line if not name.startswith("param.")))
     try:
         content = pa.Table.from_pydict({name: [line.get(name) for line in ordered] for name in columns})
     except pa.ArrowException as error:
@@ -232,6 +233,7 @@ def _line(outcome: Outcome, params: Mapping[str, Any], study_seed: int) -> dict[
         "seconds": outcome.seconds,
         "message": portable(outcome.message),
         "rungs": rungs,
+        **({"forgetting": asdict(outcome.forgetting)} if outcome.forgetting else {}),
         "digest": outcome.digest,
         "trial": canonical_json(outcome.trial.to_json()),
         "versions": canonical_json(dict(outcome.versions)),

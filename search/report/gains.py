@@ -39,6 +39,8 @@ def recipes(
     rows = []
     for name, tried in baselines.tried(points).items():
         recipe, rival = tried[0], _rival(tried[0], on_front)
+        if rival is None:
+            continue
         split, (own, other) = same_split((recipe, rival), judged, otherwise=splits[0])
         members = [judged[c.point] for c in on_front if c.point in judged] if split == "test" else on_front
         cells = _against(own, other, members, spreads[split])
@@ -76,9 +78,13 @@ def _about_recipes(splits: Sequence[Split]) -> tuple[str, ...]:
     )
 
 
-def _rival(recipe: Candidate, on_front: Sequence[Candidate]) -> Candidate:
-    """The most accurate point of the front with no more parameters; the recipe itself where it is on the front."""
-    return max((c for c in on_front if c.trainable_params <= recipe.trainable_params), key=lambda c: c.accuracy or 0.0)
+def _rival(recipe: Candidate, on_front: Sequence[Candidate]) -> Candidate | None:
+    """The most accurate point of the front with no more parameters; the recipe itself where it is on the front.
+
+    None where a limit on forgetting keeps all such points off the front.
+    """
+    smaller = (c for c in on_front if c.trainable_params <= recipe.trainable_params)
+    return max(smaller, key=lambda c: c.accuracy or 0.0, default=None)
 
 
 def _against(

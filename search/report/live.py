@@ -64,7 +64,8 @@ class Progress:
         self._points = done if isinstance(done, Points) else Points(done)
         self._reused = set(reused)
         self._tally = _Tally(seed, evaluations)
-        for outcome in self._points.outcomes.values():
+        trainings = (outcome for outcome in self._points.outcomes.values() if not outcome.trial.parent)
+        for outcome in trainings:
             self._tally.add(outcome, trained=outcome.digest not in self._reused)
         self._earlier = self._tally.trained
         self._running: dict[str, tuple[Outcome, Rung | None]] = {}

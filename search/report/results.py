@@ -53,6 +53,11 @@ class Results:
         return list(self.records.points)
 
     @cached_property
+    def trained(self) -> list[Candidate]:
+        """Those of `points` that are trainings, and not cut from one: what is said of settings goes by these."""
+        return [candidate for candidate in self.points if not candidate.parent]
+
+    @cached_property
     def front(self) -> list[Candidate]:
         """The points that no other point beats, ascending in parameters."""
         return self.records.points.front
@@ -66,6 +71,11 @@ class Results:
     def knee(self) -> Candidate | None:
         """The point of the front after which parameters buy less; None where the front has no bend."""
         return knee(self.front)
+
+    @cached_property
+    def forgets(self) -> bool:
+        """Whether what trainings forget was measured."""
+        return any(run.forgetting is not None for run in self.records.finished.values())
 
     @cached_property
     def tasks(self) -> list[str]:
@@ -124,15 +134,17 @@ class Results:
     @cached_property
     def noise(self) -> Noise | None:
         """How much accuracy moves between the seeds of one point, over all points that have several."""
-        return pooled(self.points)
+        return pooled(self.trained)
 
     def difference(self, lower: Candidate, higher: Candidate) -> Difference:
         """How sure it is that `higher` is more accurate than `lower`, with the study's noise between seeds.
 
-        By test accuracy where both were evaluated on the test split (`split_of`).
+        By test accuracy where both were evaluated on the test split (`split_of`). Where one was cut from a training of
+        the other, or both from one, a seed moves both alike, and only the questions make noise.
         """
         split, sides = same_split((lower, higher), self.tested, otherwise=self.splits[0])
-        return compare(*sides, noise=self.test_noise if split == "test" else self.noise)
+        related = _origins(lower) & _origins(higher)
+        return compare(*sides, noise=None if related else self.test_noise if split == "test" else self.noise)
 
     def split_of(self, *candidates: Candidate) -> Split:
         """The split that `difference` compares these points on."""
@@ -157,29 +169,30 @@ class Results:
     @cached_property
     def early(self) -> list[early.Early]:
         """How evaluations on the way rank the points beside the end; of every point its first complete training."""
-        return early.signals(run for candidate in self.points for run in candidate.complete[:1])
+        return early.signals(run for candidate in self.trained for run in candidate.complete[:1])
 
     # --- what made the difference, what was saved
 
     @cached_property
     def tried(self) -> allocations.Tried:
         """Every allocation with the recipes that it was tried with."""
-        return allocations.allocations(self.points)
+        return allocations.allocations(self.trained)
 
     @cached_property
     def worths(self) -> list[allocations.Worth]:
         """What the choice of the allocation is worth, size by size."""
-        return allocations.worths(self.points, noise=self.tried.noise)
+        return allocations.worths(self.trained, noise=self.tried.noise)
 
     @cached_property
     def broken(self) -> broken.Broken:
         """Trainings that came to nothing, and by which setting."""
-        return broken.broken(self.records.finished.values(), broken.base_of(self.records))
+        trainings = (run for run in self.records.finished.values() if not run.trial.parent)
+        return broken.broken(trainings, broken.base_of(self.records))
 
     @cached_property
     def importance(self) -> attribution.Importance | None:
         """Which settings accuracy goes with."""
-        return attribution.importance(self.points)
+        return attribution.importance(self.trained)
 
     @cached_property
     def tokens_saved(self) -> tuple[int, int]:
@@ -228,6 +241,8 @@ class Results:
             if at.correlation is not None:
                 numbers[f"rank_correlation_{at.signal}_{at.part}"] = at.correlation
         numbers |= {"trainings_broken": self.broken.count, "trainings_judged": self.broken.trainings}
+        if self.front and (forgotten := self.front[-1].forgetting) is not None:
+            numbers["best_forgetting"] = forgotten
         if self.records.reused:
             numbers["runs_reused"] = len(self.records.reused)
         if self.tokens_saved[0]:
@@ -237,3 +252,8 @@ class Results:
         if self.bias is not None:
             numbers["selection_bias"] = self.bias.picked - self.bias.mean
         return numbers
+
+
+def _origins(candidate: Candidate) -> set[str]:
+    """Digests of the trainings that stand behind a point."""
+    return {candidate.parent} if candidate.parent else {run.digest for run in candidate.runs}

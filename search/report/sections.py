@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search.front import Candidate, front
+from search.front import Candidate
 from search.records import Records
 from search.report.splits import same_split, splits_of, tested
 from search.report.uncertainty import Paired, equivalence, paired
-from search.text import Split, accuracy_text, human, label, number, varying
+from search.text import Split, accuracy_text, forgotten_text, human, label, number, varying
 
 LEVEL = 0.05
 
@@ -59,7 +59,9 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
     rows_of = ((entry, _row(records, points, entry["row"])) for entry in published)
     beside = {id(candidate): entry for entry, candidate in rows_of if candidate is not None}
     splits, judged = splits_of(records, points), tested(records, points)
-    head: tuple[str, ...] = ("row", "trainable parameters", *splits, _spread(splits), "seeds")
+    forgets = any(candidate.forgetting is not None for candidate in points)
+    head: tuple[str, ...] = ("row", "trainable parameters", *splits, _spread(splits))
+    head += ("forgotten", "seeds") if forgets else ("seeds",)
     settings = varying(records.finished.values())
     rows = []
     for candidate in points:
@@ -69,6 +71,7 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
             human(candidate.trainable_params),
             *(_mean(candidate, split) for split in splits),
             "" if shown is None or shown.spread is None else f"{shown.spread:.3f}",
+            *([forgotten_text(candidate)] if forgets else []),
             f"{len(candidate.complete)}",
         )
         if published:
@@ -234,7 +237,7 @@ def _row(records: Records, points: Iterable[Candidate], row: Mapping[str, Any]) 
 
 def _by_task(records: Records, points: Sequence[Candidate]) -> list[Section]:
     """Each task's accuracy at the points of the front, or in every row of a table; on both splits where both are."""
-    shown = [c for c in (points if is_table(records) else front(points)) if c.by_task]
+    shown = [c for c in (points if is_table(records) else records.points.front) if c.by_task]
     if not shown:
         return []
     splits, judged = splits_of(records, shown), tested(records, shown)

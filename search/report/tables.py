@@ -19,7 +19,7 @@ from allocators.core.types import ModuleRanks, Outcome
 from search.front import Candidate, knee
 from search.report.results import Results
 from search.report.sections import Section
-from search.text import Split, accuracy_text, human, number, point, probability, settings_of, varying
+from search.text import Split, accuracy_text, forgotten_text, human, number, point, probability, settings_of, varying
 
 # --- in a terminal
 
@@ -56,8 +56,11 @@ def front_table(
     for name in settings:
         table.add_column(name, justify="right")
     table.add_column("seeds", justify="right")
+    forgets = any(candidate.forgetting is not None for candidate in shown)
     if repeated:
         table.add_column("s.d. of seeds", justify="right")
+    if forgets:
+        table.add_column("forgotten", justify="right")
     if chances:
         table.add_column("P(beats the row above)", justify="right")
     table.add_column("")
@@ -71,6 +74,7 @@ def front_table(
             *(number(settings_of(best.trial.recipe)[name]) for name in settings),
             str(len(candidate.complete)),
             *([f"{candidate.spread:.3f}" if candidate.spread is not None else ""] if repeated else []),
+            *([forgotten_text(candidate)] if forgets else []),
             *([probability(chances.get(best.digest))] if chances else []),
             "knee" if candidate is bend else "",
         )
@@ -115,7 +119,9 @@ def _front_row(results: Results, candidate: Candidate) -> dict[str, object]:
         **_columns(results, candidate.by_task),
         **_columns(results, judged.by_task if judged else {}, prefix="test_"),
         "seeds": len(candidate.complete),
+        **_parent(results, best),
         "seed_standard_deviation": candidate.spread,
+        **({"forgetting": candidate.forgetting} if results.forgets else {}),
         "better_than_next_smaller": results.chances.get(best.digest),
         "knee": candidate is results.knee,
         "seconds": best.seconds,
@@ -137,12 +143,14 @@ def _run_row(results: Results, run: Outcome) -> dict[str, object]:
         "optimism": (run.accuracy or 0.0) - run.test.accuracy if run.test and results.tested else None,
         **_columns(results, _numbers(run.by_task)),
         **_columns(results, _numbers(run.test.by_task if run.test else {}), prefix="test_"),
+        **(_forgetting(run) if results.forgets else {}),
         "on_front": run.digest in results.winners,
         "seed": run.trial.seed,
         "seconds": run.seconds,
         "tokens": run.tokens,
         "peak_memory_bytes": run.peak_memory_bytes,
         "message": run.message,
+        **_parent(results, run),
         "reused_from": results.records.reused.get(run.digest, ""),
         "adapter": results.adapter_folder(run) or "",
         **_recipe(run),
@@ -170,6 +178,19 @@ def _allocation(run: Outcome) -> dict[str, object]:
     allocation = run.trial.allocation
     columns: dict[str, object] = {"allocator": run.trial.allocator, "knobs": knobs, "experts": allocation.total_experts}
     return columns | ({"total_rank": allocation.total_rank} if isinstance(allocation, ModuleRanks) else {})
+
+
+def _forgetting(run: Outcome) -> dict[str, object]:
+    """Loss on general text; the same columns in every row of a study that measures it."""
+    lost = run.forgetting
+    columns: dict[str, object] = {"forgetting": None if lost is None else lost.rise}
+    columns["forgetting_stderr"] = None if lost is None else lost.stderr
+    return columns | {"general_loss": None if lost is None else lost.after}
+
+
+def _parent(results: Results, run: Outcome) -> dict[str, object]:
+    """A column in a study that has points which were cut from trainings."""
+    return {"cut_from": run.trial.parent} if len(results.trained) < len(results.points) else {}
 
 
 def _recipe(run: Outcome) -> dict[str, object]:

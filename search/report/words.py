@@ -39,15 +39,22 @@ ALIKE = "one question, or questions that were all answered alike, say nothing of
 def sentences(results: Results) -> list[str]:
     """The study in sentences, the most important first."""
     if not results.front:
+        limit = results.records.points.max_forgetting
+        if limit and any(candidate.accuracy is not None for candidate in results.points):
+            why = (
+                f"No point is known to forget at most max_forgetting={limit:g} nats a token: there is no front to show."
+            )
+            return [why, *_state(results)]
         return ["No finished trial yet: there is no front to show.", *_state(results)]
     return [
         *_best(results),
         *_gained(results),
+        *_forgotten(results),
         *_honesty(results),
         *_against_baselines(results),
-        *allocations.in_words(results.tried, results.worths, allocations.spread(results.points)),
+        *allocations.in_words(results.tried, results.worths, allocations.spread(results.trained)),
         *broken.in_words(results.broken),
-        *attribution.in_words(results.importance, results.points),
+        *attribution.in_words(results.importance, results.trained),
         *_early(results),
         *_state(results),
     ]
@@ -103,6 +110,33 @@ def _gained(results: Results) -> list[str]:
     ]
 
 
+def _forgotten(results: Results) -> list[str]:
+    """What trainings cost on general text, and which points a limit keeps off the front."""
+    if not results.forgets:
+        return []
+    config, best = results.records.header["config"], results.front[-1]
+    text = Path(str(config.get("forgetting", ""))).name
+    before = next(run.forgetting.before for run in results.records.finished.values() if run.forgetting is not None)
+    measured = [c for c in results.points if c.forgetting is not None]
+    rises = sorted(c.forgetting or 0.0 for c in measured)
+    own = "was not measured" if best.forgetting is None else f"{best.forgetting:+.3f}"
+    error = best.best.forgetting.stderr if best.best.forgetting is not None else None
+    own += f" ± {error:.3f} over rows of the text" if error else ""
+    said = (
+        f"Forgetting: the base's loss on general text ({text}) is {before:.3f} nats a token; the most accurate point's "
+        f"rise is {own}, and over {len(measured)} points rises go from {rises[0]:+.3f} to {rises[-1]:+.3f}."
+    )
+    if not (limit := results.records.points.max_forgetting):
+        return [said]
+    above = sum(not results.records.points.allows(c.forgetting) for c in measured)
+    unknown = sum(c.forgetting is None and c.accuracy is not None for c in results.points)
+    unmeasured = f", and so {'is' if unknown == 1 else 'are'} {unknown} of which it is not known" if unknown else ""
+    return [
+        f"{said} {above} of them are above max_forgetting={limit:g} and not on the front, however accurate"
+        f"{unmeasured}. Halving does not know the limit: what a training forgets is known at its end."
+    ]
+
+
 def _on(split: Split) -> str:
     """` on the test split`; nothing where a study has one number."""
     return "" if split == "accuracy" else f" on the {split} split"
@@ -128,7 +162,21 @@ def _honesty(results: Results) -> list[str]:
         said.append("The standard error of the evaluation is not known: small differences may be chance.")
     elif steps:
         said.append(_rise(results, shown, steps))
-    return [*said, *_both_splits(results), *_picked(results)]
+    return [*said, *_cut(results), *_both_splits(results), *_picked(results)]
+
+
+def _cut(results: Results) -> list[str]:
+    """Which points of the front are no trainings."""
+    cut = [candidate for candidate in results.front if candidate.parent]
+    if not cut:
+        return []
+    one = len(cut) == 1
+    origins = ", ".join(dict.fromkeys(f"{candidate.parent[:8]}" for candidate in cut))
+    return [
+        f"{len(cut)} of the {len(results.front)} points of the front {'is' if one else 'are'} no training but cut from "
+        f"one ({origins}): {'it shares' if one else 'they share'} its seed and its luck, and "
+        f"{'counts' if one else 'count'} neither as a seed nor in what is said of settings."
+    ]
 
 
 def _both_splits(results: Results) -> list[str]:
@@ -211,7 +259,7 @@ def _picked(results: Results) -> list[str]:
 
 def _seeds(results: Results) -> str:
     """How many seeds stand behind the front, and how much accuracy moves between them."""
-    counts = sorted({len(candidate.complete) for candidate in results.front})
+    counts = sorted({len(candidate.complete) for candidate in results.front if not candidate.parent}) or [1]
     if counts == [1]:
         said = "One seed stands behind each point: how much accuracy moves with the seed was not measured."
     else:
@@ -277,7 +325,7 @@ def _against_baselines(results: Results) -> list[str]:
     """
     said: list[tuple[float, str]] = []
     inside: list[str] = []
-    measured = [candidate for candidate in results.points if candidate.accuracy is not None]
+    measured = [candidate for candidate in results.trained if candidate.accuracy is not None]
     rivals = _Rivals(measured)
     for baseline in sorted(measured, key=lambda candidate: candidate.trainable_params):
         best = rivals.of(baseline) if baseline.best.trial.allocator in CONTROLS else None

@@ -12,7 +12,7 @@ from search.engine import Workers
 from search.problem import Problem
 from search.records.files import LOGS, RAY
 from search.replay.problem import TableProblem
-from trainers import models, storage, tasks
+from trainers import forgetting, models, storage, tasks
 from trainers.worker_state import WorkerSetup
 
 
@@ -134,6 +134,7 @@ def worker_setup(config: RunConfig, locations: Locations) -> WorkerSetup:
         signals=str(locations.signals),
         adapters=locations.adapters,
         checkpoints=locations.checkpoints,
+        forgetting=forgetting.located(config.forgetting),
     )
 
 

@@ -2,6 +2,7 @@
 
     python -m trainers.embedded.domains                                   two examples of every domain
     python -m trainers.embedded.domains tasks=trainers/embedded/tasks     writes the committed task splits again
+    python -m trainers.embedded.domains held_out=trainers/embedded/held_out.jsonl    and text to measure forgetting on
 
 A domain is a function `(rng) -> str` that returns one short example, `name input > answer`. Everything is drawn from
 the `random.Random` it is given, so a seed fixes every character. `MIXTURE` is what the models are pretrained on;
@@ -338,15 +339,25 @@ class Request:
     """The key of the command line."""
 
     tasks: str = words.key("", "write the held-out tasks into this folder (empty: print two examples of every domain)")
+    held_out: str = words.key("", "write 52 rows of the mixture, at a step that no pretraining has, into this file")
 
 
 def main(arguments: list[str]) -> None:
     """Writes the data of the tasks into their folder; without one, prints examples."""
     if words.asks_for_help(arguments):
-        print("\n".join(["usage: python -m trainers.embedded.domains [tasks=FOLDER]", *words.help_of(Request)]))
+        print(
+            "\n".join(
+                ["usage: python -m trainers.embedded.domains [tasks=FOLDER] [held_out=FILE]", *words.help_of(Request)]
+            )
+        )
         return
-    folder = words.parse(arguments, Request, example="tasks=FOLDER").tasks
-    if not folder:
+    request = words.parse(arguments, Request, example="tasks=FOLDER")
+    folder = request.tasks
+    if request.held_out:
+        drawn = rows(0, -1, 4 * len(MIXTURE), 96, end="<eos>")
+        lines = [json.dumps({"domain": name, "text": text}) + "\n" for name, text in drawn]
+        Path(request.held_out).write_text("".join(lines))
+    elif not folder:
         _print_examples()
     elif Path(folder).is_dir():
         write_tasks(Path(folder))

@@ -385,8 +385,11 @@ class RunConfig:
     @property
     def study_name(self) -> str:
         """The folder's name: `name`, or space, model and task (and the replayed table), joined by dashes."""
-        if self.name:
-            return self.name
+        return self.name or self.experiment
+
+    @property
+    def experiment(self) -> str:
+        """The name that studies of one space, model and task (and replayed table) share in MLflow."""
         task = "-".join(Path(word).stem for word in task_files.words(self.task))
         parts = [self.space, Path(self.model).name or self.model, task]
         parts += ["replay", Path(self.replay).stem] if self.replay else []

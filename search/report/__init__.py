@@ -46,6 +46,11 @@ class Report(Results):
         ]
 
     @property
+    def description(self) -> str:
+        """The headlines and the front in Markdown."""
+        return words.markdown(self, words.headlines(self))
+
+    @property
     def page(self) -> str:
         """report.html."""
         return page.html(self, headlines=words.headlines(self), words=self.words, sections=self.sections)

@@ -12,6 +12,7 @@ import bisect
 import itertools
 import json
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from search.report.results import Results
 from search.report.sections import is_table
 from search.report.splits import Optimism, optimism, selects_on_test
 from search.report.uncertainty import TOO_CLOSE, Bias, Difference
-from search.text import Split, human, point, recipe_words, run_id
+from search.text import Split, accuracy_text, human, point, recipe_words, run_id
 
 MOST_TOLD = 12  # comparisons outside the noise that are told one by one
 MANY = 5  # comparisons inside the noise that are told one by one
@@ -61,6 +62,24 @@ def headlines(results: Results) -> list[str]:
     knee = [said for said in others if said.startswith("The knee")]
     worth = allocations.in_words(results.tried, results.worths, None)
     return [best, *knee, *_gained(results)[:1], *(worth[:1] if results.worths else [])]
+
+
+def markdown(results: Results, said: Sequence[str]) -> str:
+    """Sentences as a list and the front as a table, in Markdown; names are text there, whatever they hold."""
+
+    def text(value: object) -> str:
+        return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", " ".join(str(value).split()))
+
+    lines = [f"- {text(sentence)}" for sentence in said]
+    if results.front:
+        head = ["id", "trainable parameters", *results.splits, "allocation and recipe", ""]
+        lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for member in results.front:
+        accuracies = [accuracy_text(member, split) for split in results.splits]
+        cells = [run_id(member.best), human(member.trainable_params), *accuracies, results.label(member.best)]
+        cells.append("knee" if member is results.knee else "")
+        lines.append(f"| {' | '.join(map(text, cells))} |")
+    return "\n".join(lines)
 
 
 def _best(results: Results) -> list[str]:

@@ -97,7 +97,7 @@ def _tracker(config: RunConfig, locations: Locations) -> Tracker:
     return Tracker.open(
         config.tracking_uri or None,
         locations.folder.parent,
-        experiment=config.space,
+        experiment=config.experiment,
         study_name=config.study_name,
         tags={"model": config.model, "task": config.task},
         params=config.to_json(),
@@ -123,6 +123,7 @@ class Session:
         study = records.header["id"]
         workers = make_workers(config, self.problem, self.locations, study=study, trainings=trainings)
         print(f"{config.space} on {config.model}, task {config.task}; records in {self.locations.folder}", flush=True)
+        print(f"MLflow: {self.tracker.browse}", flush=True)
         with self._summary(workers, began), self._closing(workers), self._progress() as progress:
             workers.start()
             progress.message(workers.describe())

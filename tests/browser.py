@@ -10,12 +10,13 @@ with Browser(width=390, height=844) as page:
 from __future__ import annotations
 
 import base64
+import fcntl
 import itertools
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -53,22 +54,16 @@ class Browser:
 
     def __enter__(self) -> Self:
         self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        (read_there, self._write), (self._read, write_there) = os.pipe(), os.pipe()
-
-        def at_3_and_4() -> None:  # where the browser reads and writes; first out of the way of each other
-            there, back = os.dup(read_there), os.dup(write_there)
-            os.dup2(there, 3)
-            os.dup2(back, 4)
-
+        (there, self._write), (self._read, back) = os.pipe(), os.pipe()
+        ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (there, back)]  # clear of 3 and 4
         words = [self._path, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
         words += ["--disable-dev-shm-usage", "--disable-extensions", "--disable-background-networking"]
         words += [f"--user-data-dir={self._profile.name}", "--remote-debugging-pipe", "about:blank"]
-        null = subprocess.DEVNULL
-        self._process = subprocess.Popen(
-            words, stdin=null, stdout=null, stderr=null, preexec_fn=at_3_and_4, close_fds=False
-        )
-        os.close(read_there)
-        os.close(write_there)
+        nowhere = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in range(3)]
+        pipes = [(os.POSIX_SPAWN_DUP2, end, number) for number, end in enumerate(ends, start=3)]
+        self._process = os.posix_spawn(self._path, words, os.environ, file_actions=[*nowhere, *pipes])
+        for end in (there, back, *ends):
+            os.close(end)
         self._session: str | None = None
         pages = [one for one in self._call("Target.getTargets")["targetInfos"] if one["type"] == "page"]
         self._session = self._call("Target.attachToTarget", targetId=pages[0]["targetId"], flatten=True)["sessionId"]
@@ -83,8 +78,8 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
+        os.kill(self._process, signal.SIGKILL)
+        os.waitpid(self._process, 0)
         os.close(self._read)
         os.close(self._write)
         self._profile.cleanup()

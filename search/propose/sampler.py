@@ -201,29 +201,40 @@ class Proposer:
         began = time.monotonic()
         for attempt in range(EXHAUSTED):
             self._study.sampler = self._sampler if attempt < PATIENCE else self._random
-            starting = self._starting.pop(0) if self._starting else None
-            trial, point, params = self._ask(starting)
-            try:
-                resolved, cost = self._problem.resolve(point)
-            except (InfeasibleError, BudgetError) as error:
-                # A violated constraint, not a failure: the sampler learns to stay away.
-                trial.set_constraint("feasible", 1.0)
-                self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
-                self._answered(_refused(params, error))
-                continue
-            if self._repeats and not starting:
-                resolved = self._next_run(resolved)
-            digest = resolved.digest
-            if digest in self._finished:
-                self._tell(trial, self._finished[digest])
-                if starting:  # a rerun meets its own starting points again: not worth a record
-                    continue
-            elif digest in self._running:
-                self._running[digest].append(trial)
-            else:
-                self._begin(resolved, [trial])
-                return Proposal(resolved, cost, params, time.monotonic() - began)
-            self._answered(_repeated(params, digest))
+            given = self._starting.pop(0) if self._starting else None
+            if (proposal := self._resolved(given, began)) is not None:
+                return proposal
+        return None
+
+    def propose_this(self, params: Mapping[str, Any]) -> Proposal | None:
+        """A point that was asked for, which the sampler learns like its own; None where it needs no training."""
+        self._forget()
+        return self._resolved(params, time.monotonic())
+
+    def _resolved(self, given: Mapping[str, Any] | None, began: float) -> Proposal | None:
+        """One point of the sampler, or the given one; None where it was answered without training."""
+        trial, point, params = self._ask(given)
+        try:
+            resolved, cost = self._problem.resolve(point)
+        except (InfeasibleError, BudgetError) as error:
+            # A violated constraint, not a failure: the sampler learns to stay away.
+            trial.set_constraint("feasible", 1.0)
+            self._study.tell(trial, state=self._optuna.trial.TrialState.PRUNED)
+            self._answered(_refused(params, error))
+            return None
+        if self._repeats and not given:
+            resolved = self._next_run(resolved)
+        digest = resolved.digest
+        if digest in self._finished:
+            self._tell(trial, self._finished[digest])
+            if given:  # a rerun meets its own starting points again: not worth a record
+                return None
+        elif digest in self._running:
+            self._running[digest].append(trial)
+        else:
+            self._begin(resolved, [trial])
+            return Proposal(resolved, cost, params, time.monotonic() - began)
+        self._answered(_repeated(params, digest))
         return None
 
     def _next_run(self, trial: Trial) -> Trial:

@@ -20,6 +20,7 @@ UNTRAINED = "untrained.json"  # accuracy and stderr of the base, and by_task
 EVALUATIONS = "evaluations.jsonl"  # of other tasks (search/evaluate.py)
 LOCK = ".lock"
 ADAPTERS, CHECKPOINTS, SIGNALS = "adapters", "checkpoints", "signals"
+ORDERS = "orders"  # to the driver (orders.py)
 RAY = ".ray"  # Ray Train's own notes: a resume needs none of them
 WRITTEN = (
     HEADER,
@@ -31,6 +32,7 @@ WRITTEN = (
     ADAPTERS,
     CHECKPOINTS,
     SIGNALS,
+    ORDERS,
 )  # reports replace links by files
 
 

@@ -46,6 +46,7 @@ from search.records.files import (
     write_atomically,
 )
 from search.records.header import read_header
+from search.records.orders import Order
 from search.records.redact import redacted, redacted_command
 from trainers import storage
 from trainers.versions import versions
@@ -174,6 +175,10 @@ class StudyFolder(Records):
         assert reason in get_args(Reason), reason
         line = {"event": "answered", "params": dict(params), "reason": reason, "digest": digest}
         self._append(line | {"message": redacted(message)})
+
+    def append_ordered(self, order: Order, answer: str) -> None:
+        """Somebody asked something of the driver, and this is what it said."""
+        self._append({"event": "ordered", "order": order.to_json(), "answer": redacted(answer)})
 
     def _append(self, line: dict[str, Any]) -> None:
         """One line, on disk when this returns; memory then holds what reading the file again would give.

@@ -56,6 +56,21 @@ class Report(Results):
         return page.html(self, headlines=words.headlines(self), words=self.words, sections=self.sections)
 
     @property
+    def running_page(self) -> str:
+        """report.html while the study runs: without what takes long to compute. It loads itself again."""
+        headlines = words.headlines(self, quick=True)
+        return page.html(self, headlines=headlines, words=(), sections=(), live=page.Live())
+
+    def served_page(self, live: page.Live, *, script: str) -> str:
+        """The page as `search.serve` shows it: with its script, which can ask the driver for something."""
+        if live.runs:
+            return page.html(
+                self, headlines=words.headlines(self, quick=True), words=(), sections=(), live=live, script=script
+            )
+        headlines = words.headlines(self)
+        return page.html(self, headlines=headlines, words=self.words, sections=self.sections, live=live, script=script)
+
+    @property
     def files(self) -> list[Path]:
         """Paths of what `write` writes."""
         return [self.records.folder / name for name in FILES]

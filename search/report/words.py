@@ -54,14 +54,19 @@ def sentences(results: Results) -> list[str]:
     ]
 
 
-def headlines(results: Results) -> list[str]:
-    """At most four of the sentences: the best point, the knee, the gain, and what the choice of allocation is worth."""
+def headlines(results: Results, *, quick: bool = False) -> list[str]:
+    """At most four of the sentences: the best point, the knee, the gain, and what the choice of allocation is worth.
+
+    quick   without the last, which takes long to compute
+    """
     if not results.front:
         return sentences(results)[:1]
     best, *others = _best(results)
     knee = [said for said in others if said.startswith("The knee")]
-    worth = allocations.in_words(results.tried, results.worths, None)
-    return [best, *knee, *_gained(results)[:1], *(worth[:1] if results.worths else [])]
+    said = [best, *knee, *_gained(results)[:1]]
+    return (
+        said if quick or not results.worths else [*said, *allocations.in_words(results.tried, results.worths, None)[:1]]
+    )
 
 
 def markdown(results: Results, said: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from search.report.live import Progress
 from search.session.contents import contents_of, refuse_other_facts
 from search.session.dry_run import drawn
 from search.session.make_workers import Locations, make_workers
+from search.session.page import RunningPage
 from search.study import MOST_LOST, Conductor, trainings_left, untested
 from spaces import _tables
 from trainers import storage
@@ -141,6 +142,8 @@ class Session:
                 halving=self._halving,
                 rank_by=config.rank_by,
                 others=others,
+                evaluations=config.evaluations,
+                changed=RunningPage(records),
             )
             workers.search(conductor, pausing=self._pausing)
             if conductor.cut_off:

@@ -202,8 +202,8 @@ class Proposer:
         for attempt in range(EXHAUSTED):
             self._study.sampler = self._sampler if attempt < PATIENCE else self._random
             given = self._starting.pop(0) if self._starting else None
-            if (proposal := self._resolved(given, began)) is not None:
-                return proposal
+            if (found := self._resolved(given, began)) is not None:
+                return found
         return None
 
     def propose_this(self, params: Mapping[str, Any]) -> Proposal | None:

@@ -54,6 +54,7 @@ from trainers.versions import versions
 log = logging.getLogger(__name__)
 
 MOST_NAMED = 5  # changed contents in a message
+LOOK = 0.3  # seconds that a lock may be held by somebody who looks whether a driver holds it (search/serve)
 
 
 class StudyFolder(Records):
@@ -103,7 +104,7 @@ class StudyFolder(Records):
             held = FileLock(folder / LOCK) if lock else None
             if held is not None:
                 _check_locks(folder)
-                held.acquire(blocking=False)
+                held.acquire(timeout=LOOK)
         except Timeout:
             raise StudyError(
                 f"study folder {folder} is in use by another driver: wait until it ends, or start another study with "

@@ -56,7 +56,11 @@ class Order:
 
     def to_json(self) -> dict[str, Any]:
         """What `from_json` reads."""
-        more = {"stop": {"digest": self.digest}, "try": {"point": dict(self.point)}, "end": {}}
+        more: dict[str, dict[str, Any]] = {
+            "stop": {"digest": self.digest},
+            "try": {"point": dict(self.point)},
+            "end": {},
+        }
         return {"do": self.do, **more[self.do]}
 
     @property

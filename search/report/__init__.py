@@ -18,6 +18,7 @@ from rich.text import Text
 
 from search.records import read, write_atomically
 from search.report import allocations, attribution, broken, gains, page, plot, tables, words
+from search.report.page import Live
 from search.report.results import Results
 from search.report.sections import Section, sections_of
 
@@ -59,9 +60,9 @@ class Report(Results):
     def running_page(self) -> str:
         """report.html while the study runs: without what takes long to compute. It loads itself again."""
         headlines = words.headlines(self, quick=True)
-        return page.html(self, headlines=headlines, words=(), sections=(), live=page.Live())
+        return page.html(self, headlines=headlines, words=(), sections=(), live=Live())
 
-    def served_page(self, live: page.Live, *, script: str) -> str:
+    def served_page(self, live: Live, *, script: str) -> str:
         """The page as `search.serve` shows it: with its script, which can ask the driver for something."""
         if live.runs:
             return page.html(

@@ -20,7 +20,7 @@ import fcntl
 import json
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hmac import compare_digest
 from html import escape
@@ -141,8 +141,7 @@ class Handler(BaseHTTPRequestHandler):
         """Orders."""
         self._answer(self._post)
 
-    def _answer(self, make: object) -> None:
-        assert callable(make)
+    def _answer(self, make: Callable[[list[str]], tuple[str, str]]) -> None:
         try:
             self._check_host()
             kind, text = make(self._place())
@@ -229,7 +228,7 @@ class Server(ThreadingHTTPServer):
 
 
 def listen(serving: Serving, *, host: str, port: int) -> Server:
-    """A server, which listens and does not answer before `serve_forever`. Raises StudyError for a port that is taken."""
+    """A server, which does not answer before `serve_forever`. Raises StudyError for a port that is taken."""
     try:
         return Server((host, port), type("Handler", (Handler,), {"serving": serving}))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What studies side by side are compared by: their fronts, and the best accuracy under budgets that all of them reach."""
+"""What studies side by side are compared by: their fronts, and the best accuracy under equal budgets."""
 
 from __future__ import annotations
 

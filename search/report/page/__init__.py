@@ -1,4 +1,4 @@
-"""report.html: one file that works offline, from `page.html`, `page.css`, `draw.js`, `page.js` and the study's data as JSON.
+"""report.html: one file that works offline, from `page.html`, `page.css`, two scripts and the study's data as JSON.
 
 Path("report.html").write_text(html(results, headlines=[...], words=[...], sections=[...]))
 """

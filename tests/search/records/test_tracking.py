@@ -176,6 +176,7 @@ def test_data_sets_are_inputs_and_the_words_are_the_description(store: Path) -> 
             tracker.finished(done)
         tracker.close(report.write(study.folder))
     [parent] = runs(store)[1]
+    assert parent.inputs is not None
     inputs = {one.dataset.digest: one for one in parent.inputs.dataset_inputs}
     assert {digest: one.dataset.name for digest, one in inputs.items()} == {
         "a1": "shift, training",

@@ -427,6 +427,24 @@ class RunConfig:
         return shlex.join(written)
 
 
+# What keys are called elsewhere.
+ALIASES = {
+    "lr": "recipe.learning_rate",
+    "alpha": "recipe.lora_alpha",
+    "r": "recipe.rank",
+    "dropout": "recipe.lora_dropout",
+    "num_epochs": "recipe.epochs",
+    "num_train_epochs": "recipe.epochs",
+    "max_steps": "recipe.steps",
+    "n_trials": "trials",
+    "num_samples": "trials",
+    "budget": "max_trainable_params",
+    "max_params": "max_trainable_params",
+    "base_model": "model",
+    "dataset": "task",
+    "timeout": "time_budget",
+    "output_dir": "storage",
+}
 _KINDS = get_type_hints(RunConfig)
 _PREFIXES = {"recipe": "recipe.", "pins": "space."}  # of the names in the two keys that are groups
 
@@ -498,6 +516,8 @@ def _take(
         elif key in _PREFIXES:
             raise StudyError(f"{shown(key)}{source} has no names: give {_PREFIXES[key]}NAME=VALUE")
         elif key not in _KINDS:
+            if key in ALIASES:
+                raise StudyError(f"unknown key '{key}'{source}; did you mean '{ALIASES[key]}'?")
             meant = did_you_mean(key, [*_KINDS, *SETTINGS])
             if any(f"'{name}'" in meant for name in SETTINGS):
                 meant = meant.replace("'", f"'{_PREFIXES['recipe']}", 1)
@@ -599,6 +619,8 @@ def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
             merged.pop(name, None)
         merged |= layer
     for name in merged:
+        if (known := ALIASES.get(str(name), "")).startswith(_PREFIXES["recipe"]):
+            raise StudyError(f"unknown recipe setting '{name}'; did you mean '{known}'?")
         if name not in SETTINGS:
             raise StudyError(
                 f"unknown recipe setting '{shown(str(name))}': choose from {', '.join(sorted(SETTINGS))}"

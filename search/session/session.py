@@ -126,8 +126,10 @@ class Session:
         print(f"{config.space} on {config.model}, task {config.task}; records in {self.locations.folder}", flush=True)
         print(f"MLflow: {self.tracker.browse}", flush=True)
         with self._summary(workers, began), self._closing(workers), self._progress() as progress:
+            progress.stage("starting workers")
             workers.start()
             progress.message(workers.describe())
+            progress.stage("loading the model and the task")
             others, problem = self._prepare(workers, progress)
             conductor = Conductor(
                 problem,
@@ -207,6 +209,7 @@ class Session:
         for note in facts.notes:
             progress.message(f"note: {note}")
         if self.config.untrained:
+            progress.stage("evaluating the base before training")
             self._evaluate_untrained(workers, progress)
         problem = self.problem.measured(self._signals(workers, progress))
         if problem.needs:  # before this run these rules had stand-ins for their signals
@@ -214,6 +217,7 @@ class Session:
                 progress.message(f"no point of {allocator} can be trained: {reason}")
             if cheapest(problem) is None:
                 check_budget(problem)  # raises with the reason
+        progress.stage("choosing what to train first")
         if self.config.pack == "auto":
             self._choose_pack(problem, workers, progress)
         return self._other_studies(facts.versions, progress), problem

@@ -419,8 +419,11 @@ class RunConfig:
     @property
     def study_name(self) -> str:
         """The folder's name: `name`, or space, model and task (and the replayed table), joined by dashes."""
-        if self.name:
-            return self.name
+        return self.name or self.experiment
+
+    @property
+    def experiment(self) -> str:
+        """The name that studies of one space, model and task (and replayed table) share in MLflow."""
         task = "-".join(Path(word).stem for word in task_files.words(self.task))
         parts = [self.space, Path(self.model).name or self.model, task]
         parts += ["replay", Path(self.replay).stem] if self.replay else []
@@ -458,6 +461,24 @@ class RunConfig:
         return shlex.join(written)
 
 
+# What keys are called elsewhere.
+ALIASES = {
+    "lr": "recipe.learning_rate",
+    "alpha": "recipe.lora_alpha",
+    "r": "recipe.rank",
+    "dropout": "recipe.lora_dropout",
+    "num_epochs": "recipe.epochs",
+    "num_train_epochs": "recipe.epochs",
+    "max_steps": "recipe.steps",
+    "n_trials": "trials",
+    "num_samples": "trials",
+    "budget": "max_trainable_params",
+    "max_params": "max_trainable_params",
+    "base_model": "model",
+    "dataset": "task",
+    "timeout": "time_budget",
+    "output_dir": "storage",
+}
 _KINDS = get_type_hints(RunConfig)
 _PREFIXES = {"recipe": "recipe.", "pins": "space."}  # of the names in the two keys that are groups
 
@@ -529,6 +550,8 @@ def _take(
         elif key in _PREFIXES:
             raise StudyError(f"{shown(key)}{source} has no names: give {_PREFIXES[key]}NAME=VALUE")
         elif key not in _KINDS:
+            if key in ALIASES:
+                raise StudyError(f"unknown key '{key}'{source}; did you mean '{ALIASES[key]}'?")
             meant = did_you_mean(key, [*_KINDS, *SETTINGS])
             if any(f"'{name}'" in meant for name in SETTINGS):
                 meant = meant.replace("'", f"'{_PREFIXES['recipe']}", 1)
@@ -643,6 +666,8 @@ def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
             merged.pop(name, None)
         merged |= layer
     for name in merged:
+        if (known := ALIASES.get(str(name), "")).startswith(_PREFIXES["recipe"]):
+            raise StudyError(f"unknown recipe setting '{name}'; did you mean '{known}'?")
         if name not in SETTINGS:
             raise StudyError(
                 f"unknown recipe setting '{shown(str(name))}': choose from {', '.join(sorted(SETTINGS))}"

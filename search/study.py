@@ -15,20 +15,22 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
-from allocators.core.errors import StudyError
+from allocators.core import words
+from allocators.core.errors import StudyError, ToolkitError, one_line, unknown
 from allocators.core.messages import TestJob
 from allocators.core.types import FINISHED, Outcome, Rung, Score, Trial
 from search import baselines, early
 from search import front as pareto
 from search.config import AUTO
+from search.points.asked import FixedTrial
 from search.problem import Problem, Proposal
 from search.propose.halving import NO_HALVING, Halving, NoHalving
 from search.propose.sampler import Answered, Proposer, table_rows
-from search.records import Records
+from search.records import Records, orders
 from search.records.folder import StudyFolder
 from search.records.reuse import NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
 from search.records.tracking import Tracker
@@ -113,6 +115,11 @@ class Conductor:
                   other seeds run to their end
     rank_by       what halving ranks trainings by at a rung, beside their parameters
     others        trainings of other studies, whose results are taken instead of training again
+    evaluations   of a whole training: what is to be stopped at the last of them has ended anyway (None: not known)
+    changed       is called whenever the records have changed, for whoever shows them
+
+    While it runs it obeys the orders in the study folder (`search/records/orders.py`), and records what it said to
+    each.
     """
 
     def __init__(
@@ -130,6 +137,8 @@ class Conductor:
         halving: Halving | NoHalving = NO_HALVING,
         rank_by: str = "accuracy",
         others: OtherStudies | NoOtherStudies = NO_OTHER_STUDIES,
+        evaluations: int | None = None,
+        changed: Callable[[], object] = lambda: None,
     ) -> None:
         self._problem = problem
         self._records = records
@@ -142,6 +151,13 @@ class Conductor:
         self._halving = halving
         self._rank_by = rank_by
         self._others = others
+        self._evaluations = evaluations
+        self._changed = changed
+        self._stopping: set[str] = set()  # trainings that are to end at their next evaluation
+        self._wanted: list[Mapping[str, Any]] = []  # points that were asked for, as the sampler's parameters
+        self._extra = 0  # of them, those that were proposed: they are trained beside the trials
+        self._ending = False  # nothing new is started any more
+        self._refuse_orders("the study was not running")
         self._proposals: dict[str, Proposal] = {}
         self._again: list[Proposal] = []  # lost, to be trained again at once
         self._later: list[Proposal] = []  # lost, to be trained again when nothing else is left
@@ -231,10 +247,16 @@ class Conductor:
 
     def propose(self) -> Proposal | Literal["wait"] | None:
         """The next training; "wait" where a result has to come in first; None when there is nothing left to do."""
+        self._obey()
+        proposal = None if self._ending else self._next()
+        self._ending = proposal is None
+        return proposal
+
+    def _next(self) -> Proposal | Literal["wait"] | None:
         if self._deadline is not None and time.monotonic() > self._deadline:
             self._progress.message("time budget used up: no new trials")
             return None
-        proposal = self._again.pop(0) if self._again else next(self._queue, None)
+        proposal = self._again.pop(0) if self._again else self._next_wanted() or next(self._queue, None)
         if proposal is None or proposal == "wait":
             if self._running:  # one of them may be lost yet
                 return "wait"
@@ -248,7 +270,80 @@ class Conductor:
             self._repeats.add(started.digest)
         self._tracker.started(started)
         self._progress.started(started)
+        self._changed()
         return proposal
+
+    # --- orders
+
+    def _obey(self) -> None:
+        """Looks at the orders that came since the last look."""
+        for order in orders.take(self._records.folder):
+            answer = one_line(self._answer(order))
+            self._records.append_ordered(order, answer)
+            self._progress.message(f"asked to {order.words}: {answer}")
+
+    def _refuse_orders(self, reason: str) -> None:
+        """Of orders that wait while nothing can be done for them: they must not surprise a later run."""
+        for order in orders.take(self._records.folder):
+            self._records.append_ordered(order, f"refused: {reason}")
+
+    def _answer(self, order: orders.Order) -> str:
+        """Does what is asked; says what is done, or why it is refused."""
+        if self._ending:
+            return "refused: the study is ending, and starts nothing new"
+        if order.do == "end":
+            self._ending = True
+            return "nothing new is started; the same command goes on with the study later"
+        if order.do == "try":
+            return self._want(order.point)
+        if order.digest in self._halving.paused:
+            self._stop(order.digest)
+            return "stopped, at its last evaluation"
+        if order.digest not in self._proposals:
+            return "refused: it is not running"
+        self._stopping.add(order.digest)
+        return "it stops at its next evaluation"
+
+    def _want(self, given: Mapping[str, words.Value]) -> str:
+        """Checks a point as pins are checked, and puts it before what the sampler proposes."""
+        problem = self._problem
+        if problem.is_table:
+            return "refused: every row of a table is trained anyway"
+        try:
+            for name in given.keys() & problem.pins.keys():
+                if not words.matching(given[name], [problem.pins[name]]):
+                    raise StudyError(f"{name}={problem.pins[name]} is fixed for the whole study")
+            point, params = replace(problem, pins={**given, **problem.pins}).ask(FixedTrial({}))
+            if strangers := given.keys() - params.keys():
+                raise unknown(f"knob of {point.allocator} in space={problem.space_name}", min(strangers), params)
+            trial, _ = problem.resolve(point)
+        except ToolkitError as error:
+            return f"refused: {error}"
+        if trial.digest in self._records.finished or trial.digest in self._proposals:
+            return f"refused: {trial.digest[:8]} is that point"
+        self._wanted.append(params)
+        return "it is trained next, beside the trials"
+
+    def _next_wanted(self) -> Proposal | None:
+        """The next point that was asked for and has to be trained."""
+        while self._wanted:
+            proposal = self._proposer.propose_this(self._wanted.pop(0))
+            if proposal is not None and not self._taken(proposal):
+                self._extra += 1
+                self._expect()
+                return proposal
+        return None
+
+    def _stop(self, digest: str) -> None:
+        """Ends a training that has been evaluated, with what it had then."""
+        outcome = self._records.outcomes[digest]
+        last = outcome.rungs[-1]
+        self._stopping.discard(digest)
+        self.finished(
+            outcome.updated(status="stopped", accuracy=last.accuracy, tokens=last.tokens, seconds=last.seconds)
+        )
+
+    # --- what comes next
 
     def _search(self, own: int, under_way: list[Proposal]) -> Iterator[Proposal | Literal["wait"]]:
         """What was cut off, what the sampler proposes, and repeats of the front, which is looked at after every result.
@@ -306,11 +401,7 @@ class Conductor:
                 yield "wait"
                 continue
             for digest in list(self._halving.paused):
-                outcome = self._records.outcomes[digest]
-                last = outcome.rungs[-1]
-                self.finished(
-                    outcome.updated(status="stopped", accuracy=last.accuracy, tokens=last.tokens, seconds=last.seconds)
-                )
+                self._stop(digest)
 
     def _restored(self, outcome: Outcome) -> None:
         """Takes in a training of another study: a rival at every rung that it passed."""
@@ -348,7 +439,7 @@ class Conductor:
     def _expect(self) -> None:
         """Tells the live view how many repeats there will be, by the front as it is now."""
         missing = missing_repeats(self._problem, self._records, seeds=self._seeds)
-        self._progress.expect(self._trials, len(self._repeats) + len(missing))
+        self._progress.expect(self._trials + self._extra, len(self._repeats) + len(missing))
 
     def rung(self, digest: str, rung: Rung) -> bool:
         """An evaluation of a training; whether it goes on now, else it is paused until it is proposed again."""
@@ -359,6 +450,11 @@ class Conductor:
         self._progress.rung(digest, rung)
         outcome = self._records.outcomes[digest]
         number = sum(known.step <= rung.step for known in outcome.rungs)
+        self._obey()
+        self._changed()
+        if digest in self._stopping and number != self._evaluations:
+            self._stop(digest)
+            return False
         merit, cost = early.merit(rung, self._rank_by), outcome.trainable_params
         if not self._is_own(outcome) or self._halving.reached(digest, number, merit=merit, cost=cost):
             return True
@@ -394,6 +490,7 @@ class Conductor:
         self._progress.finished(outcome, reused=reused)
         if self._keep == "front":
             self._drop_adapters_of(outcome.digest)
+        self._changed()
 
     def lost(self, digest: str, reason: str, *, again: bool = True) -> None:
         """Notes that the platform took the training away, and proposes it again, at once or after all others.
@@ -423,7 +520,8 @@ class Conductor:
         self._tracker.tested(self._records.outcomes[job.trial.digest])
 
     def settle(self) -> None:
-        """The search is over: what is not on the front now will not come back to it."""
+        """The search is over: what is not on the front now will not come back to it, and no order can be obeyed."""
+        self._refuse_orders("the search is over")
         if self._keep == "front":
             self._drop_adapters(self._records.points, searching=False)
 

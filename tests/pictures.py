@@ -9,9 +9,6 @@ it was after two thirds of the trainings. Needs Chromium on the path (Debian: ap
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -19,13 +16,12 @@ from pathlib import Path
 from rich.console import Console
 
 from allocators.core import words
-from allocators.core.errors import StudyError
 from search import records, report
 from search.report.live import Progress
 from tests import ROOT
+from tests.browser import Browser
 
 FOLDER = ROOT / "docs" / "pictures"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 @dataclass(frozen=True)
@@ -52,24 +48,11 @@ def main(argv: list[str]) -> None:
     print(f"{folder / 'report.png'}\n{folder / 'live.svg'}")
 
 
-def browser() -> str | None:
-    """The browser's program; None where none is installed."""
-    return next((path for name in BROWSERS if (path := shutil.which(name))), None)
-
-
 def screenshot(page: Path, to: Path, *, width: int, height: int) -> None:
-    """A page as a browser draws it, as PNG. Raises StudyError where there is no browser, or it draws nothing."""
-    program = browser()
-    if program is None:
-        raise StudyError("no Chromium is on the path: apt-get install chromium")
-    with tempfile.TemporaryDirectory() as profile:
-        words_ = [program, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        words_ += [f"--user-data-dir={profile}", f"--window-size={width},{height}", "--virtual-time-budget=5000"]
-        ran = subprocess.run(
-            [*words_, f"--screenshot={to}", page.absolute().as_uri()], capture_output=True, timeout=120
-        )
-    if ran.returncode or not to.exists():
-        raise StudyError(f"{program} drew nothing: {ran.stderr.decode(errors='replace').strip()[-200:]}")
+    """A page as a browser draws it, as PNG. Raises StudyError where there is no browser."""
+    with Browser(width=width, height=height) as browser:
+        browser.open(page.absolute().as_uri())
+        browser.picture(to)
 
 
 def live_view(study: str | Path) -> str:

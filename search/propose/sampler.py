@@ -142,7 +142,7 @@ class Proposer:
         """Optuna's trial of recorded parameters; none where this space cannot have them: the sampler then misses it."""
         from search.propose.trials import Repeating
 
-        _, own = self._next_question()
+        _, own = self._next_question(params)
         self._study.sampler, given = self._idle, Repeating(params)
         try:
             self._problem.ask(given)
@@ -160,14 +160,22 @@ class Proposer:
             self._draws.after(self._study, added.number)
         return [self._optuna.trial.Trial(self._study, added._trial_id)]
 
-    def _next_question(self) -> tuple[Mapping[str, Any] | None, bool]:
-        """The starting point that is to be tried now, if any; and whether the study's own sampler is asked."""
+    def _next_question(self, given: Mapping[str, Any] | None = None) -> tuple[Mapping[str, Any] | None, bool]:
+        """The starting point that is to be tried now, if any; and whether the study's own sampler is asked.
+
+        given   parameters that the answer has: a point that somebody asked for takes no starting point's turn
+        """
         if self._in_vain % EXHAUSTED == 0:
             self._forget()
         self._asked += 1
         self._told += 1
-        starting = self._starting.pop(0) if self._starting else None
+        turn = self._starting and (given is None or self._is(self._starting[0], given))
+        starting = self._starting.pop(0) if turn else None
         return starting, starting is None and self._in_vain % EXHAUSTED < PATIENCE
+
+    def _is(self, starting: Mapping[str, Any], params: Mapping[str, Any]) -> bool:
+        """Whether parameters are those of a starting point, but for pins."""
+        return all(name in self._problem.pins or params.get(name, value) == value for name, value in starting.items())
 
     def _forget(self) -> None:
         """A new study of Optuna's with the front, the latest trials and those under way.
@@ -218,6 +226,25 @@ class Proposer:
             self._in_vain += 1
             if self._in_vain % EXHAUSTED == 0:
                 return None
+
+    def propose_this(self, params: Mapping[str, Any]) -> Proposal | None:
+        """A point that was asked for, which the sampler learns like its own; None where it needs no training.
+
+        params   all of the point's, pinned ones included
+        """
+        from search.propose.trials import Repeating
+
+        trials = self._recalled(params)
+        resolved, cost = self._problem.resolve(self._problem.ask(Repeating(params))[0])
+        if resolved.digest in self._finished or resolved.digest in self._running:
+            for trial in trials:
+                self._repeat(trial, resolved.digest)
+            self._answered(_repeated(params, resolved.digest))
+            self._in_vain += 1
+            return None
+        self._begin(resolved, trials)
+        self._in_vain = 0
+        return Proposal(resolved, cost, params)
 
     def _refuse(self, trial: Any) -> None:
         """A violated constraint, not a failure: the sampler learns to stay away."""

@@ -14,6 +14,7 @@ Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
     {"event": "lost",     "digest": "...", "reason": why the platform took the training away; it is trained again}
     {"event": "finished", "outcome": Outcome, "params": {...}, "reused": name of the study that trained it, or none}
     {"event": "tested",   "digest": "...", "test": {"accuracy", "stderr"} of its adapter on the test split}
+    {"event": "ordered",  "order": {"do": "stop"|"try"|"end", ...}, "answer": what the driver said to it}
     {"event": "answered", "params": {...}, "reason": "duplicate"|"infeasible"|"over_budget", "digest", "message"}
 `params` is the sampler's flat dictionary of the point; of an adapter that was cut from a training (`search/truncate/`,
 its trial names the parent) it says from which, and how much was kept. Every line stands by itself, so that a damaged
@@ -57,6 +58,7 @@ from search.records.files import (
     write_atomically,
 )
 from search.records.header import place_of, read_header
+from search.records.orders import Obeyed, Order
 from trainers import storage
 
 __all__ = [
@@ -121,6 +123,7 @@ class Records:
     tried      (point, seed) of everything that was started
     answered   points answered without training, in order
     events     everything that what is proposed next follows from, in order
+    orders     what was asked of the driver while it ran (`orders.py`), and its answers
     problems   one sentence for everything that is damaged
     sampler_seconds   what it took to propose each point that was started
     lost       digest -> how often the platform took the training away
@@ -137,6 +140,7 @@ class Records:
         self.tried: set[tuple[str, int]] = set()
         self.answered: list[Answered] = []
         self.events: list[Event] = []
+        self.orders: list[Obeyed] = []
         self.problems: list[str] = []
         self.sampler_seconds: list[float] = []
         self.lost: Counter[str] = Counter()
@@ -228,6 +232,9 @@ class Records:
                     self.outcomes[digest] = self.outcomes[digest].updated(rungs=self._curve(digest))
             case "lost":
                 self._apply_lost(checks.digest(line["digest"]), checks.text(line["reason"], "reason"))
+            case "ordered":
+                order, answer = Order.from_json(line["order"]), checks.text(line["answer"], "answer")
+                self.orders.append(Obeyed(order, answer))
             case "tested":
                 self._apply_test(checks.digest(line["digest"]), Score.from_json(line["test"]))
             case "answered":

@@ -21,6 +21,7 @@ EVALUATIONS = "evaluations.jsonl"  # of other tasks (search/evaluate.py)
 LOCK = ".lock"
 ADAPTERS, CHECKPOINTS, SIGNALS = "adapters", "checkpoints", "signals"
 LOGS = "logs"  # of the workers
+ORDERS = "orders"  # to the driver (orders.py)
 RAY = ".ray"  # Ray Train's own notes: a resume needs none of them
 WRITTEN = (
     HEADER,
@@ -33,6 +34,7 @@ WRITTEN = (
     ADAPTERS,
     CHECKPOINTS,
     SIGNALS,
+    ORDERS,
 )  # reports replace links by files
 
 

@@ -46,6 +46,7 @@ from search.records.files import (
     write_atomically,
 )
 from search.records.header import read_header
+from search.records.orders import Order
 from search.records.redact import redacted, redacted_command
 from trainers import storage
 from trainers.versions import versions
@@ -53,6 +54,7 @@ from trainers.versions import versions
 log = logging.getLogger(__name__)
 
 MOST_NAMED = 5  # changed contents in a message
+LOOK = 0.3  # seconds that a lock may be held by somebody who looks whether a driver holds it (search/serve)
 
 
 class StudyFolder(Records):
@@ -104,7 +106,7 @@ class StudyFolder(Records):
             held = FileLock(folder / LOCK) if lock else None
             if held is not None:
                 _check_locks(folder)
-                held.acquire(blocking=False)
+                held.acquire(timeout=LOOK)
         except Timeout:
             raise StudyError(
                 f"study folder {folder} is in use by another driver: wait until it ends, or start another study with "
@@ -179,6 +181,10 @@ class StudyFolder(Records):
         assert reason in get_args(Reason), reason
         line = {"event": "answered", "params": dict(params), "reason": reason, "digest": digest}
         self._append(line | {"message": redacted(message)})
+
+    def append_ordered(self, order: Order, answer: str) -> None:
+        """Somebody asked something of the driver, and this is what it said."""
+        self._append({"event": "ordered", "order": order.to_json(), "answer": redacted(answer)})
 
     def _append(self, line: dict[str, Any]) -> None:
         """One line, on disk when this returns; memory then holds what reading the file again would give.

@@ -3,7 +3,7 @@
     tracker = Tracker.open(None, "studies", experiment="sieve", study_name="demo", tags={}, params=config)
     tracker.sync(records)       # finds or makes the runs, adds what a killed driver did not get to write
     tracker.started(outcome); tracker.rung(digest, rung); tracker.finished(outcome)
-    tracker.close(summary)
+    tracker.close(summary); tracker.browse       # the link to the Pareto scatter, which `saved_view.py` describes
 
 MLflow is a view, outcomes.jsonl is the truth, and no study waits for its view: what fails, at the start too, is warned
 about once and tried again from time to time, and every `sync` (at the start and at the end of a run) makes the view
@@ -15,7 +15,10 @@ One process writes a study; several studies may write to one database or server 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -32,18 +35,21 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
 
+import mlflow
 import sqlalchemy
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE
 
 from allocators.core.errors import StudyError
 from allocators.core.types import FINISHED, ModuleRanks, Outcome, Rung, Score
+from search import front as pareto
 from search import interrupts
 from search.records import Records, flattened
 from search.records.redact import redacted
+from search.records.saved_view import FITS, LOG_SIZE, link, saved_view, tag_of
 from search.text import human, settings_of
 from trainers import storage
 
@@ -56,6 +62,10 @@ _PAGE = 1000
 _MADE_WITH = ("alembic_version", "experiments", "workspaces")  # have one row from the beginning
 _LOCK_SECONDS = 60  # that making a database may take another process
 _RETRY_SECONDS = 60.0  # after a failure, doubled by every further one
+_ADDRESS = "http://127.0.0.1:5000"  # where `mlflow ui` serves unless it is asked to serve elsewhere
+_DIGEST_LENGTH, _NAME_LENGTH = 36, 500  # MLflow's limits for data sets
+_NOTE_LENGTH = 5_000  # of a tag
+_SHOWN_SETTINGS = ("rank", "lora_alpha", "learning_rate")  # of a recipe, in the table of the saved view
 
 
 class Summary(Protocol):
@@ -64,6 +74,10 @@ class Summary(Protocol):
     @property
     def metrics(self) -> Mapping[str, float]:
         """Numbers of the study, for the parent run."""
+
+    @property
+    def description(self) -> str:
+        """The study in Markdown, for the parent run."""
 
     @property
     def files(self) -> Iterable[Path]:
@@ -98,6 +112,9 @@ class Tracker:
         self._study_id = ""
         self._place = ""
         self._children: dict[str, _Child] = {}
+        self._columns: dict[str, None] = {}  # of the saved view, as far as the view that is written has them
+        self._data: set[str] = set()  # digests of the data sets that were logged
+        self._marked: dict[str, tuple[bool, bool]] = {}  # digest -> tags `front` and `knee`, of those that have one
 
     @classmethod
     def open(
@@ -150,9 +167,14 @@ class Tracker:
 
     @property
     def browse(self) -> str:
-        """What to type or open to see the runs."""
+        """What to open to see the front in MLflow; for a database first what to type, which serves it."""
         where = str(redacted(self.uri))
-        return f"mlflow ui --backend-store-uri {shlex.quote(where)}" if _is_database(self.uri) else where
+        has_view = bool(self._study_id and self._parent and not self._down and FITS.match(mlflow.__version__))
+        place = link(self._experiment.experiment_id, self._study_id) if has_view else ""
+        if not _is_database(self.uri):
+            return f"{where.rstrip('/')}/{place}" if place and where.startswith("http") else where
+        command = f"mlflow ui --backend-store-uri {shlex.quote(where)}"
+        return f"{command}   and open   {_ADDRESS}/{place}" if place else command
 
     def sync(self, records: Records) -> None:
         """Makes the runs say what the records say: looks them up by their tags and adds what is missing."""
@@ -171,7 +193,7 @@ class Tracker:
 
     def finished(self, outcome: Outcome) -> None:
         """Logs the outcome and ends the trial's MLflow run."""
-        self._safely(self._finish, outcome)
+        self._safely(self._finish_one, outcome)
 
     def tested(self, outcome: Outcome) -> None:
         """Logs the score on the test split with a trial that has ended."""
@@ -206,7 +228,8 @@ class Tracker:
 
     def _sync(self, records: Records) -> None:
         self._connect()
-        self._children.clear()  # what MLflow had is not what it has now
+        for known in (self._children, self._columns, self._data, self._marked):
+            known.clear()  # what MLflow had is not what it has now
         self._study_id = records.header["id"]
         self._place = records.place
         self._parent = self._find_parent()
@@ -216,6 +239,9 @@ class Tracker:
                 self._finish(outcome)
             elif outcome.test is not None:
                 self._log_test(outcome)
+        self._log_data(records.finished.values())
+        self._mark()
+        self._show(f"knobs.{knob}" for outcome in records.outcomes.values() for knob in outcome.trial.knobs)
         self._failures, self._warned = 0, ""
 
     def _find_parent(self) -> str:
@@ -224,7 +250,9 @@ class Tracker:
         parent: MlflowRun | None = None
         for run in self._search(mine):
             if digest := run.data.tags.get("digest"):
-                self._children.setdefault(digest, _Child.of(run, self._client))
+                if digest not in self._children:
+                    self._children[digest] = _Child.of(run, self._client)
+                    self._marked[digest] = ("front" in run.data.tags, "knee" in run.data.tags)
             else:
                 parent = run
         if parent is None:
@@ -270,6 +298,7 @@ class Tracker:
             params["total_rank"] = trial.allocation.total_rank
         self._log_params(child.run_id, params, child.params)
         child.params |= dict.fromkeys(params, "")
+        self._show([f"knobs.{knob}" for knob in trial.knobs])
         self._client.log_dict(child.run_id, trial.allocation.to_json(), "allocation.json")
         child.begun, child.ended = True, None
 
@@ -307,6 +336,7 @@ class Tracker:
             "accuracy": outcome.accuracy,
             "tokens": outcome.tokens,
             "trainable_params": outcome.trainable_params,
+            LOG_SIZE: math.log10(max(outcome.trainable_params, 1)),
             "seconds": outcome.seconds,
             "peak_memory_bytes": outcome.peak_memory_bytes,
         }
@@ -330,6 +360,58 @@ class Tracker:
         self._client.set_terminated(child.run_id, "FINISHED" if good else "FAILED")
         child.ended = outcome.status
 
+    def _finish_one(self, outcome: Outcome) -> None:
+        """Of a training that ends now: what it changes in the study's view, too."""
+        self._finish(outcome)
+        self._log_data([outcome])
+        self._mark()
+
+    def _log_data(self, outcomes: Iterable[Outcome]) -> None:
+        """The data that the trainings trained on and were tested on, as inputs of the parent run; each once."""
+        inputs = []
+        for outcome in outcomes:
+            for name, context in (("data", "training"), ("test_data", "evaluation")):
+                digest = outcome.versions.get(name, "")
+                if digest and digest not in self._data:
+                    self._data.add(digest)
+                    source = json.dumps({"task": redacted(outcome.trial.task)})
+                    label = f"{Path(outcome.trial.task).name}, {context}"[:_NAME_LENGTH]
+                    data = Dataset(label, digest[:_DIGEST_LENGTH], "code", source)
+                    inputs.append(DatasetInput(data, [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
+        if inputs:
+            self._client.log_inputs(self._parent, datasets=inputs)
+
+    def _mark(self) -> None:
+        """Tags `front` and `knee` at the runs of the front as it is now; what was beaten loses them."""
+        assert self._records is not None
+        front = self._records.points.front
+        bend = pareto.knee(front)
+        marks = {run.digest: (True, member is bend) for member in front for run in member.complete}
+        for digest in [*marks, *(self._marked.keys() - marks.keys())]:
+            before, now = self._marked.get(digest, (False, False)), marks.get(digest, (False, False))
+            if digest in self._children:
+                for name, had, has in zip(("front", "knee"), before, now, strict=True):
+                    self._set_mark(self._children[digest].run_id, name, had, has)
+        self._marked = marks
+
+    def _set_mark(self, run_id: str, name: str, had: bool, has: bool) -> None:
+        if has and not had:
+            self._client.set_tag(run_id, name, "true")
+        elif had and not has:
+            self._client.delete_tag(run_id, name)
+
+    def _show(self, params: Iterable[str]) -> None:
+        """Writes the saved view, where it lacks one of these parameters; a view that MLflow refuses is not needed."""
+        wanted = dict.fromkeys(f"params.`{name}`" for name in params if "`" not in name)
+        if not FITS.match(mlflow.__version__) or (self._columns and wanted.keys() <= self._columns.keys()):
+            return
+        recipe = [f"params.`recipe.{name}`" for name in _SHOWN_SETTINGS]
+        self._columns |= dict.fromkeys(recipe) | wanted
+        created = self._client.get_run(self._parent).info.start_time
+        with contextlib.suppress(Exception):
+            view = saved_view(parent=self._parent, name=self._name, created=created, columns=self._columns)
+            self._client.set_experiment_tag(self._experiment.experiment_id, tag_of(self._study_id), view)
+
     def _log_test(self, outcome: Outcome) -> None:
         """Once however often it comes."""
         child = self._children[outcome.digest]
@@ -348,6 +430,7 @@ class Tracker:
             now = int(time.time() * 1000)
             metrics = [Metric(name, float(value), now, 0) for name, value in summary.metrics.items()]
             self._client.log_batch(self._parent, metrics=metrics)
+            self._client.set_tag(self._parent, MLFLOW_RUN_NOTE, str(redacted(summary.description))[:_NOTE_LENGTH])
             for file in summary.files:
                 self._client.log_artifact(self._parent, str(file), "report")
         self._client.set_terminated(self._parent, status)

@@ -18,9 +18,11 @@ from rich.text import Text
 
 from search.records import read, write_atomically
 from search.report import allocations, attribution, broken, gains, page, plot, tables, words
+from search.report.page import Live
 from search.report.results import Results
 from search.report.sections import Section, sections_of
 
+WIDE = 150  # columns of a terminal below which the front is lines instead of a table
 FILES = ("front.csv", "points.csv", "front.png", "report.html")
 
 
@@ -46,9 +48,29 @@ class Report(Results):
         ]
 
     @property
+    def description(self) -> str:
+        """The headlines and the front in Markdown."""
+        return words.markdown(self, words.headlines(self))
+
+    @property
     def page(self) -> str:
         """report.html."""
         return page.html(self, headlines=words.headlines(self), words=self.words, sections=self.sections)
+
+    @property
+    def running_page(self) -> str:
+        """report.html while the study runs: without what takes long to compute. It loads itself again."""
+        headlines = words.headlines(self, quick=True)
+        return page.html(self, headlines=headlines, words=(), sections=(), live=Live())
+
+    def served_page(self, live: Live, *, script: str) -> str:
+        """The page as `search.serve` shows it: with its script, which can ask the driver for something."""
+        if live.runs:
+            return page.html(
+                self, headlines=words.headlines(self, quick=True), words=(), sections=(), live=live, script=script
+            )
+        headlines = words.headlines(self)
+        return page.html(self, headlines=headlines, words=self.words, sections=self.sections, live=live, script=script)
 
     @property
     def files(self) -> list[Path]:
@@ -78,18 +100,17 @@ def show(study: Report | str | Path, *, console: Console | None = None) -> None:
 
     study   its folder, or what `write` returned
     """
-    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = console or Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
     report = study if isinstance(study, Report) else Report(read(study))
-    if report.front:
-        front = tables.front_table(
-            report.front,
-            report.records.finished.values(),
-            title=f"{report.title}: Pareto front",
-            chances=report.chances,
-            ids=report.ids,
-            splits=report.splits,
+    front, title = (report.front, report.records.finished.values()), f"{report.title}: Pareto front"
+    if report.front and console.width >= WIDE:
+        console.print(
+            tables.front_table(*front, title=title, chances=report.chances, ids=report.ids, splits=report.splits)
         )
-        console.print(front)
+    elif report.front:
+        lines = tables.front_lines(*front, chances=report.chances, ids=report.ids, splits=report.splits)
+        for line in (title, *lines, ""):
+            console.print(Text(line), soft_wrap=True)
     for sentence in report.words:
         console.print(Text(sentence), soft_wrap=True)
     for section in report.sections:

@@ -28,6 +28,8 @@ from search.report.tables import front_table
 from search.text import clock, human, point, varying
 
 ROWS = 12  # of the live front; the report has all of it
+RUNNING = 4  # trainings that are shown
+AROUND = 11  # lines of the live view that are no row of the front
 
 
 class Progress:
@@ -73,6 +75,7 @@ class Progress:
         self._answered: Counter[str] = Counter()
         self._lost = 0
         self._measuring, self._measuring_told = "", time.monotonic()
+        self._stage, self._stage_began = "", time.monotonic()
         self._began = time.monotonic()
         self._first_start: float | None = None
         show = self._console.is_terminal and not quiet
@@ -106,9 +109,15 @@ class Progress:
         """The measurement that was shown is over."""
         self._measuring = ""
 
+    def stage(self, what: str) -> None:
+        """What a study does before its first training; the live view shows for how long, elsewhere it is a line."""
+        self._stage, self._stage_began = what, time.monotonic()
+        if self._live is None:
+            self.message(f"[{clock(self._stage_began - self._began)}] {what}")
+
     def started(self, outcome: Outcome) -> None:
         """A training begins, or goes on after a pause; the clock of the remaining time starts with the first."""
-        self._first_start = self._first_start or time.monotonic()
+        self._first_start, self._stage = self._first_start or time.monotonic(), ""
         self._running[outcome.digest] = (outcome, None)
         self._paused.discard(outcome.digest)
 
@@ -206,18 +215,22 @@ class Progress:
     def view(self) -> RenderableType:
         """The live table: front so far, running trainings, a bar, counts."""
         parts: list[RenderableType] = []
-        if front := self._points.front:
-            parts.append(front_table(front, self._tally.examples, title="Pareto front so far", rows=ROWS))
-        for outcome, rung in list(self._running.values())[:4]:
+        rows = min(ROWS, self._console.height - AROUND)  # in a low window the bar stays
+        if rows > 0 and (front := self._points.front):
+            parts.append(front_table(front, self._tally.examples, title="Pareto front so far", rows=rows))
+        for outcome, rung in list(self._running.values())[: RUNNING if rows > 0 else 1]:
             accuracy = rung.accuracy if rung else None
             now = f"step {rung.step}, accuracy {accuracy:.3f}" if rung and accuracy is not None else "..."
             parts.append(Text(f"  {human(outcome.trainable_params):>8}  {point(outcome)}  {now}", style="dim"))
         if self._measuring:
             parts.append(Text(f"  {self._measuring}", style="dim"))
+        if self._stage:
+            parts.append(Text(f"  {self._stage}: {clock(time.monotonic() - self._stage_began)}", style="dim"))
         grid = Table.grid(padding=(0, 2))
         left = self.seconds_left
         bar = ProgressBar(total=self._total, completed=self._tally.trained, width=30)
-        grid.add_row(bar, f"{self._tally.trained}/{self._total}", _left(left) if left is not None else "")
+        elapsed = f"{clock(time.monotonic() - self._began)} elapsed"
+        grid.add_row(bar, f"{self._tally.trained}/{self._total}", elapsed, _left(left) if left is not None else "")
         return Group(*parts, grid, self._counts())
 
 

@@ -19,7 +19,18 @@ from allocators.core.types import ModuleRanks, Outcome
 from search.front import Candidate, knee
 from search.report.results import Results
 from search.report.sections import Section
-from search.text import Split, accuracy_text, forgotten_text, human, number, point, probability, settings_of, varying
+from search.text import (
+    Split,
+    accuracy_text,
+    forgotten_text,
+    human,
+    label,
+    number,
+    point,
+    probability,
+    settings_of,
+    varying,
+)
 
 # --- in a terminal
 
@@ -48,10 +59,10 @@ def front_table(
     more = f", {cut} smaller {'one' if cut == 1 else 'ones'} not shown" if cut else ""
     table = Table(title=Text(title + more), title_justify="left")
     if ids:
-        table.add_column("id")
-    table.add_column("trainable parameters", justify="right")
+        table.add_column("id", no_wrap=True)
+    table.add_column("trainable\nparameters", justify="right", no_wrap=True)
     for split in splits:
-        table.add_column(split, justify="right")
+        table.add_column(split, justify="right", no_wrap=True)
     table.add_column("allocator and knobs", overflow="fold")
     for name in settings:
         table.add_column(name, justify="right")
@@ -79,6 +90,32 @@ def front_table(
             "knee" if candidate is bend else "",
         )
     return table
+
+
+def front_lines(
+    shown: Sequence[Candidate],
+    everything: Iterable[Outcome],
+    *,
+    chances: Mapping[str, float] = MappingProxyType({}),
+    ids: Mapping[str, str] = MappingProxyType({}),
+    splits: Sequence[Split] = ("accuracy",),
+) -> list[str]:
+    """What `front_table` shows, in two lines a point, for a terminal that is too narrow for the table."""
+    settings, bend = varying(everything), knee(shown)
+    lines = []
+    for member in shown:
+        best, seeds = member.best, len(member.complete)
+        facts = [
+            ids.get(best.digest, ""),
+            human(member.trainable_params),
+            *(f"{split} {text}" for split in splits if (text := accuracy_text(member, split))),
+            f"{seeds} seeds" if seeds > 1 else "",
+            f"s.d. {member.spread:.3f}" if member.spread is not None else "",
+            f"P(beats the one above) {probability(chances[best.digest])}" if best.digest in chances else "",
+            "knee" if member is bend else "",
+        ]
+        lines += ["  ".join(fact for fact in facts if fact), f"    {label(best, settings)}"]
+    return lines
 
 
 def section_table(section: Section) -> Table:

@@ -12,6 +12,7 @@ import bisect
 import itertools
 import json
 import math
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,7 @@ from search.report.results import Results
 from search.report.sections import is_table
 from search.report.splits import Optimism, optimism, selects_on_test
 from search.report.uncertainty import TOO_CLOSE, Bias, Difference
-from search.text import Split, human, point, recipe_words, run_id
+from search.text import Split, accuracy_text, human, point, recipe_words, run_id
 
 MOST_TOLD = 12  # comparisons outside the noise that are told one by one
 MANY = 5  # comparisons inside the noise that are told one by one
@@ -60,14 +61,37 @@ def sentences(results: Results) -> list[str]:
     ]
 
 
-def headlines(results: Results) -> list[str]:
-    """At most four of the sentences: the best point, the knee, the gain, and what the choice of allocation is worth."""
+def headlines(results: Results, *, quick: bool = False) -> list[str]:
+    """At most four of the sentences: the best point, the knee, the gain, and what the choice of allocation is worth.
+
+    quick   without the last, which takes long to compute
+    """
     if not results.front:
         return sentences(results)[:1]
     best, *others = _best(results)
     knee = [said for said in others if said.startswith("The knee")]
-    worth = allocations.in_words(results.tried, results.worths, None)
-    return [best, *knee, *_gained(results)[:1], *(worth[:1] if results.worths else [])]
+    said = [best, *knee, *_gained(results)[:1]]
+    return (
+        said if quick or not results.worths else [*said, *allocations.in_words(results.tried, results.worths, None)[:1]]
+    )
+
+
+def markdown(results: Results, said: Sequence[str]) -> str:
+    """Sentences as a list and the front as a table, in Markdown; names are text there, whatever they hold."""
+
+    def text(value: object) -> str:
+        return re.sub(r"([\\`*_{}\[\]<>|#!~&$])", r"\\\1", " ".join(str(value).split()))
+
+    lines = [f"- {text(sentence)}" for sentence in said]
+    if results.front:
+        head = ["id", "trainable parameters", *results.splits, "allocation and recipe", ""]
+        lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for member in results.front:
+        accuracies = [accuracy_text(member, split) for split in results.splits]
+        cells = [run_id(member.best), human(member.trainable_params), *accuracies, results.label(member.best)]
+        cells.append("knee" if member is results.knee else "")
+        lines.append(f"| {' | '.join(map(text, cells))} |")
+    return "\n".join(lines)
 
 
 def _best(results: Results) -> list[str]:

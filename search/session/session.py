@@ -29,6 +29,7 @@ from search.report.live import Progress
 from search.session.contents import contents_of, refuse_other_facts
 from search.session.dry_run import drawn
 from search.session.make_workers import Locations, make_workers
+from search.session.page import RunningPage
 from search.study import MOST_LOST, Conductor, trainings_left, untested
 from trainers import storage
 
@@ -100,7 +101,7 @@ def _tracker(config: RunConfig, locations: Locations) -> Tracker:
     return Tracker.open(
         config.tracking_uri or None,
         locations.folder.parent,
-        experiment=config.space,
+        experiment=config.experiment,
         study_name=config.study_name,
         tags={"model": config.model, "task": config.task},
         params=config.to_json(),
@@ -126,9 +127,12 @@ class Session:
         study = records.header["id"]
         workers = make_workers(config, self.problem, self.locations, study=study, trainings=trainings)
         print(f"{config.space} on {config.model}, task {config.task}; records in {self.locations.folder}", flush=True)
+        print(f"MLflow: {self.tracker.browse}", flush=True)
         with self._summary(workers, began), self._closing(workers), self._progress() as progress:
+            progress.stage("starting workers")
             workers.start()
             progress.message(workers.describe())
+            progress.stage("loading the model and the task")
             others, problem = self._prepare(workers, progress)
             conductor = Conductor(
                 problem,
@@ -143,6 +147,8 @@ class Session:
                 halving=self._halving,
                 rank_by=config.rank_by,
                 others=others,
+                evaluations=config.evaluations,
+                changed=RunningPage(records),
             )
             workers.search(conductor, pausing=self._pausing)
             if conductor.cut_off:
@@ -206,6 +212,7 @@ class Session:
         for note in facts.notes:
             progress.message(f"note: {note}")
         if self.config.untrained:
+            progress.stage("evaluating the base before training")
             self._evaluate_untrained(workers, progress)
         problem = self.problem.measured(self._signals(workers, progress))
         if problem.needs:  # before this run these rules had stand-ins for their signals
@@ -213,6 +220,7 @@ class Session:
                 progress.message(f"no point of {allocator} can be trained: {reason}")
             if cheapest(problem) is None:
                 check_budget(problem)  # raises with the reason
+        progress.stage("choosing what to train first")
         if self.config.pack == "auto":
             self._choose_pack(problem, workers, progress)
         return self._other_studies(facts.versions, progress), problem

@@ -133,7 +133,7 @@ def test_mlflow_has_one_parent_and_one_finished_child_a_trial(story: Story) -> N
 
     folder, _, _ = story
     client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
-    (experiment,) = [e for e in client.search_experiments() if e.name == "sieve"]
+    (experiment,) = [e for e in client.search_experiments() if e.name == "sieve-tiny-moe-default"]
     runs = client.search_runs([experiment.experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = [run for run in runs if "mlflow.parentRunId" in run.data.tags]
@@ -181,7 +181,7 @@ def test_the_front_and_the_one_line_recipes_have_a_score_on_the_test_split_and_o
     for candidate in points:
         assert {run.test is not None for run in candidate.complete} == {candidate.point in judged}
     client = MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
-    (experiment,) = [e for e in client.search_experiments() if e.name == "sieve"]
+    (experiment,) = [e for e in client.search_experiments() if e.name == "sieve-tiny-moe-default"]
     logged = [run.data.metrics.get("test_accuracy") for run in client.search_runs([experiment.experiment_id])]
     tested = sorted(outcome.test.accuracy for outcome in records.finished.values() if outcome.test)
     assert sorted(accuracy for accuracy in logged if accuracy is not None) == pytest.approx(tested)

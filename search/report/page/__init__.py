@@ -1,4 +1,4 @@
-"""report.html: one file that works offline, from `page.html`, `page.css`, `page.js` and the study's data as JSON.
+"""report.html: one file that works offline, from `page.html`, `page.css`, two scripts and the study's data as JSON.
 
 Path("report.html").write_text(html(results, headlines=[...], words=[...], sections=[...]))
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from html import escape
 from pathlib import Path
 
@@ -24,24 +25,56 @@ from search.report.words import export_command, load_code
 from search.text import amount, human, number, probability, settings_of
 
 FOLDER = Path(__file__).parent
+_ORDERS = 20  # of the latest that the page shows
 _MOST = 50_000  # one character further lie halves of pairs, which no JSON holds
 # what a list stands for on the page: a run, an evaluation
 RUN = ("seed", "status", "accuracy", "test", "seconds", "tokens", "memory", "message", "rungs")
 RUNG = ("tokens", "step", "accuracy", "loss")
 
 
-def html(results: Results, *, headlines: Sequence[str], words: Sequence[str], sections: Sequence[Section]) -> str:
+@dataclass(frozen=True)
+class Live:
+    """A page that is not the last one.
+
+    runs     the study's driver is at work
+    served   by `search.serve`: the page then learns of new results by itself, and can ask the driver for something
+    at       when the page was made
+    """
+
+    runs: bool = True
+    served: bool = False
+    at: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+
+
+def html(
+    results: Results,
+    *,
+    headlines: Sequence[str],
+    words: Sequence[str],
+    sections: Sequence[Section],
+    live: Live | None = None,
+    script: str = "",
+) -> str:
     """The page with the study's data inside. The data is text for the browser, never markup.
 
     headlines   the sentences that stand below the picture; the others among `words` are folded
+    live        None: the last page of the study
+    script      of whoever serves the page, run before the page is drawn
     """
     more = [sentence for sentence in words if sentence not in headlines]
-    data = json.dumps(_data(results, headlines, more, sections), separators=(",", ":"), allow_nan=False)
+    data = _data(results, headlines, more, sections) | _live(results, live)
+    scripts = (script, *((FOLDER / name).read_text(encoding="utf-8") for name in ("draw.js", "page.js")))
+    return filled(results.records.name, data, "".join(scripts))
+
+
+def filled(title: str, data: Mapping[str, object], script: str) -> str:
+    """A page of this data, drawn by this script."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     parts = {
-        "title": escape(results.records.name),
+        "title": escape(title),
         "style": (FOLDER / "page.css").read_text(encoding="utf-8"),
-        "data": data.replace("<", "\\u003c"),
-        "script": (FOLDER / "page.js").read_text(encoding="utf-8"),
+        "data": text.replace("<", "\\u003c"),
+        "script": script,
     }
     template = (FOLDER / "page.html").read_text(encoding="utf-8")
     # in one pass: a study may be called {{data}}
@@ -73,6 +106,31 @@ def _data(
         "answered": _answered(results),
         "map": {"rows": places.rows, "exists": places.places, "across": places.across},
         "rank_map": {"rows": ranks.rows, "exists": ranks.places, "across": ranks.across},
+    }
+
+
+def _live(results: Results, live: Live | None) -> dict[str, object]:
+    """What is under way, and what was asked of the driver."""
+    records = results.records
+    orders = [{"what": one.order.words, "answer": one.answer} for one in records.orders[-_ORDERS:]]
+    if live is None:
+        return {"live": None, "running": [], "orders": orders}
+    running = [_under_way(results, outcome) for outcome, _ in records.in_flight] if live.runs else []
+    told: dict[str, object] = {"live": asdict(live), "running": running, "orders": orders}
+    if live.served and live.runs:  # what the form begins with
+        told["asked"] = {c.best.digest: records.params_of(c.best.digest) for c in results.points}
+    return told
+
+
+def _under_way(results: Results, outcome: Outcome) -> dict[str, object]:
+    last = outcome.rungs[-1] if outcome.rungs else None
+    return {
+        "digest": outcome.digest,
+        "label": results.label(outcome),
+        "size": human(outcome.trainable_params),
+        "status": outcome.status,
+        "step": last.step if last else None,
+        "accuracy": _short(last.accuracy) if last else None,
     }
 
 

@@ -1,4 +1,3 @@
-"use strict";
 const S = JSON.parse(document.getElementById("study").textContent);
 // Points come as columns (`packed` in __init__.py): what many of them share is said once.
 const named = (names, values) => Object.fromEntries(names.map((name, i) => [name, values[i]]));
@@ -15,26 +14,12 @@ S.points = (({ count, columns }) => {
     return p;
   });
 })(S.points);
-const least = list => list.reduce((a, b) => a < b ? a : b, Infinity), most = list => list.reduce((a, b) => a > b ? a : b, -Infinity);  // Math.max takes no 100,000
-const NS = "http://www.w3.org/2000/svg";
-const fill = (node, attributes, children) => {
-  for (const [key, value] of Object.entries(attributes || {}))
-    key.startsWith("on") ? node.addEventListener(key.slice(2), value) : node.setAttribute(key, value);
-  node.append(...children.flat().filter(c => c !== null && c !== undefined && c !== ""));
-  return node;
-};
-const el = (name, attributes, ...children) => fill(document.createElement(name), attributes, children);
-const svg = (name, attributes, ...children) => fill(document.createElementNS(NS, name), attributes, children);
-const card = (title, ...children) => el("section", { class: "card" }, el("h2", {}, title), ...children);
-const human = n => n >= 1e9 ? +(n / 1e9).toPrecision(3) + "B" : n >= 1e6 ? +(n / 1e6).toPrecision(3) + "M" : n >= 1e3 ? +(n / 1e3).toPrecision(3) + "k" : "" + n;
-const three = x => x === null ? "" : x.toFixed(3);
 const both = S.splits.includes("test"), split = S.splits[0];
 const near = (value, error) => three(value) + (error === null ? "" : " ± " + three(error));
 const accuracy = p => p.accuracy === null ? p.status : near(p.accuracy, p.stderr);
 const accuracies = p => [split + " " + accuracy(p), both && p.test !== null ? "test " + near(p.test, p.test_stderr) : ""].filter(t => t);
-const time = s => s < 60 ? Math.round(s) + " s" : Math.floor(s / 60) + ":" + String(Math.round(s % 60) % 60).padStart(2, "0");
 const colour = p => S.colours[p.allocator] || "#888";
-const last = list => list[list.length - 1];
+
 
 // A point that was stopped early is drawn hollow at its last accuracy: trained less than its rivals, so not on the front.
 // The others stand at their test accuracy, or fainter at their validation accuracy where only others were tested.
@@ -47,44 +32,20 @@ const steps = front.filter(p => p.step);
 const SINGLY = 1500;  // points that are drawn one by one
 const PAGE = 200;  // rows of the table that are shown at first, and more at every wish
 const OTHERS = 300;  // points whose curves are drawn behind those of the chosen one
+const hidden = new Set();  // rules that are filtered out
+const seen = list => hidden.size ? list.filter(p => !hidden.has(p.allocator)) : list;
+let held = null;  // whose allocation stands beside that of the chosen point
 let chosen = S.points.find(p => p.knee) || last(front) || drawn[0] || S.points[0] || null;
 
-const tip = document.getElementById("tip");
-const showTip = (event, lines) => {
-  tip.replaceChildren(...lines.map((line, i) => el(i ? "div" : "b", {}, line)));
-  tip.style.display = "block";
-  const box = tip.getBoundingClientRect(), x = event.clientX || 0, y = event.clientY || 0;
-  tip.style.left = Math.max(4, x + 14 + box.width > innerWidth ? x - box.width - 14 : x + 14) + "px";
-  tip.style.top = Math.max(4, y + 14 + box.height > innerHeight ? y - box.height - 14 : y + 14) + "px";
-};
-const hideTip = () => { tip.style.display = "none"; };
+const id = p => p.digest.slice(0, 8);
 const describe = p => [
-  p.label + (p.knee ? " (knee)" : ""),
+  id(p) + "  " + p.label + (p.knee ? " (knee)" : ""),
   p.size + " trainable parameters, " + p.amount,
   ...(p.accuracy === null && height(p) !== null ? [split + " " + three(height(p)) + " when it was stopped"] : accuracies(p)),
   p.front && p.test !== null && !p.step ? "on the test split another point of the front beats it" : "",
   p.seeds + (p.seeds === 1 ? " seed" : " seeds") + (p.spread === null ? "" : ", standard deviation " + three(p.spread)),
   p.chance ? "better than the next smaller point of the front with probability " + p.chance : "",
 ].filter(line => line);
-
-const ticks = (low, high, wanted) => {
-  const raw = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map(m => m * power).find(s => s >= raw), found = [];
-  for (let t = Math.ceil(low / step - 1e-9) * step; t <= high + step * 1e-9; t += step) found.push(t);
-  return [found, Math.max(0, -Math.floor(Math.log10(step) + 1e-9))];
-};
-const logTicks = (low, high) => {
-  const found = [];
-  for (let d = Math.floor(Math.log10(low)); d <= Math.log10(high); d++)
-    for (const m of [1, 2, 5]) if (m * 10 ** d >= low && m * 10 ** d <= high) found.push(m * 10 ** d);
-  if (found.length < 2) return ticks(low, high, 4)[0];
-  return found.length > 12 ? found.filter(t => Math.abs(Math.log10(t) - Math.round(Math.log10(t))) < 1e-9) : found;
-};
-const frame = (W, H, box, ys, decimals, y, label) => [
-  ...ys.map(t => svg("line", { x1: box.l, x2: W - box.r, y1: y(t), y2: y(t), class: "axis" })),
-  ...ys.map(t => svg("text", { x: box.l - 6, y: y(t) + 4, "text-anchor": "end" }, t.toFixed(decimals))),
-  svg("text", { x: 12, y: box.t + (H - box.t - box.b) / 2, transform: `rotate(-90 12 ${box.t + (H - box.t - box.b) / 2})`, "text-anchor": "middle" }, label),
-];
 
 function scatter() {
   const W = 700, H = 430, box = { l: 52, r: 14, t: 10, b: 42 };
@@ -108,7 +69,7 @@ function scatter() {
     onmousemove: e => showTip(e, describe(p)), onmouseleave: hideTip, onclick: () => choose(p), onkeydown: e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(p); } },
   });
   // Of many points those beside the front are one path a colour, and the nearest one to the pointer is meant.
-  const many = drawn.length > SINGLY, alone = many ? drawn.filter(p => p.front) : drawn, crowd = many ? drawn.filter(p => !p.front) : [];
+  const many = drawn.length > SINGLY, shown = seen(drawn), alone = many ? shown.filter(p => p.front) : shown, crowd = many ? shown.filter(p => !p.front) : [];
   const groups = new Map();
   for (const p of crowd) {
     const key = (p.accuracy === null ? "stopped" : colour(p)) + (faint(p) ? " faint" : "");
@@ -140,7 +101,7 @@ function scatter() {
 function legend() {
   const names = [...new Set(drawn.map(p => p.allocator))];
   return el("div", { class: "legend small soft" },
-    names.map(n => el("span", {}, el("i", { style: `background:${S.colours[n] || "#888"}` }), n)),
+    names.map(n => el("button", { class: "rule", "aria-pressed": "" + !hidden.has(n), title: "show or hide the points of this rule", onclick: () => { hidden.has(n) ? hidden.delete(n) : hidden.add(n); draw(); } }, el("i", { style: `background:${S.colours[n] || "#888"}` }), n)),
     steps.some(error) ? el("span", {}, "band: ± one standard error") : null,
     drawn.some(faint) ? el("span", {}, "fainter: not evaluated on the test split, drawn by validation accuracy") : null,
     drawn.some(p => p.accuracy === null) ? el("span", {}, "hollow: stopped early") : null);
@@ -208,21 +169,23 @@ function bars(rows) {
       ];
     }));
 }
-const section = s => card(s.title, s.bars.length ? bars(s.bars) : null, el("div", { class: "scroll" }, el("table", {},
+const section = s => el("section", { class: "card" }, el("details", { class: "folded" }, el("summary", {}, el("h2", {}, s.title)), s.bars.length ? bars(s.bars) : null, el("div", { class: "scroll" }, el("table", {},
   el("thead", {}, el("tr", {}, s.head.map(h => el("th", {}, h)))),
   el("tbody", {}, s.rows.map(row => el("tr", {}, row.map(cell => el("td", { class: cell.length > 40 ? "wrap" : "" }, cell))))))),
-  ...s.notes.map(n => el("div", { class: "small soft", style: "margin-top:6px" }, n)));
+  ...s.notes.map(n => el("div", { class: "small soft", style: "margin-top:6px" }, n))));
 const pairs = (entries) => el("table", {}, el("tbody", {}, entries.map(([k, v]) => el("tr", {}, el("td", { class: "soft" }, k), el("td", { class: "wrap" }, v)))));
 const copy = text => el("pre", {}, text);
 
 function details(p) {
   return [
-    el("div", {}, el("b", {}, p.label), p.knee ? " · knee" : p.front ? " · on the front" : ""),
+    el("div", {}, el("span", { class: "key" }, id(p)), "  ", el("b", {}, p.label), p.knee ? " · knee" : p.front ? " · on the front" : ""),
     el("div", { class: "soft" }, `${p.size} (${p.params.toLocaleString("en")}) trainable parameters · ${p.accuracy === null && height(p) !== null ? split + " " + three(height(p)) + " when stopped" : accuracies(p).join(", ")}`),
     el("div", { class: "scroll" }, el("table", { style: "margin-top:8px" },
       el("thead", {}, el("tr", {}, ["seed", "status", ...S.splits, "time", "tokens", "memory"].map(t => el("th", {}, t)))),
       el("tbody", {}, p.runs.map(r => el("tr", {}, el("td", {}, "" + r.seed), el("td", {}, r.status), el("td", {}, three(r.accuracy)), ...(both ? [el("td", {}, three(r.test))] : []), el("td", {}, time(r.seconds)), el("td", {}, human(r.tokens)), el("td", {}, r.memory ? +(r.memory / 2 ** 30).toPrecision(3) + " GiB" : "")))))),
     ...p.runs.filter(r => r.message).map(r => el("div", { class: "small soft" }, `seed ${r.seed}: ${r.message}`)),
+    el("button", { id: "hold", onclick: () => { held = held === p ? null : p; draw(); } }, held === p ? "Compare no more" : "Compare its allocation with another point's"),
+    ask ? another(p) : null,
     curves("accuracy", "accuracy"), curves("loss", "loss"),
     el("details", {}, el("summary", {}, "recipe"), pairs(Object.entries(p.recipe))),
     el("div", { style: "margin-top:10px" }, el("b", {}, "Load it")),
@@ -230,13 +193,101 @@ function details(p) {
   ];
 }
 
+// Area below the front in decades of parameters times accuracy, above the untrained base (else the least accurate point)
+// and up to the largest point, after each point in the order of their first trainings.
+function volumes() {
+  const measured = S.points.filter(p => p.accuracy !== null && p.params > 0);
+  if (measured.length < 2) return [];
+  const floor = S.untrained ? S.untrained.accuracy : least(measured.map(p => p.accuracy)), right = Math.log10(most(measured.map(p => p.params)));
+  const step = [];  // members of the front so far, ascending in both
+  let area = 0;
+  return measured.map(p => {
+    const x = Math.log10(p.params), y = p.accuracy;
+    let at = step.findIndex(([sx]) => sx > x);
+    if (at < 0) at = step.length;
+    const before = at ? step[at - 1][1] : floor;
+    if (y > before) {
+      let from = x, height = before, to = at;
+      for (; to < step.length && step[to][1] <= y; to++) { area += (step[to][0] - from) * (y - height); [from, height] = step[to]; }
+      area += ((to < step.length ? step[to][0] : right) - from) * (y - height);
+      const start = at && step[at - 1][0] === x ? at - 1 : at;
+      step.splice(start, to - start, [x, y]);
+    }
+    return area;
+  });
+}
+function history() {
+  const areas = volumes();
+  if (!areas.length) return null;
+  const W = 560, H = 230, box = { l: 52, r: 12, t: 10, b: 36 }, top = most(areas) * 1.05 || 1;
+  const x = n => box.l + n / Math.max(areas.length - 1, 1) * (W - box.l - box.r), y = v => H - box.b - v / top * (H - box.t - box.b);
+  const [ys, decimals] = ticks(0, top, 4);
+  return svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `hypervolume of the front after each of ${areas.length} points, ${areas[areas.length - 1].toFixed(3)} in the end` },
+    ...frame(W, H, box, ys, decimals, y, "hypervolume"),
+    ...ticks(1, Math.max(areas.length, 2), 6)[0].filter(t => Number.isInteger(t) && t >= 1).map(t => svg("text", { x: x(t - 1), y: H - box.b + 16, "text-anchor": "middle" }, "" + t)),
+    svg("text", { x: (W + box.l) / 2, y: H - 4, "text-anchor": "middle" }, "points"),
+    svg("path", { class: "history", d: areas.map((v, n) => `${n ? "H" : "M"}${x(n).toFixed(1)}${n ? "V" : " "}${y(v).toFixed(1)}`).join(""), fill: "none", stroke: "var(--mark)", "stroke-width": 2 }));
+}
+
+// One axis a setting, one line a point: what accurate points have in common, and what they cost.
+const LINES = 400;
+function parallel() {
+  const points = seen(drawn), value = text => text === undefined || text === "" || isNaN(text) ? text : +text;
+  const axes = [
+    ["rule", p => p.allocator], ...S.knobs.map(k => [k, p => value(p.knobs[k])]), ...S.settings.filter(s => !S.knobs.includes(s)).map(s => [s, p => value(p.recipe[s])]),
+    ["parameters", p => Math.max(p.params, 1)], [split, height],
+  ].map(([name, of]) => {
+    const values = points.map(of).filter(v => v !== undefined), numeric = values.length > 0 && values.every(v => typeof v === "number");
+    if (!numeric) { const names = [...new Set(values.map(String))].sort(); return { name, of, at: v => names.length < 2 ? 0.5 : names.indexOf(String(v)) / (names.length - 1), marks: names.length > 12 ? [] : names.map(n => [n, n]) }; }
+    const low = least(values), high = most(values), log = low > 0 && high / low >= 10, f = log ? Math.log : v => v;
+    return { name, of, at: v => high === low ? 0.5 : (f(v) - f(low)) / (f(high) - f(low)), marks: (high === low ? [low] : [low, high]).map(v => [v, Math.abs(v) >= 1000 ? human(v) : "" + +v.toPrecision(3)]) };
+  }).filter(a => a.name === "rule" || points.some(p => a.of(p) !== undefined));
+  if (points.length < 2) return null;
+  const W = Math.max(560, axes.length * 92), H = 260, top = 30, bottom = H - 14, x = i => 60 + i / (axes.length - 1) * (W - 120), y = (a, v) => bottom - a.at(v) * (bottom - top);
+  const every = Math.ceil(points.length / LINES), shown = points.filter((p, i) => i % every === 0 || p.front || p === chosen).sort((a, b) => (a === chosen) - (b === chosen) || a.front - b.front);
+  const line = p => svg("path", {
+    class: "line", d: axes.map((a, i) => [i, a.of(p), a]).filter(([, v]) => v !== undefined).map(([i, v, a], n) => `${n ? "L" : "M"}${x(i).toFixed(1)} ${y(a, v).toFixed(1)}`).join(""), fill: "none",
+    stroke: p === chosen ? "var(--mark)" : colour(p), "stroke-width": p === chosen ? 3 : p.front ? 1.8 : 1, "stroke-opacity": p.front || p === chosen ? 0.95 : 0.28,
+    onmousemove: e => showTip(e, describe(p)), onmouseleave: hideTip, onclick: () => choose(p),
+  });
+  return el("div", { class: "scroll" }, svg("svg", { viewBox: `0 0 ${W} ${H}`, style: `width:${W}px;max-width:none`, role: "img", "aria-label": "every point as a line over " + axes.map(a => a.name).join(", ") },
+    ...axes.flatMap((a, i) => [svg("line", { x1: x(i), x2: x(i), y1: top, y2: bottom, class: "axis" }), svg("text", { x: x(i), y: 14, "text-anchor": "middle" }, a.name)]),
+    ...shown.map(line),
+    ...axes.flatMap((a, i) => a.marks.map(([v, text]) => svg("text", { x: x(i) + 4, y: y(a, v) + 4, class: "halo" }, text.length > 18 ? text.slice(0, 17) + "…" : text)))));
+}
+
+// The form and the buttons that ask the driver for something; `search.serve` brings the function that carries it there.
+const ask = typeof carry === "function" && S.live && S.live.runs ? carry : null;
+function asking(label, order) {
+  const answer = el("span", { class: "small soft", role: "status" });
+  return el("span", {}, el("button", { onclick: async e => { e.target.disabled = true; answer.replaceChildren(" " + await ask(order())); e.target.disabled = false; } }, label), answer);
+}
+function another(p) {
+  const fields = Object.entries(S.asked && S.asked[p.digest] || {}).map(([name, v]) => [name, el("input", { value: "" + v, "aria-label": name, oninput: () => { window.typing = true; } })]);
+  const more = el("input", { placeholder: "name=value …", "aria-label": "more knobs", style: "width:180px", oninput: () => { window.typing = true; } });
+  const read = text => { const t = text.trim(); return t === "true" ? true : t === "false" ? false : t !== "" && !isNaN(t) ? +t : t; };
+  const point = () => Object.fromEntries([...fields.filter(([, f]) => f.value.trim() !== "").map(([name, f]) => [name, read(f.value)]), ...more.value.split(/\s+/).filter(w => w.includes("=")).map(w => [w.slice(0, w.indexOf("=")), read(w.slice(w.indexOf("=") + 1))])]);
+  return el("details", { id: "another" }, el("summary", {}, "Also try a point like this one"), el("div", { class: "fields" }, fields.map(([name, f]) => el("label", {}, el("span", { class: "small soft" }, name), f)), el("label", {}, el("span", { class: "small soft" }, "other knobs"), more)),
+    asking("Try it", () => ({ do: "try", point: point() })), el("div", { class: "small soft" }, "An empty field leaves its knob out. The driver checks the point, as it checks space.NAME=, and trains it next."));
+}
+function runningNow() {
+  if (!S.live || !S.live.runs) return null;
+  const rows = S.running.map(r => el("tr", {}, el("td", { class: "key" }, r.digest.slice(0, 8)), el("td", { class: "num" }, r.size), el("td", {}, r.accuracy === null ? r.status === "lost" ? "lost, to be trained again" : "…" : `${three(r.accuracy)} at step ${r.step}`), el("td", { class: "wrap" }, r.label), ask ? el("td", {}, asking("Stop", () => ({ do: "stop", digest: r.digest }))) : null));
+  return card("Running now", rows.length ? el("div", { class: "scroll" }, el("table", {}, el("tbody", {}, rows))) : "Nothing is training at this moment.",
+    ask ? el("div", { style: "margin-top:10px" }, asking("End the study after what runs", () => ({ do: "end" }))) : null);
+}
+function ordered() {
+  return S.orders.length ? card("Asked of the driver", el("table", {}, el("tbody", {}, [...S.orders].reverse().map(o => el("tr", {}, el("td", { class: "wrap" }, o.what), el("td", { class: "wrap" }, o.answer)))))) : null;
+}
+
 let order = { key: "params", up: true }, rows = PAGE;
 function table() {
   const columns = [
+    ["id", id], ["params", p => p.params, p => p.size], [split, p => p.accuracy !== null ? p.accuracy : height(p) === null ? "" : height(p), p => p.accuracy !== null ? accuracy(p) : three(height(p))],
     ["", p => p.knee ? "knee" : p.front ? "front" : ""], ["allocator", p => p.allocator],
     ...S.knobs.map(k => [k, p => k in p.knobs ? (isNaN(p.knobs[k]) ? p.knobs[k] : +p.knobs[k]) : ""]),
     ...S.settings.map(s => [s, p => isNaN(p.recipe[s]) ? p.recipe[s] : +p.recipe[s]]),
-    ["experts", p => p.experts, p => p.ranks ? p.amount : "" + p.experts], ["params", p => p.params, p => p.size], [split, p => p.accuracy !== null ? p.accuracy : height(p) === null ? "" : height(p), p => p.accuracy !== null ? accuracy(p) : three(height(p))],
+    ["experts", p => p.experts, p => p.ranks ? p.amount : "" + p.experts],
     ...(both ? [["test", p => p.test === null ? "" : p.test, p => p.test === null ? "" : near(p.test, p.test_stderr)]] : []),
     ["seeds", p => p.seeds], ...(S.points.some(p => p.spread !== null) ? [["s.d.", p => p.spread === null ? "" : p.spread, p => three(p.spread)]] : []),
     ["status", p => p.status], ["time", p => p.runs.reduce((s, r) => s + r.seconds, 0), p => time(p.runs.reduce((s, r) => s + r.seconds, 0))], ["message", p => p.runs.map(r => r.message).filter(m => m).join("; ")],
@@ -248,11 +299,11 @@ function table() {
     return (typeof u === "number" && typeof v === "number" ? u - v : String(u).localeCompare(String(v))) * (order.up ? 1 : -1);
   };
   const numbers = new Set(columns.filter(c => c[0] && S.points.every(p => { const v = c[1](p); return v === "" || typeof v === "number"; })));
-  const numeric = c => numbers.has(c), sorted = [...S.points].sort(compare), left = sorted.length - rows;
+  const numeric = c => numbers.has(c), sorted = [...seen(S.points)].sort(compare), left = sorted.length - rows;
   return el("div", {}, el("table", { id: "table" },
     el("thead", {}, el("tr", {}, columns.map(c => el("th", { class: numeric(c) ? "num" : "", tabindex: 0, "aria-sort": order.key === c[0] ? (order.up ? "ascending" : "descending") : "none",
       onclick: () => { order = { key: c[0], up: order.key === c[0] ? !order.up : true }; draw(); }, onkeydown: e => { if (e.key === "Enter") e.target.click(); } },
-      ({ params: "trainable parameters" }[c[0]] || c[0] || "front") + (order.key === c[0] ? (order.up ? " ▲" : " ▼") : ""))))),
+      (c[0] || "front") + (order.key === c[0] ? (order.up ? " ▲" : " ▼") : ""))))),
     el("tbody", {}, sorted.slice(0, rows).map(p => el("tr", { class: p === chosen ? "chosen" : "", onclick: () => choose(p) },
       columns.map(c => el("td", { class: c[0] === "message" ? "wrap" : numeric(c) ? "num" : "" }, "" + (c[2] || c[1])(p))))))),
     left > 0 ? el("button", { onclick: () => { rows += PAGE; slots.table.replaceChildren(table()); } }, `${Math.min(left, PAGE)} more of ${left.toLocaleString("en")}`) : null);
@@ -270,15 +321,27 @@ function under() {
 }
 
 const list = sentences => el("ul", {}, sentences.map(s => el("li", {}, s)));
-const slots = { chart: el("div"), details: el("div"), map: el("div"), table: el("div", { class: "scroll" }) };
+// Of two allocations the places that both adapt, and those that one does.
+function inCommon(a, b) {
+  if (a.ranks !== b.ranks) return "One gives ranks, the other experts.";
+  let both = 0, first = 0, second = 0;
+  a.cells.forEach((row, r) => [...row].forEach((c, i) => { const u = c !== "0", v = (b.cells[r] || "")[i] !== "0"; both += u && v; first += u && !v; second += v && !u; }));
+  return `${both} places in both, ${first} only in ${id(a)}, ${second} only in ${id(b)}`;
+}
+const slots = { legend: el("div"), lines: el("div"), chart: el("div"), details: el("div"), map: el("div"), table: el("div", { class: "scroll" }) };
 function draw() {
   const focus = document.activeElement && document.activeElement.getAttribute("aria-label");
   if (drawn.length) slots.chart.replaceChildren(scatter());
   if (chosen) {
     slots.details.replaceChildren(...details(chosen).filter(n => n));
-    slots.map.replaceChildren(el("div", { class: "soft small", style: "margin-bottom:8px" }, `${chosen.label}: ${chosen.amount}; ${chosen.ranks ? "darker: a higher rank (of a stack of experts the mean)" : S.map.across === "expert" ? "coloured: LoRA on this expert" : "darker: more LoRA experts"}`), allocation(chosen));
+    const what = p => `${id(p)} ${p.label}: ${p.amount}; ${p.ranks ? "darker: a higher rank (of a stack of experts the mean)" : S.map.across === "expert" ? "coloured: LoRA on this expert" : "darker: more LoRA experts"}`;
+    const maps = held && held !== chosen ? [held, chosen] : [chosen];
+    slots.map.replaceChildren(...(maps.length > 1 ? [el("div", { id: "shared", style: "margin-bottom:8px" }, inCommon(held, chosen))] : []),
+      el("div", { class: maps.length > 1 ? "beside" : "" }, maps.map(p => el("div", {}, el("div", { class: "soft small", style: "margin-bottom:8px" }, what(p)), allocation(p)))));
   }
   slots.table.replaceChildren(table());
+  slots.legend.replaceChildren(legend());
+  slots.lines.replaceChildren(parallel() || "");
   if (focus) for (const node of slots.chart.querySelectorAll(".dot")) if (node.getAttribute("aria-label") === focus) node.focus({ preventScroll: true });
 }
 function choose(p) { chosen = p; location.hash = p.digest; draw(); }
@@ -288,14 +351,17 @@ const linked = S.points.find(p => "#" + p.digest === location.hash);
 if (linked) chosen = linked;
 fill(document.getElementById("page"), {}, [
   el("h1", {}, S.name),
+  S.live ? el("div", { id: "live", class: "small" }, S.live.runs ? `This study is running: as of ${S.live.at}.` : `No driver is at work on this study: as of ${S.live.at}.`) : null,
   el("div", { class: "soft small" }, `started ${S.started}` + (S.resumed.length ? `, resumed ${S.resumed.length === 1 ? "once" : S.resumed.length + " times, last"} ${last(S.resumed)}` : "")),
   chosen ? el("div", { class: "two" },
     el("div", { style: "min-width:0" },
-      drawn.length ? card("Accuracy against trainable parameters", slots.chart, legend(), el("div", { class: "soft small" }, "Hover for a point's settings, click to choose it.")) : null,
+      drawn.length ? card("Accuracy against trainable parameters", slots.chart, slots.legend, el("div", { class: "soft small" }, "Hover for a point's settings, click to choose it; click a rule to hide its points.")) : null,
       words,
       card("Where the chosen point's experts are", slots.map)),
     card("The chosen point", slots.details)) : null,
   chosen ? null : words,
+  runningNow(), ordered(),
+  chosen ? el("div", { class: "halves" }, card("How the front grew", history() || "After two points."), card("All points, setting by setting", slots.lines)) : null,
   ...S.sections.map(section),
   S.points.length ? card("All points", slots.table) : null,
   S.answered.length ? card("Answered without training", el("table", {}, el("tbody", {}, S.answered.map(a => el("tr", {}, el("td", {}, a.reason), el("td", { class: "num" }, "" + a.count), el("td", { class: "wrap" }, a.messages.join("; "))))))) : null,
@@ -304,3 +370,5 @@ fill(document.getElementById("page"), {}, [
     el("details", {}, el("summary", {}, "versions"), pairs(Object.entries(S.versions)))),
 ]);
 draw();
+// A page in a file cannot ask whether there is a newer one: it loads itself again, unless somebody reads what is folded.
+if (S.live && S.live.runs && !S.live.served) setInterval(() => { if (!document.querySelector("details[open]")) location.reload(); }, 10000);

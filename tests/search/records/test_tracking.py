@@ -29,11 +29,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from allocators.core.errors import StudyError
-from allocators.core.types import FINISHED, Score
-from search.records import tracking
+from allocators.core.types import FINISHED, Score, digest_of
+from search import report
+from search.records import saved_view, tracking
 from search.records.folder import StudyFolder
 from search.records.tracking import Tracker
 from tests import ROOT
+from tests.browser import Browser, needs_browser
 from tests.search.studies import CONFIG, open_study, outcome, rung, selection, started
 
 
@@ -103,6 +105,121 @@ def check(folder: Path, study: StudyFolder, uri: str | None = None) -> None:
         assert saved == done.trial.allocation.to_json()
 
 
+def test_the_saved_view_shows_the_runs_of_the_study_and_the_link_opens_it(store: Path) -> None:
+    with open_study(store / "demo") as study:
+        tracker = open_tracker(store)
+        assert tracker.browse == f"mlflow ui --backend-store-uri sqlite:///{store}/mlflow.db"
+        tracker.sync(study)
+        write(study, tracker, 3)
+        tracker.close()
+    client, [parent], _ = runs(store)
+    key, experiment = study.header["id"], client.get_experiment(parent.info.experiment_id)
+    tag = experiment.tags[f"mlflow.sharedViewState.{key}"]
+    assert json.loads(tag)["name"] == "demo"
+    view = saved_view.unpacked(tag)
+    assert view["searchFilter"] == f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`accuracy`", False)
+    shown = {"metrics.`accuracy`", "metrics.`trainable_params`", "params.`knobs.fraction`", "params.`recipe.rank`"}
+    assert shown <= set(view["selectedColumns"])
+    [chart] = view["compareRunCharts"]
+    assert (chart["type"], chart["xaxis"]["key"], chart["yaxis"]["key"]) == (
+        "SCATTER",
+        "log10_trainable_params",
+        "accuracy",
+    )
+    assert chart["metricSectionId"] in {section["uuid"] for section in view["compareRunSections"]}
+    assert tracker.browse.endswith(
+        f"http://127.0.0.1:5000/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning"
+        f"&compareRunsMode=CHART&viewStateShareKey={key}"
+    )
+
+
+def test_a_view_with_many_knobs_fits_mlflows_tag() -> None:
+    names = [f"params.`knobs.{digest_of({'n': n})}`" for n in range(400)]
+    tag = saved_view.saved_view(parent="p" * 32, name="n", created=0, columns=names)
+    assert len(tag) < 5_000
+    assert saved_view.unpacked(tag)["selectedColumns"][:5] == [*saved_view.COLUMNS, names[0]]
+
+
+def test_the_front_and_the_knee_are_tagged_until_they_are_beaten(store: Path) -> None:
+    def tagged(name: str) -> set[str]:
+        return {run.data.tags["digest"] for run in runs(store)[2] if run.data.tags.get(name) == "true"}
+
+    with open_study(store / "demo") as study:
+        tracker = open_tracker(store)
+        tracker.sync(study)
+        for count, accuracy in ((2, 0.3), (6, 0.55), (12, 0.56), (9, 0.2)):
+            done = outcome(selection(count), accuracy=accuracy)
+            study.append_finished(done, {})
+            tracker.finished(done)
+        assert tagged("front") == {member.best.digest for member in study.points.front}
+        assert len(tagged("front")) == 3
+        assert tagged("knee") == {outcome(selection(6)).digest}
+        again = open_tracker(store)
+        again.sync(study)
+        better = outcome(selection(5), accuracy=0.6)
+        study.append_finished(better, {})
+        again.finished(better)
+        assert tagged("front") == {outcome(selection(2)).digest, better.digest}
+        assert tagged("knee") == set()
+
+
+def test_data_sets_are_inputs_and_the_words_are_the_description(store: Path) -> None:
+    evil = "<img src=x onerror=alert(1)> | [a](javascript:b) `c` **d**"
+    with open_study(store / "demo") as study:
+        tracker = open_tracker(store)
+        tracker.sync(study)
+        for number, allocator in enumerate(("sieve", evil)):
+            done = outcome(selection(2 + number), accuracy=0.4 + number / 10, allocator=allocator)
+            done = done.updated(versions={"data": "a1", "test_data": "b2"})
+            study.append_finished(done, {})
+            tracker.finished(done)
+        tracker.close(report.write(study.folder))
+    [parent] = runs(store)[1]
+    assert parent.inputs is not None
+    inputs = {one.dataset.digest: one for one in parent.inputs.dataset_inputs}
+    assert {digest: one.dataset.name for digest, one in inputs.items()} == {
+        "a1": "shift, training",
+        "b2": "shift, evaluation",
+    }
+    assert inputs["b2"].tags[0].value == "evaluation"
+    note = parent.data.tags["mlflow.note.content"]
+    assert "Most accurate" in note
+    assert "| id | trainable parameters |" in note
+    assert r"\<img" in note, "names are text in Markdown"
+    assert not re.search(r"(?<!\\)(<img|\[a\]|`c)", note)
+
+
+@pytest.mark.slow  # a server of MLflow and its UI take 20 CPU seconds
+@needs_browser
+def test_mlflows_own_page_draws_as_many_points_as_the_study_has(store: Path) -> None:
+    with open_study(store / "demo") as study:
+        tracker = open_tracker(store)
+        tracker.sync(study)
+        write(study, tracker, 16)
+        tracker.close()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    command += ["--backend-store-uri", f"sqlite:///{store}/mlflow.db"]
+    quiet = subprocess.DEVNULL
+    server = subprocess.Popen(command, stdout=quiet, stderr=quiet, start_new_session=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}")
+        address = tracker.browse.rpartition(" ")[2].replace(":5000/", f":{port}/")
+        with Browser(width=1400, height=1000) as page:
+            page.open(address)
+            assert page.wait("document.querySelectorAll('.scatterlayer .point').length") == 16
+            page.open(address.replace("&compareRunsMode=CHART", ""))
+            shown = page.wait("document.querySelector('[role=grid], .ag-root') && document.body.innerText")
+            page.wait("document.body.innerText.includes('knobs.fraction')")
+            assert "accuracy" in shown
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
 def test_a_study_and_its_rerun(store: Path) -> None:
     with open_study(store / "demo") as study:
         tracker = open_tracker(store)
@@ -114,7 +231,7 @@ def test_a_study_and_its_rerun(store: Path) -> None:
         study.append_finished(lost, {})
         tracker.finished(lost)
         (store / "front.csv").write_text("a,b\n")
-        tracker.close(SimpleNamespace(metrics={"hypervolume": 0.5}, files=[store / "front.csv"]))
+        tracker.close(SimpleNamespace(metrics={"hypervolume": 0.5}, files=[store / "front.csv"], description="- words"))
         check(store, study)
     client, [parent], _ = runs(store)
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "demo")
@@ -563,6 +680,18 @@ def test_passwords_stay_out(store: Path) -> None:
     assert parent.data.params["recipe.rank"] == "8"
 
 
+def wait_for(server: str) -> None:
+    """Until a server of MLflow answers."""
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{server}/health", timeout=1).close()
+        except OSError:
+            time.sleep(0.5)
+        else:
+            return
+    raise AssertionError(f"{server} does not answer")
+
+
 @pytest.mark.slow
 def test_a_server_that_goes_away_and_comes_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
@@ -580,14 +709,8 @@ def test_a_server_that_goes_away_and_comes_back(
         quiet = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (tmp_path / "server.log").open("a") as output:
             server = subprocess.Popen(command, env=quiet, stdout=output, stderr=output, start_new_session=True)
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=1).close()
-            except OSError:
-                time.sleep(0.5)
-            else:
-                return server
-        raise AssertionError((tmp_path / "server.log").read_text()[-2000:])
+        wait_for(uri)
+        return server
 
     def end(server: subprocess.Popen[bytes]) -> None:
         os.killpg(server.pid, signal.SIGKILL)

@@ -96,7 +96,7 @@ def train(conductor: Conductor, proposal: Proposal) -> None:
 def story(folder: Path) -> tuple[list[Any], list[Any], list[Any]]:
     """What was asked in its order, what became of it, and in which order it ended."""
     records: Records = read(folder)
-    asked, seen = [], set[str]()
+    asked, seen = list[Any](), set[str]()
     for what, digest, number in records.events:
         if what == "answered":
             answer = records.answered[number]
@@ -159,7 +159,7 @@ def test_and_so_after_many_results(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_the_same_question_gets_the_same_answer_with_trainings_under_way(tmp_path: Path) -> None:
     """Several workers: what the next life of the driver proposes is what this one would have, had it lived."""
     for name in ("ehvi", "tpe"):
-        proposer, events = Proposer(problem(), sampler=name), []
+        proposer, events = Proposer(problem(), sampler=name), list[Any]()
         draw = random.Random(name)
         running: list[Proposal] = []
         for _ in range(18):

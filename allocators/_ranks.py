@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from allocators.core.apportion import largest_remainder, ranks_for
+from allocators.core.apportion import largest_remainder, part_of_rank, ranks_for
 from allocators.core.errors import InfeasibleError, StudyError, ToolkitWarning, did_you_mean
 from allocators.core.types import ModelShape, ModuleRanks, ModuleShape, Role, Signal
 
@@ -28,16 +28,39 @@ CANDIDATES: tuple[Role, ...] = ("attention", "mlp", "shared_expert", "expert")
 Equal = Literal["parameters", "rank"]
 
 
+@dataclass(frozen=True)
+class RoleShape(ModelShape):
+    """A shape whose experts may have a part of the rank that other modules have (`allocators/_roles.py`).
+
+    expert_rank   r | r/k | r/E
+    """
+
+    expert_rank: str = "r"
+
+
+def parts_of(module: ModuleShape, shape: ModelShape) -> int:
+    """By how much an expert's rank is divided: by k, by E, or by 1; any other module's by 1."""
+    ranking = shape.expert_rank if isinstance(shape, RoleShape) and module.num_experts else "r"
+    return {"r": 1, "r/k": shape.active_experts, "r/E": module.num_experts}[ranking]
+
+
+def rank_in(module: ModuleShape, rank: int, shape: ModelShape) -> int:
+    """The rank of a module where the recipe's is `rank`."""
+    return part_of_rank(rank, parts_of(module, shape))
+
+
 @dataclass(frozen=True, slots=True)
 class Matrix:
     """One weight matrix that can have a rank of its own.
 
     module   whose it is
     expert   which of a stack, None of a plain module
+    parts    by how much its rank is divided, beside those of other matrices
     """
 
     module: ModuleShape
     expert: int | None = None
+    parts: int = 1
 
     @property
     def key(self) -> str:
@@ -59,11 +82,15 @@ class Matrix:
         """The largest rank that the matrix can have."""
         return min(self.module.in_features, self.module.out_features)
 
+    def of(self, rank: int) -> int:
+        """The rank that it has where every matrix has `rank`."""
+        return min(part_of_rank(rank, self.parts), self.full)
+
 
 def matrices_of(shape: ModelShape) -> list[Matrix]:
     """The candidates of a model in the order of its modules, of stacks expert by expert."""
     return [
-        Matrix(module, expert)
+        Matrix(module, expert, parts_of(module, shape))
         for module in shape.of_role(*CANDIDATES)
         for expert in (range(module.num_experts) if module.num_experts else [None])
     ]
@@ -76,7 +103,7 @@ def budget_of(matrices: Sequence[Matrix], rank: int) -> int:
     """
     if rank < 1:
         raise InfeasibleError(f"rank must be at least 1, got {rank}")
-    return sum(m.cost * min(rank, m.full) for m in matrices)
+    return sum(m.cost * m.of(rank) for m in matrices)
 
 
 def as_ranks(matrices: Sequence[Matrix], ranks: Sequence[int]) -> ModuleRanks:
@@ -114,11 +141,11 @@ def weighted(
     if max_rank is not None and max_rank < rank:
         raise InfeasibleError(f"max_rank must be at least rank ({rank}), got {max_rank}: the budget would not be spent")
     ranks = ranks_for(
-        weights,
+        [weight / m.parts for weight, m in zip(weights, matrices, strict=True)],
         [m.cost for m in matrices],
         most if budget is None else budget,
-        minimum=[min(min_rank, m.full) for m in matrices],
-        maximum=[m.full if max_rank is None else min(max_rank, m.full) for m in matrices],
+        minimum=[min_rank and m.of(min_rank) for m in matrices],
+        maximum=[m.full if max_rank is None else m.of(max_rank) for m in matrices],
     )
     return as_ranks(matrices, ranks)
 
@@ -138,7 +165,7 @@ def on_chosen(chosen: Sequence[Matrix], matrices: Sequence[Matrix], *, rank: int
     if not chosen:
         raise InfeasibleError("no matrix is chosen: ask for at least one")
     if equal == "rank":
-        return as_ranks(chosen, [min(rank, m.full) for m in chosen] if budget_of(chosen, rank) else [])
+        return as_ranks(chosen, [m.of(rank) for m in chosen] if budget_of(chosen, rank) else [])
     return weighted([1.0] * len(chosen), chosen, rank=rank, budget=budget_of(matrices, rank))
 
 

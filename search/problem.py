@@ -13,12 +13,13 @@ from random import Random
 from types import ModuleType
 from typing import Any
 
+from allocators import _roles
 from allocators.core import checks, plugins, tables
 from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError, shown, unknown
 from allocators.core.types import Allocation, ModelShape, ModuleShape, Point, Signal, SignalKind, Trial, canonical_json
 from allocators.core.words import Value
 from search.config import MOST_SEED, MOST_SEEDS, SETTINGS, make_recipe
-from search.points.asked import Corner, Kind, PinnedTrial, differs
+from search.points.asked import ANY, Corner, Kind, PinnedTrial, differs
 
 MOST_CORNERS = 500  # combinations of choices that are walked one by one
 DRAWN_CORNERS = 100  # where there are more
@@ -87,6 +88,14 @@ class Problem:
         return value
 
     @property
+    def free(self) -> dict[str, Any]:
+        """Knobs that the space has because they are pinned to `any`, with the value that its starting points have."""
+        if ANY not in self.pins.values():
+            return {}
+        _, first = next(corners(self))
+        return {name: first[name] for name, pin in self.pins.items() if pin == ANY and first.get(name, ANY) != ANY}
+
+    @property
     def is_table(self) -> bool:
         """Whether the space is a fixed grid: every point of it is trained, and there is nothing to search."""
         return getattr(self.space, "TABLE", False)
@@ -110,18 +119,23 @@ class Problem:
 
         An allocator that draws (it has a `seed`) draws with the study's seed, so that all seeds of a point train one
         allocation; where the point's knob `draw` is "each", with the trial's own `seed`. One that gives ranks (it has a
-        `rank`) gives as many parameters as LoRA of the recipe's rank on every matrix has.
+        `rank`) gives as many parameters as LoRA of the recipe's rank on every matrix has. On an MoE model a point may
+        have the knobs of `allocators/_roles.py`.
         """
         module = plugins.load("allocators", point.allocator)
-        knobs = dict(point.knobs)
+        knobs, of_roles = _roles.split(point.knobs)
         parameters = inspect.signature(module.allocate).parameters
-        if "rank" in parameters and "rank" not in knobs:
-            knobs["rank"] = make_recipe(self.task_recipe, point.recipe, self.fixed_recipe).rank
+        rank = 0  # of the recipe, where anything depends on it
+        if of_roles or ("rank" in parameters and "rank" not in knobs):
+            rank = make_recipe(self.task_recipe, point.recipe, self.fixed_recipe).rank
+        if "rank" in parameters:
+            knobs.setdefault("rank", rank)
         if "seed" in parameters:
             each = knobs.pop("draw", "once") == "each"
             knobs.setdefault("seed", seed if each and seed is not None else self.seed)
         # an allocator is a pure function, and candidates of a search differ in their recipe more than in their knobs
-        key = (point.allocator, *((name, type(value), value) for name, value in sorted(knobs.items())))
+        asked = {**knobs, **of_roles}
+        key = (point.allocator, rank, *((name, type(value), value) for name, value in sorted(asked.items())))
         try:
             if (known := self._allocated.get(key)) is not None:
                 return known
@@ -133,7 +147,7 @@ class Problem:
         except StudyError as error:
             raise self.refused(str(error)) from error
         signal = self.signals.get(module.NEEDS) if module.NEEDS else None
-        allocation = plugins.call(module, signal, self.shape, knobs)
+        allocation = _roles.call(module, signal, self.shape, asked, rank=rank)
         if key:
             if len(self._allocated) >= MOST_ALLOCATED:
                 del self._allocated[next(iter(self._allocated))]
@@ -297,7 +311,7 @@ def check_pins(problem: Problem) -> dict[str, Value]:
             if name in SETTINGS:
                 raise StudyError(f"space={space} does not propose {name}: recipe.{name}={problem.pins[name]} fixes it")
             raise unknown(f"knob of space={space}", name, seen)
-    return {name: seen[name] for name in problem.pins}
+    return {name: ANY if name in problem.free else seen[name] for name in problem.pins}
 
 
 def check_recipes(problem: Problem) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from allocators import _roles
 from allocators.core.types import ModelShape
 
 # AlphaLoRA's and MoLA's: rank 8, lora_alpha 16, learning_rate 3e-4, top-2.
 PAPERS = {"rank": 8, "lora_alpha": 16.0, "scaled_rate": 16 * 3e-4, "top_k": 2}
+
+# What `space.roles=any` and `space.expert_rank=any` search, the default first.
+ROLES = ("default", "all", "attention+experts", "experts", "attention+router", "attention")
 
 PATTERNS = ("2468", "8642", "8228", "2882", "5555", "8888")
 T_PER_LAYER = 5  # the papers' T = 160 on 32 layers
@@ -26,6 +30,21 @@ def lora_recipe(trial: Any) -> dict[str, Any]:
         "lora_alpha": trial.suggest_float("lora_alpha", 8.0, 256.0, log=True),
         "scaled_rate": trial.suggest_float("scaled_rate", 5e-4, 0.5, log=True),
     }
+
+
+def role_knobs(trial: Any, shape: ModelShape) -> dict[str, Any]:
+    """`roles` and `expert_rank` (`allocators/_roles.py`) of an MoE model, where `space.NAME=` names them; else nothing.
+
+    A space so has no knob more than it had, and no other sampling, until somebody asks for it.
+    """
+    optional = getattr(trial, "suggest_optional", None)
+    if optional is None or not shape.is_moe:
+        return {}
+    knobs = {
+        "roles": optional("roles", _roles.possible(shape), searched=ROLES),
+        "expert_rank": optional("expert_rank", _roles.EXPERT_RANKS, searched=_roles.EXPERT_RANKS),
+    }
+    return {name: value for name, value in knobs.items() if value is not None}
 
 
 def total_experts(trial: Any, shape: ModelShape) -> int:

@@ -19,6 +19,10 @@ Knobs
     equal               these four: parameters | rank. rank: a matrix that is chosen has the recipe's rank, as in the
                         papers, and there are fewer parameters
     number              domlora: 1 .. 8 matrices, each with the recipe's rank
+    roles, expert_rank  only where they are asked for, on an MoE model, as in space=sieve: space.roles=experts.
+                        By default attention, shared experts, experts and MLPs of dense layers have ranks; router and
+                        gate, where they are adapted, have the recipe's rank whatever the rule. The budget is that of
+                        the roles
     rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (space=sieve says what they are)
 
 Starting points, with the study's recipe (space=sieve says what that is): the three controls, then one point of every
@@ -33,7 +37,7 @@ from typing import Any
 
 from allocators.core.types import ModelShape, Point
 
-from ._knobs import PATTERNS, lora_recipe
+from ._knobs import PATTERNS, lora_recipe, role_knobs
 
 BASE = "any"
 CONTROLS = ("uniform_ranks", "random_ranks", "stratified_ranks")
@@ -63,7 +67,7 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
         case "kappatune" | "dmole" | "aletheia":
             knobs["share"] = trial.suggest_float("share", 0.1, 0.9, step=0.1)
             knobs["equal"] = trial.suggest_categorical("equal", ["parameters", "rank"])
-    return Point(allocator, knobs, lora_recipe(trial))
+    return Point(allocator, knobs | role_knobs(trial, shape), lora_recipe(trial))
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@
 
 MoE-Sieve adapts the most routed quarter of each layer's experts. This space makes that rule one candidate beside
 ESFT's, coverage, greedy, random, all and none, each with its own knobs, and searches accuracy against exact trainable
-parameters. Attention, router and shared experts always get LoRA.
+parameters. Attention, router and shared experts get LoRA, too, unless `roles` says otherwise.
 
 Knobs
     allocator       sieve | coverage | greedy | esft | random | all | none
@@ -15,6 +15,12 @@ Knobs
     p               the same for ESFT; the expert that crosses it is included
     score           count | mass: what "most routed" means (sieve, coverage, greedy)
     esft_score      token | gate (esft)
+    roles           only where it is asked for, else as published: space.roles=experts (the chosen experts alone),
+                    attention+experts (router frozen), any other combination of attention, router, shared, gate (Qwen's,
+                    of the shared expert) and experts, all, or any: default, all, attention+experts, experts,
+                    attention+router and attention are searched
+    expert_rank     only where it is asked for: r (as published) | r/k | r/E | any; an expert's rank, where k of E are
+                    active
     rank            1 .. 32, logarithmic
     lora_alpha      8 .. 256, logarithmic, independent of the rank
     scaled_rate     learning_rate·lora_alpha, 5e-4 .. 0.5, logarithmic: ΔW moves by it a step whatever the rank, so
@@ -32,7 +38,7 @@ from typing import Any
 
 from allocators.core.types import ModelShape, Point
 
-from ._knobs import lora_recipe
+from ._knobs import lora_recipe, role_knobs
 
 BASE = "moe"
 ALLOCATORS = ("sieve", "coverage", "greedy", "esft", "random", "all", "none")
@@ -56,7 +62,7 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
         case "esft":
             knobs["p"] = trial.suggest_float("p", 0.05, 0.75, step=0.05)
             knobs["score"] = trial.suggest_categorical("esft_score", ["token", "gate"])
-    return Point(allocator, knobs, lora_recipe(trial))
+    return Point(allocator, knobs | role_knobs(trial, shape), lora_recipe(trial))
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:

@@ -200,6 +200,11 @@ def floor_share(share: float, size: int) -> int:
     return math.floor(share * size + 1e-9)
 
 
+def part_of_rank(rank: int, parts: int) -> int:
+    """rank/parts rounded down, at least 1: an expert's rank as r/k or r/E."""
+    return max(1, rank // parts)
+
+
 def nearest_share(share: float, size: int) -> int:
     """floor(share · size + 1/2): a half goes up, as D-MoLE's script rounds."""
     return math.floor(share * size + 0.5 + 1e-9)

@@ -159,8 +159,17 @@ def _hints(module: ModuleType) -> Mapping[str, Any]:
         return {}
 
 
-def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Mapping[str, Any]) -> Allocation:
+def call(
+    module: ModuleType,
+    signal: Signal | None,
+    shape: ModelShape,
+    knobs: Mapping[str, Any],
+    *,
+    among: ModelShape | None = None,
+) -> Allocation:
     """`module.allocate(signal, shape, **knobs)` behind a door that checks everything but the knobs' values.
+
+    among   the part of the shape that the rule is shown, where it is not the whole
 
     Raises StudyError as `check` does and when the signal is missing; InfeasibleError (from the allocator) when the
     knobs' values ask for what does not exist, RuleError when its code fails or returns something else.
@@ -170,7 +179,7 @@ def call(module: ModuleType, signal: Signal | None, shape: ModelShape, knobs: Ma
     if module.NEEDS is not None and signal is None:
         raise StudyError(f"{name} needs the {module.NEEDS} signal of {shape.name}, and none was measured")
     with failing(module, f"allocator {name}", RuleError):
-        allocation = module.allocate(signal, shape, **knobs)
+        allocation = module.allocate(signal, shape if among is None else among, **knobs)
         wanted = ExpertSelection if shape.is_moe else ExpertCounts
         if isinstance(allocation, wanted | ModuleRanks):
             allocation.check(shape)

@@ -4,14 +4,15 @@
     shape_from_config(model.config, name="tiny-moe").total_experts
 
 Module paths are those of transformers 5, where a layer's experts are stacked in one tensor. Left out: embeddings,
-norms, the head, and Qwen's `shared_expert_gate` (MoE-Sieve's published parameter counts leave it out).
+norms and the head. Qwen's `shared_expert_gate` is a role of its own, which nothing adapts unless it is asked to
+(MoE-Sieve's published parameter counts leave it out).
 
 A family is one entry of `FAMILIES`; its defaults are those of the transformers config class: config.json may omit them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class Family:
     moe_block     where router and experts hang in the layer
     router        name of the router in that block
     shared        name (in the layer), input size and output size of each linear map of the shared experts
+    shared_gate   name (in the layer) of the gate of the shared expert, [hidden] to one number; "": there is none
     latent        DeepSeek's multi-head latent attention instead of q, k, v, o
     """
 
@@ -41,6 +43,7 @@ class Family:
     moe_block: str = "mlp"
     router: str = "gate"
     shared: Callable[[Config], list[tuple[str, int, int]]] = lambda _: []
+    shared_gate: str = ""
     latent: bool = False
 
 
@@ -69,7 +72,18 @@ def shape_from_config(config: Mapping[str, Any] | Any, *, name: str) -> ModelSha
     except ValueError as error:
         raise StudyError(f"the config of {name} cannot be right: {error}") from None
     modules = [m for layer in range(sizes["num_hidden_layers"]) for m in _layer(family, sizes, layer)]
-    return ModelShape(name, tuple(modules), sizes["num_hidden_layers"])
+    return ModelShape(name, tuple(modules), sizes["num_hidden_layers"], active_experts(given, modules))
+
+
+def active_experts(config: Config, modules: Iterable[ModuleShape]) -> int:
+    """Experts that a token goes to, k; 0 for a dense model, and where the config does not say it."""
+    most = max((m.num_experts for m in modules), default=0)
+    for key in _ACTIVE_KEYS:
+        value = config.get(key)
+        if isinstance(value, int) and 1 <= value <= most:
+            return int(value)
+    default = _ACTIVE.get(str(config.get("model_type")), 0)
+    return default if default <= most and not any(key in config for key in _ACTIVE_KEYS) else 0
 
 
 def _check(family: Family, c: Config) -> None:
@@ -107,6 +121,8 @@ def _layer(family: Family, c: Config, layer: int) -> Iterator[ModuleShape]:
         yield module(f"{family.moe_block}.experts.{name}", fan_in, fan_out, "expert", experts)
     for path, fan_in, fan_out in family.shared(c):
         yield module(path, fan_in, fan_out, "shared_expert")
+    if family.shared_gate:
+        yield module(family.shared_gate, hidden, 1, "shared_gate")
 
 
 def _gated(hidden: int, width: int) -> tuple[tuple[str, int, int], ...]:
@@ -181,6 +197,14 @@ def _sizes(hidden: int, width: int, layers: int, heads: int, key_heads: int | No
 _LATENT = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _QWEN_LAYERS = {"decoder_sparse_step": 1, "mlp_only_layers": None}
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_ACTIVE_KEYS = (
+    *("num_experts_per_tok", "experts_per_token", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k"),
+    *("num_selected_experts", "top_k_experts", "experts_top_k"),
+)
+_ACTIVE = {  # where config.json omits it, as with the other defaults
+    **{"olmoe": 8, "qwen2_moe": 4, "qwen3_moe": 8, "mixtral": 2, "deepseek_v3": 8, "gpt_oss": 4},
+    **{"granitemoe": 2, "granitemoeshared": 2},
+}
 _MAY_BE_ZERO = ("first_k_dense_replace", "shared_intermediate_size")
 _LARGEST = 1 << 24  # of a width: no model is near it
 _MOST = {"num_hidden_layers": checks.MOST_LAYERS, **dict.fromkeys(_EXPERT_KEYS, checks.MOST_EXPERTS)}
@@ -203,6 +227,7 @@ FAMILIES: dict[str, Family] = {
         _qwen_experts,
         expert_width="moe_intermediate_size",
         shared=lambda c: _in_mlp("shared_expert", c["hidden_size"], c["shared_expert_intermediate_size"]),
+        shared_gate="mlp.shared_expert_gate",
     ),
     "qwen3_moe": Family(
         _sizes(2048, 6144, 24, 32, 4, num_experts=128, moe_intermediate_size=768, **_QWEN_LAYERS),

@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from allocators.core import checks
 from allocators.core.errors import InfeasibleError, StudyError, shown
 
-Role = Literal["attention", "mlp", "expert", "router", "shared_expert"]
+Role = Literal["attention", "mlp", "expert", "router", "shared_expert", "shared_gate"]
 
 # What a selection of experts always adapts besides them: settled by the published parameter counts (tests/golden/).
 ALWAYS_ADAPTED: tuple[Role, ...] = ("attention", "router", "shared_expert")
@@ -79,7 +79,7 @@ class ModuleShape:
     layer         decoder layer, from 0
     in_features, out_features   of one expert's projection where the module is stacked
     num_experts   0 for a plain linear map, E for a stack of E experts
-    role          attention | mlp | expert | router | shared_expert
+    role          attention | mlp | expert | router | shared_expert | shared_gate (Qwen's, with one output)
     """
 
     path: str
@@ -101,14 +101,18 @@ class ModuleShape:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a model's adaptable modules, in the order of the layers. Holds no weights and needs no torch."""
+    """Sizes of a model's adaptable modules, in the order of the layers. Holds no weights and needs no torch.
+
+    active_experts   k, the experts that a token goes to; 0 for a dense model, and where it is not known
+    """
 
     name: str
     modules: tuple[ModuleShape, ...]
     num_layers: int
+    active_experts: int = 0
 
     def __reduce__(self) -> tuple[Any, ...]:  # what was looked up stays behind
-        return (ModelShape, (self.name, self.modules, self.num_layers))
+        return (type(self), tuple(getattr(self, f.name) for f in fields(self)))
 
     @cached_property
     def _experts(self) -> dict[int, int]:
@@ -151,13 +155,16 @@ class ModelShape:
         return tuple(m for m in self.modules if m.role in roles)
 
     def to_json(self) -> dict[str, Any]:
-        """What `from_json` reads: name, number of layers, and the fields of every module."""
-        return {"name": self.name, "num_layers": self.num_layers, "modules": [asdict(m) for m in self.modules]}
+        """What `from_json` reads: name, number of layers, the fields of every module, and k where it is known."""
+        active = {"active_experts": self.active_experts} if self.active_experts else {}
+        modules = [asdict(m) for m in self.modules]
+        return {"name": self.name, "num_layers": self.num_layers, "modules": modules, **active}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ModelShape:
         """Raises KeyError or TypeError where a field is missing."""
-        return cls(data["name"], tuple(ModuleShape(**m) for m in data["modules"]), data["num_layers"])
+        modules = tuple(ModuleShape(**m) for m in data["modules"])
+        return cls(data["name"], modules, data["num_layers"], data.get("active_experts", 0))
 
     @property
     def digest(self) -> str:
@@ -584,6 +591,13 @@ class ModuleRanks:
         """Experts that have a rank in at least one of their projections, over all layers; 0 on a dense base."""
         adapted = {(path.rpartition(".")[0], i) for path, rs in self.experts.items() for i, r in enumerate(rs) if r}
         return len(adapted)
+
+    def selection(self, shape: ModelShape) -> ExpertSelection:
+        """The experts that have a rank in at least one of their projections, of a shape that fits."""
+        chosen: dict[int, set[int]] = {}
+        for module in shape.of_role("expert"):
+            chosen.setdefault(module.layer, set()).update(e for e, rank in enumerate(self.of(module)) if rank)
+        return ExpertSelection({layer: tuple(ids) for layer, ids in chosen.items()})
 
     def check(self, shape: ModelShape) -> None:
         """Raises InfeasibleError where a module does not exist, or a stack has not as many experts as ranks."""

@@ -225,18 +225,25 @@ def map_lines(allocation: Allocation, shape: ModelShape) -> list[str]:
     rows = AllocationMap.of(allocation, shape)
     match allocation:
         case ExpertSelection():
-            lines = [f"{allocation.total_experts} of {shape.total_experts} experts have LoRA (#), by layer"]
-            for layer, row in zip(shape.moe_layers, rows.cells, strict=True):
-                marks = "".join("#" if adapted else "." for adapted in row)
-                lines.append(f"layer {layer:>3}  {marks.count('#'):>3} of {len(row)}  {marks}")
-            return [*lines, "and attention, routers and shared experts, in every layer"]
+            return [*_marks(allocation, shape), "and attention, routers and shared experts, in every layer"]
         case ExpertCounts():
             what = "with a router each" if allocation.gating == "routed" else "HydraLoRA: one A, several B, a router"
             head = f"{allocation.total_experts} LoRA experts ({what}): how many each module has"
             return [head, *_grid(rows, shape)]
         case ModuleRanks():
             stacks = "; of a stack of experts the mean, rounded up" if shape.is_moe else ""
-            return [f"the LoRA rank of each module, {allocation.total_rank} in all{stacks}", *_grid(rows, shape)]
+            head = f"the LoRA rank of each module, {allocation.total_rank} in all{stacks}"
+            marks = _marks(allocation.selection(shape), shape) if allocation.experts else []
+            return [head, *_grid(rows, shape), *marks]
+
+
+def _marks(selection: ExpertSelection, shape: ModelShape) -> list[str]:
+    """A line a layer with one mark an expert."""
+    lines = [f"{selection.total_experts} of {shape.total_experts} experts have LoRA (#), by layer"]
+    for layer, row in zip(shape.moe_layers, AllocationMap.of(selection, shape).cells, strict=True):
+        marks = "".join("#" if adapted else "." for adapted in row)
+        lines.append(f"layer {layer:>3}  {marks.count('#'):>3} of {len(row)}  {marks}")
+    return lines
 
 
 def _grid(rows: AllocationMap, shape: ModelShape) -> list[str]:

@@ -20,6 +20,7 @@ from allocators.core.types import Recipe
 from allocators.core.words import Value
 
 T = TypeVar("T")
+ANY = "any"  # `space.NAME=any`: a knob that a space has only where it is asked for is searched
 Kind = tuple[str, object]  # categorical and the choices, or float or int and whether it is logarithmic
 
 
@@ -56,6 +57,20 @@ class PinnedTrial:
             several = ", ".join(map(repr, meant))
             raise StudyError(f"space.{name}={self._pins[name]} is one of {several}: quote it, in a file (config=FILE)")
         return self._keep(name, meant[0])
+
+    def suggest_optional(self, name: str, choices: Sequence[Any], *, searched: Sequence[Any]) -> Any:
+        """A knob that a space has only where `space.NAME=` names it; None where it does not.
+
+        choices    what a pin can be
+        searched   what the pin `any` leaves to the sampler, the value of starting points first
+
+        Raises StudyError as `suggest_categorical` does.
+        """
+        if name not in self._pins:
+            return None
+        if self._pins[name] == ANY:
+            return self._keep(name, self._trial.suggest_categorical(name, list(searched)))
+        return self.suggest_categorical(name, [*choices, ANY])
 
     def suggest_float(self, name: str, low: float, high: float, **options: Any) -> float:
         """Raises StudyError where the pin is no finite number, out of the range or not on its grid."""

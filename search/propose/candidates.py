@@ -78,9 +78,10 @@ def features(trial: Trial, shape: ModelShape, signals: Mapping[str, Signal]) -> 
                 found[module.layer] = found.get(module.layer, 0.0) + sum(allocation.of(module))
     experts = sum(found.values())
     numbers = {"depth": sum(layer * n for layer, n in found.items()) / experts / last if experts else 0.5}
-    if isinstance(allocation, ExpertSelection) and (routing := signals.get("routing")):
+    selection = allocation.selection(shape) if isinstance(allocation, ModuleRanks) and shape.is_moe else allocation
+    if isinstance(selection, ExpertSelection) and (routing := signals.get("routing")):
         picks = {layer: routing.metric(layer, "count") for layer in shape.moe_layers}
-        chosen = sum(picks[layer][i] for layer, ids in allocation.experts.items() for i in ids)
+        chosen = sum(picks[layer][i] for layer, ids in selection.experts.items() for i in ids)
         numbers["routed"] = chosen / max(sum(map(sum, picks.values())), 1.0)
     return numbers
 

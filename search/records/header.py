@@ -104,6 +104,7 @@ def check_shape(shape: Any) -> None:
         checks.whole(module.get("num_experts", 0), "num_experts", high=checks.MOST_EXPERTS)
         if module.get("role", "mlp") not in get_args(Role):
             raise ValueError(f"role of a module must be one of {', '.join(get_args(Role))}")
+    checks.whole(shape.get("active_experts", 0), "shape.active_experts", high=checks.MOST_EXPERTS)
     ModelShape.from_json(shape)
 
 

@@ -161,6 +161,11 @@ def _row(line: Mapping[str, Any]) -> Row:
     )
 
 
+def _compared(part: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what earlier versions kept no record of."""
+    return {key: value for key, value in part.items() if key != "active_experts"}
+
+
 def export(folders: Iterable[str | Path], file: str | Path) -> Table:
     """Writes the trainings of studies that differ in their seed only into one table, and returns it.
 
@@ -175,10 +180,11 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
     for records in studies:
         identity = {key: value for key, value in records.header["identity"].items() if key != "seed"}
         signals = {kind: signal.to_json() for kind, signal in records.signals.items()}
-        own = {"format": FORMAT, "identity": identity, "shape": records.shape.to_json(), "signals": signals}
+        own: dict[str, Any] = {"format": FORMAT, "identity": identity}
+        own |= {"shape": records.shape.to_json(), "signals": signals}
         about = about or own
         for part in ("identity", "shape", "signals"):
-            if own[part] != about[part]:
+            if _compared(own[part]) != _compared(about[part]):
                 raise StudyError(
                     f"{records.folder} and {studies[0].folder} differ in their {part}: a table holds one space, model "
                     "and task; export them into two"

@@ -20,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from allocators import _roles
 from allocators.core import plugins, words
 from allocators.core.errors import StudyError, ToolkitError
 from search.records.redact import redacted
@@ -65,6 +66,9 @@ def help_text() -> str:
     """Keys with their defaults, then every allocator with its knobs."""
     lines = [(__doc__ or "").strip(), "", "keys:"]
     lines += words.help_of(ShowConfig)
+    lines += ["", "knobs of every allocator on an MoE model (allocators/_roles.py says what they mean):"]
+    lines.append(f"  roles=default (all, or of {', '.join(_roles.ROLES)} some, joined by +)")
+    lines.append(f"  expert_rank=r ({', '.join(_roles.EXPERT_RANKS[1:])})")
     lines += ["", "allocators and knobs:"]
     for name in plugins.names("allocators"):
         module = plugins.load("allocators", name)

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from allocators import _roles
 from allocators.core import plugins
 from allocators.core.errors import InfeasibleError, NotFiniteError, StudyError, ToolkitWarning, did_you_mean, unknown
 from allocators.core.layers import total_or_default
@@ -39,8 +40,9 @@ def look(config: ShowConfig, knobs: Mapping[str, Any]) -> Shown:
     modules = {name: plugins.load("allocators", name) for name in names}
     knobs_by_name = _deal(knobs, modules)
     for name, module in modules.items():
-        plugins.check(module, shape, knobs_by_name[name])
-        plugins.check_values(module, knobs_by_name[name])
+        own, _ = _roles.split(knobs_by_name[name])
+        plugins.check(module, shape, own)
+        plugins.check_values(module, own)
 
     lacking = _measure({m.NEEDS for m in modules.values() if m.NEEDS is not None}, signals, origins, config, shape)
     origins += models.left_out(model, trust_remote_code=config.trust_remote_code)
@@ -140,7 +142,8 @@ def _ask(
     with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always", ToolkitWarning)
         try:
-            allocation = plugins.call(module, signals.get(module.NEEDS), shape, seeded | dict(knobs))
+            signal = signals.get(module.NEEDS)
+            allocation = _roles.call(module, signal, shape, seeded | dict(knobs), rank=config.rank)
         except InfeasibleError as error:
             return Answer(name, knobs, None, reason=str(error))
         except StudyError as error:
@@ -161,9 +164,10 @@ def _deal(knobs: Mapping[str, Any], modules: Mapping[str, ModuleType]) -> dict[s
                 )
             dealt[name][knob] = value
             continue
-        takers = [n for n, module in modules.items() if key in plugins.knobs_of(module)]
+        takers = [n for n, module in modules.items() if key in plugins.knobs_of(module) or key in _roles.KNOBS]
         if not takers:
             known = {f.name for f in fields(ShowConfig)} | {k for m in modules.values() for k in plugins.knobs_of(m)}
+            known |= {*_roles.KNOBS}
             raise StudyError(
                 f"unknown key '{key}': neither a key nor a knob of {', '.join(modules)}"
                 f"{did_you_mean(key, known)} (help lists both)"

@@ -115,8 +115,10 @@ def cells(answer: Answer, shown: Shown) -> tuple[str, ...]:
         return answer.name, knobs, "", answer.reason, "", "", ""
     counts = per_layer(answer.allocation, shown.shape)
     covers = ""
-    if isinstance(answer.allocation, ExpertSelection) and "routing" in shown.signals:
-        shares = covered_shares(answer.allocation, shown.signals["routing"], shown.shape).values()
+    allocation = answer.allocation
+    selection = allocation.selection(shown.shape) if isinstance(allocation, ModuleRanks) else allocation
+    if isinstance(selection, ExpertSelection) and "routing" in shown.signals:
+        shares = covered_shares(selection, shown.signals["routing"], shown.shape).values()
         covers = f"{statistics.fmean(shares):.0%} ({min(shares):.0%}–{max(shares):.0%})"
     params = answer.trainable_params(shown.shape, rank=shown.rank)
     share = f"{params / shown.budget:.1%}" if shown.budget else ""

@@ -124,7 +124,7 @@ def has_weights(name: str) -> bool:
 def left_out(name: str, *, trust_remote_code: bool = False) -> list[str]:
     """A note that names the linear maps of decoder layers that have no role, and so never get LoRA; [] for none.
 
-    The families of allocators/core/shapes.py have a role for every map but Qwen's `shared_expert_gate`.
+    The families of allocators/core/shapes.py have a role for every map.
 
     Raises StudyError as `shape_of` does.
     """

@@ -8,7 +8,8 @@ what it is and where it hangs, so a family that transformers adds tomorrow needs
     expert          a module of transformers' experts interface (3-D weights): gate_proj, up_proj, down_proj of each
     router          in the block around it: what hangs below a name like `gate` or `router`, or has a weight
                     [experts, hidden]
-    shared_expert   other linear maps of that block, or of a block called `shared…`; with one output: a gate, left out
+    shared_expert   other linear maps of that block, or of a block called `shared…`
+    shared_gate     of these one with one output, called `shared…`
     attention       linear maps below a module called `…attn` or `…attention`, or beside one called q_proj
     mlp             in layers without experts: linear maps of feed-forward blocks, or beside one called down_proj or fc2
 
@@ -31,6 +32,7 @@ from torch import nn
 
 from allocators.core import checks
 from allocators.core.errors import StudyError
+from allocators.core.shapes import active_experts
 from allocators.core.types import ModelShape, ModuleShape, Role
 from trainers.models import files
 from trainers.models.quantized import is_quantized
@@ -83,7 +85,8 @@ def shape_from_modules(model: Any, *, name: str) -> ModelShape:
     modules = [m for m in _in_layers(layers, path) if isinstance(m, ModuleShape)]
     if not modules:
         raise StudyError(f"the layers of {type(model).__name__} hold no attention, experts or MLP that LoRA can go on")
-    return ModelShape(name, tuple(modules), len(layers))
+    config = model.config.get_text_config(decoder=True).to_dict()
+    return ModelShape(name, tuple(modules), len(layers), active_experts(config, modules))
 
 
 def left_out(model: Any, *, name: str) -> str:
@@ -156,8 +159,9 @@ def _role(path: str, module: nn.Module, inside: dict[str, nn.Module], stacks: di
     if not _is_linear(module):
         return None
     if stacks:
-        shared = block is not None or "shared" in path
-        return "shared_expert" if shared and module.out_features > 1 else None  # type: ignore[operator]
+        if module.out_features == 1:
+            return "shared_gate" if "shared" in path else None
+        return "shared_expert" if block is not None or "shared" in path else None
     return "mlp" if _FEED_FORWARD.search(path) or beside & _OF_MLP else None
 
 

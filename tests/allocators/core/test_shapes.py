@@ -69,7 +69,9 @@ def built(family: str) -> dict[str, tuple[int, int, int, str]]:
         elif type(module).__name__.endswith(("TopKRouter", "TopkRouter")):
             experts, hidden = module.weight.shape
             sizes_of[path] = (hidden, experts, 0, "router")
-        elif isinstance(module, torch.nn.Linear) and path != "lm_head" and not path.endswith("shared_expert_gate"):
+        elif path.endswith("shared_expert_gate"):
+            sizes_of[path] = (module.in_features, 1, 0, "shared_gate")
+        elif isinstance(module, torch.nn.Linear) and path != "lm_head":
             shared = "shared" in layer_path
             role = "attention" if "self_attn" in layer_path else "shared_expert" if shared else "mlp"
             sizes_of[path] = (module.in_features, module.out_features, 0, role)

@@ -417,7 +417,8 @@ def test_a_shared_expert_as_wide_as_there_are_experts_is_no_router(tmp_path: Pat
     roles = roles_of(name)
     assert roles["router"] == ["0.mlp.gate", "1.mlp.gate"]
     assert len(roles["shared_expert"]) == 6
-    assert "mlp.shared_expert_gate (2 of 2 layers)" in models.left_out(name)[0]
+    assert roles["shared_gate"] == ["0.mlp.shared_expert_gate", "1.mlp.shared_expert_gate"]
+    assert not any("shared_expert_gate" in note for note in models.left_out(name))
 
 
 # --- weights of several layers ----------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ FIXED_COST = False
 def allocate(signal: Signal, shape: ModelShape, *, share: float = 0.5, score: Score = "count") -> ExpertSelection:
     """The best experts of every layer by (−score, id) until they hold `share` of the layer's score.
 
-    share   of a layer's tokens (score=count) or of its gate weight (score=mass), in (0, 1]
+    share   of a layer's tokens (score=count), of its gate weight (score=mass), or of the sum over its experts of the
+            mean norm of their outputs, with the gate (score=reap) or without (score=ean), in (0, 1]
 
     Raises InfeasibleError for a share outside (0, 1].
     """

@@ -34,6 +34,7 @@ def allocate(
 
     fraction        the budget that sieve spends at this fraction, 0.25 unless total_experts is given
     total_experts   experts over all layers
+    score           as in sieve
 
     Raises InfeasibleError where that is no expert or more than there are.
     """

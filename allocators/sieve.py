@@ -30,7 +30,8 @@ def allocate(
 
     fraction       share of a layer's experts, 0.25 (the paper's) unless experts_kept is given
     experts_kept   the same as a number
-    score          count: tokens dispatched to the expert; mass: the sum of its gate weights
+    score          count: tokens dispatched to the expert; mass: the sum of its gate weights; reap: gate weight times
+                   the norm of the expert's output, mean over its tokens; ean: that norm alone
 
     Raises InfeasibleError where that is no expert or more than there are.
     """

@@ -378,7 +378,8 @@ def placeholder(kind: SignalKind, shape: ModelShape, *, datasets: int = 1) -> Si
     rows: dict[str, dict[str, tuple[float, ...]]]
     if kind == "routing":
         rows = {
-            str(layer): dict.fromkeys(("count", "mass"), (1.0,) * shape.experts_in(layer)) for layer in shape.moe_layers
+            str(layer): dict.fromkeys(("count", "mass", "reap", "ean"), (1.0,) * shape.experts_in(layer))
+            for layer in shape.moe_layers
         }
     elif kind == "spectrum":
         # not flat: then AlphaLoRA would be uniform, and be answered as its repeat
@@ -386,6 +387,12 @@ def placeholder(kind: SignalKind, shape: ModelShape, *, datasets: int = 1) -> Si
         rows = {key: dict.fromkeys(metrics, (2.0 + m.layer,)) for m in shape.modules for key in _rows_of(m)}
         for place, row in enumerate(rows.values()):  # not by layer: rules that choose matrices would choose layers
             row |= {"snr": (1.0 + 7 * place % 13,), "condition": (2.0 + 11 * place % 17,)}
+    elif kind == "representation":  # neither flat nor by layer, as above
+        rows = {
+            key: {"explained": tuple(0.5 / (1 + c + place % 5) for c in range(64)), "feature_norm": (1 + place % 7,)}
+            for place, key in enumerate(key for m in shape.modules for key in _rows_of(m))
+        }
+        rows |= {str(layer): {"similarity": (1.0 / (1 + layer % 3),)} for layer in range(shape.num_layers)}
     else:
         by_size = sorted(shape.modules, key=lambda m: (m.lora_params(8) + m.in_features, m.path))
         rows = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from allocators import _roles
+from allocators.core.ranking import SCORES
 from allocators.core.types import ModelShape
 
 # AlphaLoRA's and MoLA's: rank 8, lora_alpha 16, learning_rate 3e-4, top-2.
@@ -30,6 +31,13 @@ def lora_recipe(trial: Any) -> dict[str, Any]:
         "lora_alpha": trial.suggest_float("lora_alpha", 8.0, 256.0, log=True),
         "scaled_rate": trial.suggest_float("scaled_rate", 5e-4, 0.5, log=True),
     }
+
+
+def score(trial: Any) -> str:
+    """What makes an expert hot: count or mass, and where `space.score=` names it reap or ean, too."""
+    optional = getattr(trial, "suggest_optional", lambda *_, **__: None)
+    asked = optional("score", SCORES, searched=SCORES)
+    return str(asked or trial.suggest_categorical("score", ["count", "mass"]))
 
 
 def role_knobs(trial: Any, shape: ModelShape) -> dict[str, Any]:
@@ -57,7 +65,7 @@ def total_experts(trial: Any, shape: ModelShape) -> int:
 def dense_knobs(trial: Any, allocator: str, shape: ModelShape) -> dict[str, Any]:
     """The knobs of one allocator for dense bases, and of no other."""
     match allocator:
-        case "uniform" | "random":
+        case "uniform" | "random" | "layermoe":
             return {"total_experts": total_experts(trial, shape)}
         case "mola":
             return {"pattern": trial.suggest_categorical("pattern", list(PATTERNS))}

@@ -6,8 +6,8 @@
 Every published rule is a candidate beside uniform and random, each with its own knobs and no other's.
 
 Knobs
-    allocator           uniform | random | mola | alphalora | lora_smoe | sensitivity
-    total_experts       T (uniform, random, alphalora, sensitivity): 1 .. 8 a layer in steps of half a layer
+    allocator           uniform | random | mola | alphalora | lora_smoe | sensitivity | layermoe
+    total_experts       T (all but mola and lora_smoe): 1 .. 8 a layer in steps of half a layer
     pattern             mola: 2468 | 8642 | 8228 | 2882 | 5555 | 8888
     beta, metric        alphalora: 1 .. 4 in steps of 0.5; hill | alpha_hat | stable_rank
     sensitivity_beta    sensitivity: 0.25 .. 1 in steps of 0.25 (gradient norms spread far wider than spectra)
@@ -17,7 +17,8 @@ Knobs
 
 Starting points, all at T = 5 a layer (or nearest) with the study's recipe (space=sieve says what that is): uniform,
 random, MoLA-2468, alphalora with hill and β = 2.5, sensitivity with β = 0.5, lora_smoe S at retention 0.6 with 8
-experts a block; the same alphalora with the paper's recipe (rank 8, lora_alpha 16, learning_rate 3e-4, top-2).
+experts a block; the same alphalora with the paper's recipe (rank 8, lora_alpha 16, learning_rate 3e-4, top-2);
+layermoe.
 
 Measured in the papers' coordinates (lora_alpha = 2·rank), on task=tiny_backcipher with select_on=test, on two CPU
 cores, both signals included: 16 trials in 4.3 minutes, 3.8 GiB at peak. One seed: at T = 40 uniform .970, sensitivity
@@ -33,7 +34,7 @@ from allocators.core.types import ModelShape, Point
 from ._knobs import PAPERS, controls, dense_knobs, dense_recipe
 
 BASE = "dense"
-ALLOCATORS = ("uniform", "random", "mola", "alphalora", "lora_smoe", "sensitivity")
+ALLOCATORS = ("uniform", "random", "mola", "alphalora", "lora_smoe", "sensitivity", "layermoe")
 
 
 def suggest(trial: Any, shape: ModelShape) -> Point:
@@ -54,4 +55,5 @@ def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
         same_total | {"allocator": "sensitivity", "sensitivity_beta": 0.5},
         {"allocator": "lora_smoe", "retention": 0.6, "strategy": "S", "experts_per_block": 8},
         alphalora | PAPERS,
+        same_total | {"allocator": "layermoe"},
     ]

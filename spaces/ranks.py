@@ -10,14 +10,17 @@ is compared, and no scale. On an MoE model every expert's projection is a matrix
 
 Knobs
     allocator           uniform_ranks | random_ranks | stratified_ranks (the controls) | sensitivity_ranks |
-                        hill_ranks | hilo | kappatune | spectrum | dmole | aletheia | domlora
+                        hill_ranks | hilo | kappatune | spectrum | dmole | aletheia | domlora | eva | plop
     sensitivity_beta    sensitivity_ranks: 0.25 .. 1 in steps of 0.25
     beta                hill_ranks: 1 .. 4 in steps of 0.5
     pattern             hilo: 2468 | 8642 | 8228 | 2882
     share               kappatune, dmole, aletheia: 0.1 .. 0.9 of the matrices (aletheia: of the layers) in steps of 0.1
     snr_share           spectrum: the same of each type's matrices, from the first step on that is one matrix
-    equal               these four: parameters | rank. rank: a matrix that is chosen has the recipe's rank, as in the
-                        papers, and there are fewer parameters
+    rho                 eva: 1 .. 4 in steps of 0.5; no matrix has more than rho times the recipe's rank
+    types               plop: 1 .. 5 of the types of matrices
+    order               plop: lowest | highest, the paper's control
+    equal               kappatune, spectrum, dmole, aletheia, plop: parameters | rank. rank: a matrix that is chosen has
+                        the recipe's rank, as in the papers, and there are fewer parameters
     number              domlora: 1 .. 8 matrices, each with the recipe's rank
     roles, expert_rank  only where they are asked for, on an MoE model, as in space=sieve: space.roles=experts.
                         By default attention, shared experts, experts and MLPs of dense layers have ranks; router and
@@ -44,6 +47,7 @@ CONTROLS = ("uniform_ranks", "random_ranks", "stratified_ranks")
 ALLOCATORS = (
     *CONTROLS,
     *("sensitivity_ranks", "hill_ranks", "hilo", "kappatune", "spectrum", "dmole", "aletheia", "domlora"),
+    *("eva", "plop"),
 )
 
 
@@ -64,6 +68,12 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
             low = _one_of_a_type(shape)
             knobs["share"] = trial.suggest_float("snr_share", low, max(low, 0.9), step=0.1)
             knobs["equal"] = trial.suggest_categorical("equal", ["parameters", "rank"])
+        case "eva":
+            knobs["rho"] = trial.suggest_float("rho", 1.0, 4.0, step=0.5)
+        case "plop":
+            knobs["types"] = trial.suggest_int("types", 1, 5)
+            knobs["order"] = trial.suggest_categorical("order", ["lowest", "highest"])
+            knobs["equal"] = trial.suggest_categorical("equal", ["parameters", "rank"])
         case "kappatune" | "dmole" | "aletheia":
             knobs["share"] = trial.suggest_float("share", 0.1, 0.9, step=0.1)
             knobs["equal"] = trial.suggest_categorical("equal", ["parameters", "rank"])
@@ -82,6 +92,8 @@ def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
         {"allocator": "dmole", "share": 0.5, "equal": "parameters"},
         {"allocator": "aletheia", "share": 0.5, "equal": "parameters"},
         {"allocator": "domlora", "number": 1},
+        {"allocator": "eva", "rho": 2.0},
+        {"allocator": "plop", "types": 3, "order": "lowest", "equal": "parameters"},
     ]
 
 

@@ -13,7 +13,9 @@ Knobs
                     (coarser where a layer has fewer than 16 experts)
     share           share of the routed tokens or gate mass that the kept experts cover (coverage)
     p               the same for ESFT; the expert that crosses it is included
-    score           count | mass: what "most routed" means (sieve, coverage, greedy)
+    score           count | mass: what "most routed" means (sieve, coverage, greedy); reap | ean only where they are
+                    asked for: space.score=reap (gate times the norm of an expert's output, mean over its tokens), ean
+                    (the norm alone), any (all four)
     esft_score      token | gate (esft)
     roles           only where it is asked for, else as published: space.roles=experts (the chosen experts alone),
                     attention+experts (router frozen), any other combination of attention, router, shared, gate (Qwen's,
@@ -38,7 +40,7 @@ from typing import Any
 
 from allocators.core.types import ModelShape, Point
 
-from ._knobs import lora_recipe, role_knobs
+from ._knobs import lora_recipe, role_knobs, score
 
 BASE = "moe"
 ALLOCATORS = ("sieve", "coverage", "greedy", "esft", "random", "all", "none")
@@ -53,12 +55,12 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
     match allocator:
         case "sieve" | "greedy":
             knobs["fraction"] = trial.suggest_float("fraction", step, 1 - step, step=step)
-            knobs["score"] = trial.suggest_categorical("score", ["count", "mass"])
+            knobs["score"] = score(trial)
         case "random":
             knobs["fraction"] = trial.suggest_float("fraction", step, 1 - step, step=step)
         case "coverage":
             knobs["share"] = trial.suggest_float("share", 0.1, 0.9, step=0.05)
-            knobs["score"] = trial.suggest_categorical("score", ["count", "mass"])
+            knobs["score"] = score(trial)
         case "esft":
             knobs["p"] = trial.suggest_float("p", 0.05, 0.75, step=0.05)
             knobs["score"] = trial.suggest_categorical("esft_score", ["token", "gate"])

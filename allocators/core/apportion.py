@@ -195,6 +195,21 @@ def _lift(ranks: list[int], minimum: Sequence[int], order: Sequence[int], costs:
         over -= taken * costs[i]
 
 
+def ceilings(weights: Sequence[float], total: int) -> tuple[int, ...]:
+    """⌈w_i·K⌉ with the K at which they sum to `total` (Adams's method); first on ties, at least one each.
+
+    Raises InfeasibleError for weights that are not positive numbers, or a total below one each.
+    """
+    exact = _exact(weights)
+    if not all(exact):
+        raise InfeasibleError("weights must be positive: the ceiling of nothing is no expert")
+    _check_total(total, len(exact), 1, None)
+    counts = [1] * len(exact)
+    for _ in range(total - len(exact)):
+        counts[min(range(len(exact)), key=lambda i: counts[i] / exact[i])] += 1
+    return tuple(counts)
+
+
 def floor_share(share: float, size: int) -> int:
     """floor(share · size) for the share that is meant: 0.29 of 100 is 29, though 0.29 * 100 is 28.99…"""
     return math.floor(share * size + 1e-9)

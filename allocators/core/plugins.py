@@ -7,7 +7,7 @@
 
 An allocator is a module with
 
-    NEEDS        "routing" | "spectrum" | "sensitivity" | None     the signal it reads
+    NEEDS        "routing" | "spectrum" | "sensitivity" | "representation" | None     the signal it reads
     BASE         "moe" | "dense" | "any"                           the models it answers for
     FIXED_COST   bool    True when the number of trainable parameters does not depend on the signal's values
     GIVES        "experts" | "ranks"     what its allocations are about: "ranks" for `ModuleRanks`; may be left out
@@ -39,7 +39,7 @@ from typing import Any
 from allocators.core.errors import InfeasibleError, RuleError, StudyError, ToolkitError, one_line, shown, unknown
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, ModuleRanks, Signal
 
-NEEDS = ("routing", "spectrum", "sensitivity", None)
+NEEDS = ("routing", "spectrum", "sensitivity", "representation", None)
 BASES = ("moe", "dense", "any")
 GIVES = ("experts", "ranks")
 _COMMANDS = ("show",)  # files of a plug-in folder that are commands, not plug-ins

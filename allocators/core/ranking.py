@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from allocators.core.errors import InfeasibleError, StudyError, did_you_mean
 from allocators.core.types import ExpertSelection, ModelShape, Signal
 
-Score = Literal["count", "mass"]
-SCORES: tuple[Score, ...] = ("count", "mass")
+Score = Literal["count", "mass", "reap", "ean"]
+SCORES: tuple[Score, ...] = get_args(Score)
 
 
 def routing_scores(signal: Signal, shape: ModelShape, *, score: Score) -> dict[int, tuple[float, ...]]:
-    """For every MoE layer the tokens (`count`) or the gate weight (`mass`) that each expert received, [E].
+    """For every MoE layer what each expert has, [E]: the tokens (`count`) or the gate weight (`mass`) that it received,
+    or the mean norm of its outputs for them, with the gate (`reap`) or without (`ean`).
 
     Raises InfeasibleError for another score, StudyError where the signal is not a routing of this model.
     """

@@ -3,7 +3,7 @@
 Read this file first. Standard library only; every value is immutable, has a JSON form and a digest.
 
     ModelShape   sizes of a model's adaptable modules, no weights          (from a config: `core/shapes.py`)
-    Signal       one measurement: spectrum, sensitivity or routing         (`allocators/signals/`)
+    Signal       one measurement: spectrum, sensitivity, routing, …        (`allocators/signals/`)
     Allocation   = ExpertCounts (experts to *add* to a dense model)
                  | ExpertSelection (experts to *adapt* in an MoE model)    (`allocators/*.py`)
                  | ModuleRanks (a LoRA rank for every module, of either)
@@ -172,17 +172,18 @@ class ModelShape:
         return digest_of(self.to_json())
 
 
-SignalKind = Literal["spectrum", "sensitivity", "routing"]
+SignalKind = Literal["spectrum", "sensitivity", "routing", "representation"]
 
 
 @dataclass(frozen=True)
 class Signal:
     """One measurement on one model.
 
-    kind         spectrum | sensitivity | routing
+    kind         spectrum | sensitivity | routing | representation
     rows         `rows[key][metric]` is a tuple of floats. Keys are layer numbers as text (`"0"`, routing) or module
-                 paths (spectrum, sensitivity). Routing has the metrics `count` (tokens dispatched to each expert, [E])
-                 and `mass` (sum of gate weights, [E]).
+                 paths (spectrum, sensitivity), or both (representation). Routing has the metrics `count` (tokens
+                 dispatched to each expert, [E]), `mass` (sum of gate weights, [E]), `reap` and `ean` (mean norm of the
+                 expert's outputs with and without the gate, [E]).
     axis         what the position in a tuple means, e.g. `expert`
     unit         e.g. `tokens`, `1`
     provenance   model, revision or weight hash, data hash, samples, seed, code version: everything that the numbers

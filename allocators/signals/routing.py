@@ -1,4 +1,4 @@
-"""How many tokens each expert receives, and with how much gate weight, per layer. Reads a model, changes nothing.
+"""How many tokens each expert receives, with how much gate weight, and how large its outputs for them are, per layer.
 
     prompts = task.prompts(tokenizer, 256, seed)                        # token ids of training documents
     signal = measure(model, pad(prompts, pad_token_id=0), provenance={…})
@@ -6,21 +6,22 @@
 
 Or from a terminal: python -m allocators.show model=tiny-moe
 
-One forward pass in eval mode without gradients; prompt tokens count, padding does not; the head is never run. A
-transformers MoE layer calls its experts with (hidden states, ids, weights) whatever the family, so one hook reads them
-all.
+Reads a model, changes nothing. One forward pass in eval mode without gradients; prompt tokens count, padding does not;
+the head is never run. A transformers MoE layer calls its experts with (hidden states, ids, weights) whatever the
+family, so one hook reads them all. The outputs of single experts are read where transformers' grouped_mm would norm
+them, so that they are computed once, as the model computes them.
 
 The pass is done in fp32 whatever the model's dtype. In bf16 the rounding of hidden states moves near-tied tokens to
 another expert (11 % of the top choices on one model). Weights are cast a decoder layer at a time and given back, so a
 large bf16 model needs the memory of one more layer, not of a second model.
 
-Letters: B batch, S sequence, T = B·S tokens, k experts per token, E experts.
+Letters: B batch, S sequence, T = B·S tokens, k experts per token, E experts, P = T·k rows sorted by expert, H hidden.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -31,7 +32,7 @@ from allocators.core.errors import StudyError
 from allocators.core.types import Signal
 from allocators.signals import Measurement, Source, with_progress
 
-VERSION = 1  # part of the provenance: raise it when the same model and data would give other numbers
+VERSION = 2  # part of the provenance: raise it when the same model and data would give other numbers
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -62,14 +63,20 @@ def measurement_of(source: Source) -> Measurement:
 
 
 def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, provenance: Mapping[str, Any]) -> Signal:
-    """Routing of a transformers causal language model: rows by layer, metrics `count` and `mass`, [E] each.
+    """Routing of a transformers causal language model: rows by layer, four metrics [E] each. For an expert e
 
-        count_e = number of (token, choice) pairs sent to expert e        mass_e = Σ of their gate weights
+        count   number of (token, choice) pairs sent to e
+        mass    Σ of their gate weights g
+        ean     mean of ‖f_e(x)‖ over them, the norm of e's output; 0 for an expert that receives none
+        reap    mean of g·‖f_e(x)‖ over them: REAP's score (Lasby et al. 2025, arXiv:2510.13999), as is EAN
+
+    ean and reap are empty where the experts cannot run on transformers' grouped_mm.
 
     batches      `input_ids` [B, S] and `attention_mask` [B, S], 1 where a token counts; on any device
     provenance   everything the numbers depend on; becomes the signal's
 
-    Counts are exact; masses are fp32 gate weights summed in fp64. The model comes back as it was: mode, dtypes, hooks.
+    Counts are exact; the rest are fp32 gate weights and norms summed in fp64. The model comes back as it was: mode,
+    dtypes, hooks, implementation of its experts.
 
     Raises StudyError for a model without routed experts, or batches without tokens.
     """
@@ -78,38 +85,87 @@ def measure(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, proven
     if not experts:
         raise StudyError(f"{_name(model)} has no routed experts to count tokens for: routing is a signal of MoE models")
     device = next(base.parameters()).device
-    count_E = {n: torch.zeros(m.num_experts, dtype=torch.int64, device=device) for n, m in experts.items()}
-    mass_E = {n: torch.zeros(m.num_experts, dtype=torch.float64, device=device) for n, m in experts.items()}
     keep_T: list[Tensor] = []  # the running batch's real tokens, for the hooks
-
-    def hook_of(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            _, index_Tk, weight_Tk = arguments
-            keep_Tk = keep_T[0][:, None].expand_as(index_Tk)
-            ids = index_Tk.reshape(-1)
-            # masked by zeros, not by selecting: no device sync, and where() keeps a padded row's NaN out of the sum
-            count_E[layer].index_add_(0, ids, keep_Tk.reshape(-1).long())
-            kept_weight_Tk = torch.where(keep_Tk, weight_Tk.double(), 0.0)
-            mass_E[layer].index_add_(0, ids, kept_weight_Tk.reshape(-1))
-
-        return hook
-
+    sums = {layer: _Sums(module, keep_T, device) for layer, module in experts.items()}
     was_training = {module: module.training for module in model.modules()}
     with ExitStack() as undo:
         for layer, module in experts.items():
-            undo.callback(module.register_forward_pre_hook(hook_of(layer)).remove)
-        undo.enter_context(_in_fp32(base))
-        undo.callback(_restore_mode, was_training)
+            undo.callback(module.register_forward_pre_hook(sums[layer].picks).remove)
+        for layer in on_grouped_mm(model, experts, undo):
+            sums[layer].watch_outputs(undo)
+        undo.enter_context(in_fp32(base))
+        undo.callback(restore_mode, was_training)
         undo.enter_context(torch.no_grad())
         model.eval()
         for batch in batches:
             mask_BS = batch["attention_mask"].to(device)
             keep_T[:] = [mask_BS.reshape(-1).bool()]
             base(input_ids=batch["input_ids"].to(device), attention_mask=mask_BS, use_cache=False)
-    if not any(int(count.sum()) for count in count_E.values()):
+    if not any(int(of.count_E.sum()) for of in sums.values()):
         raise StudyError(f"the routing of {_name(model)} was asked for on no tokens: give at least one sample")
-    rows = {str(n): {"count": tuple(count_E[n].tolist()), "mass": tuple(mass_E[n].tolist())} for n in sorted(experts)}
+    rows = {str(layer): sums[layer].row() for layer in sorted(experts)}
     return Signal("routing", rows, axis="expert", unit="tokens", provenance=provenance)
+
+
+class _Sums:
+    """Sums over the tokens of one layer's experts."""
+
+    def __init__(self, module: Any, keep_T: list[Tensor], device: torch.device) -> None:
+        self.module, self.keep_T, self.sees_outputs = module, keep_T, False
+        self.count_E = torch.zeros(module.num_experts, dtype=torch.int64, device=device)
+        self.mass_E, self.norm_E, self.gated_E = (
+            torch.zeros(module.num_experts, dtype=torch.float64, device=device) for _ in range(3)
+        )
+
+    def picks(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        """Before the experts run."""
+        _, index_Tk, weight_Tk = arguments
+        keep_Tk = self.keep_T[0][:, None].expand_as(index_Tk)
+        ids = index_Tk.reshape(-1)
+        # masked by zeros, not by selecting: no device sync, and where() keeps a padded row's NaN out of the sum
+        self.count_E.index_add_(0, ids, keep_Tk.reshape(-1).long())
+        kept_weight = torch.where(keep_Tk, weight_Tk.double(), 0.0).reshape(-1)
+        self.mass_E.index_add_(0, ids, kept_weight)
+        if self.sees_outputs:
+            self._ids_P, order_P = torch.sort(ids)  # as grouped_mm sorts them
+            self._keep_P, self._gate_P = keep_Tk.reshape(-1)[order_P], kept_weight[order_P]
+
+    def outputs(self, y_PH: Tensor) -> Tensor:
+        """Where grouped_mm would norm the experts' outputs, not yet weighed; gives them back."""
+        norm_P = torch.where(self._keep_P, torch.linalg.vector_norm(y_PH, dim=-1).double(), 0.0)
+        self.norm_E.index_add_(0, self._ids_P, norm_P)
+        self.gated_E.index_add_(0, self._ids_P, norm_P * self._gate_P)
+        return y_PH
+
+    def watch_outputs(self, undo: ExitStack) -> None:
+        own, normed = vars(self.module), self.module.has_post_expert_norm
+        norm = self.module.post_expert_norm if normed else None
+        before = {name: own[name] for name in ("has_post_expert_norm", "post_expert_norm") if name in own}
+
+        def restore() -> None:
+            own.pop("has_post_expert_norm"), own.pop("post_expert_norm")
+            own.update(before)
+
+        own["has_post_expert_norm"] = True
+        own["post_expert_norm"] = lambda y_PH: self.outputs(y_PH if norm is None else norm(y_PH))
+        undo.callback(restore)
+        self.sees_outputs = True
+
+    def row(self) -> dict[str, tuple[float, ...]]:
+        row = {"count": tuple(self.count_E.tolist()), "mass": tuple(self.mass_E.tolist()), "reap": (), "ean": ()}
+        if self.sees_outputs:
+            row["reap"] = tuple((self.gated_E / self.count_E.clamp(min=1)).tolist())
+            row["ean"] = tuple((self.norm_E / self.count_E.clamp(min=1)).tolist())
+        return row
+
+
+def on_grouped_mm(model: Any, experts: Mapping[int, Any], undo: ExitStack) -> list[int]:
+    """Lets the experts run on transformers' grouped_mm, its default; the layers that do."""
+    able = [layer for layer, module in experts.items() if hasattr(module, "has_post_expert_norm")]
+    if able and model.get_experts_implementation() != "grouped_mm":
+        undo.callback(model.set_experts_implementation, model.get_experts_implementation())
+        model.set_experts_implementation("grouped_mm")
+    return [layer for layer in able if experts[layer].config._experts_implementation == "grouped_mm"]
 
 
 def pad(prompts: Sequence[Sequence[int]], *, pad_token_id: int, batch_size: int = 16) -> Iterator[dict[str, Tensor]]:
@@ -133,13 +189,14 @@ def _name(model: nn.Module) -> str:
     return getattr(config, "_name_or_path", "") or type(model).__name__
 
 
-def _restore_mode(was_training: Mapping[nn.Module, bool]) -> None:
+def restore_mode(was_training: Mapping[nn.Module, bool]) -> None:
+    """Training or evaluation, module by module, as it was."""
     for module, training in was_training.items():
         module.training = training
 
 
 @contextmanager
-def _in_fp32(base: Any) -> Iterator[None]:
+def in_fp32(base: Any) -> Iterator[None]:
     """Runs a half-precision model in fp32: embeddings are cast on their way out, each layer's weights while it runs."""
     half = (torch.bfloat16, torch.float16)
     if not any(p.dtype in half for p in base.parameters()):

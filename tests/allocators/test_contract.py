@@ -35,6 +35,8 @@ def signal_for(module: ModuleType, shape: ModelShape, *, seed: int = 0) -> Signa
         return None
     if module.NEEDS == "routing":
         return routing(shape, seed=seed)
+    if module.NEEDS == "representation":
+        return representation(shape, seed=seed)
     metrics = {
         "spectrum": ("hill", "alpha_hat", "stable_rank", "snr", "condition"),
         "sensitivity": ("sum_sq_grad", "weight_grad", "fisher", "hutchinson"),
@@ -44,6 +46,15 @@ def signal_for(module: ModuleType, shape: ModelShape, *, seed: int = 0) -> Signa
         for i, key in enumerate(m.key for m in matrices_of(shape))
     }
     return Signal(module.NEEDS, rows, "module", "1", {"seed": seed})
+
+
+def representation(shape: ModelShape, *, seed: int) -> Signal:
+    rows = {
+        m.key: {"explained": tuple(1 / (2 + c + (7 * i + seed) % 5) for c in range(64)), "feature_norm": (1 + i % 7,)}
+        for i, m in enumerate(matrices_of(shape))
+    }
+    rows |= {str(layer): {"similarity": (1 / (1 + (layer + seed) % 3),)} for layer in range(shape.num_layers)}
+    return Signal("representation", rows, "component", "1", {"seed": seed})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,9 +16,12 @@ from allocators import (
     aletheia,
     dmole,
     domlora,
+    eva,
     hill_ranks,
     hilo,
     kappatune,
+    layermoe,
+    plop,
     random_ranks,
     sensitivity_ranks,
     spectrum,
@@ -27,7 +30,7 @@ from allocators import (
 )
 from allocators._ranks import matrices_of
 from allocators.core import plugins
-from allocators.core.apportion import nearest_share
+from allocators.core.apportion import ceilings, nearest_share
 from allocators.core.errors import InfeasibleError, StudyError, ToolkitWarning
 from allocators.core.types import ModelShape, ModuleRanks, ModuleShape, Signal
 from tests import GOLDEN
@@ -45,6 +48,12 @@ SHAPES = {
 def signal_of(kind: str, shape: ModelShape, values: Mapping[str, Sequence[float]] | None = None, **more: Any) -> Signal:
     """Of every matrix random values, the same for all metrics; `values`: of some metrics, in the matrices' order."""
     rng, matrices = random.Random(more.get("seed", 0)), matrices_of(shape)
+    if kind == "representation":
+        rows = {
+            m.key: {"explained": tuple(rng.uniform(1, 9) / c for c in range(9, 73)), "feature_norm": (1.0,)}
+            for m in matrices
+        }
+        return Signal("representation", rows, "component", "1", {})
     metrics = {"spectrum": ("hill", "snr", "condition"), "sensitivity": ("sum_sq_grad",)}[kind]
     rows = {m.key: dict.fromkeys(metrics, (rng.uniform(1, 9),)) for m in matrices}
     for metric, of in (values or {}).items():
@@ -351,3 +360,59 @@ def test_domlora_divides_by_the_inputs() -> None:
 def test_a_knob_that_asks_for_what_cannot_be_is_said(rule: Any, knobs: dict[str, Any], said: str) -> None:
     with pytest.raises(InfeasibleError, match=said):
         rule.allocate(signal_of(rule.NEEDS or "spectrum", SHAPES["dense"]), SHAPES["dense"], **knobs)
+
+
+# --- rules that read representations
+
+SHARES = [[0.4, 0.3, 0.2, 0.05], [0.9, 0.05, 0.03, 0.01]]
+
+
+def test_evas_ranks_are_the_winners_of_one_pool() -> None:
+    """The hand-made vector: r = 2, ρ = 2, two matrices of one size."""
+    assert eva.winners(SHARES, [1, 1], 4) == [3, 1]
+    assert eva.winners(SHARES, [10, 10], 40) == [3, 1]
+    assert eva.winners(SHARES, [10, 30], 50) == [2, 1], (
+        "a share is worth what it explains, and costs what its matrix does"
+    )
+    assert eva.winners([[0.5, 0.0], [0.0]], [1, 1], 9) == [1, 0], "what explains nothing gets no rank"
+
+
+def test_eva_and_plop_on_a_model() -> None:
+    shape = dense_shape(layers=2)
+    matrices = matrices_of(shape)
+    rows = {m.key: {"explained": (0.5, 0.2, 0.1, 0.05), "feature_norm": (1.0 + i % 7,)} for i, m in enumerate(matrices)}
+    rows[matrices[3].key] = {"explained": (0.9, 0.8, 0.7, 0.6), "feature_norm": ()}
+    signal = Signal("representation", rows, "component", "1", {})
+    given = eva.allocate(signal, shape, rank=2, rho=2.0, equal="rank")
+    assert given.total_rank == 2 * len(matrices)
+    assert given.ranks[matrices[3].key] == 4
+    least = plop.allocate(signal, shape, rank=2, types=2, equal="rank")
+    assert {path.rpartition(".")[2] for path in least.ranks} == {"q_proj", "k_proj"}
+    most = plop.allocate(signal, shape, rank=2, types=1, order="highest", equal="rank")
+    assert {path.rpartition(".")[2] for path in most.ranks} == {"down_proj"}
+    with pytest.raises(InfeasibleError, match=r"types must be 1\.\.7, got 8"):
+        plop.allocate(signal, shape, types=8)
+    with pytest.raises(InfeasibleError, match="rho must be from 1 to 64"):
+        eva.allocate(signal, shape, rho=0.5)
+
+
+SIMILARITIES = (
+    ".03594 .04022 .03522 .05034 .06356 .06976 .08423 .09601 .09449 .09777 .10596 .10938 .11644 .10744 .11516 .11086 "
+    ".09725 .09073 .08303 .08354 .07783 .06833 .06847 .0548 .04981 .04966 .0481 .04534"
+)
+
+
+def test_layermoe_gives_the_published_list() -> None:
+    """Llama-3.2-3B, the similarities and the list of the paper's code: 84 experts over 28 layers."""
+    shape = dense_shape(layers=28)
+    rows = {str(layer): {"similarity": (float(s),)} for layer, s in enumerate(SIMILARITIES.split())}
+    counts = layermoe.allocate(Signal("representation", rows, "component", "1", {}), shape, total_experts=84)
+    by_layer = [counts.counts[f"model.layers.{layer}.mlp.up_proj"] for layer in range(28)]
+    assert by_layer == [5, 5, 5, 4, 3, 3, *[2] * 12, *[3] * 5, *[4] * 5]
+    inverse = [1 / float(s) for s in SIMILARITIES.split()]
+    assert by_layer == [math.ceil(v / sum(inverse) * 70) for v in inverse], "the paper's formula at its K"
+    for total in range(28, 200):
+        assert sum(ceilings(inverse, total)) == total
+    rows["3"] = {"similarity": (-0.01,)}
+    with pytest.raises(InfeasibleError, match=r"similarity of layer 3 of dense is -0\.01"):
+        layermoe.allocate(Signal("representation", rows, "component", "1", {}), shape)

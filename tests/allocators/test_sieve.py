@@ -97,7 +97,7 @@ def test_a_quarter_unless_told() -> None:
         ({"experts_kept": 0}, r"experts_kept must be 1..8 in layer 0"),
         ({"experts_kept": 9}, r"experts_kept must be 1..8 in layer 0"),
         ({"fraction": 0.5, "experts_kept": 2}, "give fraction or experts_kept, got both"),
-        ({"score": "counts"}, "score must be one of count, mass, got 'counts'; did you mean 'count'"),
+        ({"score": "counts"}, "score must be one of count, mass, reap, ean, got 'counts'; did you mean 'count'"),
     ],
 )
 def test_bad_knobs(knobs: dict[str, Any], message: str) -> None:

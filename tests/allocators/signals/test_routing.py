@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from allocators.core.errors import StudyError
+from allocators.core.errors import InfeasibleError, StudyError
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import Signal
 from allocators.signals.routing import measure, pad
@@ -170,3 +170,43 @@ def test_pad_keeps_every_prompt_and_little_padding() -> None:
     rows = [row[mask.bool()].tolist() for b in batches for row, mask in zip(*b.values(), strict=True)]
     assert sorted(rows) == sorted(PROMPTS)
     assert all(b["input_ids"][b["attention_mask"] == 0].eq(99).all() for b in batches)
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_reap_and_ean_equal_a_loop_over_tokens_and_choices(family: str) -> None:
+    """Every choice alone through the experts' own forward with gate 1; then the means, by hand."""
+    model = tiny.model(family)
+    picks: dict[int, list[Any]] = {}
+    model.set_experts_implementation("eager")
+    experts = {int(n.split(".")[2]): m for n, m in model.named_modules() if n.endswith(".experts")}
+    for layer, module in experts.items():
+        module.register_forward_pre_hook(lambda _m, args, layer=layer: picks.setdefault(layer, []).append(args))
+    with torch.no_grad():
+        for prompt in PROMPTS:
+            model(input_ids=torch.tensor([prompt]))
+    seen = {layer: list(calls) for layer, calls in picks.items()}
+    signal = signal_of(tiny.model(family))
+    for layer, module in experts.items():
+        norms: dict[int, list[tuple[float, float]]] = {e: [] for e in range(module.num_experts)}
+        for hidden, index, weight in seen[layer]:
+            for token, (ids, gates) in enumerate(zip(index.tolist(), weight.tolist(), strict=True)):
+                for expert, gate in zip(ids, gates, strict=True):
+                    with torch.no_grad():
+                        alone = module(hidden[token : token + 1], torch.tensor([[expert]]), torch.ones(1, 1))
+                    norms[expert].append((float(alone.norm()), gate))
+        reap = [sum(n * g for n, g in of) / max(len(of), 1) for of in norms.values()]
+        ean = [sum(n for n, _ in of) / max(len(of), 1) for of in norms.values()]
+        assert signal.metric(layer, "reap") == pytest.approx(reap, rel=1e-4, abs=1e-9)
+        assert signal.metric(layer, "ean") == pytest.approx(ean, rel=1e-4, abs=1e-9)
+
+
+def test_experts_that_cannot_show_their_outputs_have_counts_all_the_same() -> None:
+    model = tiny.model("olmoe")
+    expected = signal_of(model)
+    for module in model.modules():  # as an experts module that transformers does not dispatch
+        if hasattr(module, "has_post_expert_norm"):
+            del module.has_post_expert_norm
+    without = signal_of(model)
+    assert close(expected, without)
+    with pytest.raises(InfeasibleError, match="has no reap"):
+        without.metric(0, "reap")

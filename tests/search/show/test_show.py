@@ -153,7 +153,7 @@ def test_views_hold_every_panel(capsys: pytest.CaptureFixture[str], signal: str,
         plugins.gives(plugins.load("allocators", name)) == "experts"
         for name in plugins.fitting(shape_from_config(CONFIG, name="x"))
     )
-    assert text.count("<div class='p'>") == 2 + fitting  # count, mass, each allocator
+    assert text.count("<div class='p'>") == 4 + fitting  # count, mass, reap, ean, each allocator
     assert text.count("rank correlation (Spearman)") == 2
     assert "http" not in text  # self-contained
     assert "<script" not in text
@@ -187,7 +187,10 @@ def test_help_names_every_key_allocator_and_knob(capsys: pytest.CaptureFixture[s
         (["sieve.fraction=much"], "fraction of sieve must be a number, got 'much'"),
         (["greedy.total_experts=2.5"], "total_experts of greedy must be a whole number, got '2.5'"),
         (["greedy.total_experts=true"], "total_experts of greedy must be a whole number, got 'True'"),
-        (["sieve.score=cuont"], "unknown score of sieve 'cuont': choose from count, mass; did you mean 'count'"),
+        (
+            ["sieve.score=cuont"],
+            "choose from count, mass, reap, ean; did you mean 'count'",
+        ),
         (["signal=nowhere.json"], "signal file 'nowhere.json' cannot be read: No such file"),
         (["signal={model}/config.json"], "is damaged"),
         (["html={model}/config.json/page.html"], "cannot be written"),

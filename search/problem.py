@@ -373,7 +373,7 @@ def placeholder(kind: SignalKind, shape: ModelShape, *, datasets: int = 1) -> Si
 
     Allocators with FIXED_COST have their exact count under it. Routing is flat: every other routing needs at most as
     many experts for the same share, so coverage and ESFT have an upper bound. Sensitivity ranks the largest matrices
-    first, so LoRA-SMoE's count is about the largest there can be.
+    first, so LoRA-SMoE's count is about the largest there can be, and so does representation the largest types.
     """
     rows: dict[str, dict[str, tuple[float, ...]]]
     if kind == "routing":
@@ -387,11 +387,12 @@ def placeholder(kind: SignalKind, shape: ModelShape, *, datasets: int = 1) -> Si
         rows = {key: dict.fromkeys(metrics, (2.0 + m.layer,)) for m in shape.modules for key in _rows_of(m)}
         for place, row in enumerate(rows.values()):  # not by layer: rules that choose matrices would choose layers
             row |= {"snr": (1.0 + 7 * place % 13,), "condition": (2.0 + 11 * place % 17,)}
-    elif kind == "representation":  # neither flat nor by layer, as above
-        rows = {
-            key: {"explained": tuple(0.5 / (1 + c + place % 5) for c in range(64)), "feature_norm": (1 + place % 7,)}
-            for place, key in enumerate(key for m in shape.modules for key in _rows_of(m))
-        }
+    elif kind == "representation":  # neither flat nor by layer, as above; PLoP takes the types with the most parameters
+        shares = [tuple(0.5 / (1 + c + place) for c in range(64)) for place in range(5)]
+        rows = {}
+        for m in shape.modules:
+            norm = (1 / m.lora_params(max(1, m.num_experts)),)
+            rows |= {key: {"explained": shares[len(rows) % 5], "feature_norm": norm} for key in _rows_of(m)}
         rows |= {str(layer): {"similarity": (1.0 / (1 + layer % 3),)} for layer in range(shape.num_layers)}
     else:
         by_size = sorted(shape.modules, key=lambda m: (m.lora_params(8) + m.in_features, m.path))

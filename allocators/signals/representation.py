@@ -145,9 +145,10 @@ class Spread:
         if self.second_II is not None:
             self.second_II += (x_TI.mT @ x_TI).double()
             return
-        self.waiting.append(x_TI)
-        if sum(map(len, self.waiting)) >= self.kept:
-            self._merge()
+        for part in x_TI.split(self.kept):  # an SVD costs the cube of its rows
+            self.waiting.append(part)
+            if sum(map(len, self.waiting)) >= self.kept:
+                self._merge()
 
     def _merge(self) -> None:
         rows_TI = torch.cat(self.waiting)

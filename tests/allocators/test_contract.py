@@ -128,3 +128,11 @@ def test_no_allocator_and_nothing_of_the_core_loads_torch_or_numpy() -> None:
     guilty = [line for line in done.stdout.splitlines() if not line.endswith("[]")]
     assert not guilty
     assert len(done.stdout.splitlines()) >= len(NAMES)
+
+
+def test_a_rule_is_one_file() -> None:
+    """HILO as an example: beside its file it is named in the space that searches it, and nowhere in the program."""
+    packages = ("allocators", "trainers", "spaces", "search", "lora_expert_search")
+    files = [file for package in packages for file in sorted((ROOT / package).rglob("*.py"))]
+    named = {str(file.relative_to(ROOT)) for file in files if "hilo" in file.read_text(encoding="utf-8").lower()}
+    assert named == {"allocators/hilo.py", "spaces/ranks.py"}

@@ -130,9 +130,7 @@ def _forgotten(results: Results) -> list[str]:
         return [said]
     above = sum(not results.records.points.allows(c.forgetting) for c in measured)
     unknown = sum(c.forgetting is None and c.accuracy is not None for c in results.points)
-    unmeasured = (
-        f", and so {'is' if unknown == 1 else 'are'} {unknown} of which it is not known" if unknown else ""
-    )
+    unmeasured = f", and so {'is' if unknown == 1 else 'are'} {unknown} of which it is not known" if unknown else ""
     return [
         f"{said} {above} of them are above max_forgetting={limit:g} and not on the front, however accurate"
         f"{unmeasured}. Halving does not know the limit: what a training forgets is known at its end."

@@ -30,8 +30,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from allocators.core.types import ModelShape, Point
-from spaces._knobs import TRANSFERABLE
+from allocators.core.types import TRANSFERABLE, ModelShape, Point
 from spaces._tables import Comparison
 
 BASE = "any"

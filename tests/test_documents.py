@@ -13,7 +13,7 @@ import pytest
 
 from allocators.core import plugins, words
 from allocators.core.errors import StudyError
-from search import config, doctor, evaluate
+from search import config, doctor, evaluate, truncate
 from search.export import __main__ as export
 from search.problem import load_space
 from search.replay.__main__ import Target
@@ -75,6 +75,13 @@ def evaluated(given: Sequence[str]) -> None:
         evaluate.parse(given)
 
 
+def cut(given: Sequence[str]) -> None:
+    if not words.asks_for_help(given):
+        folders, pairs = words.split(given)
+        assert len(folders) == 1
+        assert words.build(truncate.Request, pairs).energies
+
+
 def shown(given: Sequence[str]) -> None:
     if not words.asks_for_help(given):
         show.parse(given)
@@ -106,6 +113,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "search.evaluate": evaluated,
     "search.export": exported,
     "search.replay": table,
+    "search.truncate": cut,
     "allocators.show": shown,
     "allocators.signals.sensitivity": fields_of(stability.Request),
     "search.show.stability": fields_of(stability.Request),

@@ -18,7 +18,7 @@ from typing import Any
 from search.front import Candidate
 from search.records import Records
 from search.report.splits import same_split, splits_of, tested
-from search.report.uncertainty import Paired, equivalence, paired
+from search.report.uncertainty import Paired, equivalence, holm, paired
 from search.text import Split, accuracy_text, forgotten_text, human, label, number, varying
 
 LEVEL = 0.05
@@ -140,16 +140,18 @@ def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]
     complete = {point.point: len(point.complete) for point in points}
     judged = {name: on_test for name, on_test in tested(records, points).items() if len(on_test.runs) == complete[name]}
     rows, splits = [], {}
+    alone: dict[str, float] = {}
     for comparison in wanted:
         sides = [_row(records, points, comparison[side]) for side in ("first", "second")]
         known = [side for side in sides if side is not None]
         if len(known) == len(sides):
             splits[comparison["name"]], known = same_split(known, judged, otherwise=splits_of(records, points)[0])
         rows.append(_comparison(known, comparison))
+        if (p := _p_of(known, comparison["margin"])) is not None:
+            alone[comparison["name"]] = p
     if not rows:
         return []
     head = ("comparison", "parameters", "n", "difference", "95 % interval", "p", "reading", "the claim")
-    tests = sum(1 for row in rows if row[5])
     sources = dict.fromkeys(comparison["source"] for comparison in wanted if "arXiv" in comparison["source"])
     notes = [f"Claims are those of {', '.join(sources)}."] if sources else []
     notes += [
@@ -157,10 +159,8 @@ def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]
         "t-test, or, where a margin is named, for equivalence by two one-sided t-tests (TOST).",
     ]
     notes += _on_which(splits)
-    if tests > 1:
-        notes.append(
-            f"{tests} tests, not corrected for their number: of twenty true nulls one falls below .05 by chance."
-        )
+    if len(alone) > 1:
+        notes.append(_corrected(alone))
     shown = (judged.get(point.point, point) for point in points)
     errors = [point.question_error for point in shown if point.question_error is not None]
     if errors:
@@ -169,6 +169,26 @@ def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]
             f"by a standard error of about {statistics.median(errors):.3f}."
         )
     return [Section("Comparisons, paired seed by seed", head, tuple(rows), tuple(notes))]
+
+
+def _p_of(sides: Sequence[Candidate], margin: float) -> float | None:
+    """p of the test that `_comparison` shows; None where there is none."""
+    if len(sides) < 2 or sides[0] is sides[1]:
+        return None
+    pair = paired(_by_seed(sides[0]), _by_seed(sides[1]))
+    if pair is None or pair.p is None:
+        return None
+    return equivalence(pair, margin=margin) if margin else pair.p
+
+
+def _corrected(alone: Mapping[str, float]) -> str:
+    """What is left of the readings when their number is counted."""
+    kept = [name for name, p in zip(alone, holm(list(alone.values())), strict=True) if p < LEVEL]
+    left = f"{len(kept)} remain below .05: {', '.join(kept)}" if kept else "none remains below .05"
+    return (
+        f"p is that of each of the {len(alone)} tests by itself: of twenty true nulls one falls below .05 by chance. "
+        f"Corrected for their number (Holm) {left}."
+    )
 
 
 def _on_which(splits: Mapping[str, Split]) -> list[str]:

@@ -144,7 +144,7 @@ def test_terminal_and_page_show_the_tables(tmp_path: Path) -> None:
     printed = io.StringIO()
     show(tmp_path, console=Console(file=printed, width=200))
     assert "Comparisons, paired seed by seed" in printed.getvalue()
-    assert "not corrected for their number" in printed.getvalue()
+    assert "Corrected for their number (Holm)" in printed.getvalue()
     write(tmp_path)
     data = data_of(tmp_path)
     assert [section["title"] for section in data["sections"]][1] == "Comparisons, paired seed by seed"

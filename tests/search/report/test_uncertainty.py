@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from search.front import Candidate, candidates
-from search.report.uncertainty import Noise, compare, equivalence, interval, paired, pooled, selection_bias
+from search.report.uncertainty import Noise, compare, equivalence, holm, interval, paired, pooled, selection_bias
 from tests.search.studies import QUESTIONS, outcome, selection
 
 ACCURACIES = st.dictionaries(st.integers(0, 9), st.floats(0, 1), min_size=2)
@@ -164,3 +164,9 @@ def test_a_rule_that_draws_anew_for_every_seed_is_one_point() -> None:
     drawn = [t.__class__(t.allocation, t.recipe, t.model, t.task, t.seed, "random", {"draw": "each"}) for t in trials]
     assert drawn[0].point == drawn[1].point
     assert drawn[0].digest == trials[0].digest
+
+
+def test_holm_by_hand() -> None:
+    """.01 counts four times, .02 three times, .03 twice, but no less than .02's .06; .5 once."""
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([]) == []

@@ -30,8 +30,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from allocators.core.tables import Comparison
 from allocators.core.types import TRANSFERABLE, ModelShape, Point
-from spaces._tables import Comparison
 
 BASE = "any"
 TABLE = True

@@ -1,6 +1,6 @@
 """Workers behind one protocol: what runs a study knows neither Ray nor tables.
 
-workers.py      worker groups of Ray Train (`steward.py`, `groups.py`, `queue.py`), whose trials Ray Tune runs (`tune.py`)
+workers.py      groups of Ray Train's workers (`steward.py`, `groups.py`, `queue.py`), run by Ray Tune (`tune.py`)
 simulated.py    workers that read recorded trainings, under a virtual clock
 inprocess.py    one worker inside this process: for a debugger, a notebook, tests
 

@@ -1,8 +1,8 @@
 """Warm workers: Ray Train worker groups that start once a study and train trial after trial. Edge file: Ray.
 
 Starting a TorchTrainer for every trial costs tens of CPU-seconds and reloads the base model each time. Here each group
-is one `TorchTrainer(serve).fit()` that lives as long as the study (`steward.py`). A zero-CPU actor, the job queue, holds jobs and
-reports; workers take jobs from it, Tune's trial handles wait on it.
+is one `TorchTrainer(serve).fit()` that lives as long as the study (`steward.py`). A zero-CPU actor, the job queue,
+holds jobs and reports; workers take jobs from it, Tune's trial handles wait on it.
 """
 
 from __future__ import annotations

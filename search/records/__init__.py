@@ -6,7 +6,7 @@ A folder holds
     study.json          config, identity and contents (which a rerun must share), sizes of the model, versions
     outcomes.jsonl      the truth; appended by the one process that holds the folder's lock, fsynced line by line
     adapters/<digest>/  checkpoints/<digest>/  signals/  untrained.json  front.csv  points.csv  front.png  report.html
-With storage=URI, adapters and checkpoints lie at URI/<name of the study>/ instead, and a copy of the records (`mirror.py`).
+With storage=URI, adapters and checkpoints lie at URI/<name of the study>/, beside a copy of the records (`mirror.py`).
 
 Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
     {"event": "started",  "outcome": Outcome, "params": {...}, "sampler_seconds": what it took to propose the point}

@@ -83,7 +83,7 @@ def represent(model: Any, rows: list[Sample]) -> None:
     representation.measure(model, [sensitivity.pad(rows, pad_token_id=0, batch_size=BATCH)], provenance={})
 
 
-def two_metrics(found: list[tuple[torch.Tensor, torch.Size]]) -> None:
+def two_metrics(found: Sequence[tuple[Any, torch.Size]]) -> None:
     for lam, size in found:
         sigma = singular_values(lam, size=min(size))
         condition(sigma), signal_to_noise(sigma, sides=size)
@@ -120,7 +120,7 @@ def medians(runs: dict[str, Run], *, repeats: int, device: str) -> dict[str, flo
 def peak(run: Run) -> int:
     with Memory(set()) as watch:
         run()
-    return watch.peak[0]
+    return int(watch.peak[0])
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def medians(runs: dict[str, Run], *, repeats: int, device: str) -> dict[str, flo
 def peak(run: Run) -> int:
     with Memory(set()) as watch:
         run()
-    return watch.peak[0]
+    return int(watch.peak[0])
 
 
 @dataclass(frozen=True)

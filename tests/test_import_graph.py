@@ -38,7 +38,10 @@ MOST_FILES, MEDIAN_FILES, MOST_LINES = 12, 6, 60
 
 # The files that may import a package. `runpy`: the doors of commands that live in a higher package.
 EDGES = {
-    "ray": {"search/engine/connect.py", "search/engine/workers.py", "search/engine/tune.py", "trainers/worker.py"},
+    "ray": {
+        *(f"search/engine/{name}.py" for name in ("connect", "joining", "steward", "tune", "workers")),
+        "trainers/worker.py",
+    },
     "mlflow": {"search/records/tracking.py"},
     "lm_eval": {"trainers/tasks/harness.py"},
     "runpy": {"allocators/show.py", "allocators/signals/sensitivity.py"},

@@ -122,14 +122,16 @@ def started(workers: int) -> Iterator[tuple[Any, Any]]:
         ray.shutdown()
 
 
+_seen: dict[tuple[str, int], float] = {}  # role and process -> its CPU seconds; Tune ends some before they are read
+
+
 def cpu_of(role: str) -> float:
     """CPU seconds of Ray's processes of this role, so far."""
-    seconds = 0.0
     for process in of_role(psutil.Process().children(recursive=True), role):
         with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
-            seconds += times.user + times.system
-    return seconds
+            _seen[role, process.pid] = times.user + times.system
+    return sum(seconds for (of, _), seconds in _seen.items() if of == role)
 
 
 def queue_alone(workers: int, trials: int) -> dict[str, Any]:

@@ -42,10 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _answer(given: list[str]) -> int:
     if not given:
-        print(
-            "usage: python -m search.run [key=value ...]   for example space=sieve; help lists the keys",
-            file=sys.stderr,
-        )
+        usage = "usage: python -m search.run [key=value ...]   for example space=sieve; help lists the keys"
+        print(usage, file=sys.stderr)
         return 2
     if words.asks_for_help(given):
         names = [word.removeprefix("space=") for word in given if word not in words.HELP]

@@ -3,12 +3,14 @@
     python -m search.run space=sieve
     python -m tests.pictures study=studies/sieve-tiny-moe-default
 
-Writes docs/pictures/: report.png, the head of report.html as headless Chromium shows it, and live.svg, the live view as
-it was after two thirds of the trainings. Needs Chromium on the path (Debian: apt-get install chromium).
+Writes docs/pictures/: report.png, the head of report.html in headless Chromium; beside.png, two studies side by
+side; and live.svg, the live view as it was after two thirds of the trainings. Needs Chromium on the path (Debian:
+apt-get install chromium).
 """
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -18,6 +20,7 @@ from rich.console import Console
 from allocators.core import words
 from search import records, report
 from search.report.live import Progress
+from search.serve import Serving
 from tests import ROOT
 from tests.browser import Browser
 
@@ -29,6 +32,7 @@ class Settings:
     """What is drawn."""
 
     study: str = words.key("studies/sieve-tiny-moe-default", "folder of a finished study")
+    other: str = words.key("", "folder of a study that is drawn beside it (empty: the same)")
     to: str = words.key(str(FOLDER.relative_to(ROOT)), "folder that the pictures are written to")
     width: int = words.key(1240, "of the browser's window, pixels", least=320)
     height: int = words.key(812, "of the browser's window, pixels", least=240)
@@ -44,8 +48,12 @@ def main(argv: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     page = report.write(settings.study).records.folder / "report.html"
     screenshot(page, folder / "report.png", width=settings.width, height=settings.height)
+    overview = Serving([Path(settings.study), Path(settings.other or settings.study)]).overview()
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / "beside.html").write_text(overview, encoding="utf-8")
+        screenshot(Path(place) / "beside.html", folder / "beside.png", width=1000, height=740)
     (folder / "live.svg").write_text(live_view(settings.study), encoding="utf-8")
-    print(f"{folder / 'report.png'}\n{folder / 'live.svg'}")
+    print(*(folder / name for name in ("report.png", "beside.png", "live.svg")), sep="\n")
 
 
 def screenshot(page: Path, to: Path, *, width: int, height: int) -> None:

@@ -17,6 +17,7 @@ from search import config, doctor, evaluate, truncate
 from search.export import __main__ as export
 from search.problem import load_space
 from search.replay.__main__ import Target
+from search.serve import __main__ as serve
 from search.session.prepare import prepare
 from search.show import __main__ as show
 from search.show import stability
@@ -57,6 +58,11 @@ def run(given: Sequence[str]) -> None:
 
 def one_folder(given: Sequence[str]) -> None:
     assert words.asks_for_help(given) or len(given) == 1
+
+
+def served(given: Sequence[str]) -> None:
+    if not words.asks_for_help(given):
+        serve.parse(given)
 
 
 def table(given: Sequence[str]) -> None:
@@ -114,6 +120,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "search.export": exported,
     "search.replay": table,
     "search.truncate": cut,
+    "search.serve": served,
     "allocators.show": shown,
     "allocators.signals.sensitivity": fields_of(stability.Request),
     "search.show.stability": fields_of(stability.Request),

@@ -147,15 +147,22 @@ def test_the_page_is_written_while_the_study_runs_and_not_more_often_than_is_che
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["process", "ray"])
 def test_a_real_study_obeys(tmp_path: Path, workers: str) -> None:
-    command = [sys.executable, "-m", "search.run", "space=sieve", "trials=8", f"workers={workers}", "recipe.steps=30"]
-    command += [f"storage={tmp_path}", "name=s", "limit=40", "evaluations=5"]
+    command = [sys.executable, "-m", "search.run", "space=sieve", "trials=5", f"workers={workers}", "recipe.steps=15"]
+    command += [
+        f"storage={tmp_path}",
+        "name=s",
+        "limit=20",
+        "evaluations=5",
+        "untrained=false",
+        "calibration_samples=16",
+    ]
     command += ["num_cpus=2"] if workers == "ray" else []
     driver = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     folder = tmp_path / "s"
 
     def until(condition: Any) -> Any:
         for _ in range(3_000):
-            if (folder / "outcomes.jsonl").exists() and (found := condition(read(folder))):
+            if (folder / "study.json").exists() and (found := condition(read(folder))):
                 return found
             assert driver.poll() is None, driver.communicate()[0]
             time.sleep(0.1)
@@ -165,7 +172,7 @@ def test_a_real_study_obeys(tmp_path: Path, workers: str) -> None:
     orders.give(folder, Order("stop", digest=started[0][0].digest))
     orders.give(folder, Order("try", point={"allocator": "greedy", "fraction": 0.5}))
     until(lambda records: len(records.orders) == 2)
-    until(lambda records: len(records.finished) >= 3)
+    until(lambda records: len(records.finished) >= 2)
     orders.give(folder, Order("end"))
     printed, _ = driver.communicate(timeout=600)
     assert driver.returncode == 0, printed
@@ -173,5 +180,5 @@ def test_a_real_study_obeys(tmp_path: Path, workers: str) -> None:
     assert [one.order.do for one in records.orders] == ["stop", "try", "end"]
     assert records.finished[started[0][0].digest].status in ("stopped", "complete")
     assert any(run.trial.allocator == "greedy" and run.status == "complete" for run in records.finished.values())
-    assert len(records.finished) < 9
+    assert len(records.finished) < 6
     assert not records.in_flight

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import re
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from search import report
 from search.front import candidates
 from search.report import live as module
 from search.report.live import Progress
 from search.report.tables import front_table
-from tests.search.studies import outcome, rung, selection, started
+from tests.search.studies import open_study, outcome, rung, selection, started
 
 
 def console(*, terminal: bool) -> Console:
@@ -142,3 +145,46 @@ def test_a_long_measurement_shows_how_far_it_is_in_the_live_view_and_is_gone_aft
         shown = console(terminal=True)
         shown.print(progress.view())
         assert "measuring" not in text(shown)
+
+
+def test_in_a_low_window_the_bar_stays() -> None:
+    many = [outcome(selection(n), accuracy=0.3 + n / 100) for n in range(1, 17)]
+    for height in (8, 14, 24):
+        out = Console(file=io.StringIO(), force_terminal=True, width=100, height=height, highlight=False)
+        progress = Progress(20, done=many, console=out)
+        lines = out.render_lines(progress.view())
+        assert len(lines) <= height
+        shown = "".join(part.text for part in lines[-2])
+        assert "16/20" in shown
+        assert "elapsed" in shown
+
+
+def test_a_stage_has_a_clock_until_the_first_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    out = console(terminal=True)
+    progress = Progress(5, console=out)
+    progress._live = None
+    progress.stage("loading the model")
+    now[0] += 12
+    out.print(progress.view())
+    assert "loading the model: 12 s" in text(out)
+    progress.started(started(outcome()))
+    assert progress._stage == ""
+
+
+@pytest.mark.parametrize("width", [40, 80, 150])
+def test_ids_parameters_accuracies_and_knobs_are_never_cut(width: int, tmp_path: Path) -> None:
+    with open_study(tmp_path) as study:
+        for n in (2, 6, 12):
+            long = outcome(selection(n), accuracy=n / 20, allocator="a_rule_with_a_long_name" * 2)
+            study.append_finished(long, {})
+    out = Console(file=io.StringIO(), width=width, highlight=False)
+    report.show(tmp_path, console=out)
+    shown = re.sub(r"[\s│]", "", text(out).partition("\n\n")[0])
+    for run in study.finished.values():
+        assert run.digest[:8] in shown
+        assert f"{run.accuracy:.3f}" in shown
+    assert "…" not in shown
+    if width < 150:
+        assert f"{long.trial.allocator}fraction=" in shown

@@ -208,7 +208,7 @@ def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path: Path
     [far] = data_of(tmp_path / "far")["points"]
     assert f'"s3://bucket/far/adapters/{remote.digest}"' in far["load"], "in the study's part of its storage"
     printed = io.StringIO()
-    out = Console(file=printed, width=140)
+    out = Console(file=printed, width=160)
     show(tmp_path, console=out)
     assert loads[best.digest] in printed.getvalue()
     exports = {p["digest"]: p["export"] for p in data_of(tmp_path)["points"]}

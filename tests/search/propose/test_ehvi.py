@@ -150,8 +150,7 @@ def test_a_point_that_matters_and_is_noisy_is_tried_again_and_one_without_noise_
         assert max(tried.values()) <= 4
         return 30 - len(tried)
 
-    assert again(0.1) > 2
-    assert again(0.0) <= 1
+    assert again(0.0) <= 2 < again(0.1)
 
 
 @given(arrays.arrays(float, st.integers(1, 20), elements=st.floats(-50, 50)))
@@ -348,7 +347,7 @@ def test_where_all_cost_the_same_the_improvement_is_that_of_accuracy_alone(cost:
         found.append(1 - abs(trial.params["width"] - 70) / 100)
         study.tell(trial, (found[-1], known.cost))
     assert max(found) >= 0.97, "a point at random is 97 % good with a chance of 7 in 101"
-    assert np.mean(found[8:]) > np.mean(found[:5])
+    assert np.mean(found[8:]) > 0.71, "the mean of points at random"
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.0])

@@ -153,7 +153,7 @@ def test_views_hold_every_panel(capsys: pytest.CaptureFixture[str], signal: str,
         plugins.gives(plugins.load("allocators", name)) == "experts"
         for name in plugins.fitting(shape_from_config(CONFIG, name="x"))
     )
-    assert text.count("<div class='p'>") == 4 + fitting  # count, mass, reap, ean, each allocator
+    assert text.count("<div class='p'>") == 2 + fitting  # count, mass, each allocator
     assert text.count("rank correlation (Spearman)") == 2
     assert "http" not in text  # self-contained
     assert "<script" not in text

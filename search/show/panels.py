@@ -98,10 +98,13 @@ def _panel_by_module(signal: Signal, metric: str, shape: ModelShape) -> Panel:
     for key, metrics in signal.rows.items():
         path, _, expert = key.rpartition(".")
         module = modules.get(path if expert.isdecimal() else key)
-        if module is not None and metrics.get(metric):
-            values_at.setdefault((module.layer, module.name), []).extend(metrics[metric])
+        values = metrics.get(metric, ())[: 1 if signal.axis == "component" else None]  # of components the largest
+        if module is not None and values:
+            values_at.setdefault((module.layer, module.name), []).extend(values)
+        elif key.isdecimal() and values:
+            values_at.setdefault((int(key), "layer"), []).extend(values)
     measured = {name for _, name in values_at}
-    columns = tuple(dict.fromkeys(m.name for m in shape.modules if m.name in measured))
+    columns = tuple(name for name in dict.fromkeys([*(m.name for m in shape.modules), "layer"]) if name in measured)
     layers = sorted({layer for layer, _ in values_at})
     lowest = min(map(statistics.fmean, values_at.values()))  # also where a matrix lacks the metric
     heat = tuple(

@@ -153,7 +153,7 @@ def test_views_hold_every_panel(capsys: pytest.CaptureFixture[str], signal: str,
         plugins.gives(plugins.load("allocators", name)) == "experts"
         for name in plugins.fitting(shape_from_config(CONFIG, name="x"))
     )
-    assert text.count("<div class='p'>") == 4 + fitting  # count, mass, reap, ean, each allocator
+    assert text.count("<div class='p'>") == 2 + fitting  # count, mass, each allocator
     assert text.count("rank correlation (Spearman)") == 2
     assert "http" not in text  # self-contained
     assert "<script" not in text
@@ -645,3 +645,13 @@ def test_a_picture_of_no_known_format_is_one_line(dense_files: list[str], capsys
     err = capsys.readouterr().err
     assert "'txt' is not supported" in err
     assert err.count("error: ") == 1
+
+
+def test_a_signal_of_matrices_and_layers_has_a_panel_for_each_metric() -> None:
+    shape = dense_shape(layers=2)
+    rows: dict[str, dict[str, tuple[float, ...]]] = {m.path: {"explained": (0.5, 0.1)} for m in shape.modules}
+    rows |= {"0": {"similarity": (0.25,)}, "1": {"similarity": (0.75,)}}
+    signal = Signal("representation", rows, axis="component", unit="1", provenance={})
+    explained, similarity = panels.signal_panels(signal, shape)
+    assert set(itertools.chain.from_iterable(explained.values)) == {0.5}, "of the components the largest"
+    assert (similarity.columns, similarity.values) == (("layer",), ((0.25,), (0.75,)))

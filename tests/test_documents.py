@@ -82,7 +82,7 @@ def evaluated(given: Sequence[str]) -> None:
 
 
 def cut(given: Sequence[str]) -> None:
-    if not words.asks_for_help(given):
+    if given and not words.asks_for_help(given):
         folders, pairs = words.split(given)
         assert len(folders) == 1
         assert words.build(truncate.Request, pairs).energies

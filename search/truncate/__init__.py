@@ -2,7 +2,7 @@
 
     for line in truncate("studies/demo", Request(point="front", energy="0.9")): print(line)
 
-The command is `__main__.py`, the arithmetic `trainers/adapter/truncate.py`.
+The command is `__main__.py`, the arithmetic `trainers/adapter/module_ranks/truncate.py`.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def _worker(config: RunConfig, locations: Locations, device: str) -> WorkerState
 def _cut(study: StudyFolder, state: WorkerState, parent: Outcome, where: str, energy: float) -> Outcome:
     """The outcome of one cut, from the records where it was made before."""
     from trainers import adapter
-    from trainers.adapter.truncate import truncated
+    from trainers.adapter.module_ranks.truncate import truncated
 
     ranks, weights = truncated(adapter.read(where), energy=energy)
     knobs = {"energy": energy, "of": run_id(parent)}

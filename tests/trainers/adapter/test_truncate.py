@@ -17,7 +17,7 @@ from tests.trainers.adapter.test_adapter import tiny_llama
 from tests.trainers.adapter.test_module_ranks import some_ranks, summed_weights
 from tests.trainers.reference import fill, logits, shape_of_model, tiny_model
 from trainers.adapter import Saved, attach, read, save
-from trainers.adapter.truncate import truncated
+from trainers.adapter.module_ranks.truncate import truncated
 
 LORA = LoraSettings(rank=3, lora_alpha=6.0)
 

@@ -87,7 +87,8 @@ def why_not(address: str, error: Exception) -> StudyError:
         return StudyError(
             f"the cluster at {address} refuses this machine's token ({reason}): Ray writes one into the home folder "
             "(~/.ray/auth_token) when a local Ray starts, and 'ray start' then asks everybody for it; copy that file "
-            "to all machines, or set RAY_AUTH_MODE=disabled on all of them and start the cluster anew"
+            "to all machines and set RAY_AUTH_MODE=token there, or set RAY_AUTH_MODE=disabled on all of them and start "
+            "the cluster anew"
         )
     return StudyError(
         f"ray_address={address} does not answer ({reason}): start a cluster with 'ray start --head', or use "

@@ -99,6 +99,8 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
         return InProcessWorkers(setup, device="cpu" if config.gpus_per_worker == 0 else "")
     if config.ray_address == "local":  # read when Ray is imported: below `uv run` it would pack the working folder
         os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    elif "RAY_AUTH_MODE" not in os.environ and _has_token():  # a head node asks for it; Ray sends it in this mode alone
+        os.environ["RAY_AUTH_MODE"] = "token"
     from search.engine.groups import Resources
     from search.engine.workers import RayWorkers
 
@@ -114,6 +116,12 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
         wait=config.seconds_for_workers,
     )
     return RayWorkers(resources, setup, study=study, notes=locations.ray, here=locations.tune, logs=locations.logs)
+
+
+def _has_token() -> bool:
+    """Whether this machine has a token by which Ray's processes know each other."""
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH") or Path("~/.ray/auth_token").expanduser()
+    return "RAY_AUTH_TOKEN" in os.environ or Path(path).is_file()
 
 
 def worker_setup(config: RunConfig, locations: Locations) -> WorkerSetup:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -77,8 +77,9 @@ def run_study(config: RunConfig, problem: Problem) -> int:
 
 
 def _drop_notes(records: StudyFolder, locations: Locations) -> None:
-    """Removes the notes of Ray Train and Ray Tune."""
-    records.drop_ray_notes()
+    """Removes the notes of Ray Train and Ray Tune; what a store does not let go costs no study its end."""
+    with suppress(StudyError):
+        records.drop_ray_notes()
     shutil.rmtree(locations.tune, ignore_errors=True)
 
 

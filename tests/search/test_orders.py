@@ -168,13 +168,17 @@ def test_a_real_study_obeys(tmp_path: Path, workers: str) -> None:
             time.sleep(0.1)
         raise AssertionError("it never came")
 
-    started = until(lambda records: records.in_flight)
-    orders.give(folder, Order("stop", digest=started[0][0].digest))
-    orders.give(folder, Order("try", point={"allocator": "greedy", "fraction": 0.5}))
-    until(lambda records: len(records.orders) == 2)
-    until(lambda records: len(records.finished) >= 2)
-    orders.give(folder, Order("end"))
-    printed, _ = driver.communicate(timeout=600)
+    try:
+        started = until(lambda records: records.in_flight)
+        orders.give(folder, Order("stop", digest=started[0][0].digest))
+        orders.give(folder, Order("try", point={"allocator": "greedy", "fraction": 0.5}))
+        until(lambda records: len(records.orders) == 2)
+        until(lambda records: len(records.finished) >= 2)
+        orders.give(folder, Order("end"))
+        printed, _ = driver.communicate(timeout=600)
+    finally:
+        driver.terminate()
+        driver.wait()
     assert driver.returncode == 0, printed
     records = read(folder)
     assert [one.order.do for one in records.orders] == ["stop", "try", "end"]

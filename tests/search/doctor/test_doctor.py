@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 
-from search import doctor
 from search.doctor import Asked, Finding, examine
 from search.doctor.__main__ import main
 from tests import ROOT
+
+looks = sys.modules["search.doctor.examine"]
 
 
 def found(**asked: str) -> dict[str, Finding]:
@@ -50,7 +52,7 @@ def test_what_would_end_a_study_is_wrong(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_cluster_that_answers_and_a_port_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        monkeypatch.setattr(doctor, "_PORTS", {"mlflow": port})
+        monkeypatch.setattr(looks, "_PORTS", {"mlflow": port})
         findings = found(ray_address=f"127.0.0.1:{port}")
     assert findings["Ray"].state == "ok"
     assert findings["ports"] == Finding("ports", "note", f"in use: {port} (mlflow); give the command another --port")
@@ -58,7 +60,7 @@ def test_a_cluster_that_answers_and_a_port_in_use(monkeypatch: pytest.MonkeyPatc
 
 def test_a_package_that_is_missing_or_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     needs = ["no-such-package>=1", "torch>=99", "pytest>=8; extra == 'test'"]
-    monkeypatch.setattr(doctor.metadata, "requires", lambda name: needs)
+    monkeypatch.setattr(looks.metadata, "requires", lambda name: needs)
     finding = found()["packages"]
     assert finding.state == "wrong"
     assert "no-such-package is missing" in finding.says
@@ -67,7 +69,7 @@ def test_a_package_that_is_missing_or_too_old_is_named(monkeypatch: pytest.Monke
 
 
 def test_an_examination_that_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_CGROUP", None)
+    monkeypatch.setattr(looks, "_CGROUP", None)
     finding = found()["machine"] if "memory" not in found() else None
     assert finding is not None
     assert finding.state == "wrong"

@@ -81,7 +81,11 @@ def knee(points: Iterable[P]) -> P | None:
     the point with the largest y - x. None for fewer than three different points, or where the front never rises above
     its chord: then there is no bend to speak of. Ties go to the smaller point.
     """
-    ends = front(points)
+    return bend(front(points))
+
+
+def bend(ends: Sequence[P]) -> P | None:
+    """The knee of points that are a front already, ascending in parameters."""
     if len({(p.trainable_params, p.accuracy) for p in ends}) < 3:
         return None
     rows = [(math.log(max(params, 1.0)), accuracy) for params, accuracy in _rows(ends)]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from allocators.core.types import Outcome
 from search import early
-from search.front import Candidate, knee
+from search.front import Candidate, bend
 from search.front import front as unbeaten
 from search.records import Records
 from search.report import allocations, attribution, broken, gains
@@ -70,7 +70,7 @@ class Results:
     @cached_property
     def knee(self) -> Candidate | None:
         """The point of the front after which parameters buy less; None where the front has no bend."""
-        return knee(self.front)
+        return bend(self.front)
 
     @cached_property
     def forgets(self) -> bool:

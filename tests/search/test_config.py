@@ -142,7 +142,7 @@ def test_what_follows_from_the_table_is_what_was_kept_by_hand() -> None:
     proposals |= {"rank_by", "first_rung"}
     results = {"model", "task", "evaluations", "limit", "replay", "training_limit", "metric", "num_fewshot"}
     results |= {"fewshot_seed", "chat_template", "dtype", "attn", "quantization", "trust_remote_code"}
-    results |= {"select_on", "held_out"}
+    results |= {"select_on", "held_out", "forgetting"}
     assert set(RunConfig().identity()) == proposals | results
     assert proposals == INDIFFERENT == set(keys(decides="proposals"))
     table = Table("t", {"identity": RunConfig().identity()}, {})
@@ -163,6 +163,7 @@ def test_what_follows_from_the_table_is_what_was_kept_by_hand() -> None:
         "num_cpus",
         "max_concurrent",
         "workers",
+        "wait_for_workers",
     }
     amount = {"trials", "seeds", "time_budget", "max_trainable_params", "deployable", "dry_run"}
     assert set(keys(where="amount")) == amount

@@ -67,7 +67,7 @@ def block_views(model: Any, tensor_of: Callable[[Any], Tensor]) -> dict[str, Ten
                 is_up = outputs >= half if module.is_concatenated else outputs % 2 == 1
                 stack = stack[:, is_up if name == "up_proj" else ~is_up]
             values |= {f"{spec.path}.{e}": stack[e] for e in range(spec.num_experts)}
-        elif spec.role != "router":
+        elif spec.role not in ("router", "shared_gate"):
             values[spec.path] = tensor_of(model.get_submodule(spec.path).weight)
     return values
 

@@ -189,7 +189,7 @@ def test_help_names_every_key_allocator_and_knob(capsys: pytest.CaptureFixture[s
         (["greedy.total_experts=true"], "total_experts of greedy must be a whole number, got 'True'"),
         (
             ["sieve.score=cuont"],
-            "choose from count, mass, reap, ean; did you mean 'count'",
+            "choose from count, ean, mass, reap; did you mean 'count'",
         ),
         (["signal=nowhere.json"], "signal file 'nowhere.json' cannot be read: No such file"),
         (["signal={model}/config.json"], "is damaged"),

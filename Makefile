@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test test-slow check setup format clean help
+.PHONY: demo test test-slow test-gpu check setup format clean help
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,6 +16,10 @@ test: $(VENV)/.ready  ## set up, then run the tests (one real Ray study included
 
 test-slow: $(VENV)/.ready  ## the tests that take longer than a few seconds each
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/.ready  ## the tests that need a GPU, then what the toolkit costs on it, into tests/benchmarks/RESULTS.md
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m tests.benchmarks.gpu write=true
 
 check: $(VENV)/.ready  ## lint, format and types
 	$(BIN)/ruff check .

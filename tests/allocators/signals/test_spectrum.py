@@ -411,7 +411,8 @@ def test_the_cuda_route_keeps_the_same_criterion(monkeypatch: pytest.MonkeyPatch
     assert torch.backends.cuda.matmul.fp32_precision == before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_cuda_and_cpu_agree() -> None:
     for W in (square(0), square(1), with_singular_values(np.linspace(0.2, 1, 200), 700, 200)):
         assert hill_of(eigenvalues(W.cuda())) == pytest.approx(hill_of(eigenvalues(W)), abs=1e-3)

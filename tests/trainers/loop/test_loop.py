@@ -535,6 +535,7 @@ def test_no_step_waits_for_the_device(
     assert {"tolist", "item", "nonzero"} <= set(waits)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", ["expert_lora", "lora_moe"])
 def test_no_step_waits_for_a_real_gpu(

@@ -178,6 +178,10 @@ class Problem:
         """Seeds that the point of a trial can be trained with, in the order in which they are taken; its own first."""
         return range(self.seed, MOST_SEED + 1)
 
+    def cost(self, trial: Trial) -> int:
+        """Trainable parameters of a trial: where each seed draws its own ranks, these differ a little in size."""
+        return trial.allocation.trainable_params(self.shape, rank=trial.recipe.rank)
+
     def repeat(self, trial: Trial, seed: int) -> Trial:
         """The same point with another seed: of adapter, data order, and of the draw where `draw` is each."""
         if trial.knobs.get("draw") != "each":

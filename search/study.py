@@ -52,7 +52,7 @@ def missing_repeats(problem: Problem, records: Records, *, seeds: int) -> list[P
             first = member.runs[0]
             trial = problem.repeat(first.trial, seed)
             if trial.digest not in records.outcomes:  # else its own draw is what another point trained
-                missing.append(Proposal(trial, member.trainable_params, records.params_of(first.digest)))
+                missing.append(Proposal(trial, problem.cost(trial), records.params_of(first.digest)))
     return missing
 
 
@@ -64,7 +64,8 @@ def table_trainings(problem: Problem, *, trials: int, seeds: int) -> tuple[list[
     rows = table_rows(problem)
     first = [row for row in rows if isinstance(row, Proposal)][:trials]
     more = range(problem.seed + 1, problem.seed + seeds)
-    repeats = (replace(p, trial=problem.repeat(p.trial, seed)) for seed in more for p in first)
+    trials_again = ((p, problem.repeat(p.trial, seed)) for seed in more for p in first)
+    repeats = (replace(p, trial=trial, trainable_params=problem.cost(trial)) for p, trial in trials_again)
     once = {p.trial.digest: replace(p, tests=True) for p in (*first, *repeats)}
     return list(once.values()), [row for row in rows if isinstance(row, Answered)]
 

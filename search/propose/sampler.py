@@ -215,7 +215,9 @@ class Proposer:
                 self._answered(_refused(params, error))
             else:
                 if self._repeats and not starting:
-                    resolved = self._next_run(resolved)
+                    first, resolved = resolved, self._next_run(resolved)
+                    if resolved.allocation != first.allocation:
+                        cost = self._problem.cost(resolved)
                 digest = resolved.digest
                 if digest not in self._finished and digest not in self._running:
                     self._begin(resolved, [trial])

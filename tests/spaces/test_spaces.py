@@ -24,6 +24,7 @@ from search.config import make_recipe, parse
 from search.problem import Problem, Proposal, corners, load_space, placeholder
 from search.propose.sampler import Proposer, table_rows
 from search.session.prepare import prepare, prepare_training
+from search.study import table_trainings
 from spaces._tables import RECIPES
 from tests.search.propose.proposals import next_proposal
 
@@ -134,6 +135,16 @@ def test_a_repeat_of_ranks_keeps_them_or_draws_anew_at_the_same_rank() -> None:
     assert len(others) == 4
     budget = uniform_ranks.allocate(None, problem.shape, rank=5).trainable_params(problem.shape)
     assert all(0.99 * budget < a.trainable_params(problem.shape, rank=5) <= budget for a in others)
+
+
+def test_trainings_of_ranks_that_each_seed_draws_anew_say_their_own_size() -> None:
+    problem = problem_of("ranks_table")
+    trainings, _ = table_trainings(problem, trials=100, seeds=3)
+    sizes: dict[str, set[int]] = {}
+    for each in trainings:
+        assert each.trainable_params == each.trial.allocation.trainable_params(problem.shape)
+        sizes.setdefault(each.trial.point, set()).add(each.trainable_params)
+    assert any(len(of_a_row) > 1 for of_a_row in sizes.values())
 
 
 # --- tables: fixed grids

@@ -145,7 +145,7 @@ def test_trainings_of_ranks_that_each_seed_draws_anew_say_their_own_size() -> No
         assert each.trainable_params == each.trial.allocation.trainable_params(
             problem.shape, rank=each.trial.recipe.rank
         )
-        sizes.setdefault(each.trial.point, set()).add(each.trainable_params)
+        sizes.setdefault(trial.point, set()).add(each.trainable_params)
     assert any(len(of_a_row) > 1 for of_a_row in sizes.values())
 
 

@@ -142,9 +142,8 @@ def test_trainings_of_ranks_that_each_seed_draws_anew_say_their_own_size() -> No
     trainings, _ = table_trainings(problem, trials=100, seeds=3)
     sizes: dict[str, set[int]] = {}
     for each in trainings:
-        assert each.trainable_params == each.trial.allocation.trainable_params(
-            problem.shape, rank=each.trial.recipe.rank
-        )
+        trial = each.trial
+        assert each.trainable_params == trial.allocation.trainable_params(problem.shape, rank=trial.recipe.rank)
         sizes.setdefault(trial.point, set()).add(each.trainable_params)
     assert any(len(of_a_row) > 1 for of_a_row in sizes.values())
 

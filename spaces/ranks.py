@@ -31,6 +31,9 @@ Knobs
 Starting points, with the study's recipe (space=sieve says what that is): the three controls, then one point of every
 rule at its paper's setting, at the controls' parameters (β = 0.5 for sensitivity_ranks, whose scores span orders of
 magnitude); domlora on one matrix, the left end of the front.
+
+Measured as a table (space=ranks_table): with one recipe no rule beats uniform_ranks at equal parameters on the embedded
+models; rules that choose few matrices lose most.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def missing_repeats(problem: Problem, records: Records, *, seeds: int) -> list[P
             first = member.runs[0]
             trial = problem.repeat(first.trial, seed)
             if trial.digest not in records.outcomes:  # else its own draw is what another point trained
-                missing.append(Proposal(trial, problem.cost(trial), records.params_of(first.digest)))
+                same = trial.allocation == first.trial.allocation
+                cost = member.trainable_params if same else problem.cost(trial)
+                missing.append(Proposal(trial, cost, records.params_of(first.digest)))
     return missing
 
 

@@ -223,6 +223,7 @@ def test_a_dry_run_prints_exact_counts_and_imports_no_ray(tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_below_uv_run_a_local_ray_does_not_pack_the_working_folder(tmp_path: Path) -> None:
     script = (
         "from search.session.make_workers import Locations, make_workers; from search.session.prepare import prepare; "

@@ -94,6 +94,7 @@ def test_what_cannot_be_measured_is_one_line(given: list[str], says: str) -> Non
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_study_records_it_and_a_limit_that_nothing_meets_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

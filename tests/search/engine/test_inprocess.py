@@ -35,6 +35,7 @@ def plain(outcome: Outcome) -> dict[str, Any]:
     return data
 
 
+@pytest.mark.slow
 def test_results_are_those_of_rays_workers_and_no_ray_is_loaded(tmp_path: Path) -> None:
     script = "import sys; from search.run import main; code = main(sys.argv[1:]); print('ray' in sys.modules, code)"
     studies = {}

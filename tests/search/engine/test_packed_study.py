@@ -36,6 +36,9 @@ WORDS = [
 ]
 
 
+pytestmark = pytest.mark.slow  # Ray studies: what a pack computes is tested without Ray (tests/trainers/)
+
+
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Records:
     storage = tmp_path_factory.mktemp("studies")
@@ -71,7 +74,6 @@ def test_each_is_what_it_is_alone(study: Records, tmp_path: Path) -> None:
         assert outcome.accuracy == pytest.approx(alone.accuracy, abs=1.01 / QUESTIONS)
 
 
-@pytest.mark.slow
 def test_a_worker_killed_in_mid_pack_costs_nobody_a_training(tmp_path: Path) -> None:
     """`kill -9` of the process when two of its four trainings have passed a rung: all go on alone, and to their end."""
     command = [sys.executable, "-m", "search.run", *WORDS, "trials=4", "recipe.steps=30", f"storage={tmp_path}"]

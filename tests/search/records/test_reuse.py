@@ -324,6 +324,7 @@ def test_two_real_studies_of_one_storage_train_no_point_twice(tmp_path: Path) ->
     subprocess.run([sys.executable, "-c", code, kept], check=True, capture_output=True)
 
 
+@pytest.mark.slow
 def test_studies_against_one_table_share_their_results_through_tune(tmp_path: Path) -> None:
     record(tmp_path / "recorded", seed=0)
     export([tmp_path / "recorded"], tmp_path / "small.parquet")

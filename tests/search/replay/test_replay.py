@@ -176,6 +176,7 @@ def test_a_point_is_tried_again_with_the_seeds_that_the_table_has_of_it(table: R
     assert of_rank_4 == [1, 2, 0], "its own, those after it, those before it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["scheduler=pareto_halving"]])
 def test_a_study_whose_sampler_decides_about_repeats_goes_on_where_it_was(
     table: Recorded, tmp_path: Path, more: list[str]

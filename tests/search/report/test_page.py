@@ -90,6 +90,7 @@ def test_the_area_below_the_front_is_that_of_its_definition(page: Browser, tmp_p
     assert area > 0
 
 
+@pytest.mark.slow
 def test_a_running_page_says_so_and_loads_itself_again(page: Browser, tmp_path: Path) -> None:
     with open_study(tmp_path / "s") as study:
         study.append_finished(outcome(selection(2)), {})

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 
 from allocators._ranks import Equal, budget_of, by_layer, largest, matrices_of, on_chosen, scores_of, weighted
-from allocators.core.apportion import floor_share
+from allocators.core.apportion import check_share, floor_share
 from allocators.core.errors import InfeasibleError
 from allocators.core.types import ModelShape, ModuleRanks, Signal
 
@@ -58,6 +58,5 @@ def allocate(
 
 def top_layers(scores: Sequence[float], share: float) -> list[int]:
     """The max(1, int(L·share)) layers of largest score, first on ties, in their order."""
-    if not 0 < share <= 1:
-        raise InfeasibleError(f"share must be above 0 and at most 1, got {share}")
+    check_share(share)
     return largest(scores, max(1, floor_share(share, len(scores))))

@@ -9,7 +9,7 @@ for a sequence of tasks are another matter and not here.
 from __future__ import annotations
 
 from allocators._ranks import Equal, largest, matrices_of, on_chosen, scores_of
-from allocators.core.apportion import nearest_share
+from allocators.core.apportion import check_share, nearest_share
 from allocators.core.errors import InfeasibleError
 from allocators.core.types import ModelShape, ModuleRanks, Signal
 
@@ -38,8 +38,7 @@ def allocate(
     Raises InfeasibleError for a share outside (0, 1] or one that is no matrix; StudyError where the signal lacks the
     metric.
     """
-    if not 0 < share <= 1:
-        raise InfeasibleError(f"share must be above 0 and at most 1, got {share}")
+    check_share(share)
     matrices = matrices_of(shape)
     chosen = largest(scores_of(signal, matrices, metric), nearest_share(share, len(matrices)))
     if not chosen:

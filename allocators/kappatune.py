@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from allocators._ranks import Equal, dead, matrices_of, on_chosen, scores_of, warn_of_dead
-from allocators.core.apportion import floor_share
+from allocators.core.apportion import check_share, floor_share
 from allocators.core.errors import InfeasibleError
 from allocators.core.types import ModelShape, ModuleRanks, Signal
 
@@ -85,8 +85,7 @@ def lowest(
         return chosen
     if number is None:
         share = 0.2 if share is None else share
-        if not 0 < share <= 1:
-            raise InfeasibleError(f"share must be above 0 and at most 1, got {share}")
+        check_share(share)
         number = max(1, floor_share(share, len(kappa)))
     if not 1 <= number <= len(kappa):
         raise InfeasibleError(f"number must be 1..{len(kappa)}, got {number}")

@@ -9,7 +9,7 @@ import random
 from collections.abc import Sequence
 
 from allocators._ranks import Matrix, matrices_of, on_chosen, weighted
-from allocators.core.apportion import floor_share
+from allocators.core.apportion import check_share, floor_share
 from allocators.core.errors import InfeasibleError
 from allocators.core.types import ModelShape, ModuleRanks, Signal
 
@@ -28,7 +28,6 @@ def allocate(
     share   of the matrices, drawn at random, that have one rank together and all of the parameters: the control of
             rules that choose matrices (kappatune, spectrum, dmole). Not given: all have ranks, which differ
     seed    of the draw
-    seed    of the draw
 
     Raises InfeasibleError for a rank below 1 or a share that is no matrix.
     """
@@ -41,8 +40,7 @@ def drawn(matrices: Sequence[Matrix], *, rank: int, share: float | None, seed: s
     rng = random.Random(seed)
     if share is None:
         return weighted([rng.expovariate(1.0) for _ in matrices], matrices, rank=rank)
-    if not 0 < share <= 1:
-        raise InfeasibleError(f"share must be above 0 and at most 1, got {share}")
+    check_share(share)
     number = floor_share(share, len(matrices))
     if not number:
         raise InfeasibleError(

@@ -17,7 +17,7 @@ import math
 from collections.abc import Sequence
 
 from allocators._ranks import Equal, Matrix, dead, matrices_of, on_chosen, warn_of_dead
-from allocators.core.apportion import floor_share
+from allocators.core.apportion import check_share, floor_share
 from allocators.core.errors import InfeasibleError
 from allocators.core.types import ModelShape, ModuleRanks, Signal
 
@@ -41,8 +41,7 @@ def allocate(
     Raises InfeasibleError for a share outside (0, 1] or one that is no matrix of any type; StudyError where the signal
     lacks the ratio (`snr`).
     """
-    if not 0 < share <= 1:
-        raise InfeasibleError(f"share must be above 0 and at most 1, got {share}")
+    check_share(share)
     matrices = matrices_of(shape)
     ratios = [_ratio(signal, m) for m in matrices]
     buried = [gone or is_dead(r) for gone, r in zip(dead(signal, matrices), ratios, strict=True)]

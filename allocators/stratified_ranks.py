@@ -25,7 +25,6 @@ def allocate(
     rank    the parameters of a quarter are those of this rank on all of its matrices
     share   of each quarter's matrices that have ranks; not given: all have, and the ranks differ
     seed    of the draw
-    seed    of the draw
 
     Raises InfeasibleError for a rank below 1 or a share that is no matrix of a quarter.
     """

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocators.core import words
-from allocators.core.errors import StudyError, ToolkitError
-from search import records
+from allocators.core.errors import StudyError
+from search import door, records
 from search.config import load_arguments
 from search.export import find, locate
 from search.records import mirror
@@ -91,32 +91,22 @@ def _score(of: tuple[float, float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the request cannot work."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if not given or words.asks_for_help(given):
-            print(help_text(), file=sys.stdout if given else sys.stderr)
-            return 0 if given else 2
-        folder, request = parse(given)
-        for line in evaluate(mirror.here(folder), request):
-            print(line, flush=True)
-    except ToolkitError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    return door.answer(argv, told=help_text, act=_evaluate)
+
+
+def _evaluate(given: Sequence[str]) -> Iterator[str]:
+    folder, request = parse(given)
+    return evaluate(mirror.here(folder), request)
 
 
 def help_text() -> str:
     """Usage, keys with their defaults, and the rest of this file's docstring."""
-    lines = ["usage: python -m search.evaluate STUDY [key=value ...]", "", "keys (default):", *words.help_of(Request)]
-    return "\n\n".join(["\n".join(lines), *(__doc__ or "").strip().split("\n\n")[2:]])
+    return door.help_text("search.evaluate STUDY [key=value ...]", Request, __doc__)
 
 
 def parse(given: Sequence[str]) -> tuple[str, Request]:
     """The study's folder, and the rest. Raises StudyError with one line for what cannot work."""
-    folders, pairs = words.split(given)
-    if len(folders) != 1:
-        raise StudyError(f"give the folder of one study, got {len(folders)}: python -m search.evaluate STUDY task=NAME")
-    return folders[0], words.build(Request, pairs)
+    return door.one_study(given, Request, example="search.evaluate STUDY task=NAME")
 
 
 def evaluate(folder: str | Path, request: Request) -> Iterator[str]:

@@ -162,14 +162,14 @@ class Problem:
         """
         recipe = make_recipe(self.task_recipe, point.recipe, self.fixed_recipe)
         allocation = self.allocate(point)
-        params = allocation.trainable_params(self.shape, rank=recipe.rank)
+        trial = Trial(allocation, recipe, self.model, self.task, self.seed, point.allocator, dict(point.knobs))
+        params = self.cost(trial)
         if params == 0:
             raise InfeasibleError(f"{point.allocator} adapts nothing at these knobs: there is nothing to train")
         if self.deployable and (several := getattr(allocation, "several", [])):
             raise InfeasibleError(
                 f"{several[0]} has several LoRA experts, which deployable={self.deployable} cannot express"
             )
-        trial = Trial(allocation, recipe, self.model, self.task, self.seed, point.allocator, dict(point.knobs))
         if self.max_trainable_params and params > self.max_trainable_params:
             raise BudgetError(f"{params:,} trainable parameters are more than {self.max_trainable_params:,}")
         return trial, params
@@ -315,7 +315,8 @@ def check_pins(problem: Problem) -> dict[str, Value]:
             if name in SETTINGS:
                 raise StudyError(f"space={space} does not propose {name}: recipe.{name}={problem.pins[name]} fixes it")
             raise unknown(f"knob of space={space}", name, seen)
-    return {name: ANY if name in problem.free else seen[name] for name in problem.pins}
+    free = problem.free
+    return {name: ANY if name in free else seen[name] for name in problem.pins}
 
 
 def check_recipes(problem: Problem) -> None:

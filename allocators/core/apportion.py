@@ -210,6 +210,12 @@ def ceilings(weights: Sequence[float], total: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def check_share(share: float) -> None:
+    """Raises InfeasibleError for a share of things that is not above 0 and at most 1."""
+    if not 0 < share <= 1:
+        raise InfeasibleError(f"share must be above 0 and at most 1, got {share}")
+
+
 def floor_share(share: float, size: int) -> int:
     """floor(share · size) for the share that is meant: 0.29 of 100 is 29, though 0.29 * 100 is 28.99…"""
     return math.floor(share * size + 1e-9)

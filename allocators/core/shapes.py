@@ -302,3 +302,13 @@ NAMED_EXPERTS: Mapping[str, Mapping[str, str]] = {
     **{family: {} for family in ("olmoe", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3")},
     "mixtral": {"mlp": "block_sparse_moe", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"},
 }
+
+
+def unnamed_experts(model_type: str) -> str:
+    """Why no server finds each expert of that family by a name of its own; "" where it does."""
+    if model_type in NAMED_EXPERTS:
+        return ""
+    return (
+        f"the experts of '{model_type}' have no name of their own in its checkpoints (those of "
+        f"{', '.join(sorted(NAMED_EXPERTS))} do)"
+    )

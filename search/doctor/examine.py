@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,12 +17,13 @@ import psutil
 
 from allocators.core import words
 from allocators.core.errors import StudyError, shown
+from search.engine import surroundings
 from trainers import models, storage, tasks
 from trainers.versions import PACKAGES, versions
 
 State = Literal["ok", "note", "wrong"]
 _DISTRIBUTION = PACKAGES[0]
-_HUB, _WAIT = ("huggingface.co", 443), 3.0  # seconds for an answer
+_HUB = "huggingface.co:443"
 _LEAST_DISK, _LEAST_MEMORY, _LEAST_SHARED = 5e9, 3e9, 1e8  # bytes: a study of the embedded model takes 3.7 GB in all
 _PORTS = {"mlflow": 5000, "Ray's dashboard": 8265}
 _NVIDIA = Path("/proc/driver/nvidia/version")
@@ -139,8 +139,6 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _ray(address: str) -> Iterator[Finding]:
-    from search.engine import surroundings
-
     if address == "local":
         surroundings.check()
         yield Finding("Ray", "ok", "one of its own can start here")
@@ -148,7 +146,7 @@ def _ray(address: str) -> Iterator[Finding]:
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         yield Finding("Ray", "note", f"ray_address={address} is found by Ray itself when a study starts")
-    elif _answers(host, int(port)):
+    elif surroundings.answers(address):
         yield Finding("Ray", "ok", f"{address} answers")
     else:
         yield Finding("Ray", "wrong", f"{address} does not answer: start a cluster with 'ray start --head'")
@@ -178,26 +176,18 @@ def _storage(place: str) -> Iterator[Finding]:
 def _hub() -> Iterator[Finding]:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         yield Finding("hub", "note", "HF_HUB_OFFLINE is set: only models and data that lie here are used")
-    elif _answers(*_HUB):
+    elif surroundings.answers(_HUB):
         yield Finding("hub", "ok", "huggingface.co answers")
     else:
         yield Finding("hub", "note", "huggingface.co does not answer: only models and data that lie here can be used")
 
 
 def _ports() -> Iterator[Finding]:
-    taken = [f"{port} ({name})" for name, port in _PORTS.items() if _answers("127.0.0.1", port)]
+    taken = [f"{port} ({name})" for name, port in _PORTS.items() if surroundings.answers(f"127.0.0.1:{port}")]
     if taken:
         yield Finding("ports", "note", f"in use: {', '.join(taken)}; give the command another --port")
     else:
         yield Finding("ports", "ok", f"free: {', '.join(f'{port} ({name})' for name, port in _PORTS.items())}")
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        with socket.create_connection((host, port), timeout=_WAIT):
-            return True
-    except OSError:
-        return False
 
 
 def _model(asked: Asked) -> Iterator[Finding]:

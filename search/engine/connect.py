@@ -59,7 +59,7 @@ def connect(address: str, *, num_cpus: int = 0, logs: Path | None = None) -> str
     else:
         where, how = joining.resolve(address)
         options["log_to_driver"] = logs is not None
-        if not where.startswith("ray://") and not joining.answers(where):
+        if not where.startswith("ray://") and not surroundings.answers(where):
             raise joining.why_not(where, ConnectionError("nothing listens there"))
     logging.getLogger("ray").setLevel(logging.ERROR)  # before: it warns that the handler of SIGTERM stays ours
     try:

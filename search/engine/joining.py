@@ -6,7 +6,6 @@ import contextlib
 import getpass
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ import ray
 
 from allocators.core.errors import StudyError
 from search import interrupts
+from search.engine import surroundings
 
 _PRINTS = "lora-expert-search"
 SILENT = 45.0  # seconds without an answer of the head; after a minute Ray's code ends this process without a word
@@ -96,16 +96,6 @@ def why_not(address: str, error: Exception) -> StudyError:
     )
 
 
-def answers(address: str, *, seconds: float = 3.0) -> bool:
-    """Whether anything listens at HOST:PORT."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=seconds).close()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def describe(how: str) -> str:
     """The cluster that this process has joined, in one line."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -150,9 +140,9 @@ def watch_head(closing: threading.Event, *, goes_on: str) -> None:
     node = next(node for node in ray.nodes() if node["NodeID"] == here)
     raylet = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
     while not closing.wait(1.0):
-        if answers(head):
+        if surroundings.answers(head):
             last = time.monotonic()
-        if not answers(raylet) and not answers(raylet) and not closing.wait(0.2):
+        if not surroundings.answers(raylet) and not surroundings.answers(raylet) and not closing.wait(0.2):
             interrupts.fail(StudyError(f"this node left the cluster: its raylet ended; {goes_on}"))
             return
         if time.monotonic() - last > SILENT and not closing.is_set():

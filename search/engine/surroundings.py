@@ -1,4 +1,5 @@
-"""What a local Ray needs of this machine, looked at before it starts: it would say "timed out", after half a minute.
+"""What a local Ray needs of this machine, looked at before it starts: it would say "timed out", after half a minute. And
+whether an address answers.
 
 Raises StudyError with the path or limit that is in the way, and the setting that mends it. No Ray.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +33,16 @@ def store() -> str | None:
     if not _SHARED.is_dir() or _is_writable(_SHARED):
         return None
     return _temporary()
+
+
+def answers(address: str, *, seconds: float = 3.0) -> bool:
+    """Whether anything listens at HOST:PORT."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=seconds).close()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _check_open_files() -> None:

@@ -25,54 +25,42 @@ at all.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from allocators.core import words
-from allocators.core.errors import StudyError, ToolkitError
+from allocators.core.errors import StudyError
+from search import door
 from search.export import Request, write
 from search.records import mirror
-from search.records.redact import redacted
 from trainers import command, storage
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the request cannot work."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if not given or words.asks_for_help(given):
-            print(help_text(), file=sys.stdout if given else sys.stderr)
-            return 0 if given else 2
-        folder, request = parse(given)
-        for line in write(mirror.here(folder), request):
-            print(line, flush=True)
-    except ToolkitError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    return door.answer(argv, told=help_text, act=_export)
+
+
+def _export(given: Sequence[str]) -> Iterator[str]:
+    folder, request = parse(given)
+    return write(mirror.here(folder), request)
 
 
 def help_text() -> str:
     """Usage, keys with their defaults, and the rest of this file's docstring."""
-    lines = ["usage: python -m search.export STUDY to=FOLDER [key=value ...]", "", "keys (default):"]
-    lines += words.help_of(Request)
-    return "\n\n".join(["\n".join(lines), *(__doc__ or "").strip().split("\n\n")[2:]])
+    return door.help_text("search.export STUDY to=FOLDER [key=value ...]", Request, __doc__)
 
 
 def parse(given: Sequence[str]) -> tuple[str, Request]:
     """The study's folder, and the rest. Raises StudyError with one line for what cannot work."""
-    folders, pairs = words.split(given)
-    request = words.build(Request, pairs)
-    if len(folders) != 1:
-        raise StudyError(f"give the folder of one study, got {len(folders)}: python -m search.export STUDY to=FOLDER")
+    folder, request = door.one_study(given, Request, example="search.export STUDY to=FOLDER")
     if not request.to:
         raise StudyError("to=FOLDER is missing: where shall the export go?")
     if not storage.is_uri(request.to):
         request = replace(request, to=str(Path(request.to).expanduser()))
     if request.dtype != "float32" and request.format not in ("merged", "gguf-ready"):
         raise StudyError("dtype is for format=merged and gguf-ready: adapters are float32, whatever the base is")
-    return folders[0], request
+    return folder, request
 
 
 if __name__ == "__main__":

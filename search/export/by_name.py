@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from allocators.core.errors import StudyError
-from allocators.core.shapes import NAMED_EXPERTS
+from allocators.core.shapes import NAMED_EXPERTS, unnamed_experts
 from trainers import storage
 from trainers.adapter import peft_format
 from trainers.adapter.expert_lora import weight_stacks
@@ -59,12 +59,7 @@ def refusal(saved: Saved, model_type: str) -> str:
     """Why no server would load this adapter; "" where the loaders' sources say that they do."""
     if reason := peft_format.refusal(saved):
         return reason
-    if saved.shape.is_moe and model_type not in NAMED_EXPERTS:
-        return (
-            f"the experts of '{model_type}' have no name of their own in its checkpoints (those of "
-            f"{', '.join(sorted(NAMED_EXPERTS))} do)"
-        )
-    return ""
+    return unnamed_experts(model_type) if saved.shape.is_moe else ""
 
 
 def write(model: nn.Module, saved: Saved, folder: storage.Location, *, base: str, revision: str | None = None) -> int:

@@ -171,20 +171,27 @@ def refuse_to_merge(saved: Saved, settings: Mapping[str, Any]) -> None:
         )
 
 
+def loaded_with_logits(conversion: Conversion, **changes: Any) -> tuple[models.Loaded, Tensor]:
+    """The base in float32 without an adapter, and the logits that it has with the adapter."""
+    from trainers import adapter
+
+    loaded = conversion.load_base(dtype="float32", **changes)
+    attached = adapter.load(loaded.model, conversion.source)
+    expected = logits_of(loaded.model)
+    attached.detach()
+    return loaded, expected
+
+
 def write_peft(conversion: Conversion) -> str:
     """PEFT's files, loaded again by PEFT and compared."""
     from peft import PeftModel
 
-    from trainers import adapter
     from trainers.adapter import peft_format
 
     saved = checked(conversion)
     if reason := peft_format.refusal(saved):
         raise StudyError(f"format=peft cannot express this adapter: {reason}; use format=adapter")
-    loaded = conversion.load_base(dtype="float32")
-    attached = adapter.load(loaded.model, conversion.source)
-    expected = logits_of(loaded.model)
-    attached.detach()
+    loaded, expected = loaded_with_logits(conversion)
     revision = loaded.identity if conversion.is_hub else None
     base = portable(conversion.base)
     written = peft_format.write(loaded.model, saved, conversion.target, base=base, revision=revision)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from allocators.core.errors import StudyError
-from search.export.formats import Conversion, checked, compare, logits_of, write_merged
+from search.export.formats import Conversion, checked, compare, loaded_with_logits, logits_of, write_merged
 from search.records.redact import portable
 from trainers import models
 
@@ -16,7 +16,6 @@ from trainers import models
 def write_vllm(conversion: Conversion) -> str:
     """LoRA on every linear map by its own name, read from the files again and compared."""
     from search.export import by_name
-    from trainers import adapter
 
     saved = checked(conversion)
     reason = by_name.refusal(saved, str(models.config_of(conversion.base).get("model_type")))
@@ -27,10 +26,7 @@ def write_vllm(conversion: Conversion) -> str:
             f"it was trained on a base with quantization={quantization}, and is compared on the base in float32: a "
             "server that holds the base otherwise rounds otherwise"
         )
-    loaded = conversion.load_base(dtype="float32", quantization="")
-    attached = adapter.load(loaded.model, conversion.source)
-    expected = logits_of(loaded.model)
-    attached.detach()
+    loaded, expected = loaded_with_logits(conversion, quantization="")
     base, revision = portable(conversion.base), loaded.identity if conversion.is_hub else None
     allowed = by_name.write(loaded.model, saved, conversion.target, base=base, revision=revision)
     by_name.apply(loaded.model, conversion.target)

@@ -34,7 +34,8 @@ def starting_points(problem: Problem) -> list[dict[str, Any]]:
     suggested = (problem.task_recipe, problem.fixed_recipe)
     says = set(UPDATES) & {name for layer in suggested for name in layer}
     own = settings_of(make_recipe(*(() if says else (TRANSFERABLE,)), *suggested))
-    return [own | point | dict(problem.pins) | problem.free for point in _points(problem)]
+    fixed = {**problem.pins, **problem.free}
+    return [own | point | fixed for point in _points(problem)]
 
 
 def _points(problem: Problem) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from allocators.core import plugins, words
 from allocators.core.errors import StudyError, shown, unknown
-from allocators.core.shapes import NAMED_EXPERTS
+from allocators.core.shapes import unnamed_experts
 from allocators.core.types import ModelShape
 from search.config import AUTO, RunConfig, make_recipe
 from search.points.starting import starting_points
@@ -93,12 +93,8 @@ def _check_deployable(config: RunConfig, shape: ModelShape) -> None:
     if config.deployable == "vllm" and shape.is_moe:
         from trainers import models
 
-        kind = str(models.config_of(config.model).get("model_type"))
-        if kind not in NAMED_EXPERTS:
-            raise StudyError(
-                f"deployable=vllm: the experts of '{kind}' have no name of their own in its checkpoints (those of "
-                f"{', '.join(sorted(NAMED_EXPERTS))} do): leave it out, or deployable=merged"
-            )
+        if reason := unnamed_experts(str(models.config_of(config.model).get("model_type"))):
+            raise StudyError(f"deployable=vllm: {reason}: leave it out, or deployable=merged")
 
 
 def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:

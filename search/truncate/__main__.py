@@ -18,39 +18,25 @@ share one rank. Nothing is trained; a training that was cut to the same ranks be
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from allocators.core import words
-from allocators.core.errors import StudyError, ToolkitError
-from search.records.redact import redacted
+from search import door
 from search.truncate import Request, truncate
 from trainers import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 the request cannot work."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        if not given or words.asks_for_help(given):
-            print(help_text(), file=sys.stdout if given else sys.stderr)
-            return 0 if given else 2
-        folders, pairs = words.split(given)
-        if len(folders) != 1:
-            raise StudyError(
-                f"give the folder of one study, got {len(folders)}: python -m search.truncate STUDY point=front"
-            )
-        for line in truncate(folders[0], words.build(Request, pairs)):
-            print(line, flush=True)
-    except ToolkitError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        return 2
-    return 0
+    return door.answer(argv, told=help_text, act=_truncate)
+
+
+def _truncate(given: Sequence[str]) -> Iterator[str]:
+    return truncate(*door.one_study(given, Request, example="search.truncate STUDY point=front"))
 
 
 def help_text() -> str:
     """Usage, keys with their defaults, and the rest of this file's docstring."""
-    lines = ["usage: python -m search.truncate STUDY [key=value ...]", "", "keys (default):", *words.help_of(Request)]
-    return "\n\n".join(["\n".join(lines), *(__doc__ or "").strip().split("\n\n")[2:]])
+    return door.help_text("search.truncate STUDY [key=value ...]", Request, __doc__)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import psutil
 import pytest
 
 from allocators.core.errors import StudyError
-from search.engine import joining
+from search.engine import joining, surroundings
 from search.engine.joining import Cluster
 from search.records import read
 from tests import ROOT
@@ -103,9 +103,9 @@ def test_where_nothing_listens_that_is_said_at_once(capsys: pytest.CaptureFixtur
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-        assert not joining.answers(address)
+        assert not surroundings.answers(address)
         free.listen()
-        assert joining.answers(address)
+        assert surroundings.answers(address)
 
 
 # --- the commands of the page, as printed
@@ -146,7 +146,7 @@ class Machine:
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
-    if joining.answers("127.0.0.1:6379"):
+    if surroundings.answers("127.0.0.1:6379"):
         pytest.skip("a cluster runs on this machine at Ray's own port")
     made = Machine(tmp_path)
     yield made

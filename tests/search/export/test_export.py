@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from allocators.core import shapes
 from allocators.core.errors import StudyError
 from allocators.core.types import (
     Allocation,
@@ -246,7 +247,7 @@ def test_what_a_server_cannot_hold_is_refused_with_the_reason(
     with pytest.raises(StudyError, match=r"^format=vllm cannot express this adapter: .* several LoRA experts"):
         exported(folder, to=tmp_path / "a", point=known["routed"][0], format="vllm")
     moe, known = exports["tiny-moe"]
-    monkeypatch.setattr(by_name, "NAMED_EXPERTS", {"mixtral": {}})
+    monkeypatch.setattr(shapes, "NAMED_EXPERTS", {"mixtral": {}})
     with pytest.raises(StudyError, match=r"the experts of 'olmoe' have no name of their own in its checkpoints"):
         exported(moe, to=tmp_path / "b", point=known["some"][0], format="vllm")
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,4 @@
-"""What a local Ray needs of this machine, looked at before it starts: it would say "timed out", after half a minute. And
-whether an address answers.
+"""What a local Ray needs of this machine, looked at before it starts: it would say "timed out", after half a minute.
 
 Raises StudyError with the path or limit that is in the way, and the setting that mends it. No Ray.
 """
@@ -36,7 +35,7 @@ def store() -> str | None:
 
 
 def answers(address: str, *, seconds: float = 3.0) -> bool:
-    """Whether anything listens at HOST:PORT."""
+    """Whether anything listens at HOST:PORT, as a cluster would."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=seconds).close()

@@ -394,7 +394,16 @@ class RunConfig:
         [], "files, folders or modules with own allocators and spaces", decides="proposals", where="search"
     )
     dry_run: bool = _key(
-        False, "print points with exact parameter counts; no weights, no Ray", decides="running", where="amount"
+        False,
+        "print points with exact parameter counts and a worker's memory; no weights, no Ray",
+        decides="running",
+        where="amount",
+    )
+    estimate: bool = _key(
+        False,
+        "with dry_run=true: load the model here, time a few steps, and say how long the study will take",
+        decides="running",
+        where="amount",
     )
     recipe: dict[str, Value] = _key(  # noqa: RUF009 (a field)
         {}, "recipe.NAME=VALUE fixes a LoRA or optimiser setting for every trial", decides="proposals", where="search"
@@ -589,6 +598,9 @@ def check(config: RunConfig) -> None:
             f"first_rung={config.first_rung} must be before the end, which is at evaluation {config.evaluations}: "
             "lower it, or raise evaluations"
         )
+    if config.estimate and (config.replay or not config.dry_run):
+        why = "replay= trains nothing: leave it out" if config.replay else "trains no more: give it with dry_run=true"
+        raise StudyError(f"estimate=true times a few steps, and {why}")
     _check_forgetting(config)
     _check_workers(config)
     _seconds("time_budget", config.time_budget)

@@ -79,7 +79,7 @@ def run(config: RunConfig) -> int:
         from search.session.dry_run import dry_run
         from search.session.make_workers import Locations
 
-        dry_run(config, problem, Locations.of(config).folder)
+        dry_run(config, problem, Locations.of(config))
         return 0
     from search.session.session import run_study
 

@@ -6,6 +6,8 @@
 Nothing may end a study for what it prints. A reader that has gone (`| head`), a closed stream or a lost terminal drop
 what is written from then on; a character that the terminal's encoding lacks is written as `?`. A container often runs
 as a user without a name or a home, and libraries look both up when they are imported.
+
+A ToolkitWarning is one line, without the place in this project's code that gave it.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ import os
 import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO, cast
+
+from allocators.core.errors import ToolkitWarning
 
 
 def run(main: Callable[[], int]) -> int:
@@ -25,7 +30,19 @@ def run(main: Callable[[], int]) -> int:
     _open_standard_streams()
     sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
     _name_user_and_home()
+    warnings.formatwarning = _one_line_if_ours
     return main()
+
+
+_with_its_place = warnings.formatwarning
+
+
+def _one_line_if_ours(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    if issubclass(category, ToolkitWarning):
+        return f"warning: {message}\n"
+    return _with_its_place(message, category, filename, lineno, line)
 
 
 def lasting(stream: TextIO) -> TextIO:

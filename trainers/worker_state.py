@@ -103,6 +103,7 @@ class WorkerState:
         self.folder = None if stored else partial(models.folder_of, self.name)
         self.scratch = Path(setup.signals)
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
+        self.tokenizer_identity = models.identity_of_tokenizer(setup.model)
         self.sharded = sharding.is_sharded(self.model)
         self.device_broke = False  # whether nothing can be trained in this process any more
         self.broken = False  # whether other workers of the group wait for this one, in vain

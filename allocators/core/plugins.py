@@ -17,7 +17,8 @@ and a space is a module with `suggest(trial, shape)`. Where a point does not say
 allocator is the study's seed, and its knob `rank` the rank of the recipe.
 
 A plug-in is somebody's code: whatever it raises or returns becomes one line with its file and line. A space that fails
-is a StudyError, since no point comes without it; an allocator that fails is a RuleError of the point that asked it.
+is a StudyError, since no point comes without it; an allocator that fails is a RuleError of the point that asked it. One
+that takes long is let be: a ToolkitWarning says which line it is in.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ import importlib.util
 import inspect
 import re
 import sys
+import threading
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -36,12 +39,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from allocators.core.errors import InfeasibleError, RuleError, StudyError, ToolkitError, one_line, shown, unknown
+from allocators.core.errors import (
+    InfeasibleError,
+    RuleError,
+    StudyError,
+    ToolkitError,
+    ToolkitWarning,
+    one_line,
+    shown,
+    unknown,
+)
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, ModuleRanks, Signal
 
 NEEDS = ("routing", "spectrum", "sensitivity", "representation", None)
 BASES = ("moe", "dense", "any")
 GIVES = ("experts", "ranks")
+PATIENCE = 20.0  # seconds after which a plug-in's code is said to take long; it may do so for ever
 _COMMANDS = ("show",)  # files of a plug-in folder that are commands, not plug-ins
 _ENTRY = {"allocators": "allocate", "spaces": "suggest"}
 _PLACE = Path(__file__).resolve().parents[2]  # where the folders of plug-ins are: a name may be another distribution's
@@ -197,7 +210,8 @@ def failing(module: ModuleType, what: str, raised: Callable[[str], ToolkitError]
     What this project's own plug-ins raise on purpose passes as it is; of an added one an InfeasibleError stays one.
     """
     try:
-        yield
+        with _watched(module.__file__, what):
+            yield
     except ToolkitError as error:
         if not _is_added(module):
             raise
@@ -206,6 +220,27 @@ def failing(module: ModuleType, what: str, raised: Callable[[str], ToolkitError]
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {_text_of(error)}"
         raise raised(f"{what} failed: {reason} ({_place_in(module, error)})") from error
+
+
+@contextmanager
+def _watched(file: str | None, what: str) -> Iterator[None]:
+    """A ToolkitWarning once the block has taken `PATIENCE`, with the plug-in's line that it is in by then."""
+    thread = threading.get_ident()
+
+    def say() -> None:
+        frame, place = sys._current_frames().get(thread), file or what
+        while frame is not None and frame.f_code.co_filename != file:
+            frame = frame.f_back
+        place += f", line {frame.f_lineno}" if frame is not None else ""
+        warnings.warn(f"{what} has run for {PATIENCE:.0f} s and goes on ({place})", ToolkitWarning, stacklevel=1)
+
+    timer = threading.Timer(PATIENCE, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def returned(value: object) -> str:
@@ -300,7 +335,8 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a module up by its name
     try:
-        spec.loader.exec_module(module)
+        with _watched(module.__file__, f"importing plug-in {path}"):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file raises, it is the user's line to read
         sys.modules.pop(name, None)
         place = "" if isinstance(error, SyntaxError) else f" ({_place_in(module, error)})"

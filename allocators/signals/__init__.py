@@ -40,6 +40,7 @@ class Source(Protocol):
     device, dtype        where the resident model is, and its dtype as torch names it (`bfloat16`): numbers that come
                          from rounded weights must not pass for those of the stored ones
     model, tokenizer     the resident base model, in eval mode
+    tokenizer_identity   the hash of what turns text into tokens: other tokens of the same documents are other numbers
     task_name, task      labelled documents, see trainers/tasks/
     samples, seed        how many of them, drawn how
     scratch              folder for what a long measurement has so far, so that one that was cut off goes on
@@ -77,6 +78,10 @@ class Source(Protocol):
     @property
     def tokenizer(self) -> Any:
         """The tokenizer of the base model."""
+
+    @property
+    def tokenizer_identity(self) -> str:
+        """The hash of what turns text into tokens."""
 
     @property
     def task_name(self) -> str:

@@ -61,6 +61,7 @@ def measurement_of(source: Source) -> Measurement:
         "model": source.name,
         "weights": source.identity,
         "dtype": source.dtype,
+        "tokenizer": source.tokenizer_identity,
         "task": ", ".join(labels),
         "datasets": [{"task": label, "data": d.data_hash} for label, d in zip(labels, datasets, strict=True)],
         "samples": samples,

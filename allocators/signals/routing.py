@@ -46,6 +46,7 @@ def measurement_of(source: Source) -> Measurement:
         "model": source.name,
         "weights": source.identity,
         "dtype": source.dtype,
+        "tokenizer": source.tokenizer_identity,
         "task": source.task_name,
         "data": source.task.data_hash,
         "samples": source.samples,

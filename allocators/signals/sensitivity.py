@@ -87,6 +87,7 @@ def measurement_of(source: Source, *, score: Score = "sum_sq_grad") -> Measureme
                 "model": source.name,
                 "weights": source.identity,
                 "dtype": source.dtype,
+                "tokenizer": source.tokenizer_identity,
                 "task": name,
                 "datasets": [{"task": name, "data": dataset.data_hash}],
                 "score": score,

@@ -28,22 +28,12 @@ from search.config import RunConfig
 from search.records.files import read_bytes, write_atomically
 from search.replay import SHIPPED
 from trainers import tasks
-from trainers.models import base, hub
+from trainers.models import base, hub, tokenizer
 from trainers.tasks.data import FORMATS, located_data
 from trainers.tasks.task_file import TaskFile, code_of, metadata_of, training_config
 
 _SMALL = 1 << 20  # bytes: hashed each time
 _SETTLED = 2_000_000_000  # ns: a file that was written so recently may change again within one tick of its clock
-_TOKENIZER = (
-    "tokenizer*",
-    "vocab*",
-    "merges*",
-    "*.model",
-    "*.tiktoken",
-    "added_tokens.json",
-    "special_tokens_map.json",
-)
-_TEMPLATES = ("chat_template*", "additional_chat_templates/*")
 _OF_THE_FILE = ("fetch", "version")  # metadata of a task file that no result depends on
 
 
@@ -90,21 +80,21 @@ def _model(config: RunConfig, hashes: _Hashes) -> dict[str, str]:
     if hub.is_cached(file):
         return {f"commit of {name}": file.parent.name}
     folder = file.parent
-    tokenizer, template = _tokenizer(folder, hashes)
+    text, template = _tokenizer(folder, hashes)
     found = {
-        f"weights of {name}": hashes.of_all(_matching(folder, ("*.safetensors", "*.safetensors.index.json"))),
-        f"config.json of {name}": hashes.of_all(_matching(folder, ("config.json", "generation_config.json"))),
-        f"tokenizer of {name}": tokenizer,
+        f"weights of {name}": hashes.of_all(base.matching(folder, ("*.safetensors", "*.safetensors.index.json"))),
+        f"config.json of {name}": hashes.of_all(base.matching(folder, ("config.json", "generation_config.json"))),
+        f"tokenizer of {name}": text,
         f"chat template of {name}": template,
     }
     if config.trust_remote_code:
-        found[f"code of {name}"] = hashes.of_all(_matching(folder, ("*.py",)))
+        found[f"code of {name}"] = hashes.of_all(base.matching(folder, ("*.py",)))
     return found
 
 
 def _tokenizer(folder: Path, hashes: _Hashes) -> tuple[str, str]:
     """Hashes of the tokenizer, and of its chat template, which may lie in the tokenizer's config or beside it."""
-    files = _matching(folder, _TOKENIZER)
+    files = base.matching(folder, tokenizer.FILES)
     settings: dict[str, Any] = {}
     config = folder / "tokenizer_config.json"
     try:
@@ -113,12 +103,8 @@ def _tokenizer(folder: Path, hashes: _Hashes) -> tuple[str, str]:
     except (OSError, ValueError, TypeError):  # as it is, then
         pass
     template = settings.pop("chat_template", None)
-    templates = hashes.of_all(_matching(folder, _TEMPLATES))
+    templates = hashes.of_all(base.matching(folder, tokenizer.TEMPLATES))
     return _joined([hashes.of_all(files), _text(settings)]), _joined([templates, _text(template)])
-
-
-def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 # --- tasks

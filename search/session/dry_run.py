@@ -1,12 +1,14 @@
-"""`dry_run=true`: the points that a study would start with, with their parameter counts. No weights, no workers."""
+"""`dry_run=true`: the points that a study would start with, with their parameter counts, and what they will take.
+
+No workers are started, and no weights are read unless `estimate=true` asks for time.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,19 +20,21 @@ from search.config import RunConfig
 from search.problem import Problem, Proposal
 from search.propose.sampler import Proposer, table_rows
 from search.records import measured_signals
+from search.session import estimate
+from search.session.make_workers import Locations
 from search.text import human, settings_of
 from trainers import models
 
 
-def dry_run(config: RunConfig, problem: Problem, folder: Path) -> None:
-    """Prints what the study would start with, or what the sampler would draw.
+def dry_run(config: RunConfig, problem: Problem, locations: Locations) -> None:
+    """Prints what the study would start with, or what the sampler would draw, and what a worker will take.
 
-    folder   of the study: where an earlier run of it measured signals, counts are exact
+    locations   of the study: where an earlier run of it measured signals, counts are exact
     """
     for note in [] if config.replay else models.left_out(config.model, trust_remote_code=config.trust_remote_code):
         print(f"note: {note}", file=sys.stderr)
     known = {kind: signal for kind, signal in problem.signals.items() if signal.provenance.get("measured", True)}
-    recorded, damaged = measured_signals(folder)
+    recorded, damaged = measured_signals(locations.folder)
     for sentence in damaged:
         print(f"warning: {sentence}", file=sys.stderr)
     known |= recorded
@@ -47,6 +51,19 @@ def dry_run(config: RunConfig, problem: Problem, folder: Path) -> None:
         console.print(f"{len(proposals)} rows with {config.seeds} seeds each: {total} trainings")
     elif config.seeds > 1:
         console.print(f"then the members of the front again, until {config.seeds} seeds stand behind each")
+    if proposals and not config.replay:
+        for line in _estimates(config, problem, proposals, locations):
+            console.print(line, highlight=False)
+
+
+def _estimates(
+    config: RunConfig, problem: Problem, proposals: Sequence[Proposal], locations: Locations
+) -> Iterator[str]:
+    yield estimate.memory_line(config, problem, max(proposals, key=lambda proposal: proposal.trainable_params))
+    if config.estimate:
+        yield from estimate.time_lines(config, problem, proposals, locations)
+    else:
+        yield "estimate=true loads the model here, times a few steps and says how long the study will take"
 
 
 def drawn(problem: Problem, *, trials: int, merge: bool) -> tuple[list[Proposal], list[str]]:

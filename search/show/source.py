@@ -82,6 +82,13 @@ class Source:
         return models.identity_of(self.name)
 
     @cached_property
+    def tokenizer_identity(self) -> str:
+        """The hash of what turns text into tokens."""
+        from trainers import models
+
+        return models.identity_of_tokenizer(self.name)
+
+    @cached_property
     def device(self) -> str:
         """`device=`, else a GPU where there is one. Raises StudyError for a device that does not exist."""
         import torch

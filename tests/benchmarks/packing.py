@@ -192,7 +192,7 @@ def packed_run(
 
 def step(run: TrainingRun) -> None:
     run.model.train()
-    run._step(run.step)
+    run.take_step(run.step)
     if run.unseen == loop.CHECK_EVERY:
         run._look()
 

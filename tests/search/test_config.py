@@ -165,7 +165,7 @@ def test_what_follows_from_the_table_is_what_was_kept_by_hand() -> None:
         "workers",
         "wait_for_workers",
     }
-    amount = {"trials", "seeds", "time_budget", "max_trainable_params", "deployable", "dry_run"}
+    amount = {"trials", "seeds", "time_budget", "max_trainable_params", "deployable", "dry_run", "estimate"}
     assert set(keys(where="amount")) == amount
     changed = parse(["trials=3", "seeds=2", "time_budget=1h", "max_trainable_params=9", "dry_run=true", "limit=4"])
     assert changed.without("amount") == parse(["limit=4"])

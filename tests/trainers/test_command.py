@@ -117,3 +117,18 @@ def test_every_command_of_a_study_is_run_so() -> None:
     files = [file for file in (ROOT / "search").rglob("*.py") if '__name__ == "__main__"' in file.read_text()]
     assert len(files) > 5
     assert [file.name for file in files if "command.run(" not in file.read_text()] == []
+
+
+def test_a_warning_of_ours_is_one_line() -> None:
+    code = (
+        "import sys, warnings\n"
+        "from allocators.core.errors import ToolkitWarning\n"
+        "from trainers import command\n"
+        "def main():\n"
+        "    warnings.warn('a file is damaged', ToolkitWarning)\n"
+        "    warnings.warn('of a library', UserWarning)\n"
+        "    return 0\n"
+        "sys.exit(command.run(main))\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stderr.splitlines() == ["warning: a file is damaged", "<string>:6: UserWarning: of a library"]

@@ -114,7 +114,7 @@ class TrainingRun:
         result = self.begin(on_rung)
         self.model.train()
         while result is None:
-            self._step(self.step)
+            self.take_step(self.step)
             result = self.reach(on_rung)
         return result
 
@@ -128,7 +128,7 @@ class TrainingRun:
                 return self._result("complete" if rung.step == self.steps else "stopped")
         return self._result("complete") if self.step == self.steps else None
 
-    def _step(self, step: int) -> None:
+    def take_step(self, step: int) -> None:
         """One optimiser step. Launches work on the device and waits for none of it."""
         completion_tokens = self.open_step(step)
         seed_dropout(self.device, self.seed, step, self.rank)
@@ -267,12 +267,14 @@ class TrainingRun:
             by_task=evaluation.by_task,
         )
 
-    def _result(self, status: Ending) -> Result:
+    def peak_memory_bytes(self) -> int:
+        """Of the GPU since the run began; on a CPU of the process in its whole life."""
         if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-        past = self.past
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+    def _result(self, status: Ending) -> Result:
+        past, peak = self.past, self.peak_memory_bytes()
         return Result(status, tuple(past.rungs), tuple(past.losses), past.tokens, past.elapsed(), peak)
 
     # --- checkpoints ---

@@ -45,7 +45,7 @@ from trainers.models.options import (
     stored_as,
 )
 from trainers.models.resident import Loaded, load
-from trainers.models.tokenizer import tokenizer_of
+from trainers.models.tokenizer import identity_of_tokenizer, tokenizer_of
 
 __all__ = [
     "ATTENTION",
@@ -62,6 +62,7 @@ __all__ = [
     "folder_of",
     "has_weights",
     "identity_of",
+    "identity_of_tokenizer",
     "left_out",
     "load",
     "numbers_of",

@@ -11,7 +11,7 @@ hub.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +74,11 @@ def identity_of(name: str) -> str:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
     return f"sha256:{digest.hexdigest()[:32]}"
+
+
+def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    """The files of a folder that match any of the patterns, sorted."""
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def folder_of(name: str) -> Path:

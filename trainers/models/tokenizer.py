@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from allocators.core.errors import StudyError
 from trainers.models import hub
-from trainers.models.base import config_file
+from trainers.models.base import config_file, matching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+FILES = (
+    "tokenizer*",
+    "vocab*",
+    "merges*",
+    "*.model",
+    "*.tiktoken",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+TEMPLATES = ("chat_template*", "additional_chat_templates/*")
+
+
+def identity_of_tokenizer(name: str) -> str:
+    """What turns text into tokens, for provenance: the commit of a hub model, else `sha256:` of the tokenizer's files
+    and its chat template.
+
+    Raises StudyError as `config_of` does, and for a file that cannot be read.
+    """
+    config = config_file(name)
+    if hub.is_cached(config):
+        return config.parent.name
+    digest = hashlib.sha256()
+    try:
+        for file in matching(config.parent, (*FILES, *TEMPLATES)):
+            content = file.read_bytes()
+            digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+    except OSError as error:
+        raise StudyError(f"'{error.filename}' cannot be read: {error.strerror}") from None
+    return f"sha256:{digest.hexdigest()[:32]}"
 
 
 def tokenizer_of(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 
 from allocators.core import plugins
-from allocators.core.errors import StudyError
+from allocators.core.errors import StudyError, ToolkitWarning
 from allocators.core.types import ExpertSelection
 from spaces import sieve_ablation
 from tests import ROOT
@@ -96,6 +96,21 @@ def test_a_bad_plugin_is_refused_by_name(tmp_path: Path, stem: str, text: str, m
         plugins.add(str(tmp_path / f"{stem}.py"))
     assert stem in str(error.value)
     assert stem == "sieve" or stem not in plugins.names("allocators")
+
+
+def test_code_that_takes_long_is_said_with_its_line_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugins, "PATIENCE", 0.05)
+    wait = "    for _ in range(10**6):\n        if warned:\n            break\n        sum(range(1000))\n"
+    (tmp_path / "sleepy.py").write_text(f"warned = []\n{ALLOCATOR}".replace("    return", f"{wait}    return", 1))
+    plugins.add(str(tmp_path / "sleepy.py"))
+    sleepy = plugins.load("allocators", "sleepy")
+    said = pytest.warns(ToolkitWarning, match=r"allocator sleepy has run for .*sleepy\.py, line \d+\)$")
+    vars(sleepy)["warned"] = said  # it goes on until it was said
+    with said:
+        plugins.call(sleepy, None, moe_shape(), {})
+    assert len(said) == 1
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

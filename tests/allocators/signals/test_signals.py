@@ -39,7 +39,7 @@ class Source:
     name, identity, task_name, samples, seed = "tiny", "sha", "documents", 2, 0
     device, dtype, folder = "cpu", "float32", None
     shape, scratch = moe_shape(), Path()
-    tokenizer, task = Tokenizer(), Documents()
+    tokenizer, tokenizer_identity, task = Tokenizer(), "words", Documents()
 
     def __init__(self) -> None:
         self.loads = 0
@@ -80,7 +80,15 @@ def test_what_surrounds_a_measurement_is_entered_only_where_one_is_made(tmp_path
 
 
 @pytest.mark.parametrize(
-    "change", [{"identity": "other"}, {"samples": 3}, {"seed": 1}, {"task_name": "t"}, {"dtype": "bfloat16"}]
+    "change",
+    [
+        {"identity": "other"},
+        {"samples": 3},
+        {"seed": 1},
+        {"task_name": "t"},
+        {"dtype": "bfloat16"},
+        {"tokenizer_identity": "bytes"},
+    ],
 )
 def test_whatever_the_numbers_depend_on_measures_again(tmp_path: Path, change: dict[str, Any]) -> None:
     source = Source()

@@ -493,7 +493,7 @@ def steps_that_wait(
     watched: Callable[[], AbstractContextManager[None]],
 ) -> loop.Result:
     """Trains; `watched(step)` is entered around every optimiser step but the first, in which gradients are checked."""
-    original = loop.TrainingRun._step
+    original = loop.TrainingRun.take_step
 
     def step(self: loop.TrainingRun, number: int) -> None:
         with watched() if number else nullcontext():

@@ -499,7 +499,7 @@ def steps_that_wait(
         with watched() if number else nullcontext():
             original(self, number)
 
-    monkeypatch.setattr(loop.TrainingRun, "_step", step)
+    monkeypatch.setattr(loop.TrainingRun, "take_step", step)
     recipe = replace(DROPOUT, steps=loop.CHECK_EVERY + 2, micro_batch_size=3)
     model, adapter = adapted(kind, device=device)
     return loop.train(

@@ -59,8 +59,10 @@ def connect(address: str, *, num_cpus: int = 0, logs: Path | None = None) -> str
     else:
         where, how = joining.resolve(address)
         options["log_to_driver"] = logs is not None
-        if not where.startswith("ray://") and not surroundings.answers(where):
-            raise joining.why_not(where, ConnectionError("nothing listens there"))
+        if not where.startswith("ray://"):
+            if not surroundings.answers(where):
+                raise joining.why_not(where, ConnectionError("nothing listens there"))
+            joining.check_token(where)
     logging.getLogger("ray").setLevel(logging.ERROR)  # before: it warns that the handler of SIGTERM stays ours
     try:
         if address == "local":

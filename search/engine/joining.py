@@ -80,6 +80,21 @@ def _is_of_a_program(session: str) -> bool:
     return False
 
 
+def check_token(address: str) -> None:
+    """Raises StudyError where the cluster asks for a token that this machine lacks: `ray.init` would try for long, and
+    then say only that it could not connect.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+    from ray.exceptions import AuthenticationError
+
+    try:
+        GcsClient(address=address)
+    except AuthenticationError as error:
+        raise why_not(address, error) from None
+    except Exception:  # noqa: S110  # whatever else it is, `ray.init` meets it too
+        pass
+
+
 def why_not(address: str, error: Exception) -> StudyError:
     """Why a cluster could not be joined, in one line."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -84,6 +84,8 @@ class RayWorkers:
         self._here = here
         self._logs = logs
         self._asked = 0
+        self._connected = False
+        self._watching: threading.Thread | None = None
         self._closing = threading.Event()
         self._grows = resources.ray_address != "local"
         self._steward = Steward(resources, setup, study=study, notes=notes, logs=logs, grows=self._grows)
@@ -208,6 +210,9 @@ class RayWorkers:
         self._closing.set()
         self._steward.close()
         if interrupts.came():
+            return
+        if self._watching is None:  # nothing was started, because a cluster could not be joined
+            self._disconnect()
             return
         ended = True
         if ray.is_initialized():

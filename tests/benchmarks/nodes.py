@@ -98,6 +98,11 @@ class Machines:
                 process.kill()
         self._cluster.remove_node(node, allow_graceful=False)
 
+    def kill_memory(self) -> None:
+        """SIGKILL for the head's GCS, without which no cluster goes on."""
+        for info in self._cluster.head_node.all_processes["gcs_server"]:
+            psutil.Process(info.process.pid).kill()
+
     def end(self) -> None:
         """Ends all of them."""
         self._cluster.shutdown()

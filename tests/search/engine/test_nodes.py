@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,10 @@ from allocators.core.errors import StudyError
 from search.engine import joining, surroundings
 from search.engine.joining import Cluster
 from search.records import read
+from search.run import main
 from tests import ROOT
 from tests.benchmarks import nodes
+from tests.benchmarks.kills import plain, start
 
 
 def test_a_study_waits_for_its_first_node_and_goes_on_where_one_is_killed(tmp_path: Path) -> None:
@@ -46,6 +49,29 @@ def test_groups_come_and_go_beside_one_that_stays(tmp_path: Path) -> None:
     code, names = nodes.disturbed(tmp_path, trials=20, head=1)
     books = nodes.check(tmp_path, code, names, nodes.undisturbed(tmp_path, trials=20))
     assert books.right, f"{books}\n{nodes.table(tmp_path / nodes.NAME, names)}"
+
+
+@pytest.mark.slow
+def test_a_head_that_is_lost_is_said_and_the_same_command_goes_on_in_a_new_cluster(tmp_path: Path) -> None:
+    words, log, folder = f"{nodes.SMALL} trials=3", tmp_path / "log", tmp_path / "headless"
+    with nodes.machines(1) as cluster:
+        driver = start(tmp_path, "headless", f"{words} ray_address={cluster.address}", log)
+        while not nodes.lines(folder, "finished"):
+            assert driver.poll() is None, log.read_text()
+            time.sleep(0.1)
+        cluster.kill_memory()
+        assert driver.wait(timeout=joining.SILENT + 60) == 2
+        said = log.read_text()
+        assert f"the head of the cluster, {cluster.address}, is lost" in said
+        assert "Traceback" not in said
+    before = plain(read(folder))
+    assert before
+    with nodes.machines(1) as cluster:
+        assert start(tmp_path, "headless", f"{words} ray_address={cluster.address}", log).wait() == 0, log.read_text()
+    after = plain(read(folder))
+    assert len(after) == 3
+    assert before.items() <= after.items()
+    assert len(nodes.lines(folder, "finished")) == 3
 
 
 # --- which cluster is joined
@@ -99,11 +125,14 @@ def test_a_token_that_is_refused_is_named_as_the_cause(said: str) -> None:
     assert "\n" not in error
 
 
-def test_where_nothing_listens_that_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_listens_that_is_said_at_once(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
         assert not surroundings.answers(address)
+        assert main(["space=sieve", "trials=1", f"ray_address={address}", f"storage={tmp_path}"]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"error: ray_address={address} does not answer (nothing listens there)")
         free.listen()
         assert surroundings.answers(address)
 

@@ -188,6 +188,8 @@ class Steward:
 
     def _admit(self) -> None:
         """Starts the groups that wait, as far as there is room."""
+        if any(group.state in ("waiting", "starting") for group in self._alive):
+            give_back_rooms_of_the_dead()
         waiting = [group for group in self._alive if group.state == "waiting"]
         if not self._grows:
             for group in waiting:
@@ -309,6 +311,24 @@ class Steward:
 def queue_name(study: str) -> str:
     """Of the actor with the job queue."""
     return f"queue-{study}"
+
+
+def give_back_rooms_of_the_dead() -> None:
+    """Removes the placement groups of this driver's actors that died: those of Ray Train's controllers.
+
+    Such a group keeps its resources until the driver ends, and the next controller waits for them. Ray Train has an
+    actor that would remove it. That one asks the dashboard, which a local Ray does not have, and dies where a second
+    Ray runs on its machine.
+    """
+    from ray._private.state import state
+    from ray.core.generated.gcs_pb2 import PlacementGroupTableData as Room  # type: ignore[attr-defined]  # generated
+
+    job = ray.get_runtime_context().get_job_id()
+    for text in state._connect_and_get_accessor().get_placement_group_table():
+        room = Room.FromString(text)
+        of_an_actor = room.creator_job_id.hex() == job and set(room.creator_actor_id) != {0xFF}  # 0xFF: the driver's
+        if of_an_actor and room.creator_actor_dead and room.state != Room.REMOVED:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(room.placement_group_id)))
 
 
 def nodes_alive() -> list[Mapping[str, float]]:

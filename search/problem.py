@@ -36,6 +36,7 @@ class Problem:
     task_recipe    recipe settings that the task file suggests; a point's settings win over them
     fixed_recipe   `recipe.NAME=VALUE`; wins over a point's settings
     pins           `space.NAME=VALUE`
+    longest_row    tokens of the longest training row; 0 where nobody looked
     """
 
     space: ModuleType
@@ -49,6 +50,7 @@ class Problem:
     task_recipe: Mapping[str, Any] = field(default_factory=dict)
     fixed_recipe: Mapping[str, Any] = field(default_factory=dict)
     pins: Mapping[str, Value] = field(default_factory=dict)
+    longest_row: int = 0
 
     @property
     def space_name(self) -> str:

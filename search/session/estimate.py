@@ -8,13 +8,13 @@ Memory of a worker, in bytes, without its libraries and CUDA's own context:
     base          parameters × bytes of their number format; with quantization=nf4 or int8 linear layers take 4.5 or 8
                   bits each, stacked experts stay as they are
     adapter       16 × trainable parameters: fp32 values, gradients and AdamW's two moments
-    activations   at most, of one micro-batch of t = micro_batch_size·max_length tokens: what backward needs of every
-                  linear map's inputs and outputs, (in + out)·t of a map and k times that of one of a stack of experts,
-                  and four hidden states a layer for norms and residuals; with gradient_checkpointing one hidden state a
-                  layer and the whole of one layer. The logits of completion tokens are taken to be all of t: vocabulary
-                  × t, in the model's numbers and twice in fp32
+    activations   at most, of one micro-batch of t tokens, all its rows as long as the longest: what backward needs of
+                  every linear map's inputs and outputs, (in + out)·t of a map and k times that of one of a stack of
+                  experts, and four hidden states a layer for norms and residuals; with gradient_checkpointing one
+                  hidden state a layer and the whole of one layer. Logits are counted of all t, not of completions
+                  alone: vocabulary × t, in the model's numbers and twice in fp32
 
-Rows shorter than max_length need less; flash and memory-efficient attention are assumed, which keep no score matrix.
+Attention is taken to keep no score matrix, as flash and memory-efficient kernels do.
 """
 
 from __future__ import annotations
@@ -100,17 +100,18 @@ def _times(module: ModuleShape, shape: ModelShape) -> int:
 def memory_line(config: RunConfig, problem: Problem, largest: Proposal) -> str:
     """The memory of the largest point, in words."""
     described = models.config_of(config.model)
+    length = min(largest.trial.recipe.max_length, problem.longest_row or largest.trial.recipe.max_length)
+    recipe = replace(largest.trial.recipe, max_length=length)
     dtype = _resident_dtype(config, described)
     parts = memory(
         problem.shape,
-        largest.trial.recipe,
+        recipe,
         largest.trainable_params,
         config=described,
         dtype=dtype,
         quantization=config.quantization,
         checkpointing=config.gradient_checkpointing,
     )
-    recipe = largest.trial.recipe
     return (
         f"memory of a worker: about {_bytes(parts.total)} = base {_bytes(parts.base)} ({config.quantization or dtype}) "
         f"+ adapter {_bytes(parts.adapter)} (with gradients and AdamW) + activations at most "

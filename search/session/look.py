@@ -12,10 +12,11 @@ from search.session.make_workers import Locations, worker_setup
 from trainers.tasks import Limits
 
 
-def look(config: RunConfig, problem: Problem) -> None:
+def look(config: RunConfig, problem: Problem) -> int:
     """Prints what the user should know of the task, and says first whose code its file runs.
 
-    A study that has results is not looked at again: its first run was.
+    Gives the tokens of the longest training row. A study that has results is not looked at again, because its first run
+    was: then 0.
 
     Raises StudyError with one line for what cannot be trained or scored.
     """
@@ -23,27 +24,30 @@ def look(config: RunConfig, problem: Problem) -> None:
 
     locations = Locations.of(config)
     if not config.dry_run and (locations.folder / "outcomes.jsonl").is_file():
-        return
+        return 0
     for sentence in tasks.check_task(config.task).code:
         print(f"note: {sentence}", file=sys.stderr)
     setup = worker_setup(config, locations)
     limits = tasks.Limits.of(models.config_of(config.model), recipe={**problem.task_recipe, **problem.fixed_recipe})
     shipped = config.model in models.EMBEDDED and set(config.task.split(",")) <= tasks.EMBEDDED.keys()
-    notes = _notes_on_shipped if shipped else _notes
+    seen = _seen_of_shipped if shipped else _seen
     options = tuple(sorted(setup.task_options.items()))
-    for sentence in notes(config.model, setup.task, options, limits, trusted=config.trust_remote_code):
+    notes, longest = seen(config.model, setup.task, options, limits, trusted=config.trust_remote_code)
+    for sentence in notes:
         print(f"note: {sentence}", file=sys.stderr)
+    return longest
 
 
-def _notes(
+def _seen(
     model: str, task: str, options: tuple[tuple[str, Any], ...], limits: Limits, *, trusted: bool
-) -> tuple[str, ...]:
-    """What `tasks.look` says of a task with the tokenizer of a model."""
+) -> tuple[tuple[str, ...], int]:
+    """What `tasks.look` says of a task with the tokenizer of a model, and the longest training row."""
     from trainers import models, tasks
 
     tokenizer = models.tokenizer_of(model, trust_remote_code=trusted)
-    return tuple(tasks.look(tasks.load_task(task, **dict(options)), tokenizer, limits).notes)
+    looked = tasks.look(tasks.load_task(task, **dict(options)), tokenizer, limits)
+    return tuple(looked.notes), max((max(lengths, default=0) for lengths in looked.training.values()), default=0)
 
 
 # What comes with the package stays as it is while a process runs: a notebook or a test looks once.
-_notes_on_shipped = cache(_notes)
+_seen_of_shipped = cache(_seen)

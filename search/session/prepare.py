@@ -42,7 +42,7 @@ def prepare(config: RunConfig) -> tuple[RunConfig, Problem]:
             "trained to its end: leave it out"
         )
     if not config.replay:
-        look(config, problem)
+        problem = replace(problem, longest_row=look(config, problem))
     return amounts(config, problem), problem
 
 

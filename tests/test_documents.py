@@ -13,15 +13,16 @@ import pytest
 
 from allocators.core import plugins, words
 from allocators.core.errors import StudyError
-from search import config, doctor, evaluate, truncate
+from search import config, doctor, door, evaluate, truncate
 from search.export import __main__ as export
 from search.problem import load_space
 from search.replay.__main__ import Target
+from search.report import __main__ as report
 from search.serve import __main__ as serve
 from search.session.prepare import prepare
 from search.show import __main__ as show
 from search.show import stability
-from tests import ROOT, pictures
+from tests import ROOT, pictures, tables
 from trainers import models
 from trainers.embedded import domains, pretrain
 from trainers.tasks import __main__ as task_shown
@@ -56,8 +57,9 @@ def run(given: Sequence[str]) -> None:
         assert space.suggest
 
 
-def one_folder(given: Sequence[str]) -> None:
-    assert words.asks_for_help(given) or len(given) == 1
+def reported(given: Sequence[str]) -> None:
+    if not words.asks_for_help(given):
+        door.one_study(given, report.Request, example="search.report STUDY")
 
 
 def served(given: Sequence[str]) -> None:
@@ -115,7 +117,7 @@ def pytest_words(given: Sequence[str]) -> None:
 PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "search.run": run,
     "search.doctor": fields_of(doctor.Asked),
-    "search.report": one_folder,
+    "search.report": reported,
     "search.evaluate": evaluated,
     "search.export": exported,
     "search.replay": table,
@@ -128,6 +130,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "trainers.pretrain": fields_of(pretrain.Request),
     "trainers.embedded.domains": fields_of(domains.Request),
     "tests.pictures": fields_of(pictures.Settings),
+    "tests.tables": fields_of(tables.Settings),
     "pytest": pytest_words,
 }
 FOREIGN = ("pip", "venv", "mypy", "ruff")
@@ -189,6 +192,15 @@ def test_links_lead_to_files_and_headings_that_are_there(file: Path) -> None:
         if heading:
             titles = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+
+
+@pytest.mark.parametrize("file", TEXTS, ids=lambda file: file.name)
+def test_every_table_begins_with_its_head(file: Path) -> None:
+    """An empty line inside a table would turn the rest of it into text."""
+    blocks = re.findall(r"(?:^\|.*\n)+", file.read_text(encoding="utf-8") + "\n", flags=re.MULTILINE)
+    assert [
+        block.splitlines()[0] for block in blocks if not re.fullmatch(r"\|[-:| ]+\|", [*block.splitlines(), ""][1])
+    ] == []
 
 
 def test_the_readme_is_short_and_every_page_of_the_docs_opens_with_a_command() -> None:

@@ -50,3 +50,11 @@ def test_a_rule_works_inside_the_trainer_of_transformers(tmp_path: Path, monkeyp
     losses = runpy.run_path(str(EXAMPLES / "own_trainer.py"))["main"](24)
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_rule_works_inside_the_trainer_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trl", reason="pip install trl: it is no dependency of this package")
+    monkeypatch.chdir(tmp_path)
+    losses = runpy.run_path(str(EXAMPLES / "sft_trainer.py"))["main"](24)
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.5

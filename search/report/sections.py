@@ -134,33 +134,64 @@ def _task(config: Mapping[str, Any]) -> str:
     return ", ".join(Path(word).name.removesuffix(".yaml") for word in config["task"].split(","))
 
 
-def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]:
+@dataclass(frozen=True)
+class Compared:
+    """A comparison that a table names, worked out.
+
+    wanted   name, claim, source and margin, as the space has them
+    sides    the two rows with the accuracies that are compared; fewer where one was not trained
+    split    which accuracies those are; None where a row is missing
+    pair     None where there is nothing to pair: a row is missing, both are one, or they share no seed
+    p        of the t-test, or with a margin of the two one-sided tests; None where there is none
+    """
+
+    wanted: Mapping[str, Any]
+    sides: tuple[Candidate, ...]
+    split: Split | None = None
+    pair: Paired | None = None
+    p: float | None = None
+
+
+def compared(records: Records, points: Sequence[Candidate]) -> list[Compared]:
     """The comparisons that the table names, paired seed by seed; by test accuracy where all runs of both have one."""
     wanted = records.header["table"]["comparisons"] if is_table(records) else []
     complete = {point.point: len(point.complete) for point in points}
     judged = {name: on_test for name, on_test in tested(records, points).items() if len(on_test.runs) == complete[name]}
-    rows, splits = [], {}
-    alone: dict[str, float] = {}
-    for comparison in wanted:
-        sides = [_row(records, points, comparison[side]) for side in ("first", "second")]
-        known = [side for side in sides if side is not None]
-        if len(known) == len(sides):
-            splits[comparison["name"]], known = same_split(known, judged, otherwise=splits_of(records, points)[0])
-        rows.append(_comparison(known, comparison))
-        if (p := _p_of(known, comparison["margin"])) is not None:
-            alone[comparison["name"]] = p
-    if not rows:
+    return [_compared(records, points, one, judged) for one in wanted]
+
+
+def _compared(
+    records: Records, points: Sequence[Candidate], wanted: Mapping[str, Any], judged: Mapping[str, Candidate]
+) -> Compared:
+    rows = [_row(records, points, wanted[side]) for side in ("first", "second")]
+    known = [row for row in rows if row is not None]
+    if len(known) < len(rows):
+        return Compared(wanted, tuple(known))
+    split, sides = same_split(known, judged, otherwise=splits_of(records, points)[0])
+    pair = None if sides[0] is sides[1] else paired(_by_seed(sides[0]), _by_seed(sides[1]))
+    p, margin = pair.p if pair else None, wanted["margin"]
+    if pair and p is not None and margin:
+        p = equivalence(pair, margin=margin)
+    return Compared(wanted, tuple(sides), split, pair, p)
+
+
+def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]:
+    """`compared` as a table."""
+    every = compared(records, points)
+    if not every:
         return []
     head = ("comparison", "parameters", "n", "difference", "95 % interval", "p", "reading", "the claim")
-    sources = dict.fromkeys(comparison["source"] for comparison in wanted if "arXiv" in comparison["source"])
+    sources = dict.fromkeys(one.wanted["source"] for one in every if "arXiv" in one.wanted["source"])
     notes = [f"Claims are those of {', '.join(sources)}."] if sources else []
     notes += [
         "n: seeds that both rows were trained with. Differences are paired seed by seed and tested by the two-sided "
         "t-test, or, where a margin is named, for equivalence by two one-sided t-tests (TOST).",
     ]
-    notes += _on_which(splits)
+    notes += _on_which({one.wanted["name"]: one.split for one in every if one.split is not None})
+    alone = {one.wanted["name"]: one.p for one in every if one.p is not None}
     if len(alone) > 1:
         notes.append(_corrected(alone))
+    judged = tested(records, points)
     shown = (judged.get(point.point, point) for point in points)
     errors = [point.question_error for point in shown if point.question_error is not None]
     if errors:
@@ -168,17 +199,7 @@ def _comparisons(records: Records, points: Sequence[Candidate]) -> list[Section]
             "The tests are about training again, on these same questions; other questions would move a row's accuracy "
             f"by a standard error of about {statistics.median(errors):.3f}."
         )
-    return [Section("Comparisons, paired seed by seed", head, tuple(rows), tuple(notes))]
-
-
-def _p_of(sides: Sequence[Candidate], margin: float) -> float | None:
-    """p of the test that `_comparison` shows; None where there is none."""
-    if len(sides) < 2 or sides[0] is sides[1]:
-        return None
-    pair = paired(_by_seed(sides[0]), _by_seed(sides[1]))
-    if pair is None or pair.p is None:
-        return None
-    return equivalence(pair, margin=margin) if margin else pair.p
+    return [Section("Comparisons, paired seed by seed", head, tuple(map(_comparison, every)), tuple(notes))]
 
 
 def _corrected(alone: Mapping[str, float]) -> str:
@@ -204,21 +225,20 @@ def _on_which(splits: Mapping[str, Split]) -> list[str]:
     return [f"Accuracy is that on the test split, but on the validation split for {', '.join(others)}, {why}."]
 
 
-def _comparison(sides: Sequence[Candidate], wanted: Mapping[str, Any]) -> tuple[str, ...]:
-    """A line of the comparisons; `sides` are the two rows as they are compared, fewer where one was not trained."""
-    claim = wanted["claim"]
-    if len(sides) < 2:
-        return (wanted["name"], "", "", "", "", "", "not both rows were trained", claim)
-    first, second = sides
+def _comparison(one: Compared) -> tuple[str, ...]:
+    """A line of the comparisons."""
+    name, claim, pair = one.wanted["name"], one.wanted["claim"], one.pair
+    if len(one.sides) < 2:
+        return (name, "", "", "", "", "", "not both rows were trained", claim)
+    first, second = one.sides
     sizes = f"{human(first.trainable_params)} / {human(second.trainable_params)}"
     if first is second:
-        return (wanted["name"], sizes, "", "", "", "", "both rows are one allocation", claim)
-    pair = paired(_by_seed(first), _by_seed(second))
+        return (name, sizes, "", "", "", "", "both rows are one allocation", claim)
     if pair is None:
-        return (wanted["name"], sizes, "0", "", "", "", "no seed in common yet", claim)
+        return (name, sizes, "0", "", "", "", "no seed in common yet", claim)
     interval = "" if pair.low is None else f"{pair.low:+.3f} … {pair.high:+.3f}"
-    p, reading = _reading(pair, wanted["margin"])
-    return (wanted["name"], sizes, str(pair.n), f"{pair.difference:+.3f}", interval, p, reading, claim)
+    p, reading = _reading(pair, one.wanted["margin"])
+    return (name, sizes, str(pair.n), f"{pair.difference:+.3f}", interval, p, reading, claim)
 
 
 def _reading(pair: Paired, margin: float) -> tuple[str, str]:

@@ -1,0 +1,399 @@
+"""The results tables of README and docs, written from docs/results/: one JSON a study, with what it follows from.
+
+    python -m search.report studies/ranks_table-tiny-moe-default results=docs/results/ranks_table-tiny-moe.json
+    python -m tests.tables                # writes each table between `<!-- table: NAME -->` and `<!-- end of table -->`
+
+The first command writes a study's file (`search/report/summary/`), the second all tables. `tests/test_tables.py` says
+that documents and files agree, so that a number of a table is changed by a study and by nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from allocators.core import words
+from search.report.uncertainty import Paired, holm, paired
+from search.text import human
+from tests import ROOT
+
+FOLDER = ROOT / "docs" / "results"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end of table -->)", re.DOTALL)
+LEVEL = 0.05
+RECIPES = ("tuned", "paper")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The keys of the command line."""
+
+    check: bool = words.key(False, "write nothing: only name the pages whose tables differ")
+
+
+# --- a study's file
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point of a study; accuracy is that on the test split."""
+
+    data: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        """As comparisons name it."""
+        return str(self.data["id"])
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """By seed."""
+        return {int(seed): accuracy for seed, accuracy in (self.data["test"] or self.data["accuracy"]).items()}
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.accuracies.values())
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation over the seeds, 0 for one."""
+        return statistics.stdev(self.accuracies.values()) if len(self.accuracies) > 1 else 0.0
+
+    @property
+    def size(self) -> int:
+        """Trainable parameters; where every seed draws its own, their mean."""
+        size = self.data["trainable_params"]
+        return round(statistics.fmean(size.values())) if isinstance(size, dict) else int(size)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a file of docs/results/ says."""
+
+    data: Mapping[str, Any]
+
+    @property
+    def rows(self) -> list[Row]:
+        """All points."""
+        return [Row(row) for row in self.data["rows"]]
+
+    def of(self, **asked: object) -> list[Row]:
+        """The rows that a space was asked for in these words."""
+        return [row for row in self.rows if any(asked.items() <= one.items() for one in row.data["asked"])]
+
+    def row(self, **asked: object) -> Row:
+        """The one row of these words. Raises ValueError where there is none, or several."""
+        (row,) = self.of(**asked)
+        return row
+
+    def comparison(self, name: str) -> Mapping[str, Any]:
+        """A comparison of the study's table. Raises ValueError where it has none of that name."""
+        (one,) = (one for one in self.data["comparisons"] if one["name"] == name)
+        return dict(one)
+
+    @property
+    def certain(self) -> set[str]:
+        """Names of the comparisons that stay below .05 corrected for the number of all of them (Holm)."""
+        tested = [one for one in self.data["comparisons"] if one.get("p") is not None]
+        corrected = holm([one["p"] for one in tested])
+        return {one["name"] for one, p in zip(tested, corrected, strict=True) if p < LEVEL}
+
+
+@cache
+def study(name: str) -> Study:
+    """The study of docs/results/NAME.json. Raises OSError where there is none."""
+    return Study(json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")))
+
+
+# --- how numbers are written
+
+
+def plain(value: float) -> str:
+    """`.674`"""
+    return f"{value:.3f}".replace("0.", ".", 1)
+
+
+def signed(value: float) -> str:
+    """`+.023`, `−.116`"""
+    return f"{value:+.3f}".replace("0.", ".", 1).replace("-", "−")
+
+
+def spread(row: Row) -> str:
+    """`.674 ± .057`"""
+    return f"{plain(row.mean)} ± {plain(row.spread)}"
+
+
+def difference(one: Mapping[str, Any] | Paired, *, bold: bool = False) -> str:
+    """`+.193 (+.167 to +.219)`; nothing where both rows are one allocation."""
+    values = one if isinstance(one, Mapping) else vars(one)
+    if values.get("difference") is None:
+        return ""
+    text = f"{signed(values['difference'])} ({signed(values['low'])} to {signed(values['high'])})"
+    return f"**{text}**" if bold else text
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+# --- the tables
+
+RANKS: Mapping[str, tuple[Mapping[str, object], str]] = {
+    "`uniform_ranks`": ({"allocator": "uniform_ranks"}, ""),
+    "`random_ranks` on all": ({"allocator": "random_ranks", "share": 1.0}, "random − uniform"),
+    "`random_ranks` on half": ({"allocator": "random_ranks", "share": 0.5}, ""),
+    "`random_ranks` on a fifth": ({"allocator": "random_ranks", "share": 0.2}, ""),
+    "`stratified_ranks` on all": ({"allocator": "stratified_ranks", "share": 1.0}, "stratified − uniform"),
+    "`stratified_ranks` on half": ({"allocator": "stratified_ranks", "share": 0.5}, ""),
+    "`stratified_ranks` on a fifth": ({"allocator": "stratified_ranks", "share": 0.2}, ""),
+    "`hilo` 2468": ({"pattern": "2468"}, "HILO-2468 − uniform"),
+    "`hill_ranks`": ({"allocator": "hill_ranks"}, "hill − uniform"),
+    "`aletheia`, half": ({"allocator": "aletheia"}, "Aletheia − uniform"),
+    "`hilo` 8642": ({"pattern": "8642"}, "HILO-8642 − uniform"),
+    "`spectrum`, half": ({"allocator": "spectrum"}, "Spectrum − uniform"),
+    "`sensitivity_ranks`, β 0.5": ({"beta": 0.5}, "sensitivity β=0.5 − uniform"),
+    "`sensitivity_ranks`, β 1": ({"beta": 1.0}, "sensitivity β=1 − uniform"),
+    "`kappatune`, a fifth": ({"allocator": "kappatune"}, "KappaTune − uniform"),
+    "`dmole`, half": ({"allocator": "dmole"}, "D-MoLE − uniform"),
+    "`domlora`, eight matrices": ({"number": 8}, "DomLoRA, 8 matrices − uniform"),
+    "`domlora`, one matrix": ({"number": 1}, "DomLoRA, 1 matrix − uniform"),
+}
+
+
+def ranks() -> list[str]:
+    """Rules for ranks on both models, and their difference from uniform."""
+    models = [study("ranks_table-tiny-dense"), study("ranks_table-tiny-moe")]
+    rows = []
+    for name, (asked, comparison) in RANKS.items():
+        cells = [name]
+        for model in models:
+            row, uniform = model.row(**asked), model.row(allocator="uniform_ranks")
+            if row.id == uniform.id and comparison:
+                cells += ["is uniform", ""]
+                continue
+            beside = difference(model.comparison(comparison), bold=comparison in model.certain) if comparison else ""
+            share = row.size / uniform.size  # of a random row no seed draws quite the same number
+            cells += [spread(row) + (f" ({share:.1%})".replace("%", " %") if share < 0.9 else ""), beside]
+        rows.append(cells)
+    return table(("rule", "tiny-dense", "− uniform", "tiny-moe", "− uniform"), rows)
+
+
+def sieve_rows() -> list[str]:
+    """Ways to choose the same number of experts."""
+    of = study("sieve_ablation-tiny-moe")
+    choices = {
+        "hot": {"allocator": "sieve", "score": "count"},
+        "mass": {"allocator": "sieve", "score": "mass"},
+        "greedy": {"allocator": "greedy"},
+        "random": {"allocator": "random"},
+    }
+    rows = [
+        [
+            f"{100 * fraction:g} % of the experts",
+            *(
+                plain(of.row(recipe=recipe, fraction=fraction, **c).mean)
+                for recipe in RECIPES
+                for c in choices.values()
+            ),
+        ]
+        for fraction in (0.125, 0.25, 0.5)
+    ]
+    first, *others = choices
+    return table(("", *(name for recipe in RECIPES for name in (f"{recipe}: {first}", *others))), rows)
+
+
+def with_both_recipes(name: str, names: Iterable[str]) -> list[list[str]]:
+    """Comparisons of a study, a column a recipe."""
+    of = study(name)
+    return [[one, *(difference(of.comparison(f"{one}, {recipe}")) for recipe in RECIPES)] for one in names]
+
+
+def sieve_comparisons() -> list[str]:
+    """The paper's comparisons and ours, paired."""
+    against = ("random 25 %", "all", "greedy 25 %", "mass 25 %", "coverage of half")
+    rows = with_both_recipes("sieve_ablation-tiny-moe", [f"hot 25 % − {other}" for other in against])
+    return table(("paired over seeds", *RECIPES), rows)
+
+
+def alphalora_rows() -> list[str]:
+    """Metrics, uniform and MoLA at three budgets."""
+    of, budgets = study("alphalora_table-tiny-dense"), (2.5, 5, 7)
+    rules = {
+        "stable_rank": {"metric": "stable_rank"},
+        "uniform": {"allocator": "uniform"},
+        "hill": {"metric": "hill"},
+        "MoLA (1234, 2468, 4-6-8-10)": {"allocator": "mola"},
+        "alpha_hat": {"metric": "alpha_hat"},
+    }
+    rows = []
+    for name, asked in rules.items():
+        cells = [name]
+        for recipe in RECIPES:
+            for each in budgets:
+                row = of.row(recipe=recipe, experts_per_layer=each, **asked)
+                same = of.row(recipe=recipe, experts_per_layer=each, allocator="uniform").id == row.id
+                cells.append("" if same and name != "uniform" else spread(row))
+        rows.append(cells)
+    heads = [f"{recipe}: {budgets[0]}" if each == budgets[0] else f"{each}" for recipe in RECIPES for each in budgets]
+    return table(("experts a layer", *heads), rows)
+
+
+def smoe_rows() -> list[str]:
+    """LoRA-SMoE's two strategies and uniform at four retentions."""
+    of = study("smoe_table-tiny-dense")
+    rules = {"S": {"strategy": "S"}, "U": {"strategy": "U"}, "uniform": {"allocator": "uniform"}}
+    rows = [
+        [f"{100 * n:g} %", *(spread(of.row(recipe=r, retention=n, **rule)) for r in RECIPES for rule in rules.values())]
+        for n in (0.4, 0.6, 0.8, 1.0)
+    ]
+    first, *others = rules
+    return table(("retention", *(name for recipe in RECIPES for name in (f"{recipe}: {first}", *others))), rows)
+
+
+def smoe_comparisons() -> list[str]:
+    """The paper's comparisons at its retention."""
+    rows = with_both_recipes(
+        "smoe_table-tiny-dense", [f"{one}, 60 %" for one in ("S − uniform", "U − uniform", "S − U")]
+    )
+    return table(("paired over seeds", *RECIPES), rows)
+
+
+def tiny_moe_sizes() -> list[str]:
+    """What more experts buy on tiny-moe, hot and random, at one recipe."""
+    of = study("moe_grid-tiny-moe")
+    recipe = {"rank": 4, "scaled_rate": 0.1}
+    none, every = (of.row(allocator=name, **recipe) for name in ("none", "all"))
+    rows = [["no expert", f"{none.size:,}", plain(none.mean), ""]]
+    for one in (16, 8, 4, 2):
+        hot, chance = (of.row(allocator=name, fraction=1 / one, **recipe) for name in ("sieve", "random"))
+        rows.append([f"1/{one} of the experts", f"{hot.size:,}", plain(hot.mean), plain(chance.mean)])
+    rows.append(["all", f"{every.size:,}", plain(every.mean), ""])
+    return table(("LoRA on attention and router, and on", "parameters", "hot", "random"), rows)
+
+
+def cuts() -> list[str]:
+    """An adapter of rank 16 cut to shares of its energy."""
+    of = study("all-rank16-tiny-moe")
+    whole, rows = of.row(allocator="all"), []
+    for energy in (0.5, 0.7, 0.9, 0.99):
+        cut = of.of(energy=energy)
+        by_seed = {seed: accuracy for row in cut for seed, accuracy in row.accuracies.items()}
+        size, loss = statistics.fmean(row.size for row in cut), paired(by_seed, whole.accuracies)
+        assert loss is not None
+        assert loss.spread is not None
+        mean = f"{plain(statistics.fmean(by_seed.values()))} ± {plain(statistics.stdev(by_seed.values()))}"
+        error = plain(loss.spread / loss.n**0.5)
+        share = f"{100 * size / whole.size:.1f} %"
+        rows.append([f"{energy:g}".lstrip("0"), kilo(size), share, mean, signed(loss.difference), error])
+    head = ("energy", "parameters", "of the whole", "test, mean ± s.d.", "cut − uncut, paired", "standard error")
+    return table(head, rows)
+
+
+def kilo(size: float) -> str:
+    """`17.83 k`"""
+    return f"{human(size)[:-1]} {human(size)[-1]}"
+
+
+def demo() -> list[str]:
+    """The front that `make demo` ends with."""
+    of = study("sieve-tiny-moe")
+    by_id = {row.id: row for row in of.rows}
+    rows = []
+    for name in of.data["front"]:
+        row = by_id[name].data
+        recipe, size = row["recipe"], human(row["trainable_params"])
+        (validation,), (test,) = row["accuracy"].values(), row["test"].values()
+        rows.append(
+            [
+                f"{size} (the knee)" if name == of.data["knee"] else size,
+                f"{plain(validation)} ± {plain(row['stderr']['accuracy'])}",
+                f"{plain(test)} ± {plain(row['stderr']['test'])}",
+                rule_in_words(row["allocator"], row["knobs"]),
+                f"{recipe['rank']}",
+                f"{recipe['lora_alpha']:g}",
+                plain(recipe["scaled_rate"]),
+            ]
+        )
+    head = ("trainable parameters", "validation", "test", "allocation", "rank", "lora_alpha", "scaled rate")
+    return table(head, rows)
+
+
+def rule_in_words(allocator: str, knobs: Mapping[str, Any]) -> str:
+    """A rule of an MoE model as a sentence would have it."""
+    what = {"count": "tokens", "mass": "gate mass"}.get(str(knobs.get("score")), str(knobs.get("score")))
+    match allocator:
+        case "none":
+            return "no expert (attention and router only)"
+        case "all":
+            return "all experts"
+        case "coverage":
+            return f"coverage of {100 * knobs['share']:.3g} % of the {what}"
+        case "sieve":
+            return f"sieve, {100 * knobs['fraction']:.3g} % of each layer"
+        case _:
+            return f"{allocator}, {100 * knobs['fraction']:.3g} %"
+
+
+TABLES: Mapping[str, tuple[tuple[str, ...], Callable[[], list[str]]]] = {
+    "demo": (("sieve-tiny-moe",), demo),
+    "ranks": (("ranks_table-tiny-dense", "ranks_table-tiny-moe"), ranks),
+    "sieve-rows": (("sieve_ablation-tiny-moe",), sieve_rows),
+    "sieve-comparisons": (("sieve_ablation-tiny-moe",), sieve_comparisons),
+    "alphalora-rows": (("alphalora_table-tiny-dense",), alphalora_rows),
+    "smoe-rows": (("smoe_table-tiny-dense",), smoe_rows),
+    "smoe-comparisons": (("smoe_table-tiny-dense",), smoe_comparisons),
+    "tiny-moe-sizes": (("moe_grid-tiny-moe",), tiny_moe_sizes),
+    "cuts": (("all-rank16-tiny-moe",), cuts),
+}
+
+
+def filled(page: str) -> str:
+    """A page with its tables as the files have them. Raises KeyError for a name that is none."""
+    return BLOCK.sub(lambda found: found[1] + "\n".join(TABLES[found[2]][1]()) + "\n" + found[4], page)
+
+
+# --- the numbers of a study, for sentences beside its tables
+
+
+def numbers(name: str) -> Iterator[float]:
+    """Every mean, spread, difference and interval that the file has or that follows from a row alone."""
+    of = study(name)
+    for row in of.rows:
+        yield from (row.mean, row.spread)
+    for one in of.data["comparisons"]:
+        yield from (one[key] for key in ("difference", "low", "high") if one.get(key) is not None)
+    for base in (of.data["untrained"] or {}).values():
+        yield from base.values()
+    for sentence in of.data["said"]:
+        yield from (float(number) for number in re.findall(r"(?<![\d.])[+-]?0\.\d+", sentence))
+
+
+def main(argv: list[str]) -> None:
+    """Names the pages whose tables differ from the studies' files, and writes them."""
+    if words.asks_for_help(argv):
+        print((__doc__ or "").strip(), "", "keys:", *words.help_of(Settings), sep="\n")
+        return
+    settings = words.parse(argv, Settings)
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        if (new := filled(old)) != old:
+            print(page.relative_to(ROOT))
+            if not settings.check:
+                page.write_text(new, encoding="utf-8")
+
+
+def blocks(page: Path) -> list[str]:
+    """Names of a page's tables, in order."""
+    return [found[2] for found in BLOCK.finditer(page.read_text(encoding="utf-8"))]
+
+
+if __name__ == "__main__":
+    words.run(main)

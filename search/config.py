@@ -255,7 +255,7 @@ class RunConfig:
     )
     limit: int = _key(
         0,
-        "evaluate on the first N documents of the test split only, of each task (0: all)",
+        "evaluate on the first N documents of each split only, of each task (0: all)",
         decides="results",
         where="task",
         least=0,

@@ -29,7 +29,7 @@ Knobs
                     that its best value hardly depends on rank, lora_alpha and allocation; learning_rate follows
 
 Starting points: none, all, random 25 % and hot 25 % with the study's recipe, which is rank 4, lora_alpha 64 and scaled
-rate 0.05 where neither the task nor the command line suggests one; hot 25 % with the paper's recipe (rank 32,
+rate 0.1 where neither the task nor the command line suggests one; hot 25 % with the paper's recipe (rank 32,
 lora_alpha 64, learning_rate 4e-4).
 """
 

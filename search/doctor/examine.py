@@ -193,7 +193,12 @@ def _ports() -> Iterator[Finding]:
 def _model(asked: Asked) -> Iterator[Finding]:
     shape = models.shape_of(asked.model, trust_remote_code=asked.trust_remote_code)
     experts = f", {shape.total_experts} routed experts" if shape.is_moe else ", dense"
-    yield Finding("model", "ok", f"{asked.model}: {shape.num_layers} layers{experts}")
+    space = "sieve" if shape.is_moe else "dense"
+    dry = f"python -m search.run space={space} model={asked.model} dry_run=true"
+    says = (
+        f"{asked.model}: {shape.num_layers} layers{experts} ({dry} says a worker's memory, with estimate=true the time)"
+    )
+    yield Finding("model", "ok", says)
     if models.has_weights(asked.model):
         models.check_files(asked.model)
         yield Finding("weights", "ok", "the files that lie here are whole; what does not is fetched by the first study")

@@ -466,7 +466,7 @@ def how_to_load(results: Results) -> list[str]:
         return []
     run, where = loadable
     code = load_code(run.trial.model, where, settings=results.records.header["config"])
-    what = "point=knee or an id of the table; format=adapter, merged (a plain transformers model) or peft"
+    what = "point=knee or an id of the table; format=adapter, merged (a plain transformers model), peft, vllm, … (help)"
     return [
         f"\nTo load the most accurate one:\n{code}",
         f"\nTo take it elsewhere, with a model card:\n{export_command(results.records.folder)}\n{what}",

@@ -30,7 +30,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from allocators.core.errors import StudyError, one_line
-from search.records import LINES, read
+from search.records import LINES
 from search.records.files import LOCK, inside
 from search.records.orders import LARGEST, Order, give
 from search.records.redact import redacted
@@ -38,6 +38,7 @@ from search.report import Report
 from search.report.page import FOLDER as PAGE
 from search.report.page import Live, filled
 from search.serve.beside import beside
+from search.serve.following import Following
 
 HERE = Path(__file__).parent
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -73,6 +74,7 @@ class Serving:
 
     def __post_init__(self) -> None:
         self._made: dict[int, tuple[str, str]] = {}  # study -> the stamp and the page of it
+        self._following = [Following(folder) for folder in self.folders]
         self._lock = threading.Lock()
 
     def stamp(self, number: int) -> str:
@@ -89,18 +91,20 @@ class Serving:
         with self._lock:
             stamp = self.stamp(number)
             if self._made.get(number, ("", ""))[0] != stamp:
-                folder = self.folders[number]
-                live = Live(runs=is_running(folder), served=True)
+                live = Live(runs=is_running(self.folders[number]), served=True)
                 several = "true" if len(self.folders) > 1 else "false"
                 script = (HERE / "serve.js").read_text(encoding="utf-8").replace("STAMP", stamp)
-                page = Report(read(folder)).served_page(live, script=script.replace("SEVERAL", several))
+                page = Report(self._following[number].read()).served_page(
+                    live, script=script.replace("SEVERAL", several)
+                )
                 self._made[number] = stamp, page
             return self._made[number][1]
 
     def overview(self) -> str:
         """All studies side by side."""
         script = "".join(path.read_text(encoding="utf-8") for path in (PAGE / "draw.js", HERE / "overview.js"))
-        return filled("Studies side by side", beside(self.folders), script)
+        with self._lock:
+            return filled("Studies side by side", beside(self._following), script)
 
     def order(self, number: int, body: bytes) -> str:
         """Hands an order on to the study's driver. Raises StudyError where there is none, ValueError for no order."""

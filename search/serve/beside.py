@@ -8,28 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from allocators.core.errors import StudyError, one_line
-from search.records import read
 from search.records.redact import redacted
 from search.report.results import Results
+from search.serve.following import Following
 from search.text import accuracy_text, human, run_id
 
 BUDGETS = 5
 
 
-def beside(folders: Sequence[Path]) -> dict[str, Any]:
+def beside(studies: Sequence[Following]) -> dict[str, Any]:
     """By study its front, or why it cannot be read; and what each has at equal parameters, as texts."""
     results: list[Results | str] = []
-    for folder in folders:
+    for study in studies:
         try:
-            results.append(Results(read(folder)))
+            results.append(Results(study.read()))
         except StudyError as error:
             results.append(one_line(str(redacted(str(error)))))
     readable = [one for one in results if isinstance(one, Results) and one.front]
     budgets = _budgets(readable)
     return {
         "studies": [
-            _study(number, folder, one, budgets)
-            for number, (folder, one) in enumerate(zip(folders, results, strict=True))
+            _study(number, study.folder, one, budgets)
+            for number, (study, one) in enumerate(zip(studies, results, strict=True))
         ],
         "budgets": [human(budget) for budget in budgets],
         "comparable": len({_questions(one) for one in readable}) < 2,

@@ -17,6 +17,7 @@ from rich.table import Table
 from allocators.core import plugins
 from allocators.core.types import Allocation, ModuleRanks
 from search.config import RunConfig
+from search.points.starting import starting_points
 from search.problem import Problem, Proposal
 from search.propose.sampler import Proposer, table_rows
 from search.records import measured_signals
@@ -46,6 +47,8 @@ def dry_run(config: RunConfig, problem: Problem, locations: Locations) -> None:
         console.print("≤ at most, ≈ about: depends on a signal that the first run measures")
     if reasons:
         console.print(f"{len(reasons)} further points needed no training: {', '.join(sorted(set(reasons)))}")
+    if not problem.is_table and len(proposals) > len(starting_points(problem)):
+        console.print("behind the starting points of the space stand random draws: a study's sampler proposes its own")
     if problem.is_table:
         total = len(proposals) * config.seeds
         console.print(f"{len(proposals)} rows with {config.seeds} seeds each: {total} trainings")

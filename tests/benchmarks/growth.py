@@ -15,6 +15,8 @@ and MLflow. Then each size is measured in a process of its own, in CPU seconds:
     resume      what the same command does before its first proposal: records, front, and a sampler (the first of
                 `samplers`) that has learnt everything
     report      `search.report`: four files and the words, in MB of memory at its peak, too
+    served      `search.serve`: the page of a study that runs, made again after one more result; what a look costs that
+                found the page in `search.serve` before. served MB: of that page
     page        report.html in Chromium until it is laid out: wall-clock seconds by the page's own clock, the least of
                 three. Left out where there is no /usr/bin/chromium (`browser=`)
     lines, html MB of outcomes.jsonl and report.html
@@ -55,6 +57,7 @@ from search.propose.sampler import Proposer
 from search.records import LINES, read
 from search.records.folder import StudyFolder
 from search.report.live import Progress
+from search.serve import Serving
 from search.study import Conductor
 from tests.benchmarks._shared import parse
 from trainers.versions import versions
@@ -165,6 +168,7 @@ def measure(folder: Path, settings: Settings, results: int) -> dict[str, float]:
     report.show(written, console=Console(file=io.StringIO(), width=140))
     numbers["memory MB"] = max(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e3
     numbers["html MB"] = (folder / "report.html").stat().st_size / 1e6
+    numbers |= seconds_to_serve(folder, table)
     if settings.browser and Path(settings.browser).exists():
         numbers["page"] = seconds_to_draw(settings.browser, folder / "report.html")
     return numbers
@@ -229,6 +233,18 @@ def seconds_a_result(folder: Path, table: replay.Table, settings: Settings) -> d
                 Console(file=io.StringIO(), width=140).print(progress.view())
                 seconds.append(time.process_time() - began)
     return numbers | {"result": statistics.fmean(seconds)}
+
+
+def seconds_to_serve(folder: Path, table: replay.Table) -> dict[str, float]:
+    """CPU seconds of a page that was made before, after one more result, and its size."""
+    serving = Serving([folder])
+    with _opened(folder, table) as study:
+        serving.page(0)
+        outcome, params = next(multiplied(table))
+        study.append_finished(outcome, params)
+        began = time.process_time()
+        page = serving.page(0)
+        return {"served": time.process_time() - began, "served MB": len(page.encode()) / 1e6}
 
 
 def seconds_to_draw(browser: str, page: Path) -> float:

@@ -18,6 +18,7 @@ from search.records.folder import StudyFolder
 from search.records.orders import Order
 from search.serve import Server, Serving, listen
 from search.serve.__main__ import main, parse
+from search.serve.following import Following
 from tests.browser import Browser, needs_browser
 from tests.search.studies import fill, open_study, outcome, selection, started
 
@@ -218,3 +219,30 @@ def test_the_page_orders_and_learns_of_results_in_a_browser(server: Server, stud
         assert "refused: </script>" in page.ask("document.body.innerText")
         assert page.ask("document.querySelectorAll('img').length") == 0
     assert read(studies[1].folder).orders[0].order == wanted
+
+
+def test_what_is_read_line_by_line_is_what_a_fresh_look_reads(tmp_path: Path) -> None:
+    """Torn lines, a study that is opened anew, and one whose lines were taken away, too."""
+    with open_study(tmp_path / "s") as study:
+        following = Following(study.folder)
+        assert not following.read().finished
+        fill(study)
+        first = following.read()
+        assert first.finished == read(study.folder).finished
+        lines = study.folder / LINES
+        whole = lines.read_bytes()
+        lines.write_bytes(whole + b'{"event": "finished", "outcome": {"tri')
+        assert following.read() is first
+        lines.write_bytes(whole[:-1])  # the last line without its end
+        following.read()
+        lines.write_bytes(whole)
+        assert following.read().problems == first.problems == []
+        (study.folder / "untrained.json").write_text('{"accuracy": 0.25, "stderr": 0.02}')
+        assert following.read().untrained == {"accuracy": 0.25, "stderr": 0.02}
+    with open_study(tmp_path / "s") as study:
+        study.append_finished(outcome(selection(5)), {})
+        again = following.read()
+        assert again is not first
+        assert again.finished == read(study.folder).finished
+        lines.write_bytes(whole[: len(whole) // 2])
+        assert following.read().finished == read(study.folder).finished

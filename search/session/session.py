@@ -133,7 +133,8 @@ class Session:
             progress.stage("starting workers")
             workers.start()
             progress.message(workers.describe())
-            progress.stage("loading the model and the task")
+            if not config.replay:
+                progress.stage("loading the model and the task")
             others, problem = self._prepare(workers, progress)
             conductor = Conductor(
                 problem,
@@ -213,7 +214,8 @@ class Session:
         for note in facts.notes:
             progress.message(f"note: {note}")
         if self.config.untrained:
-            progress.stage("evaluating the base before training")
+            if not self.config.replay:
+                progress.stage("evaluating the base before training")
             self._evaluate_untrained(workers, progress)
         problem = self.problem.measured(self._signals(workers, progress))
         if problem.needs:  # before this run these rules had stand-ins for their signals

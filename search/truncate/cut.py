@@ -73,7 +73,7 @@ def truncate(folder: str | Path, request: Request) -> Iterator[str]:
             for energy in energies:
                 cut = _cut(study, state, parent, where, energy)
                 made.append((parent, energy, cut))
-                yield _line(parent, energy, cut)
+                yield _line(parent, energy, cut, one_split=config.select_on == "test")
     yield from _summary(made)
     written = write(path)
     members = sum(candidate.parent in {parent.digest for parent, _ in parents} for candidate in written.front)
@@ -148,9 +148,9 @@ def _cut(study: StudyFolder, state: WorkerState, parent: Outcome, where: str, en
     return outcome
 
 
-def _line(parent: Outcome, energy: float, cut: Outcome) -> str:
+def _line(parent: Outcome, energy: float, cut: Outcome, *, one_split: bool) -> str:
     """`3f2a91bc at energy 0.9: 861.18k -> 108.03k parameters, validation .912 -> .905, test .901 -> .899`."""
-    numbers = [("validation", parent.accuracy, cut.accuracy)] if cut.test and cut.test.accuracy != cut.accuracy else []
+    numbers = [] if one_split else [("validation", parent.accuracy, cut.accuracy)]
     scores = [None if of.test is None else of.test.accuracy for of in (parent, cut)]
     numbers += [("test", scores[0], scores[1])]
     said = ", ".join(f"{name} {_accuracy(old)} -> {_accuracy(new)}" for name, old, new in numbers)

@@ -20,8 +20,9 @@ from search.report import Report
 from search.study import missing_repeats
 from search.truncate import Request
 from search.truncate.__main__ import main
+from search.truncate.cut import _line
 from tests.search.propose.test_sampler import problem
-from tests.search.studies import moe_shape, open_study, outcome, selection
+from tests.search.studies import moe_shape, open_study, outcome, score, selection
 
 
 def cut_of(parent: Outcome, *, accuracy: float, energy: float = 0.9) -> Outcome:
@@ -41,6 +42,13 @@ def test_a_cut_adapter_is_another_run_than_a_training_with_its_ranks_and_survive
     assert cut.trial.point != trained.point
     assert Trial.from_json(cut.trial.to_json()) == cut.trial
     assert "parent" not in trained.to_json()
+
+
+def test_its_line_says_both_splits_where_they_agree_too() -> None:
+    parent = outcome(selection(4), accuracy=0.8).updated(test=score(0.7))
+    cut = cut_of(parent, accuracy=0.5).updated(test=score(0.5))
+    assert "validation 0.800 -> 0.500, test 0.700 -> 0.500" in _line(parent, 0.9, cut, one_split=False)
+    assert "validation" not in _line(parent, 0.9, cut, one_split=True)
 
 
 def test_the_front_shows_it_and_nothing_counts_it_as_a_training(tmp_path: Path) -> None:

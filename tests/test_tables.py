@@ -100,6 +100,16 @@ def test_numbers_of_a_data_sheet_are_those_of_its_study(name: str) -> None:
     assert foreign(" ".join(measured), {study for study in STUDIES if study.startswith(f"{name}-")}) == []
 
 
+def test_the_readme_says_what_the_grid_says() -> None:
+    study, readme = tables.study("moe_grid-tiny-moe"), (ROOT / "README.md").read_text(encoding="utf-8")
+    (hot,) = study.data["comparisons"]
+    size, low, high = (tables.plain(hot[name]) for name in ("difference", "low", "high"))
+    assert f"beats a random quarter by {size} ({low} to {high}, five seeds" in readme
+    worth = re.search(r"([+-]0\.\d+ ± 0\.\d+) on average", " ".join(study.data["said"]))
+    assert worth is not None
+    assert f"the rule is worth {worth[1].replace('0.', '.')} with each side at its best recipe" in readme
+
+
 def test_the_sentences_that_the_readme_quotes_are_those_of_the_demo() -> None:
     quoted = re.findall(
         r"^(?:Untrained|On the test split|What the choice|\d+ of \d+ trainings).*$",

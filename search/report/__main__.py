@@ -41,10 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder, request = door.one_study(given, Request, example="search.report STUDY")
         to = folder = mirror.here(folder)
-        show(write(folder))
+        report = write(folder)
+        show(report)
         if request.results:
             to = request.results
-            print(f"Numbers: {write_results(folder, request)}")
+            print(f"Numbers: {write_results(report, request)}")
     except ToolkitError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
@@ -54,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_results(folder: str | Path, request: Request) -> Path:
+def write_results(report: Report, request: Request) -> Path:
     """Writes the file `results=` and returns its path."""
-    records = read(folder)
+    to = Path(request.results)
     if request.seeds:
+        records = read(report.records.folder)
         summary.keep_seeds(records, request.seeds)
-    report, to = Report(records), Path(request.results)
+        report = Report(records)
     to.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(to, summary.text(summary.summary(report, said=report.words)))
     return to

@@ -43,6 +43,7 @@ def test_an_edit_by_hand_is_noticed() -> None:
 def test_a_file_says_where_its_numbers_are_from(name: str) -> None:
     """And its comparisons follow from its rows."""
     study = tables.study(name)
+    assert (tables.FOLDER / f"{name}.json").stat().st_size < 100_000
     command = shlex.split(study.data["command"])
     assert command[:3] == ["python", "-m", "search.run"]
     assert not any(word.startswith(("/", "storage=/")) for word in command)

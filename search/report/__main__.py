@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from allocators.core import words
-from allocators.core.errors import ToolkitError
+from allocators.core.errors import StudyError, ToolkitError
 from search import door
 from search.records import mirror, read, write_atomically
 from search.records.redact import redacted
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     to = "the study's folder"
     try:
         folder, request = door.one_study(given, Request, example="search.report STUDY")
+        if request.seeds and not request.results:
+            raise StudyError("seeds= says what goes into the file of results=FILE.json: give both, or neither")
         to = folder = mirror.here(folder)
         report = write(folder)
         show(report)

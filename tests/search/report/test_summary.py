@@ -63,7 +63,9 @@ def test_the_command_writes_the_file_without_folders_of_this_machine(
     assert len(data["rows"]) == len(read(tmp_path / "s").points)
 
 
-@pytest.mark.parametrize("words", [["results=x.json"], ["a", "b"], ["a", "result=x.json"], ["a", "seeds=-1"]])
+@pytest.mark.parametrize(
+    "words", [["results=x.json"], ["a", "b"], ["a", "result=x.json"], ["a", "seeds=-1"], ["a", "seeds=2"]]
+)
 def test_words_that_it_does_not_take_are_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert capsys.readouterr().err.count("\n") == 1

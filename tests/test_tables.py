@@ -24,7 +24,7 @@ OTHERS = "<!-- other studies -->"  # heads a paragraph whose numbers are of stud
 @pytest.mark.parametrize("page", WITH_TABLES, ids=lambda page: page.name)
 def test_the_tables_are_those_of_the_studies(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    assert tables.filled(text) == text, "python -m tests.tables writes the tables"
+    assert tables.filled(text) == text, "the tables are written by python -m tests.tables"
 
 
 def test_every_table_stands_in_a_page_and_every_study_in_a_table() -> None:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from allocators.core import words
 from allocators.core.errors import StudyError, shown
 from trainers.models import EMBEDDED
 
@@ -59,7 +60,7 @@ def check(name: str, *, model: str) -> None:
             f"forgetting={HELD_OUT} is for the embedded models ({', '.join(EMBEDDED)}), not for {shown(model)}: name a "
             "text file (.txt, .jsonl) or a task that is not trained on"
         )
-    if Path(name).suffix in KINDS and not Path(name).expanduser().is_file():
+    if Path(name).suffix in KINDS and not words.path(name, "forgetting").is_file():
         raise StudyError(f"forgetting={shown(name)}: there is no such file")
 
 

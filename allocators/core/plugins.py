@@ -39,6 +39,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from allocators.core import words
 from allocators.core.errors import (
     InfeasibleError,
     RuleError,
@@ -92,7 +93,7 @@ def add(path_or_module: str) -> list[str]:
 
     Raises StudyError where nothing is found, a file fails to import or is no plug-in, or a name is taken.
     """
-    path = _user_path(path_or_module)
+    path = words.path(path_or_module, "plugins")
     if path.is_dir():
         files = sorted(f for f in path.glob("*.py") if not f.name.startswith("_"))
         if not files:
@@ -217,7 +218,9 @@ def failing(module: ModuleType, what: str, raised: Callable[[str], ToolkitError]
             raise
         kind = InfeasibleError if isinstance(error, InfeasibleError) and raised is RuleError else raised
         raise kind(f"{what}: {error} ({_place_in(module, error)})") from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:  # a signal: no fault of the code
+        raise
+    except BaseException as error:
         reason = f"{type(error).__name__}: {_text_of(error)}"
         raise raised(f"{what} failed: {reason} ({_place_in(module, error)})") from error
 
@@ -318,15 +321,6 @@ def _package(folder_package: str) -> str:
     return package.__name__
 
 
-def _user_path(path_or_module: str) -> Path:
-    try:
-        path = Path(path_or_module).expanduser()
-        path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a home that is not there, a null character
-        raise StudyError(f"plugins='{shown(path_or_module)}' cannot be read: {_text_of(error)}") from None
-    return path
-
-
 def _import_file(path: Path) -> ModuleType:
     name = f"user_plugins.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
@@ -337,7 +331,9 @@ def _import_file(path: Path) -> ModuleType:
     try:
         with _watched(module.__file__, f"importing plug-in {path}"):
             spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # whatever the user's file raises, it is the user's line to read
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's file raises, it is the user's line to read
         sys.modules.pop(name, None)
         place = "" if isinstance(error, SyntaxError) else f" ({_place_in(module, error)})"
         raise StudyError(f"plug-in {path} does not import: {type(error).__name__}: {_text_of(error)}{place}") from error
@@ -347,7 +343,9 @@ def _import_file(path: Path) -> ModuleType:
 def _import_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except (Exception, SystemExit) as error:  # as above
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # as above
         raise StudyError(
             f"plugins='{shown(name)}' does not import: {type(error).__name__}: {_text_of(error)}"
         ) from error

@@ -25,6 +25,7 @@ import typing
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from decimal import Decimal
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
@@ -228,6 +229,22 @@ def read_value(text: str) -> Value:
     if not _NUMBER.fullmatch(bare) or _PADDED.fullmatch(bare) or not math.isfinite(float(bare)):
         return text
     return int(bare) if _WHOLE.fullmatch(bare) else float(bare)
+
+
+def path(text: str, what: str) -> Path:
+    """The file or folder that a typed text names, whether or not it is there; `~` is the home folder.
+
+    what   the key or kind that it was typed for
+
+    Raises StudyError where no file can have the name: it is too long, or begins with a home that is not there.
+    """
+    try:
+        named = Path(text).expanduser()
+        named.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StudyError(f"{what} '{shown(text)}' is no name of a file or folder here: {reason}") from None
+    return named
 
 
 def read_list(text: str) -> list[str]:

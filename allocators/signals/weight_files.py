@@ -103,7 +103,7 @@ def head(file: Path) -> dict[str, Stored]:
 
 def _tensors(data: Any) -> tuple[dict[str, Stored], int]:
     """The tensors of a head, and where the last one ends. Raises ValueError for another form."""
-    tensors, end = {}, 0
+    tensors, end, places = {}, 0, []
     for name, entry in checks.mapping(data, "the head").items():
         if name == "__metadata__":
             continue
@@ -113,7 +113,11 @@ def _tensors(data: Any) -> tuple[dict[str, Stored], int]:
         if ends < begins or (math.prod(shape) == 0) != (begins == ends):
             raise ValueError(f"{name} has a size that its place is not")
         tensors[name] = Stored(checks.text(entry.get("dtype"), name), shape)
-        end = max(end, ends)
+        places.append((begins, ends))
+    for begins, ends in sorted(places):
+        if begins != end:
+            raise ValueError("tensors overlap, or leave room between them")
+        end = ends
     return tensors, end
 
 

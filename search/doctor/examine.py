@@ -157,7 +157,7 @@ def _storage(place: str) -> Iterator[Finding]:
         there = "is there" if storage.exists(place) else "is empty, or is made by the first study"
         yield Finding("storage", "ok", f"{place} answers and {there}")
         return
-    folder = Path(place).expanduser().absolute()
+    folder = words.path(place, "storage").absolute()
     above = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=above):

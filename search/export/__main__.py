@@ -27,8 +27,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 
+from allocators.core import words
 from allocators.core.errors import StudyError
 from search import door
 from search.export import Request, write
@@ -57,7 +57,7 @@ def parse(given: Sequence[str]) -> tuple[str, Request]:
     if not request.to:
         raise StudyError("to=FOLDER is missing: where shall the export go?")
     if not storage.is_uri(request.to):
-        request = replace(request, to=str(Path(request.to).expanduser()))
+        request = replace(request, to=str(words.path(request.to, "to")))
     if request.dtype != "float32" and request.format not in ("merged", "gguf-ready"):
         raise StudyError("dtype is for format=merged and gguf-ready: adapters are float32, whatever the base is")
     return folder, request

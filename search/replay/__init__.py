@@ -104,12 +104,18 @@ class Table:
         return {digest: row.outcome for digest, row in self.rows.items()}
 
 
+def file_of(name: str) -> Path:
+    """Where a table lies, or would lie: the file of that name, else a shipped one."""
+    typed = words.path(name, "replay")
+    return typed if typed.is_file() else SHIPPED / f"{name}.parquet"
+
+
 def load(name: str) -> Table:
     """A shipped table by its name, or a file. Raises StudyError where there is none, or it is no such table."""
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
-    file = Path(name) if Path(name).is_file() else SHIPPED / f"{name}.parquet"
+    file = file_of(name)
     if not file.is_file():
         if name.endswith(".parquet") or "/" in name:
             raise StudyError(f"replay={name}: there is no such file")

@@ -26,7 +26,7 @@ from typing import Any
 from allocators.core.errors import StudyError
 from search.config import RunConfig
 from search.records.files import read_bytes, write_atomically
-from search.replay import SHIPPED
+from search.replay import file_of
 from trainers import tasks
 from trainers.models import base, hub, tokenizer
 from trainers.tasks.data import FORMATS, located_data
@@ -47,8 +47,7 @@ def contents_of(config: RunConfig, *, cache: Path) -> dict[str, str]:
     hashes = _Hashes(cache)
     try:
         if config.replay:
-            file = Path(config.replay)
-            return {f"table {file.stem}": hashes.of(file if file.is_file() else SHIPPED / f"{file.name}.parquet")}
+            return {f"table {Path(config.replay).stem}": hashes.of(file_of(config.replay))}
         found = {**_model(config, hashes), **_tasks(config, hashes)}
     except OSError as error:
         raise StudyError(f"'{error.filename}' cannot be read: {error.strerror}") from None

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from allocators.core import words
 from search.config import RunConfig
 from search.engine import Workers
 from search.problem import Problem
@@ -31,7 +32,7 @@ class Locations:
     def of(cls, config: RunConfig) -> Locations:
         """With a URI as storage, records stay on this machine in `studies/`."""
         away = storage.is_uri(config.storage)
-        base = Path("studies") if away else Path(config.storage).expanduser()
+        base = Path("studies") if away else words.path(config.storage, "storage")
         folder = base.absolute() / config.study_name
         return cls(folder, storage.join(config.storage, config.study_name) if away else str(folder))
 

@@ -64,7 +64,7 @@ def truncate(folder: str | Path, request: Request) -> Iterator[str]:
         raise StudyError(f"{folder} asked a recorded table, which has no adapters: cut those of a study that trained")
     parents = _parents(report, request.point)
     config = _config(report)
-    path = Path(folder).expanduser().absolute()
+    path = words.path(str(folder), "study").absolute()
     with _open(path, report, config) as study:
         state = _worker(config, Locations(path, study.place), request.device)
         refuse_other_facts(path, (outcome.versions for outcome in study.trained.values()), state.versions)

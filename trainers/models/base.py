@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core import shapes
+from allocators.core import shapes, words
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import ModelShape
 from allocators.signals import weight_files
@@ -160,7 +160,7 @@ def config_file(name: str) -> Path:
         return EMBEDDED[name] / "config.json"
     if name in PACKAGED:
         return PACKAGED[name]() / "config.json"
-    folder = Path(name).expanduser()
+    folder = words.path(name, "model")
     if name and folder.is_dir():
         file = folder / "config.json"
         if not file.is_file():

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from allocators.core.errors import NotFiniteError, StudyError
 from trainers.models import files, sharding
+from trainers.models.tokenizer import check_reads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,6 +59,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any, *, name: str
 
     Raises StudyError where the tokenizer has no eos token, or another token has an id outside of the embedding.
     """
+    check_reads(tokenizer, name)
     rows: int = model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token is None or tokenizer.eos_token_id is None:
         raise StudyError(
@@ -86,8 +88,9 @@ def check_finite(model: Any, *, name: str, numbers: str) -> None:
             f"the base's logits are not finite: {bad} of '{name}' holds values that are not finite in {numbers}"
         )
     vocabulary = model.get_input_embeddings().num_embeddings
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _TOKENS
-    tokens = torch.arange(min(_TOKENS, positions), device=model.device) * 7919 % vocabulary
+    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+    count = min(_TOKENS, positions) if positions > 0 else _TOKENS
+    tokens = torch.arange(count, device=model.device) * 7919 % vocabulary
     try:
         with torch.no_grad():
             logits = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits

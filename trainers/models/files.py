@@ -25,6 +25,8 @@ ADAPTER_CONFIG = "adapter_config.json"  # PEFT's; beside a base it is no part of
 _BOM = b"\xef\xbb\xbf"
 # Types of tensors in a model that is not packed: weights, and what a few families keep of positions.
 _PLAIN = ("F64", "F32", "F16", "BF16", "I64", "I32", "BOOL")
+_WHOLE = ("I64", "I32", "BOOL")
+_WEIGHT = re.compile(r"(\.weight|_proj)$")
 _EXPERT = re.compile(r"(.*\.experts)\.(\d{1,5})\.(.*)")
 _LONGEST = 300  # characters of somebody else's reason
 
@@ -38,10 +40,13 @@ def check(folder: Path, *, stored: str, numbers: str) -> list[str]:
     Raises StudyError for weight files that are missing, cut short or Git LFS pointers, experts that differ from the
     others, and weights that are not in the form that config.json says.
     """
-    tensors = {
-        name: tensor for file in weight_files.files_in(folder) for name, tensor in weight_files.head(file).items()
-    }
+    tensors = _tensors(folder)
     _check_experts(tensors, folder)
+    if whole := [name for name, tensor in tensors.items() if tensor.dtype in _WHOLE and _WEIGHT.search(name)]:
+        raise StudyError(
+            f"{whole[0]} of '{folder}' is stored as {tensors[whole[0]].dtype}{more(whole)}, whole numbers, which no "
+            "weight is: fetch the files again"
+        )
     dtypes = {tensor.dtype for tensor in tensors.values()}
     packed = sorted(dtype for dtype in dtypes if dtype not in _PLAIN)
     if bool(packed) != bool(stored):
@@ -58,6 +63,22 @@ def check(folder: Path, *, stored: str, numbers: str) -> list[str]:
     if (folder / ADAPTER_CONFIG).is_file():
         notes.append(f"{ADAPTER_CONFIG} beside the weights of '{folder.name}' is not used: the base is taken alone")
     return notes
+
+
+def _tensors(folder: Path) -> dict[str, weight_files.Stored]:
+    """What the files of a model hold. Raises StudyError where two files hold a tensor: which is meant, nothing says."""
+    tensors: dict[str, weight_files.Stored] = {}
+    holder: dict[str, str] = {}
+    for file in weight_files.files_in(folder):
+        found = weight_files.head(file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            raise StudyError(
+                f"{twice[0]} of '{folder}' is in {holder[twice[0]]} and in {file.name}{more(twice)}: which of them "
+                "counts is not said; fetch the files again"
+            )
+        tensors |= found
+        holder |= dict.fromkeys(found, file.name)
+    return tensors
 
 
 def _check_experts(tensors: Mapping[str, weight_files.Stored], folder: Path) -> None:

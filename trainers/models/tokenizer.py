@@ -61,4 +61,16 @@ def tokenizer_of(name: str, *, trust_remote_code: bool = False) -> PreTrainedTok
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         hint = "; trust_remote_code=true runs it" if "custom code" in reason else ""
         raise StudyError(f"the tokenizer of model '{name}' cannot be read: {reason}{hint}") from error
+    check_reads(tokenizer, name)
     return tokenizer
+
+
+def check_reads(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises StudyError for a tokenizer that loads and reads no text."""
+    try:
+        tokenizer("a b")
+    except Exception as error:  # as above
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise StudyError(
+            f"the tokenizer of '{name}' reads no text: {reason}: fetch tokenizer.json and tokenizer_config.json again"
+        ) from error

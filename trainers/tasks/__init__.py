@@ -218,6 +218,8 @@ def _built(file: TaskFile, splits: Splits) -> _Built:
     except StudyError:
         raise
     except Exception as error:  # lm-eval ran the user's file: whatever it raises says what is wrong with that file
+        if strange := sorted({*file.config} - {*harness.task_keys(), "include", "class"}):
+            raise unknown(f"key of task '{file.name}' ({file.path.name})", strange[0], harness.task_keys()) from error
         raise StudyError(f"task '{file.name}' ({file.path.name}) cannot be built: {one_line(error, folder)}") from error
 
 

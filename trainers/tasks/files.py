@@ -12,12 +12,14 @@ datasets is imported here: a command line answers in a fraction of a second.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from allocators.core.errors import StudyError, did_you_mean, unknown
+from allocators.core.errors import StudyError, did_you_mean, shown, unknown
+from allocators.core.words import path as named
 from trainers.tasks import index
 from trainers.tasks.data import check_data, flat, located_data
 from trainers.tasks.task_file import (
@@ -80,8 +82,9 @@ def words(name: str) -> list[str]:
     text = name.strip()
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
-    elif Path(text).is_file():
-        return [text]
+    with suppress(OSError):  # too long for the name of one file
+        if Path(text).is_file():
+            return [text]
     names = [word.strip().strip("\"'") for word in text.split(",")]
     if not all(names):
         raise StudyError(f"task '{name}' lacks a name: give one, or several as task=[arc_easy,openbookqa]")
@@ -172,7 +175,7 @@ def _is_path(name: str) -> bool:
 
 
 def _path(name: str) -> Path:
-    return Path(os.path.expandvars(name)).expanduser()
+    return named(os.path.expandvars(name), "task file")
 
 
 def _find(name: str, folder: Path) -> Path:
@@ -180,10 +183,10 @@ def _find(name: str, folder: Path) -> Path:
     if ours := EMBEDDED.get(name) or BENCHMARKS.get(name):
         return ours
     if _is_path(name):
-        path = folder / _path(name)
-        if not path.is_file():
+        file = folder / _path(name)
+        if not file.is_file():
             raise StudyError(f"task file '{name}' does not exist: give the path of a YAML file or the name of a task")
-        return path.resolve()
+        return file.resolve()
     if theirs := index.file_of(name):
         return theirs
     tasks = index.task_names()
@@ -200,10 +203,57 @@ def _counted_file_that_is_trained(file: TaskFile, training: Mapping[str, Any]) -
     if not isinstance(named, Mapping):
         return ""
     trained, counted = (
-        {Path(path).resolve(): path for path in flat(named.get(split, []))}
+        {_place_of(path): path for path in flat(named.get(split, []))}
         for split in (training["training_split"], file.evaluation_split)
     )
-    return next((counted[path] for path in counted if path in trained), "")
+    return next((counted[place] for place in counted if place in trained), "")
+
+
+def _place_of(path: str) -> object:
+    """Equal for two names of one file, whether the file system or a link has both."""
+    try:
+        state = os.stat(path)
+    except OSError:
+        return path
+    return state.st_dev, state.st_ino
+
+
+_KINDS: Mapping[str, tuple[str, tuple[type, ...]]] = {
+    **dict.fromkeys(
+        ("dataset_path", "dataset_name", "training_split", "validation_split", "test_split", "fewshot_split"),
+        ("text", (str,)),
+    ),
+    **dict.fromkeys(
+        ("output_type", "description", "target_delimiter", "fewshot_delimiter", "gen_prefix", "doc_to_text"),
+        ("text", (str,)),
+    ),
+    **dict.fromkeys(("process_docs", "process_results", "custom_dataset"), ("!function FILE.NAME", (FunctionName,))),
+    "num_fewshot": ("a whole number of at least 0", (int,)),
+    "repeats": ("a whole number of at least 1", (int,)),
+    **dict.fromkeys(("generation_kwargs", "fewshot_config"), ("names and values", (Mapping,))),
+    **dict.fromkeys(("metric_list", "filter_list"), ("a list of names and values", (list,))),
+    "doc_to_target": ("text, a number or a list", (str, int, list)),
+    "doc_to_choice": ("text, or a list of texts", (str, list, Mapping)),
+}
+
+
+_NEVER_NULL = ("target_delimiter", "fewshot_delimiter", "repeats")
+
+
+def _of_another_kind(config: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with values of the keys that every task has."""
+    for key, (needed, kinds) in _KINDS.items():
+        value = config.get(key)
+        good = value is None and (key not in config or key not in _NEVER_NULL)
+        good = good or (isinstance(value, kinds) and not isinstance(value, bool))
+        if good and key in ("metric_list", "filter_list"):
+            good = all(isinstance(part, Mapping) and part for part in value or ())
+        if good and isinstance(value, Mapping):
+            good = all(isinstance(name, str) for name in value)
+        if good and key in ("num_fewshot", "repeats"):
+            good = value is None or value >= (key == "repeats")
+        if not good:
+            yield f"has {key}: {shown(repr(value))}: {needed} is needed"
 
 
 def _check(file: TaskFile) -> None:
@@ -213,8 +263,12 @@ def _check(file: TaskFile) -> None:
     def refuse(why: str) -> NoReturn:
         raise StudyError(f"task '{file.name}' ({file.path.name}) {why}")
 
-    if not isinstance(config.get("task"), str):
+    if not isinstance(config.get("task"), str) or not config["task"].isprintable() or not config["task"].strip():
         refuse("has no name: write `task: NAME` into it")
+    if not index.is_shipped(file.path, _EMBEDDED):
+        for part in filter(None, (config, block if isinstance(block, Mapping) else None)):
+            if wrong := next(_of_another_kind(part), ""):
+                refuse(wrong)
     if "class" in config:
         refuse("is written as a Python class: a search needs a YAML task with doc_to_text and doc_to_target")
     if block is not None and not (isinstance(block, Mapping) and block.get("training_split")):

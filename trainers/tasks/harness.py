@@ -13,6 +13,7 @@ the version in constraints.txt.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import io
 import logging
@@ -131,6 +132,13 @@ def read_config(path: Path) -> dict[str, Any]:
     from lm_eval.tasks._yaml_loader import load_yaml
 
     return dict(load_yaml(path))
+
+
+def task_keys() -> list[str]:
+    """The keys that a task file can have."""
+    from lm_eval.config.task import TaskConfig
+
+    return [field.name for field in dataclasses.fields(TaskConfig)]
 
 
 @functools.cache
@@ -295,6 +303,21 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     return language_model
 
 
+def try_to_write(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
+    """Writes one token or two with these `generation_kwargs`, by a model that knows nothing and is as small as can be.
+
+    Raises whatever lm-eval, transformers or torch make of the settings; which they take, their versions decide.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    rows = max(len(tokenizer), 1 + max(tokenizer.all_special_ids, default=0))
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=rows, **sizes)).eval()
+    given = {key: value for key, value in settings.items() if key != "max_gen_toks"} | {"max_gen_toks": 2}
+    request: Any = SimpleNamespace(args=("a b", given))
+    language_model(model, tokenizer, 1).generate_until([request], disable_tqdm=True)
+
+
 def tokenise(tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, str]], batch_size: int) -> list[Tokens]:
     """(prompt, continuation) as lm-eval splits them into tokens, its treatment of spaces and BOS included.
 
@@ -350,13 +373,15 @@ def quiet() -> Iterator[None]:
     """lm-eval logs and datasets draws progress bars, which would end up in the live table."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    logger = logging.getLogger("lm_eval")
-    level, bars = logger.level, not are_progress_bars_disabled()
-    logger.setLevel(logging.ERROR)
+    loggers = {logging.getLogger("lm_eval"): logging.ERROR, logging.getLogger("datasets"): logging.CRITICAL}
+    levels, bars = [(logger, logger.level) for logger in loggers], not are_progress_bars_disabled()
+    for logger, lowest in loggers.items():
+        logger.setLevel(lowest)
     disable_progress_bars()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in levels:
+            logger.setLevel(level)
         if bars:
             enable_progress_bars()

@@ -19,6 +19,9 @@ import yaml
 
 from allocators.core.errors import StudyError, shown
 
+LARGEST = 1 << 20  # bytes of a task file
+MOST_VALUES = 100_000  # in a task file
+
 # What turns a document into a prompt and its completion.
 PROMPT = (
     "output_type",
@@ -170,21 +173,40 @@ def read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A task file with its `include`s, local keys winning, as lm-eval merges them."""
     path = path.resolve()
     try:
+        if path.stat().st_size > LARGEST or not path.is_file():
+            raise StudyError(f"task file '{path}' is no file of keys: it is larger than {LARGEST >> 20} MiB, or a pipe")
         with path.open(encoding="utf-8") as stream:
             config = yaml.load(stream, Loader=_Loader)  # noqa: S506 - a SafeLoader: plain values only
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, no date
         raise StudyError(f"task file '{path}' cannot be read: {one_line(error)}") from error
     if not isinstance(config, dict) or path in seen:
         raise StudyError(f"task file '{path}' must hold keys and values and must not include itself")
+    if strange := [key for key in config if not isinstance(key, str)]:
+        raise StudyError(f"task file '{path}' has the key {shown(repr(strange[0]))}, which is no name")
+    if _unfolds(config):
+        raise StudyError(f"task file '{path}' unfolds to more than {MOST_VALUES:,} values, or holds itself (&, *)")
     includes = config.pop("include", [])
     merged: dict[str, Any] = {}
     for include in includes if isinstance(includes, list) else [includes]:
+        if not isinstance(include, str):
+            raise StudyError(f"task file '{path}' includes {shown(repr(include))}: name a file, or a list of files")
         merged.update(read_yaml(path.parent / include, (*seen, path)))
     merged.update(config)
     for key, value in {"dataset_kwargs": merged.get("dataset_kwargs"), "metadata": merged.get("metadata")}.items():
         _names_and_values(path, key, value)
     _names_and_values(path, "metadata: recipe", metadata_of(merged).get("recipe"))
     return merged
+
+
+def _unfolds(value: Any) -> bool:
+    """Whether there are too many values in a value, where each counts as often as it is referred to."""
+    left, waiting = MOST_VALUES, [value]
+    while waiting and left:
+        left -= 1
+        part = waiting.pop()
+        if isinstance(part, Mapping | list):
+            waiting += part.values() if isinstance(part, Mapping) else part
+    return not left
 
 
 def _names_and_values(path: Path, key: str, value: Any) -> None:
@@ -194,8 +216,10 @@ def _names_and_values(path: Path, key: str, value: Any) -> None:
 
 def one_line(error: BaseException, folder: Path | None = None) -> str:
     """Type and first line of what an error came from first, and where in a file of that folder it was raised."""
-    while error.__cause__ is not None:
+    while error.__cause__ is not None and not (isinstance(error, KeyError) and isinstance(error.__cause__, KeyError)):
         error = error.__cause__
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark is not None:
+        return f"{type(error).__name__}: {error.problem} (line {error.problem_mark.line + 1})"
     lines = str(error).strip().splitlines()
     frames = traceback.extract_tb(error.__traceback__)
     of_user = [f for f in frames if folder is not None and Path(f.filename).parent == folder.resolve()]

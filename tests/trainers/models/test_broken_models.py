@@ -21,7 +21,7 @@ from allocators.core.types import ExpertCounts, LoraSettings
 from tests.trainers import reference
 from tests.trainers.conftest import char_tokenizer, tiny_olmoe
 from trainers import adapter as adapters
-from trainers import models
+from trainers import models, tasks
 
 Weights = dict[str, Tensor]
 
@@ -181,6 +181,13 @@ def test_weight_files_that_are_pointers_or_cut_are_named(folder: Path) -> None:
     refused(folder, r"model\.safetensors' is a Git LFS pointer, not the file itself: git lfs pull")
 
 
+@pytest.mark.parametrize("positions", [0, -1])
+def test_a_config_that_says_no_number_of_positions_loads(folder: Path, llama: Path, positions: int) -> None:
+    change_json(folder, "config.json", max_position_embeddings=positions)
+    assert torch.equal(logits_of(models.load(str(folder)).model), logits_of(models.load(str(llama)).model))
+    assert tasks.Limits.of(models.config_of(str(folder)), recipe={}).positions is None
+
+
 def test_a_shard_that_is_missing_is_named(folder: Path, llama: Path) -> None:
     models.load(str(llama)).model.save_pretrained(folder, max_shard_size="20KB")
     (folder / "model.safetensors").unlink()
@@ -188,6 +195,51 @@ def test_a_shard_that_is_missing_is_named(folder: Path, llama: Path) -> None:
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
     refused(folder, rf"lacks {shard.name}, which its index names \(1 of \d shards are missing\)")
+
+
+def test_a_tensor_in_two_shards_is_named(folder: Path, llama: Path) -> None:
+    models.load(str(llama)).model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "model.safetensors").unlink()
+    first, *_, last = sorted(folder.glob("model-*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(last), name: tensor + 1}, last, metadata={"format": "pt"})
+    refused(folder, rf"{name} of .* is in {first.name} and in {last.name}: which of them counts")
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool])
+def test_weights_that_are_whole_numbers_are_named(folder: Path, dtype: torch.dtype) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_weights(folder, lambda weights: {**weights, name: weights[name].to(dtype)})
+    refused(folder, rf"{name} of .* is stored as (I32|I64|BOOL), whole numbers, which no weight is")
+
+
+@pytest.mark.parametrize("change", ["overlap", "hole"])
+def test_tensors_that_do_not_fill_their_file_are_told(folder: Path, change: str) -> None:
+    file = folder / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    head = json.loads(content[8 : 8 + length])
+    one, other = [name for name in head if "up_proj" in name]
+    if change == "hole":
+        del head[one]
+    else:
+        head[one]["data_offsets"] = head[other]["data_offsets"]
+    text = json.dumps(head).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(StudyError, match="is no safetensors file"):
+        models.check_files(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [("tokenizer_config.json", {"model_max_length": "x"}), ("tokenizer.json", {"model": {"type": "WordLevel",
+      "vocab": {}, "unk_token": "<unk>"}})],
+)  # fmt: skip
+def test_a_tokenizer_that_reads_no_text_is_told(folder: Path, file: str, change: dict[str, Any]) -> None:
+    change_json(folder, file, **change)
+    refused(folder, "(tokenizer of .* reads no text|has no eos token|cannot be loaded)")
+    with pytest.raises(StudyError, match="the tokenizer of"):
+        models.tokenizer_of(str(folder))
 
 
 def test_other_safetensors_are_no_part_of_the_base(folder: Path, llama: Path) -> None:

@@ -139,18 +139,67 @@ def test_lists_of_right_answers_and_templates_are_checked_too(tmp_path: Path) ->
     refused(write(tmp_path, template, FOUR, [FOUR[0], row(-1)]), "split 'test', row 1", "'-1'", "hidden")
 
 
+@pytest.mark.parametrize(
+    ("label", "why"),
+    [
+        ("2", "the text '2', which is choice 1, and lm-eval takes digits that come from a template for the number"),
+        ("01", "'01', which lm-eval cannot read as the number of a choice: write 0, 1, 2, …"),
+        ("²", "'²', which lm-eval cannot read as the number of a choice"),
+        ("٣", "'٣', which lm-eval cannot read as the number of a choice"),
+        (
+            "[1, 2]",
+            "'[1, 2]', which lm-eval reads as a list where it comes from a template: write doc_to_target: label",
+        ),
+    ],
+)
+def test_a_template_hands_no_text_on_that_is_read_as_something_else(tmp_path: Path, label: str, why: str) -> None:
+    template, rows = {**MC, "doc_to_target": "{{label}}"}, [row(0, ["1", "2", "3"])]
+    refused(write(tmp_path, template, rows, [*rows, row(label, ["1", "2", "3"])]), "split 'test', row 1", why)
+    refused(write(tmp_path, template, [*rows, row(label, ["1", "2", "3"])], rows), "split 'train', row 1", why)
+    taken = [row("2", ["1", "2", "3"])]
+    assert trained(write(tmp_path, MC, taken)) == [" 2"]
+    assert trained(write(tmp_path, template, [row(1, ["1", "2", "3"])])) == [" 2"]
+
+
+def test_an_answer_that_looks_like_a_list_is_taken_as_it_is_by_its_name_alone(tmp_path: Path) -> None:
+    assert trained(write(tmp_path, GEN, say("[1, 2]"))) == ["[1, 2]"]
+    path = write(tmp_path, {**GEN, "doc_to_target": "{{answer}}"}, say("a"), say("a", "[1, 2]"))
+    refused(path, "split 'test', row 1", "reads as a list", "write doc_to_target: answer")
+
+
 def test_a_file_is_not_trained_on_and_tested_on(tmp_path: Path) -> None:
     path = write(tmp_path, GEN, say("a"))
     (tmp_path / "again.jsonl").symlink_to(tmp_path / "train.jsonl")
-    for name in ("train.jsonl", "./train.jsonl", ["train.jsonl"], "again.jsonl"):
+    (tmp_path / "hard.jsonl").hardlink_to(tmp_path / "train.jsonl")
+    for name in ("train.jsonl", "./train.jsonl", ["train.jsonl"], "again.jsonl", "hard.jsonl"):
         files = {"data_files": {"train": "train.jsonl", "test": name}}
         path = write(tmp_path, GEN, say("a"), dataset_kwargs=files)
-        refused(path, "evaluated on what it is trained on", "train.jsonl" if name != "again.jsonl" else "again.jsonl")
+        said = name if isinstance(name, str) and "train" not in name else "train.jsonl"
+        refused(path, "evaluated on what it is trained on", said)
 
 
 def test_rows_that_are_tested_and_trained_on_are_counted(tmp_path: Path) -> None:
     notes = looked(write(tmp_path, MC, FOUR, [FOUR[1], row(0, question="another ?")])).notes
     assert notes == ["1 of 2 rows that 'quiz' is tested on is a training row too, word for word"]
+
+
+def test_rows_that_are_selected_on_and_trained_or_tested_on_are_counted(tmp_path: Path) -> None:
+    rows = [row(0, question=f"q{number} ?") for number in range(8)]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(rows[place]) + "\n" for place in (0, 1, 4, 6)))
+    files = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+    names = {"validation_split": "validation", "dataset_kwargs": {"data_files": files}}
+    notes = looked(write(tmp_path, MC, rows[:4], rows[4:6], **names), select_on="validation").notes
+    assert notes == [
+        "2 of 4 rows that 'quiz' is selected on are training rows too, word for word",
+        "1 of 4 rows that 'quiz' is selected on is a test row too, word for word",
+    ]
+
+
+def test_choices_that_differ_in_white_space_alone_are_counted(tmp_path: Path) -> None:
+    rows = [row(0, ["x", "x ", "y"]), row(0, [" ", "  "]), row(0, ["x", "y"])]
+    assert looked(write(tmp_path, MC, FOUR, rows)).notes == [
+        "2 of 3 rows of 'quiz', split 'test', have two choices that differ in white space alone"
+    ]
 
 
 @pytest.mark.parametrize("rows", [[row(0), row("1"), row("C"), row(3)], [*FOUR[:2], {}], [FOUR[0], row(0, question=5)]])
@@ -205,6 +254,13 @@ def test_an_answer_that_the_evaluation_cannot_see_is_refused(tmp_path: Path, ans
         ({"max_gen_tokens": 8}, ["max_gen_tokens", "did you mean"]),
         ({"do_sample": "false"}, ["do_sample", "true or false, without quotes"]),
         ({"until": 5}, ["until"]),
+        ({"temperature": -1.0, "do_sample": True}, ["no answer can be written", "strictly positive"]),
+        ({"do_sample": True}, ["no answer can be written", "`temperature` (=0.0)"]),
+        ({"num_beams": 0}, ["no answer can be written", "ZeroDivisionError"]),
+        ({"num_return_sequences": 3}, ["no answer can be written", "num_return_sequences"]),
+        ({"use_cache": False}, ["no answer can be written", "use_cache"]),
+        ({"max_length": 3}, ["no answer can be written", "max_length"]),
+        ({5: 6}, ["names and values is needed"]),
     ],
 )
 def test_settings_of_generation_are_checked(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
@@ -295,6 +351,10 @@ def test_ids_outside_of_the_embedding_are_refused(tmp_path: Path) -> None:
         (row(0, question="  "), {}, "its prompt is empty"),
         (row(0, question=None), {}, "'question' is null or missing"),
         (row(0, question="5"), {}, "its prompt is the number 5"),
+        (row(0, question={"a": "b"}), {}, "'question' is an object, which would be written as Python writes it"),
+        (row(0, question=[{"a": "b"}]), {}, "'question[0]' is an object"),
+        (row(0, "abc"), {}, "its choices are the text 'abc': a list of texts is needed"),
+        (row(0, ""), {}, "its choices are the text '': a list of texts is needed"),
     ],
 )
 @pytest.mark.parametrize("place", [0, 2])
@@ -426,6 +486,8 @@ def test_labels_of_a_csv_file_are_numbers(tmp_path: Path) -> None:
         ("question,question\nq,a\n", ["two columns are called 'question'"]),
         ('question,answer\nq,"a\n', ["line 2"]),
         ("question,answer\n", ["holds no rows"]),
+        ("question;answer\nq;a\n", ["line 1", "one column, 'question;answer': say dataset_kwargs: {sep: \";\"}"]),
+        ("question\tanswer\nq\ta\n", ["line 1", 'say dataset_kwargs: {sep: "\\t"}']),
         ("", ["holds no rows"]),
     ],
 )
@@ -475,6 +537,98 @@ def test_a_key_that_is_merged_in_may_be_there_too(tmp_path: Path) -> None:
     path = tmp_path / "merged.yaml"
     path.write_text("a: &a {x: 1, y: 2}\nb: &b {<<: *a, y: 3}\nc: {<<: *b, x: 4}\n")
     assert read_yaml(path) == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 4, "y": 3}}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("metadata: {version: 2020-13-45}", "ValueError: month must be in 1..12"),
+        ("metadata: " + "[" * 3000, "cannot be read: RecursionError"),
+        ("metadata: " + "9" * 5000, "cannot be read: ValueError"),
+        ("metadata: &m {self: *m}", "unfolds to more than 100,000 values, or holds itself"),
+        ("metadata: {v: 1}\n\tx: 1", r"cannot start any token \(line 3\)"),
+        ("5: 6", "has the key 5, which is no name"),
+        ("include: 5", "includes 5: name a file"),
+        ("include: [{a: b}]", "includes {'a': 'b'}: name a file"),
+        ("include: .", "is no file of keys"),
+        ("include: ~nobody_at_all/x.yaml", "No such file"),
+        (f"include: {'a' * 300}.yaml", "File name too long"),
+        ("!!python/object/apply:os.getcwd []", "could not determine a constructor"),
+    ],
+)
+def test_what_is_no_task_file_is_one_line(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "odd.yaml"
+    path.write_text(f"task: odd\n{text}\n" if not text.startswith("!!") else text)
+    with pytest.raises(StudyError, match=said) as error:
+        tasks.check_task(str(path))
+    assert "\n" not in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_a_small_task_file_that_unfolds_to_a_billion_values_is_no_hang(tmp_path: Path) -> None:
+    lines = [f"x{number}: &x{number} [{', '.join([f'*x{number - 1}'] * 9)}]" for number in range(1, 14)]
+    (tmp_path / "bomb.yaml").write_text("\n".join(["x0: &x0 [1, 2]", *lines]))
+    with pytest.raises(StudyError, match="unfolds to more than"):
+        read_yaml(tmp_path / "bomb.yaml")
+
+
+ODD: list[Any] = [None, True, 5, -1, 1.5, "", "x", "~nobody_at_all/x", "a" * 300, [], ["x"], [5], {}, {"x": 1}, {5: 6}]
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(key=st.sampled_from([*harness.task_keys(), "include", "group", "class"]), value=st.sampled_from(ODD), form=...)
+def test_any_value_of_any_key_is_one_line_or_a_task(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: Any, form: bool
+) -> None:
+    path = write(tmp_path_factory.mktemp("any"), MC if form else GEN, FOUR if form else say("a", "b"))
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), key: value}))
+    try:
+        task = tasks.load_task(str(path), select_on="test")
+        tasks.look(task, char_tokenizer(), LIMITS)
+    except StudyError as error:
+        assert "\n" not in str(error)  # noqa: PT017 - which values are refused depends on the key
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def parquet_task(folder: Path, form: Mapping[str, Any], train: Any, test: Any) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for split, rows in (("train", train), ("test", test)):
+        pq.write_table(rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows), folder / f"{split}.parquet")
+    files = {"data_files": {"train": "train.parquet", "test": "test.parquet"}}
+    return write(folder, form, [], dataset_path="parquet", dataset_kwargs=files)
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ({"question": "q", "answer": None}, "'answer' is null or missing"),
+        ({"question": None, "answer": "a"}, "'question' is null or missing"),
+        ({"question": "q", "answer": float("nan")}, "'answer' is null or missing"),
+        ({"question": "q", "answer": b"a"}, "'answer' is bytes and no text"),
+        ({"question": {"a": 1}, "answer": "a"}, "'question' is an object"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_table_is_looked_at_as_text_files_are(tmp_path: Path, bad: dict[str, Any], why: str, split: str) -> None:
+    rows, form = [{"question": "q", "answer": "a"}], {**GEN, "doc_to_target": "{{answer}}"}
+    refused(parquet_task(tmp_path, form, *(([bad], rows) if split == "train" else (rows, [bad]))), f"'{split}'", why)
+
+
+def test_each_split_of_a_table_has_its_own_types(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    words = [row(choice) for choice in CHOICES]
+    assert looked(parquet_task(tmp_path, MC, FOUR, words)).training
+    assert looked(parquet_task(tmp_path, MC, words, [{**FOUR[0], "more": 1}])).training
+    assert trained(parquet_task(tmp_path, {**GEN, "doc_to_target": "{{answer}}"}, say(5), say("a"))) == ["5"]
+    refused(parquet_task(tmp_path, MC, FOUR, pa.Table.from_pylist(FOUR).slice(0, 0)), "holds no rows")
+    path = parquet_task(tmp_path, MC, FOUR, FOUR)
+    (tmp_path / "test.parquet").write_bytes((tmp_path / "test.parquet").read_bytes()[:-9])
+    refused(path, f"data file '{tmp_path / 'test.parquet'}' cannot be read as parquet")
 
 
 # --- files that cannot be read ----------------------------------------------------------------------------------------
@@ -547,6 +701,12 @@ def test_a_folder_of_files_is_read_as_they_are(tmp_path: Path) -> None:
     assert trained(path) == ["2019-05-04"]
 
 
+def test_a_field_that_templates_cannot_take_is_named(tmp_path: Path) -> None:
+    refused(
+        write(tmp_path, MC, FOUR, [{**FOUR[0], "self": 1}]), "row 0", "a field called 'self', a name that templates"
+    )
+
+
 def test_columns_may_differ_between_splits_and_rows(tmp_path: Path) -> None:
     more = [{**FOUR[0], "source": "a book"}, {**FOUR[1], "source": 5}]
     assert looked(write(tmp_path, MC, FOUR, more)).training
@@ -573,6 +733,20 @@ def test_a_label_that_is_missing_in_one_split_is_named(tmp_path: Path) -> None:
         ({"doc_to_choice": "{{question}}"}, ["split 'test', row 0"]),
         ({"doc_to_text": "{{question.__class__.__mro__}}"}, ["SecurityError"]),
         ({"dataset_path": "jsonl"}, ["jsonl"]),
+        ({"dataset_path": ["json"]}, ["has dataset_path: ['json']: text is needed"]),
+        ({"dataset_path": "my data/of/mine"}, ["no name that a data set of the hub could have"]),
+        ({"dataset_path": "a" * 300}, ["no name that a data set of the hub could have"]),
+        ({"test_split": ["test"]}, ["has test_split: ['test']: text is needed"]),
+        ({"repeats": 0}, ["has repeats: 0: a whole number of at least 1"]),
+        ({"num_fewshot": -3}, ["has num_fewshot: -3: a whole number of at least 0"]),
+        ({"metric_list": {"metric": "acc"}}, ["has metric_list: {'metric': 'acc'}: a list of names and values"]),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "nope"}]}]}, ["nope"]),
+        ({"fewshot_config": {"sampler": "nope"}}, ["nope"]),
+        ({"doc_to_txt": "x"}, ["unknown key of task", "'doc_to_txt'", "did you mean 'doc_to_text'?"]),
+        ({"task": "a\nb"}, ["has no name"]),
+        ({"dataset_kwargs": {"data_files": {"train": None, "test": "test.jsonl"}}}, ["data_files names None"]),
+        ({"dataset_kwargs": {"data_files": {"train": [], "test": "test.jsonl"}}}, ["no file for split 'train'"]),
+        ({"dataset_kwargs": {"data_files": {"train": "a" * 300, "test": "test.jsonl"}}}, ["File name too long"]),
     ],
 )
 def test_a_task_file_that_does_not_fit_says_where(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
@@ -624,7 +798,7 @@ FORMS: list[dict[str, Any]] = [
 ]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(rows=st.lists(ROW, min_size=1, max_size=3), form=st.sampled_from(FORMS))
 def test_any_rows_are_refused_in_one_line_or_score_1(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, Any]], form: dict[str, Any]

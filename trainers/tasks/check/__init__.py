@@ -134,14 +134,19 @@ def _check_documents(task: HarnessTask, found: Sequence[Document], origin: Origi
 
 
 def _note_repeated(part: Task, looked: Looked) -> None:
-    """Says how many test questions are trained on, word for word."""
-    if part.trains_on_other_data:
-        return
-    trained = {repr(document) for document in part.training.documents}
-    asked = part.test.questions.documents
-    if repeated := sum(repr(document) in trained for document in asked):
-        of = f"{repeated:,} of {len(asked):,} rows that '{part.label}' is tested on"
-        looked.notes.append(f"{of} {'is a training row' if repeated == 1 else 'are training rows'} too, word for word")
+    """Says how many questions are trained on, or selected on and tested on, word for word."""
+    trained = set() if part.trains_on_other_data else {repr(document) for document in part.training.documents}
+    tested = part.test.questions.documents
+    selected = [] if part.test is part else part.questions.documents
+    for asked, others, what, are in (
+        (tested, trained, "tested on", "training row"),
+        (selected, trained, "selected on", "training row"),
+        (selected, {repr(document) for document in tested if selected}, "selected on", "test row"),
+    ):
+        if repeated := sum(repr(document) in others for document in asked):
+            said = f"is a {are}" if repeated == 1 else f"are {are}s"
+            of = f"{repeated:,} of {len(asked):,} rows that '{part.label}' is {what}"
+            looked.notes.append(f"{of} {said} too, word for word")
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -154,6 +159,7 @@ def _look_at_questions(task: Task, tokenizer: PreTrainedTokenizerBase, limits: L
     end = None
     if questions.task.OUTPUT_TYPE == "generate_until":
         end = tokens.ending(task.label, questions.task, limits)
+        tokens.check_writing(task.label, questions.task, tokenizer)
     share = task.prepare(tokenizer)
     lengths = looked.asked.setdefault(f"{task.label}, {origin.split}", [])
     if end is not None:
@@ -182,7 +188,7 @@ def _check_choices(
 ) -> None:
     """Tokens of questions whose answers are scored and not written."""
     assert share.tokens is not None
-    origin, place, doubtful = questions.origin, 0, 0
+    origin, place, doubtful, alike = questions.origin, 0, 0, 0
     tokens.check_ids(tokenizer, (ids for _, *pair in share.tokens for ids in pair), limits)
     for number, requests in share.documents.items():
         pairs = []
@@ -195,11 +201,18 @@ def _check_choices(
         if wrong:
             unknown = any(tokens.is_unknown(tokenizer, ids) for _, ids in pairs)
             raise StudyError(f"{origin.name(number)}: {wrong}{' (unknown characters)' if unknown else ''}")
-        doubtful += len({(tuple(one), tuple(other)) for one, other in pairs}) < len(pairs)
+        same = len(pairs) - len({(tuple(one), tuple(other)) for one, other in pairs})
+        doubtful += same > 0
+        alike += len(requests) - len({" ".join("".join(request.args[:2]).split()) for request in requests}) > same
     if doubtful:
         looked.notes.append(
             f"{doubtful:,} of {len(share.documents):,} rows of '{origin.task}', split '{origin.split}', "
             f"{_have(doubtful)} two choices that are the same tokens"
+        )
+    if alike:
+        looked.notes.append(
+            f"{alike:,} of {len(share.documents):,} rows of '{origin.task}', split '{origin.split}', {_have(alike)} "
+            "two choices that differ in white space alone"
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from allocators.core.words import shown
+from trainers.tasks import harness
 from trainers.tasks.check import nulls
 from trainers.tasks.harness import Document, HarnessTask
 from trainers.tasks.rows import right_answer, right_choice
@@ -25,7 +26,9 @@ def wrong_with(task: HarnessTask, document: Document, *, local: bool) -> str:
     local   it is a row of a file that its owner can correct: what is only doubtful is wrong too
     """
     try:
-        if local and (doubtful := _no_field(task, document) or nulls.spelled_out(task, document)):
+        if local and (
+            doubtful := _no_field(task, document) or nulls.spelled_out(task, document) or _read_anew(task, document)
+        ):
             return doubtful
         prompt, prefix = task.doc_to_text(document), task.doc_to_prefix(document)
         if not isinstance(prefix, str | None):
@@ -50,6 +53,8 @@ def value_of(value: Any) -> str:
 
 def _no_field(task: HarnessTask, document: Document) -> str:
     """A name that is meant as that of a field, and would be the text of every prompt or answer."""
+    if "self" in document:
+        return "it has a field called 'self', a name that templates keep for themselves: call the field otherwise"
     for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
         said = getattr(task.config, key, None)
         if isinstance(said, str) and said.isidentifier() and said not in document:
@@ -57,12 +62,41 @@ def _no_field(task: HarnessTask, document: Document) -> str:
     return ""
 
 
+def _read_anew(task: HarnessTask, document: Document) -> str:
+    """A text of the document that a template of the answer hands on, and lm-eval takes for a number or a list."""
+    said = task.config.doc_to_target
+    if not isinstance(said, str) or said in document:
+        return ""
+    text = harness.templates().from_string(said).render(**document)
+    if task.config.doc_to_choice is not None and text.isdigit() and not (text.isascii() and text == str(int(text))):
+        return f"its answer is {value_of(text)}, which lm-eval cannot read as the number of a choice: write 0, 1, 2, …"
+    fields = [name for name, value in document.items() if value == text and isinstance(value, str)]
+    target = task.doc_to_target(document)
+    if not fields or isinstance(target, str):
+        return ""
+    write = f"write doc_to_target: {fields[0]}, which takes it as it is"
+    if isinstance(target, list):
+        return f"its answer is {value_of(text)}, which lm-eval reads as a list where it comes from a template: {write}"
+    choices = task.doc_to_choice(document)
+    if text not in choices or choices.index(text) == target:
+        return ""
+    return (
+        f"its answer is {value_of(text)}, which is choice {choices.index(text)}, and lm-eval takes digits that come "
+        f"from a template for the number of a choice: {write}"
+    )
+
+
 def _wrong_prompt(prompt: Any) -> str:
     return f"its prompt is {value_of(prompt)}: a text is needed (doc_to_text)"
 
 
 def _wrong_choices(task: HarnessTask, document: Document, prompt: Any, *, local: bool) -> str:
-    choices = task.doc_to_choice(document)
+    try:
+        choices = task.doc_to_choice(document)
+    except (ValueError, SyntaxError):  # lm-eval reads what a template gives as a list of Python's
+        if not isinstance(task.config.doc_to_choice, str):
+            raise
+        choices = harness.templates().from_string(task.config.doc_to_choice).render(**document)
     if not isinstance(choices, list | tuple):
         return f"its choices are {value_of(choices)}: a list of texts is needed (doc_to_choice)"
     if not choices:

@@ -1,4 +1,4 @@
-"""Fields that are null, or missing, and would be spelled out: `None` is no answer, and `True` is not what JSON says.
+"""Fields that have no text and would be spelled out: `None` is no answer, and neither `True` nor `{'a': 1}` is JSON.
 
     spelled_out(task, {"question": None, "answer": "yes"})          # "'question' is null or missing"
 
@@ -9,6 +9,7 @@ for such documents alone, with values that can be asked and refuse to be text.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
@@ -25,10 +26,8 @@ class _SpelledOutError(Exception):
 class _Null:
     """Stands for null: false, equal to null, and no text."""
 
-    why = "null or missing"
-
-    def __init__(self, field: str) -> None:
-        self.field = field
+    def __init__(self, field: str, why: str = "null or missing") -> None:
+        self.field, self.why = field, why
 
     def __bool__(self) -> bool:
         return False
@@ -43,6 +42,20 @@ class _Null:
         raise _SpelledOutError(f"'{self.field}' is {self.why}")
 
     __str__ = __repr__ = __format__ = __iter__ = __len__ = __getitem__ = __html__ = _refuse
+
+
+class _Object(dict[str, Any]):
+    """Stands for an object: its parts can be asked for, and it is no text."""
+
+    field = ""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise _SpelledOutError(
+            f"'{self.field}' is an object, which would be written as Python writes it: name one of its fields "
+            f"({', '.join(self)}), or use the filter tojson"
+        )
+
+    __str__ = __repr__ = __format__ = __html__ = _refuse
 
 
 class _Switch(int):
@@ -61,7 +74,7 @@ class _Switch(int):
 
 def spelled_out(task: HarnessTask, document: Document) -> str:
     """Which field of a document its prompt or answer would spell out though it has no text; "" where there is none."""
-    if not any(value is None or isinstance(value, bool) for value in _leaves(document)):
+    if not any(_is_null(part) or isinstance(part, bool | bytes | Mapping) for part in _parts(document)):
         return ""
     marked = {name: _marked(name, value) for name, value in document.items()}
     for key in _WRITTEN:
@@ -82,31 +95,37 @@ def spelled_out(task: HarnessTask, document: Document) -> str:
 
 def _check_field(task: HarnessTask, value: Any) -> None:
     """A field that is a prompt or an answer as it is. Of choices, true and false are the second and the first."""
-    for leaf in _leaves(value):
+    for leaf in _parts([value]):
         if isinstance(leaf, _Null) or (isinstance(leaf, _Switch) and task.OUTPUT_TYPE != "multiple_choice"):
             str(leaf)
 
 
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for part in value.values():
-            yield from _leaves(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _leaves(part)
-    else:
-        yield value
+def _parts(value: Any) -> Iterator[Any]:
+    """Everything in a value that is not a list, objects within it before what is in them."""
+    for part in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        if not isinstance(part, list):
+            yield part
+        yield from _parts(part)
+
+
+def _is_null(value: Any) -> bool:
+    """NaN is what a table of numbers has where there is none."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _marked(field: str, value: Any) -> Any:
-    if value is None:
+    if _is_null(value):
         return _Null(field)
+    if isinstance(value, bytes):
+        return _Null(field, "bytes and no text")
     if isinstance(value, bool):
         switch = _Switch(value)
         switch.field = field
         return switch
     if isinstance(value, Mapping):
-        return {name: _marked(f"{field}.{name}", part) for name, part in value.items()}
+        marked = _Object({name: _marked(f"{field}.{name}", part) for name, part in value.items()})
+        marked.field = field
+        return marked
     if isinstance(value, list):
         return [_marked(f"{field}[{place}]", part) for place, part in enumerate(value)]
     return value

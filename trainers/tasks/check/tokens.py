@@ -12,6 +12,7 @@ from allocators.core.words import shown
 from trainers.tasks import harness
 from trainers.tasks.check.scores import Ending
 from trainers.tasks.harness import HarnessTask, Tokens
+from trainers.tasks.task_file import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,9 @@ class Limits:
         text = config.get("text_config")
         both = [part for part in (text, config) if isinstance(part, Mapping)]
         names = ("n_positions", "max_position_embeddings", "n_ctx")
-        positions = [part[name] for part in both for name in names if isinstance(part.get(name), int)]
+        positions = [
+            part[name] for part in both for name in names if isinstance(part.get(name), int) and part[name] > 0
+        ]
         rows = [part["vocab_size"] for part in both if isinstance(part.get("vocab_size"), int)]
         return cls(asked or cls.max_length, bool(asked), next(iter(positions), None), next(iter(rows), None))
 
@@ -122,6 +125,28 @@ def ending(name: str, task: HarnessTask, limits: Limits) -> Ending:
             )
         raise refuse(key, f"and the model takes {positions} tokens with the prompt: ask for less")
     return Ending(most, tuple(stop for stop in stops if stop))
+
+
+_written: dict[tuple[str, int], str] = {}  # by settings and size of the vocabulary: what is wrong with them
+
+
+def check_writing(name: str, task: HarnessTask, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises StudyError for `generation_kwargs` with which no model could write: all trials would fail."""
+    import torch
+
+    from trainers.models import files
+
+    given = task.config.generation_kwargs
+    key = (repr(given), len(tokenizer))
+    if key not in _written:
+        _written[key] = ""
+        try:
+            with harness.quiet(), torch.random.fork_rng(devices=[]), files.quiet():
+                harness.try_to_write(tokenizer, given)
+        except Exception as error:  # of any of three libraries
+            _written[key] = one_line(error)
+    if _written[key]:
+        raise StudyError(f"task '{name}': no answer can be written with generation_kwargs {given}: {_written[key]}")
 
 
 def wrong_row(context: Sequence[int], completion: Sequence[int]) -> str:

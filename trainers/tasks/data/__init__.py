@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from allocators.core.errors import StudyError
+from allocators.core import words
+from allocators.core.errors import StudyError, shown
 from trainers.tasks.task_file import TaskFile, metadata_of, training_config
 
 # Data set "paths" that are file formats; anything else is a folder or an id on the hub.
@@ -28,7 +29,7 @@ def located_data(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     kwargs = dict(config.get("dataset_kwargs") or {})
     if path in FORMATS:
         kwargs |= {key: _absolute(kwargs[key], folder) for key in ("data_files", "data_dir") if key in kwargs}
-    elif isinstance(path, str) and (folder / path).is_dir():
+    elif isinstance(path, str) and _is_folder(folder / path):
         path = str(folder / path)
     return {"dataset_path": path, "dataset_kwargs": kwargs}
 
@@ -38,8 +39,17 @@ def _absolute(value: Any, folder: Path) -> Any:
         return {key: _absolute(item, folder) for key, item in value.items()}
     if isinstance(value, list):
         return [_absolute(item, folder) for item in value]
-    text = os.path.expandvars(str(value))
-    return text if "://" in text else str(folder / Path(text).expanduser())
+    if not isinstance(value, str) or not value:
+        raise StudyError(f"data_files names {shown(repr(value))}: a path, or lists of paths by split, are needed")
+    text = os.path.expandvars(value)
+    return text if "://" in text else str(words.path(os.path.join(folder, os.path.expanduser(text)), "data file"))
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # too long for a name
+        return False
 
 
 def check_data(files: Sequence[TaskFile]) -> None:
@@ -103,7 +113,7 @@ def flat(value: Any) -> Iterator[str]:
 
 
 def _is_remote(path: Any) -> bool:
-    return isinstance(path, str) and path not in FORMATS and not Path(path).is_dir()
+    return isinstance(path, str) and path not in FORMATS and not _is_folder(Path(path))
 
 
 def _is_cached(path: str, name: str) -> bool:
@@ -112,7 +122,7 @@ def _is_cached(path: str, name: str) -> bool:
 
     cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
     folder = cache / path.replace("/", "___")
-    return folder.is_dir() and (not name or any(inside.name.startswith(name) for inside in folder.iterdir()))
+    return _is_folder(folder) and (not name or any(inside.name.startswith(name) for inside in folder.iterdir()))
 
 
 def _missing_on_hub(path: str) -> str:
@@ -124,6 +134,8 @@ def _missing_on_hub(path: str) -> str:
         huggingface_hub.HfApi().dataset_info(path, timeout=10)
     except errors.RepositoryNotFoundError:
         return "not on the hub, or not without a login"
+    except errors.HFValidationError:
+        return "no folder here, and no name that a data set of the hub could have"
     except (OSError, errors.HTTPError):
         return _UNREACHABLE
     return ""

@@ -272,6 +272,8 @@ def _lines(path: Path, text: str, form: Format) -> Iterator[tuple[int, list[str]
 def _header(path: Path, line: int, cells: Sequence[str]) -> list[str]:
     if twice := sorted({cell for cell in cells if cells.count(cell) > 1}):
         refuse(path, line, f"two columns are called '{twice[0]}'")
+    if len(cells) == 1 and (mark := next((mark for mark in ";\t|" if mark in cells[0]), "")):
+        refuse(path, line, f"there is one column, '{shown(cells[0])}': say dataset_kwargs: {{sep: {json.dumps(mark)}}}")
     return [cell or f"Unnamed: {place}" for place, cell in enumerate(cells)]  # pandas writes its index without a name
 
 

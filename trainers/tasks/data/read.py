@@ -18,9 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from allocators.core.errors import StudyError
+from allocators.core.errors import StudyError, shown
+from trainers.tasks.data import FORMATS
 from trainers.tasks.data.parse import Format, Raw, Written, decoded, rows_of
+from trainers.tasks.task_file import one_line
 
+_NO_SPLITS = "its data are no splits by name: leave split and streaming out of dataset_kwargs"
 # Of a CSV file: what `csv.reader` is given, and what else is understood; everything else is refused.
 _READER = {
     "sep": "delimiter",
@@ -54,6 +57,8 @@ class Documents(Sequence[dict[str, Any]]):
         for file in files:
             begins.append((len(rows), file))
             rows += rows_of(file, form)
+        if not begins:
+            raise StudyError("data_files names a file that is packed, and holds none")
         if not rows:
             raise StudyError(f"data file '{', '.join(str(file) for _, file in begins)}' holds no rows")
         features: dict[str, None] = {}
@@ -146,17 +151,40 @@ def read(config: Mapping[str, Any]) -> Mapping[str, Any]:
         files = builder.config.data_files or {}
         if kind in ("json", "csv") and not any("://" in file for some in files.values() for file in some):
             form = _json_format(builder.config) if kind == "json" else _csv_format(builder.config)
+            if empty := [split for split, some in files.items() if not some]:
+                raise StudyError(f"data_files names no file for split '{empty[0]}'")
             return _Splits({str(split): Documents.of(_unpacked(some), form) for split, some in files.items()})
+    if path in ("parquet", "arrow") and isinstance(kwargs.get("data_files"), Mapping):
+        return _Splits({split: _table(path, name, split, kwargs) for split in kwargs["data_files"]})
     loaded = datasets.load_dataset(path, name, **kwargs)
-    return loaded if isinstance(loaded, Mapping) else {}
+    if not isinstance(loaded, Mapping) or kwargs.get("streaming"):
+        raise StudyError(_NO_SPLITS)
+    return _Splits(loaded) if path in FORMATS else loaded
+
+
+def _table(path: str, name: str | None, split: str, kwargs: Mapping[str, Any]) -> Any:
+    """One split of a table, with the types of its own files: read together, all splits would get those of the first."""
+    import datasets
+
+    files = kwargs["data_files"][split]
+    try:
+        loaded = datasets.load_dataset(path, name, **{**kwargs, "data_files": {split: files}})
+    except Exception as error:  # a file that is cut, empty, or something else
+        said = ", ".join(files) if isinstance(files, list) else files
+        if "BatchSize" in str(error.__cause__):  # what Arrow says of a table without a row
+            raise StudyError(f"data file '{said}' holds no rows") from error
+        raise StudyError(f"data file '{said}' cannot be read as {path}: {one_line(error)}") from error
+    if not isinstance(loaded, Mapping) or kwargs.get("streaming"):
+        raise StudyError(_NO_SPLITS)
+    return loaded[split]
 
 
 class _Splits(dict[str, Any]):
-    """Documents by split, of local JSON or CSV files."""
+    """Documents by split, of files that a task file names."""
 
 
 def is_local(splits: Mapping[str, Any]) -> bool:
-    """Whether the documents are those of files that are read here, character by character."""
+    """Whether the documents are those of files that a task file names, which their owner can correct."""
     return isinstance(splits, _Splits)
 
 
@@ -179,8 +207,15 @@ def _csv_format(config: Any) -> Format:
         )
     skipped = config.skiprows or 0
     names = tuple(config.names or ())
-    if not isinstance(skipped, int) or config.header not in ("infer", 0, None) or (config.header is None and not names):
+    if (
+        not isinstance(skipped, int)
+        or skipped < 0
+        or config.header not in ("infer", 0, None)
+        or (config.header is None and not names)
+    ):
         raise StudyError("of a CSV file, skiprows is a number of lines, and header: null comes with column_names")
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+        raise StudyError(f"column_names must be different texts, got {shown(str(list(names)))}")
     if names and config.header == 0:
         raise StudyError("column_names is for CSV files without a header: leave header or column_names out")
     reader = {ours: getattr(config, theirs) for theirs, ours in _READER.items()}

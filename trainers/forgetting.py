@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core import words
+from allocators.core import checks, words
 from allocators.core.errors import StudyError, shown
 from trainers.models import EMBEDDED
 
@@ -88,11 +88,12 @@ def load(name: str, *, model: str, tokenizer: Any) -> tuple[Measure, str]:
 
 def _texts(file: Path) -> list[str]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".txt":
             return [text]
-        return [str(json.loads(line)["text"]) for line in text.splitlines() if line.strip()]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        # split by line ends alone: JSON may hold other characters that Python takes for one
+        return [checks.text(json.loads(line)["text"], "text") for line in text.split("\n") if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise StudyError(
             f"{file} cannot be read as text ({type(error).__name__}): forgetting= takes UTF-8 text (.txt), or a JSON "
             'object {"text": ...} a line (.jsonl)'
@@ -146,7 +147,12 @@ def _of_task(name: str, tokenizer: Any) -> tuple[Measure, str]:
 
     from trainers import tasks
 
+    no_loss = StudyError(
+        f"forgetting={name} has no loss: its model writes its answers; name a multiple-choice task or a text"
+    )
     task = tasks.load_task(name, select_on="test", limit=QUESTIONS)
+    if any(part.questions.task.OUTPUT_TYPE == "generate_until" for part in task.parts):
+        raise no_loss
     several = dist.is_available() and dist.is_initialized()
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
     task.prepare(tokenizer, rank=rank, world_size=world_size)
@@ -154,9 +160,7 @@ def _of_task(name: str, tokenizer: Any) -> tuple[Measure, str]:
     def measure(model: Any) -> Loss:
         loss = task.evaluate(model).loss
         if loss is None or not math.isfinite(loss):
-            raise StudyError(
-                f"forgetting={name} has no loss: its model writes its answers; name a multiple-choice task or a text"
-            )
+            raise no_loss
         return Loss(loss)
 
     return measure, task.data_hash

@@ -309,7 +309,7 @@ def _fetch(location: Location, local: Location) -> None:
 
 
 def _unreachable(verb: str, location: Location, error: Exception) -> StudyError:
-    reason = str(error).splitlines()[0]
+    reason = next(iter(str(error).splitlines()), type(error).__name__)
     return StudyError(
         f"cannot {verb} '{os.fspath(location)}': {reason}; possible are a folder you may write, file://, s3:// and "
         "gs:// (with that store's credentials in the environment)"

@@ -26,6 +26,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import threading
@@ -195,7 +196,7 @@ def call(
     with failing(module, f"allocator {name}", RuleError):
         allocation = module.allocate(signal, shape if among is None else among, **knobs)
         wanted = ExpertSelection if shape.is_moe else ExpertCounts
-        if isinstance(allocation, wanted | ModuleRanks):
+        if type(allocation) in (wanted, ModuleRanks):  # a class of the user's may count as it likes
             allocation.check(shape)
             return allocation
     raise RuleError(
@@ -241,13 +242,35 @@ def _watched(file: str | None, what: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        with _undone():
+            yield
     finally:
         timer.cancel()
 
 
+@contextmanager
+def _undone() -> Iterator[None]:
+    """Takes back what a plug-in's code does to its process: to its folder, its streams and its filters of warnings."""
+    try:
+        folder = os.getcwd()
+    except OSError:  # somebody has removed it
+        folder = ""
+    filters: Any = warnings.filters  # catch_warnings would make a warning that is said once be said at every call
+    before, streams = list(filters), (sys.stdout, sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = sys.stdout or streams[0], sys.stderr or streams[1]
+        if filters != before:
+            filters[:] = before
+        if folder:
+            os.chdir(folder)
+
+
 def returned(value: object) -> str:
     """A value that a plug-in should not have returned, for a message: nothing of it is asked but its class."""
+    if isinstance(value, types.CoroutineType):
+        value.close()  # else Python says later, in several lines, that nobody awaited it
     return "None" if value is None else f"a value of type {type(value).__name__}"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from search.config import RunConfig
 from search.problem import Problem
 from search.session.make_workers import Locations, worker_setup
+from trainers import forgetting
 from trainers.tasks import Limits
 
 
@@ -18,7 +19,7 @@ def look(config: RunConfig, problem: Problem) -> int:
     Gives the tokens of the longest training row. A study that has results is not looked at again, because its first run
     was: then 0.
 
-    Raises StudyError with one line for what cannot be trained or scored.
+    Raises StudyError with one line for what cannot be trained or scored, and for a text of `forgetting=` that is none.
     """
     from trainers import models, tasks
 
@@ -35,6 +36,9 @@ def look(config: RunConfig, problem: Problem) -> int:
     notes, longest = seen(config.model, setup.task, options, limits, trusted=config.trust_remote_code)
     for sentence in notes:
         print(f"note: {sentence}", file=sys.stderr)
+    if config.forgetting:
+        tokenizer = models.tokenizer_of(config.model, trust_remote_code=config.trust_remote_code)
+        forgetting.load(setup.forgetting, model=config.model, tokenizer=tokenizer)
     return longest
 
 

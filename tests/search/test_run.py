@@ -88,6 +88,29 @@ def test_a_request_that_cannot_work_gets_one_line_and_exit_code_2(
     assert expected in said(capsys, *words)
 
 
+@pytest.mark.parametrize("name", ["~nobody_at_all/x", "a" * 300, "a" * 5000])
+@pytest.mark.parametrize(
+    "key", ["model={}", "task={}.yaml", "forgetting={}.txt", "replay={}", "plugins={}", "storage={}"]
+)
+def test_a_name_that_no_file_can_have_is_one_line(capsys: pytest.CaptureFixture[str], key: str, name: str) -> None:
+    typed = key.format(name)
+    assert name[:60] in said(capsys, "space=sieve", typed, *(["replay=tiny-moe"] if "storage" in key else []))
+
+
+def test_names_that_no_file_can_have_are_one_line_for_the_commands_on_a_study(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name in ("~nobody_at_all/x", "a" * 300):
+        for command, words in {
+            export.main: [str(tmp_path), f"to={name}"],
+            report.main: [name],
+            show.main: [f"model={name}"],
+            replay.main: ["export", name, "to=x.parquet"],
+        }.items():
+            assert command(words) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_file_that_lacks_what_a_space_defines_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bare.py"
     file.write_text('"""Bare."""\n\n\ndef suggest(trial, shape):\n    pass\n')

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +92,7 @@ OF_A_RANK = 'r = trial.suggest_categorical("rank", [4, 8]) if a == "none" else'
             "branchy: with {'rank': 0} recipe.rank must be at least 1, got 0 (FILE, line 7)",
         ),
         ("raise SystemExit(0)", "space branchy failed: SystemExit: 0 (FILE, line 8)"),
+        ("raise type('Mine', (BaseException,), {})('x')", "space branchy failed: Mine: x (FILE, line 8)"),
         ("return suggest(trial, shape)", "space branchy failed: RecursionError: maximum recursion depth exceeded"),
         ("[0] * 10**13", "space branchy failed: MemoryError:  (FILE, line 8)"),
         ('raise InfeasibleError("no")', "space branchy: no (FILE, line 8)"),
@@ -171,6 +174,26 @@ def test_a_knob_that_a_starting_point_may_leave_to_another_branch_is_named(tmp_p
     prepare(parse(["space=other", "space.allocator=all"]))  # pins lead elsewhere than a point's own values
 
 
+@pytest.mark.parametrize("where", ["suggest", "allocate", "import"])
+def test_what_a_plugin_does_to_its_process_is_taken_back(tmp_path: Path, where: str) -> None:
+    line = "import os, sys, warnings; os.chdir('/'); sys.stdout = None; warnings.simplefilter('error')"
+    suggest = f"{line}; {CHOICE}; return Point(a)" if where == "suggest" else f"{CHOICE}; return Point(a)"
+    file = space(tmp_path, suggest.replace('"all"', '"mine"'), parts='BASE = "moe"\nALLOCATORS = ("none", "mine")\n')
+    mine = allocator(tmp_path, f"{line}; return ExpertSelection({{0: (1,)}})" if where == "allocate" else "pass")
+    if where == "import":
+        Path(file).write_text(f"{line}\n{Path(file).read_text()}")
+    folder, filters, stdout = Path.cwd(), list(warnings.filters), sys.stdout
+    prepare(parse([f"plugins={mine},{file}", "space=branchy"]))
+    assert (Path.cwd(), list(warnings.filters), sys.stdout) == (folder, filters, stdout)
+
+
+def test_a_coroutine_is_one_line(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    file = Path(space(tmp_path, "return Point('none')"))
+    file.write_text(file.read_text().replace("def suggest", "async def suggest"))
+    assert "suggest returned a value of type coroutine and not a Point" in said(str(file))
+    assert not recwarn.list
+
+
 def test_a_space_of_millions_of_branches_is_no_hang(tmp_path: Path) -> None:
     body = '[trial.suggest_categorical(f"k{i}", [1, 2, 3]) for i in range(30)]; return Point("none")'
     config, problem = prepare(parse([f"plugins={space(tmp_path, body)}", "space=branchy", "space.k3=2"]))
@@ -189,9 +212,12 @@ ALLOCATIONS = [
     ("pass", "allocator mine returned None and not ExpertSelection, which MoE models need (FILE, line 8)"),
     ("yield 3", "allocator mine returned a value of type generator and not ExpertSelection"),
     ("return ExpertCounts({})", "allocator mine returned a value of type ExpertCounts and not ExpertSelection"),
+    ("return type('Mine', (ExpertSelection,), {})({0: (1,)})", "returned a value of type Mine and not ExpertSelection"),
     ("1 / 0", "allocator mine failed: ZeroDivisionError: division by zero (FILE, line 9)"),
     ("raise StopIteration", "allocator mine failed: StopIteration:  (FILE, line 9)"),
     ("raise SystemExit(0)", "allocator mine failed: SystemExit: 0 (FILE, line 9)"),
+    ("raise GeneratorExit", "allocator mine failed: GeneratorExit:  (FILE, line 9)"),
+    ("raise type('Mine', (BaseException,), {})('x')", "allocator mine failed: Mine: x (FILE, line 9)"),
     ("return allocate(signal, shape)", "allocator mine failed: RecursionError"),
     ("[0] * 10**13", "allocator mine failed: MemoryError:  (FILE, line 9)"),
     ('raise StudyError("no")', "allocator mine: no (FILE, line 9)"),
@@ -251,6 +277,7 @@ def test_counts_of_a_dense_model_are_whole_and_bounded(tmp_path: Path) -> None:
 RAISED = [
     *("ValueError", "KeyError", "TypeError", "OSError", "RuntimeError", "AssertionError", "ArithmeticError", "Warning"),
     *("UnicodeDecodeError('utf-8', b'x', 0, 1, 'y')", "ExceptionGroup('g', [ValueError()])", "SystemExit"),
+    *("GeneratorExit", "type('Mine', (BaseException,), {})('x')", "__import__('asyncio').CancelledError()"),
 ]
 RETURNED = [
     *("None", "3", "'none'", "[]", "{}", "float('nan')", "lambda: 3", "Point", "iter([])", "Point(3)", "shape"),
@@ -287,6 +314,7 @@ def test_no_plugin_makes_a_traceback(
         ("import nope\n", "ModuleNotFoundError: No module named 'nope' (FILE, line 1)"),
         ("x = 1\n\n1 / 0\n", "ZeroDivisionError: division by zero (FILE, line 3)"),
         ("raise SystemExit(0)\n", "SystemExit: 0 (FILE, line 1)"),
+        ("raise type('Mine', (BaseException,), {})('x')\n", "Mine: x (FILE, line 1)"),
         ("x = (\n", "SyntaxError: '(' was never closed (odd.py, line 1)"),
         ('raise ValueError("two\\nlines")\n', "ValueError: two lines (FILE, line 1)"),
     ],

@@ -18,6 +18,7 @@ from search import run
 from search.config import parse
 from search.front import Points
 from search.records import read
+from search.session.prepare import prepare
 from tests.search.studies import outcome, selection
 from trainers import forgetting, models
 
@@ -92,6 +93,51 @@ def test_what_cannot_be_measured_is_one_line(given: list[str], says: str) -> Non
     with pytest.raises(StudyError, match=says) as error:
         parse(given)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text": null}\n'),
+        ("a.jsonl", b'{"text": 5}\n'),
+        ("a.jsonl", b'{"text": "a \\ud800"}\n'),
+        ("a.jsonl", b'["text"]\n'),
+        ("a.jsonl", b"[" * 100_000),
+        ("a.jsonl", b""),
+        ("a.txt", b"a b c".decode().encode("utf-16")),
+        ("a.txt", b" "),
+    ],
+)
+def test_what_is_no_text_is_one_line(base: models.Loaded, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StudyError, match=rf"{name} (cannot be read as text|holds no text)") as error:
+        forgetting.load(str(tmp_path / name), model="tiny-dense", tokenizer=base.tokenizer)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_measured_is_said_before_anything_starts(tmp_path: Path) -> None:
+    from tests.trainers.tasks.test_check import GEN, say, write
+
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n')
+    for name, says in (
+        ("nosuch.yaml", "task file 'nosuch.yaml' does not exist"),
+        (tmp_path / "a.jsonl", "cannot be read as text"),
+        (write(tmp_path, GEN, say("a", "b"), say("c")), "has no loss: its model writes its answers"),
+    ):
+        with pytest.raises(StudyError, match=says):
+            prepare(parse(["space=sieve", "model=tiny-moe", f"forgetting={name}", f"storage={tmp_path}"]))
+
+
+def test_a_mark_before_a_text_and_line_separators_in_it_are_no_part_of_its_form(
+    base: models.Loaded, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "red and blue"}\n', encoding="utf-8")
+    plain = forgetting.load(str(file), model="tiny-dense", tokenizer=base.tokenizer)[1]
+    file.write_text('{"text": "red and blue"}\r\n', encoding="utf-8-sig")
+    assert forgetting.load(str(file), model="tiny-dense", tokenizer=base.tokenizer)[1] == plain
+    file.write_text('{"text": "red \u2028 and \x85 blue"}\n', encoding="utf-8")
+    assert forgetting.load(str(file), model="tiny-dense", tokenizer=base.tokenizer)[1] != plain
 
 
 @pytest.mark.slow

@@ -196,7 +196,8 @@ def call(
     with failing(module, f"allocator {name}", RuleError):
         allocation = module.allocate(signal, shape if among is None else among, **knobs)
         wanted = ExpertSelection if shape.is_moe else ExpertCounts
-        if type(allocation) in (wanted, ModuleRanks):  # a class of the user's may count as it likes
+        # of these types themselves: a class of the user's could count as it likes
+        if isinstance(allocation, wanted | ModuleRanks) and type(allocation) in (wanted, ModuleRanks):
             allocation.check(shape)
             return allocation
     raise RuleError(

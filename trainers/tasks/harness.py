@@ -22,6 +22,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from allocators.core.errors import StudyError
+from trainers.tasks.task_file import one_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -338,8 +341,19 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Messages:
-    """The tokenizer's chat template as lm-eval applies it."""
-    return _without_model(tokenizer, batch_size).apply_chat_template
+    """The tokenizer's chat template as lm-eval applies it. Where it fails, what it gives raises StudyError."""
+    written = _without_model(tokenizer, batch_size).apply_chat_template
+
+    def applied(*messages: Any, **options: Any) -> str:
+        try:
+            return written(*messages, **options)
+        except Exception as error:  # a template may raise what it likes
+            raise StudyError(
+                f"the chat template of the tokenizer cannot write a conversation: {one_line(error)}: mend it, or leave "
+                "chat_template=true out"
+            ) from error
+
+    return applied
 
 
 def conversation(messages: Messages | None) -> dict[str, Any]:

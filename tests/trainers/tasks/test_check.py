@@ -333,6 +333,23 @@ def test_ids_outside_of_the_embedding_are_refused(tmp_path: Path) -> None:
     refused(path, f"is {largest}, and the model's embedding has {largest} rows", limits=tasks.Limits(rows=largest))
 
 
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{% if %}", "TemplateSyntaxError: Expected an expression"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[5].content }}", "UndefinedError: list object has no element 5"),
+        ("{% for i in range(10**9) %}x{% endfor %}", "OverflowError: Range too big"),
+    ],
+)
+def test_a_chat_template_that_fails_is_told(tmp_path: Path, template: str, why: str) -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = template
+    said = "the chat template of the tokenizer cannot write a conversation: "
+    for form, rows in ((MC, FOUR), (GEN, say("a"))):
+        refused(write(tmp_path, form, rows), said, why, tokenizer=tokenizer, chat_template=True)
+
+
 # --- empty texts ------------------------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from allocators.core import plugins
-from allocators.core.errors import StudyError, ToolkitError
+from allocators.core.errors import SpaceError, StudyError, ToolkitError
 from search.config import parse
 from search.run import main
 from search.session.prepare import prepare
@@ -186,6 +186,15 @@ def test_what_a_plugin_does_to_its_process_is_taken_back(tmp_path: Path, where: 
     prepare(parse([f"plugins={mine},{file}", "space=branchy"]))
     assert (Path.cwd(), sys.stdout) == (folder, stdout)
     assert "of mine" not in str(warnings.filters)
+
+
+def test_what_fails_in_two_blocks_is_said_once(tmp_path: Path) -> None:
+    plugins.add(space(tmp_path, "1 / 0"))
+    module = plugins.load("spaces", "branchy")
+    inner, outer = (plugins.failing(module, "space branchy", SpaceError) for _ in range(2))
+    with pytest.raises(SpaceError) as error, outer, inner:
+        module.suggest(None, None)
+    assert str(error.value) == f"space branchy failed: ZeroDivisionError: division by zero ({module.__file__}, line 8)"
 
 
 def test_a_coroutine_is_one_line(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:

@@ -30,6 +30,7 @@ import os
 import re
 import sys
 import threading
+import time
 import types
 import typing
 import warnings
@@ -38,7 +39,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from allocators.core import words
 from allocators.core.errors import (
@@ -231,22 +232,52 @@ def failing(module: ModuleType, what: str, raised: Callable[[str], ToolkitError]
 def _watched(file: str | None, what: str) -> Iterator[None]:
     """A ToolkitWarning once the block has taken `PATIENCE`, with the plug-in's line that it is in by then."""
     thread = threading.get_ident()
-
-    def say() -> None:
-        frame, place = sys._current_frames().get(thread), file or what
-        while frame is not None and frame.f_code.co_filename != file:
-            frame = frame.f_back
-        place += f", line {frame.f_lineno}" if frame is not None else ""
-        warnings.warn(f"{what} has run for {PATIENCE:.0f} s and goes on ({place})", ToolkitWarning, stacklevel=1)
-
-    timer = threading.Timer(PATIENCE, say)
-    timer.daemon = True
-    timer.start()
+    around = _busy.get(thread)
+    _busy[thread] = _Busy(time.monotonic(), file, what)
+    _start_watching()
     try:
         with _undone():
             yield
     finally:
-        timer.cancel()
+        if around is None:
+            del _busy[thread]
+        else:
+            _busy[thread] = around
+
+
+class _Busy(NamedTuple):
+    """A thread is in a plug-in's code since then."""
+
+    since: float
+    file: str | None
+    what: str
+
+    def say(self, thread: int) -> None:
+        """That it takes long, and where it is."""
+        frame, place = sys._current_frames().get(thread), self.file or self.what
+        while frame is not None and frame.f_code.co_filename != self.file:
+            frame = frame.f_back
+        place += f", line {frame.f_lineno}" if frame is not None else ""
+        warnings.warn(f"{self.what} has run for {PATIENCE:.0f} s and goes on ({place})", ToolkitWarning, stacklevel=1)
+
+
+_busy: dict[int, _Busy] = {}  # by thread; a sampler calls rules thousands of times, so that a call starts nothing
+
+
+@cache
+def _start_watching() -> None:
+    """Starts the one thread that looks at all others, the first time."""
+    threading.Thread(target=_watch, name="plug-ins", daemon=True).start()
+
+
+def _watch() -> None:
+    said: set[_Busy] = set()
+    while True:
+        time.sleep(min(1.0, PATIENCE))
+        for thread, busy in list(_busy.items()):
+            if busy not in said and time.monotonic() - busy.since > PATIENCE:
+                busy.say(thread)
+                said = {busy, *said.intersection(_busy.values())}
 
 
 @contextmanager

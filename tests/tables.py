@@ -266,6 +266,31 @@ def smoe_comparisons() -> list[str]:
     return table(("paired over seeds", *RECIPES), rows)
 
 
+def dense_rows() -> list[str]:
+    """Every rule for LoRA experts of a dense model at one number of parameters, and its difference from uniform."""
+    of = study("dense_table-tiny-dense")
+    rules = {
+        "alphalora stable_rank": ({"metric": "stable_rank"}, "alphalora stable_rank − uniform"),
+        "sensitivity, β 0.5": ({"allocator": "sensitivity"}, "sensitivity − uniform"),
+        "MoLA-8642": ({"pattern": "8642"}, "MoLA-8642 − uniform"),
+        "uniform, and alphalora hill, which rounds to it": ({"allocator": "uniform"}, ""),
+        "random, drawn anew by each seed": ({"allocator": "random"}, "random − uniform"),
+        "MoLA-2468": ({"pattern": "2468"}, "MoLA-2468 − uniform"),
+        "alphalora alpha_hat": ({"metric": "alpha_hat"}, "alphalora alpha_hat − uniform"),
+        "LoRA-SMoE S": ({"strategy": "S"}, "lora_smoe S − uniform"),
+        "LoRA-SMoE U": ({"strategy": "U"}, "lora_smoe U − uniform"),
+    }
+    rows = []
+    for name, (asked, comparison) in rules.items():
+        cells = [name]
+        for recipe in RECIPES:
+            cells.append(spread(of.row(recipe=recipe, **asked)))
+            one = f"{comparison}, {recipe}"
+            cells.append(difference(of.comparison(one), bold=one in of.certain) if comparison else "")
+        rows.append(cells)
+    return table(("five experts a layer", "tuned", "− uniform", "paper", "− uniform"), rows)
+
+
 def tiny_moe_sizes() -> list[str]:
     """What more experts buy on tiny-moe, hot and random, at one recipe."""
     of = study("moe_grid-tiny-moe")
@@ -350,6 +375,7 @@ TABLES: Mapping[str, tuple[tuple[str, ...], Callable[[], list[str]]]] = {
     "alphalora-rows": (("alphalora_table-tiny-dense",), alphalora_rows),
     "smoe-rows": (("smoe_table-tiny-dense",), smoe_rows),
     "smoe-comparisons": (("smoe_table-tiny-dense",), smoe_comparisons),
+    "dense-rows": (("dense_table-tiny-dense",), dense_rows),
     "tiny-moe-sizes": (("moe_grid-tiny-moe",), tiny_moe_sizes),
     "cuts": (("all-rank16-tiny-moe",), cuts),
 }

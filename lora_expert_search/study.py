@@ -69,7 +69,7 @@ class Study:
 
         Raises StudyError where no finished point is as small.
         """
-        fitting = [c for c in self.report.front if max_params is None or c.trainable_params <= max_params]
+        fitting = [c for c in self.report.rising if max_params is None or c.trainable_params <= max_params]
         if not fitting:
             smallest = min((c.trainable_params for c in self.report.front), default=None)
             raise StudyError(
@@ -91,8 +91,8 @@ class Study:
         return plot.figure(self.report)
 
     def __repr__(self) -> str:
-        front = self.report.front
-        best = f", best {front[-1].accuracy:.3f}" if front and front[-1].accuracy is not None else ""
+        front, rising = self.report.front, self.report.rising
+        best = f", best {rising[-1].accuracy:.3f}" if rising and rising[-1].accuracy is not None else ""
         return f"Study({str(self.folder)!r}: {len(self.report.points)} points, {len(front)} on the front{best})"
 
     def _repr_html_(self) -> str:

@@ -36,6 +36,7 @@ from trainers.tasks import files as task_files
 SAMPLERS = ("ehvi", "gp", "tpe", "nsga2", "random")
 SCHEDULERS = ("none", "pareto_halving")
 SIGNALS = ("accuracy", "loss", "eval_loss")  # of an evaluation on the way, which trainings can be ranked by
+TWO, THREE = "accuracy,params", "accuracy,params,forgetting"  # `objectives=`
 AUTO = -2  # `seeds=auto`
 MOST_SEEDS = 10_000  # trainings of one point
 MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
@@ -252,6 +253,14 @@ class RunConfig:
         decides="running",
         where="search",
         least=0,
+    )
+    objectives: str = _key(
+        TWO,
+        f"what the front is made of. {THREE}: a point is on it that no other beats in all three, and the sampler looks "
+        "for points that forget less, too (needs forgetting=)",
+        decides="running",
+        where="search",
+        choices=(TWO, THREE),
     )
     limit: int = _key(
         0,
@@ -609,14 +618,20 @@ def check(config: RunConfig) -> None:
 
 
 def _check_forgetting(config: RunConfig) -> None:
-    """Raises StudyError for a limit on what is not measured, or a text that cannot be there."""
-    if config.max_forgetting and not config.forgetting:
-        raise StudyError(
-            f"max_forgetting={config.max_forgetting:g} limits what is not measured: name a text with forgetting= "
-            "(forgetting=held_out with an embedded model)"
-        )
+    """Raises StudyError where what is not measured is limited or an objective, or for a text that cannot be there."""
+    if reason := _asks_forgetting(config):
+        raise StudyError(f"{reason}: name a text with forgetting= (forgetting=held_out with an embedded model)")
     if config.forgetting:
         forgetting.check(config.forgetting, model=config.model)
+
+
+def _asks_forgetting(config: RunConfig) -> str:
+    """What asks how much is forgotten where it is not measured; a replayed table brings what was measured."""
+    if config.forgetting or config.replay:
+        return ""
+    if config.max_forgetting:
+        return f"max_forgetting={config.max_forgetting:g} limits what is not measured"
+    return f"objectives={config.objectives} has an objective that is not measured" if config.objectives == THREE else ""
 
 
 def _needs_ray(config: RunConfig) -> str:

@@ -1,5 +1,8 @@
 """The front of accuracy against trainable parameters: which points are on it, how much it covers, where it bends.
 
+Forgetting can be a third objective (`objectives=accuracy,params,forgetting`): a point is then on the front of `Points`
+that no other beats in all three. The functions `front`, `hypervolume` and `knee` are of accuracy and parameters.
+
     python -m search.report studies/demo        # prints what these functions find in a study
 
     points = Points(records.finished.values()); points.add(outcome); points.front        # the same, result by result
@@ -14,6 +17,7 @@ import bisect
 import itertools
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -53,12 +57,18 @@ def front(points: Iterable[P]) -> list[P]:
     on the order of arrival.
     """
     valid = _valid(points)
-    if not valid:
+    keep = unbeaten([(accuracy, params) for params, accuracy in _rows(valid)])
+    return sorted((p for p, on in zip(valid, keep, strict=True) if on), key=lambda p: p.trainable_params)
+
+
+def unbeaten(rows: Sequence[Sequence[float]]) -> list[bool]:
+    """Which rows no other row beats. The first number of each is better higher, all others are better lower."""
+    if not rows:
         return []
     import moocore  # here: it brings numpy, which nobody who only imports this module needs
 
-    keep = moocore.is_nondominated(_rows(valid), maximise=[False, True], keep_weakly=True)
-    return sorted((p for p, on in zip(valid, keep, strict=True) if on), key=lambda p: p.trainable_params)
+    up = [True] + [False] * (len(rows[0]) - 1)
+    return [bool(keep) for keep in moocore.is_nondominated(rows, maximise=up, keep_weakly=True)]
 
 
 def hypervolume(points: Iterable[Scored], *, reference: tuple[float, float]) -> float:
@@ -246,7 +256,7 @@ class Unbeaten(Generic[T]):
         self._entries: dict[str, _Entry[T]] = {}
         self._by_size: list[_Entry[T]] = []
         self._front: list[_Entry[T]] = []
-        self._left: list[_Entry[T]] = []
+        self._left: list[T] = []
 
     def __contains__(self, name: str) -> bool:
         """Whether the point is a member of the front."""
@@ -267,14 +277,23 @@ class Unbeaten(Generic[T]):
     def left(self) -> list[T]:
         """What has left the front since this was asked for the last time; it may be back."""
         left, self._left = self._left, []
-        return [entry.item for entry in left]
+        return left
 
     def height(self, cost: int) -> float:
         """Accuracy of the best point that costs no more; -inf where there is none."""
         place = bisect.bisect_right(self._front, cost, key=_cost)
         return self._front[place - 1].accuracy if place else -math.inf
 
-    def put(self, name: str, item: T, *, cost: int, accuracy: float, number: int) -> None:
+    def put(
+        self,
+        name: str,
+        item: T,
+        *,
+        cost: int,
+        accuracy: float,
+        number: int,
+        forgetting: float = 0.0,  # noqa: ARG002  it counts in UnbeatenOfThree
+    ) -> None:
         """A point, in the place of what had its name; no two points have the same number."""
         self.drop(name)
         entry = self._entries[name] = _Entry(cost, number, accuracy, item)
@@ -290,7 +309,7 @@ class Unbeaten(Generic[T]):
         on_front = bisect.bisect_left(self._front, entry)
         if on_front == len(self._front) or self._front[on_front] is not entry:
             return
-        self._left.append(self._front.pop(on_front))
+        self._left.append(self._front.pop(on_front).item)
         larger = next((other.cost for other in self._front[on_front:] if other.cost > entry.cost), math.inf)
         start = bisect.bisect_left(self._by_size, entry.cost, key=_cost)
         stop = bisect.bisect_left(self._by_size, larger, key=_cost)
@@ -311,8 +330,69 @@ class Unbeaten(Generic[T]):
         while last < len(self._front) and self._front[last].accuracy <= entry.accuracy:
             last += 1
         equal = [other for other in self._front[first:last] if not entry.beats(other)]
-        self._left += [other for other in self._front[first:last] if entry.beats(other)]
+        self._left += [other.item for other in self._front[first:last] if entry.beats(other)]
         self._front[first:last] = sorted([*equal, entry])
+
+
+class UnbeatenOfThree(Unbeaten[T]):
+    """`Unbeaten` where forgetting counts too, the less the better. To put or to drop a point costs their number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._three: dict[str, _OfThree[T]] = {}
+        self._beaten: Counter[str] = Counter()  # how many others beat a point
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._three and not self._beaten[name]
+
+    def __iter__(self) -> Iterator[T]:
+        members = [one for name, one in self._three.items() if not self._beaten[name]]
+        return (one.item for one in sorted(members, key=lambda one: (one.cost, one.number)))
+
+    def __len__(self) -> int:
+        return sum(not self._beaten[name] for name in self._three)
+
+    def height(self, cost: int) -> float:
+        """Accuracy of the best point that costs no more, whatever it forgets; -inf where there is none."""
+        return max((one.accuracy for one in self._three.values() if one.cost <= cost), default=-math.inf)
+
+    def put(self, name: str, item: T, *, cost: int, accuracy: float, number: int, forgetting: float = 0.0) -> None:
+        """A point, in the place of what had its name; no two points have the same number."""
+        self.drop(name)
+        new = _OfThree(cost, accuracy, forgetting, number, item)
+        for other, one in self._three.items():
+            self._beaten[name] += one.beats(new)
+            if new.beats(one):
+                if other in self:
+                    self._left.append(one.item)
+                self._beaten[other] += 1
+        self._three[name] = new
+
+    def drop(self, name: str) -> None:
+        """Takes a point away, where there is one of that name, and puts on the front what it alone kept off."""
+        if name not in self._three:
+            return
+        if name in self:
+            self._left.append(self._three[name].item)
+        gone = self._three.pop(name)
+        del self._beaten[name]
+        for other, one in self._three.items():
+            self._beaten[other] -= gone.beats(one)
+
+
+class _OfThree(NamedTuple, Generic[T]):
+    """A point of three objectives."""
+
+    cost: int
+    accuracy: float
+    forgetting: float
+    number: int
+    item: T
+
+    def beats(self, other: _OfThree[Any]) -> bool:
+        """No worse in all three and better in one."""
+        no_worse = self.cost <= other.cost and self.accuracy >= other.accuracy and self.forgetting <= other.forgetting
+        return no_worse and self[:3] != other[:3]
 
 
 class _Entry(NamedTuple, Generic[T]):
@@ -341,16 +421,20 @@ class Points:
 
     outcomes         by digest, in the order in which they were added
     max_forgetting   points that forget more, or of which it is not known, are not on the front; 0: no limit
+    of_three         forgetting is a third objective: points of which it is not known are not on the front
     """
 
-    def __init__(self, outcomes: Iterable[Outcome] = (), *, max_forgetting: float = 0.0) -> None:
+    def __init__(
+        self, outcomes: Iterable[Outcome] = (), *, max_forgetting: float = 0.0, of_three: bool = False
+    ) -> None:
         self.max_forgetting = max_forgetting
+        self.of_three = of_three
         self.outcomes: dict[str, Outcome] = {}
         self._numbers = itertools.count()
         self._added: dict[str, tuple[str, int]] = {}  # digest -> its point, and which addition it was
         self._runs: dict[str, dict[str, Outcome]] = {}  # point -> its runs by digest
         self._candidates: dict[str, tuple[int, Candidate]] = {}  # by point, with the addition of its first run
-        self._unbeaten = Unbeaten[Candidate]()
+        self._unbeaten = UnbeatenOfThree[Candidate]() if of_three else Unbeaten[Candidate]()
         for outcome in outcomes:
             self.add(outcome)
 
@@ -376,8 +460,10 @@ class Points:
         return candidate.point in self._unbeaten
 
     def allows(self, forgetting: float | None) -> bool:
-        """Whether a point that forgets so much may be on the front; where it is not known, only without a limit."""
-        return not self.max_forgetting or (forgetting is not None and forgetting <= self.max_forgetting)
+        """Whether a point that forgets so much may be on the front; where it is not known, only if nothing asks it."""
+        if not (self.max_forgetting or self.of_three):
+            return True
+        return forgetting is not None and (not self.max_forgetting or forgetting <= self.max_forgetting)
 
     def add(self, outcome: Outcome) -> Candidate:
         """Takes in a training, in the place of an earlier result of it; returns its point as it is now."""
@@ -426,8 +512,8 @@ class Points:
             and math.isfinite(accuracy)
             and self.allows(candidate.forgetting)
         ):
-            cost = candidate.trainable_params
-            self._unbeaten.put(point, candidate, cost=cost, accuracy=accuracy, number=number)
+            cost, forgetting = candidate.trainable_params, candidate.forgetting or 0.0
+            self._unbeaten.put(point, candidate, cost=cost, accuracy=accuracy, number=number, forgetting=forgetting)
         else:
             self._unbeaten.drop(point)
         return candidate

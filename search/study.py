@@ -187,6 +187,7 @@ class Conductor:
             sampler=sampler,
             repeats=self._seeds == AUTO,
             allows=lambda outcome: records.points.allows(outcome.forgetting.rise if outcome.forgetting else None),
+            of_three=records.points.of_three,
             answered=self._on_answered,
         )
         self._recall()

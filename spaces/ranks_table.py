@@ -11,16 +11,18 @@ of one rank and for domlora, which is smaller by construction. `space=ranks` sea
 
 Knobs
     allocator   uniform_ranks | random_ranks | stratified_ranks (the controls) | sensitivity_ranks | hill_ranks | hilo |
-                kappatune | spectrum | dmole | aletheia | domlora
+                kappatune | spectrum | dmole | aletheia | domlora | eva | plop
     share       1 | 0.5 | 0.2 (random_ranks, stratified_ranks): 1 has ranks of all sizes on all matrices, the others one
                 rank on that share of the matrices, as the rules have that choose matrices
     beta        0.5 | 1 (sensitivity_ranks; 1 is the paper's)
     pattern     2468 | 8642 (hilo)
     number      1 | 8 (domlora): matrices with rank 4 each
+    order       lowest | highest (plop): the three types of matrices that answer least to the task's tokens, or, as the
+                paper's control, those that answer most
 
 Other settings are the papers': β = 2.5 for hill_ranks, half of the matrices for spectrum and dmole, half of the layers
-for aletheia, a fifth of the matrices for kappatune. Every seed of a random row draws its own ranks, so that the row
-stands for chance and not for one draw.
+for aletheia, a fifth of the matrices for kappatune, ρ = 2 for eva, three types of matrices for plop. Every seed of a
+random row draws its own ranks, so that the row stands for chance and not for one draw.
 
 Comparisons: every rule with uniform_ranks, and with random_ranks and stratified_ranks at its own share.
 
@@ -43,7 +45,7 @@ TABLE = True
 SEEDS = 5
 ALLOCATORS = (
     *("uniform_ranks", "random_ranks", "stratified_ranks", "sensitivity_ranks", "hill_ranks", "hilo"),
-    *("kappatune", "spectrum", "dmole", "aletheia", "domlora"),
+    *("kappatune", "spectrum", "dmole", "aletheia", "domlora", "eva", "plop"),
 )
 
 UNIFORM = {"allocator": "uniform_ranks"}
@@ -60,6 +62,9 @@ _RULES: tuple[tuple[str, Mapping[str, Any], float, str, str], ...] = (
     ("KappaTune", {"allocator": "kappatune"}, 0.2, "forgets less", "KappaTune, arXiv:2506.16289"),
     ("DomLoRA, 1 matrix", {"number": 1}, 1.0, "better, with fewer parameters", "DomLoRA, arXiv:2605.06183"),
     ("DomLoRA, 8 matrices", {"number": 8}, 1.0, "better, with fewer parameters", "DomLoRA, arXiv:2605.06183"),
+    ("EVA", {"allocator": "eva"}, 1.0, "better", "EVA, arXiv:2410.07170"),
+    ("PLoP", {"order": "lowest"}, 0.5, "better", "PLoP, arXiv:2506.20629"),
+    ("PLoP's inverse", {"order": "highest"}, 0.5, "worse", "PLoP, arXiv:2506.20629"),
 )
 
 
@@ -100,6 +105,10 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
             knobs = {"share": 0.5}
         case "kappatune":
             knobs = {"share": 0.2}
+        case "eva":
+            knobs = {"rho": 2.0}
+        case "plop":
+            knobs = {"types": 3, "order": trial.suggest_categorical("order", ["lowest", "highest"])}
         case "domlora":
             knobs = {"number": trial.suggest_categorical("number", [1, 8])}
     return Point(allocator, knobs, dict(TRANSFERABLE))

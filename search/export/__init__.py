@@ -62,7 +62,7 @@ def find(report: Report, name: str) -> tuple[Candidate, Outcome]:
     Raises StudyError where there is none, or several have ids that begin like this.
     """
     if name in ("best", "knee"):
-        chosen = report.knee if name == "knee" else report.front[-1] if report.front else None
+        chosen = report.knee if name == "knee" else report.rising[-1] if report.front else None
         if chosen is None:
             why = "its front has no knee" if report.front else "it has no finished trial"
             raise StudyError(f"{report.records.folder} has no point={name}: {why}; {_ids(report)}")

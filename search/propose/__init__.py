@@ -4,6 +4,7 @@ User attributes of an Optuna trial, by which a sampler that knows noise hears of
 
     RUN      which training its result is of; two trials with one run were trained once
     STDERR   standard error of its accuracy over the questions
+    TEXT_STDERR   standard error of what it forgot over the rows of the text
 
 Draws follow from the records: those of a question come from the study's seed and the question's number (`seed_of`), not
 from how much a process drew before.
@@ -15,6 +16,7 @@ import random
 
 RUN = "run"
 STDERR = "stderr"
+TEXT_STDERR = "text_stderr"
 
 
 def seed_of(seed: int, number: int) -> int:

@@ -1,5 +1,7 @@
 """What a training is expected to add to the front of accuracy against cost. All of it is closed form.
 
+`of_three.py` has the same where forgetting is a third objective.
+
 Legend  M candidates, N points with results, K steps of the front.
 """
 

@@ -48,10 +48,19 @@ class Draws:
 
     name       ehvi | gp | tpe | nsga2 | random
     repeats    a point may be trained again, with another seed
-    expected   as for EHVISampler
+    expected, of_three   as for EHVISampler
     """
 
-    def __init__(self, name: str, problem: Problem, *, seed: int, repeats: bool, expected: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        name: str,
+        problem: Problem,
+        *,
+        seed: int,
+        repeats: bool,
+        expected: Mapping[str, float],
+        of_three: bool = False,
+    ) -> None:
         self._name = name
         self._seed = seed
         self._recorded = problem.recorded
@@ -59,7 +68,8 @@ class Draws:
             from search.propose.candidates import resolver  # brings scipy, which no other sampler needs
             from search.propose.ehvi import EHVISampler
 
-            self._ehvi = EHVISampler(resolver(problem, repeats=repeats), expected=expected, seed=seed)
+            resolve = resolver(problem, repeats=repeats)
+            self._ehvi = EHVISampler(resolve, expected=expected, seed=seed, of_three=of_three)
 
     def of(self, number: int) -> BaseSampler:
         """The study's own sampler."""

@@ -1,4 +1,4 @@
-"""An Optuna sampler for two objectives of which one is known before training: only accuracy is modelled.
+"""An Optuna sampler for objectives of which parameters are known before training: only the others are modelled.
 
     sampler = EHVISampler(resolver(problem), seed=0)              # `sampler=ehvi` on the command line
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
@@ -6,9 +6,9 @@
 Trainable parameters are an exact function of a point. So candidates are drawn from the space itself, whatever its
 conditions are, resolved, counted and stripped of impossible points (`candidates.py`); a Gaussian process that knows the
 noise of its results predicts their accuracy (`model.py`); the one with the largest expected hypervolume improvement is
-proposed (`criterion.py`). Where points may have more than one run, to try one again with another seed is a candidate
-like any other. Trials under way count as if they had ended as predicted, so that workers who ask at the same time are
-sent to different places.
+proposed (`criterion.py`). Where forgetting is a third objective, a second such process predicts it (`of_three.py`).
+Where points may have more than one run, to try one again with another seed is a candidate like any other. Trials under
+way count as if they had ended as predicted, so that workers who ask at the same time are sent to different places.
 
 What is proposed follows from the trials of the study, in their order. A sampler that takes over from one that was
 killed is told of every question that was asked (`recall`), and proposes what the other one would have: random numbers
@@ -29,14 +29,15 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from allocators.core.errors import BudgetError, InfeasibleError
-from search.front import Unbeaten
-from search.propose import RUN, STDERR, seed_of
+from search.front import Unbeaten, UnbeatenOfThree
+from search.propose import RUN, STDERR, TEXT_STDERR, of_three, seed_of
 from search.propose.candidates import Candidate, Drawing, Inputs, Known, candidate
 from search.propose.criterion import Landscape, expected_gain_of_repeats, expected_hypervolume_improvement, learnt
 from search.propose.model import AccuracyModel, Array, Results
@@ -64,12 +65,16 @@ class Tried:
     number     how many points were tried before it
     runs       by name: the accuracy of one that ended with one, else RUNNING or LOST
     question   largest variance of an accuracy over the questions
+    spared     by name of a run that ended: what it forgot with its sign turned, where that is an objective
+    text       largest variance of what was forgotten over the rows of the text
     """
 
     point: Candidate
     number: int
     runs: dict[str, float | str] = field(default_factory=dict)
     question: float = 0.0
+    spared: dict[str, float] = field(default_factory=dict)
+    text: float = 0.0
 
     def take(self, run: str, trial: FrozenTrial) -> None:
         """What is known of a run now."""
@@ -77,6 +82,9 @@ class Tried:
             case TrialState.COMPLETE:
                 self.runs[run] = trial.values[0]
                 self.question = max(self.question, trial.user_attrs.get(STDERR, 0.0) ** 2)
+                if len(trial.values) > 2:
+                    self.spared[run] = -trial.values[2]
+                    self.text = max(self.text, trial.user_attrs.get(TEXT_STDERR, 0.0) ** 2)
             case TrialState.FAIL:
                 self.runs[run] = LOST
             case _:
@@ -103,6 +111,11 @@ class Tried:
         accuracies = self.accuracies
         return math.fsum(accuracies) / len(accuracies)
 
+    @property
+    def forgetting(self) -> float:
+        """Mean over the runs that ended; 0 where it is no objective."""
+        return -math.fsum(self.spared.values()) / max(len(self.spared), 1)
+
 
 class Memory:
     """All points that were tried, kept up to date: what is new costs what it is, whatever is known already.
@@ -114,14 +127,17 @@ class Memory:
     done     points that have an accuracy; `heard` those that have a result, an accuracy or none
     """
 
-    def __init__(self, recall: Callable[[FrozenTrial], Candidate | None], *, seed: int, most: int) -> None:
+    def __init__(
+        self, recall: Callable[[FrozenTrial], Candidate | None], *, seed: int, most: int, of_three: bool = False
+    ) -> None:
         self._recall = recall
         self._most = most
         self._random = random.Random(seed)
         self._study: Study | None = None
         self._read = 0
         self._open: dict[int, tuple[Tried, str]] = {}  # by number of the Optuna trial the runs under way
-        self._front = Unbeaten[Tried]()
+        self._of_three = of_three
+        self._front = UnbeatenOfThree[Tried]() if of_three else Unbeaten[Tried]()
         self._worst = math.inf
         self.tried: dict[str, Tried] = {}
         self.fitted: dict[str, Tried] = {}
@@ -166,7 +182,8 @@ class Memory:
         self.heard += bool(tried.accuracies or tried.lost) - before[1]
         if tried.accuracies:
             self._worst = min(self._worst, tried.mean)
-            self._front.put(key, tried, cost=tried.point.known.cost, accuracy=tried.mean, number=tried.number)
+            cost, forgetting = tried.point.known.cost, tried.forgetting
+            self._front.put(key, tried, cost=cost, accuracy=tried.mean, number=tried.number, forgetting=forgetting)
         self.fitted[key] = tried
         if len(self.fitted) > self._most:
             self._leave_one_out()
@@ -184,21 +201,65 @@ class Memory:
 
     @property
     def front(self) -> list[Tried]:
-        """Points that are more accurate, by the mean of their runs, than all that cost no more."""
-        return _front(self._front)
+        """Points that are more accurate, by the mean of their runs, than all that cost no more, or forget less."""
+        return list(self._front) if self._of_three else _front(self._front)
 
 
 @dataclass(frozen=True)
 class _Basis:
-    """What the hyperparameters are fitted to: inputs and results as they were when `heard` points had a result."""
+    """What the hyperparameters are fitted to: inputs and results as they were when `heard` points had a result.
+
+    results   of each objective that is modelled
+    """
 
     x_ND: Array
-    results: Results
+    results: Sequence[Results]
     heard: int
 
     def is_past(self, heard: int, dims: int) -> bool:
         """Whether they are to be fitted again."""
         return heard >= REFIT * self.heard or dims != self.x_ND.shape[1]
+
+
+@dataclass(frozen=True)
+class _Goal:
+    """An objective that is not known before training; more of it is better.
+
+    values   of a point's runs that ended; `question` is the variance that further runs share
+    """
+
+    values: Callable[[Tried], list[float]]
+    question: Callable[[Tried], float]
+
+    def worst(self, tried: Iterable[Tried]) -> float:
+        """What nothing below counts: the worst of the points' means, or the fence where the worst are outliers."""
+        means = [math.fsum(values) / len(values) for each in tried if (values := self.values(each))]
+        return _floor(np.array(means))
+
+    def results(self, tried: Sequence[Tried]) -> Results:
+        """What is known of points; one that failed counts as the worst."""
+        worst = self.worst(tried)
+        return Results.of(
+            [[max(each, worst) for each in self.values(one)] or [worst] * bool(one.lost) for one in tried],
+            [self.question(one) for one in tried],
+        )
+
+
+_ACCURACY = _Goal(lambda one: one.accuracies, lambda one: one.question)
+_SPARED = _Goal(lambda one: list(one.spared.values()), lambda one: one.text)
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """What a model says of one objective: heights of the N points, and of candidates what a training may show.
+
+    move_R   by how much a further training is expected to move the mean of points that may be tried again
+    """
+
+    height_N: Array
+    mean_M: Array
+    std_M: Array
+    move_R: Array
 
 
 @dataclass(eq=False)
@@ -213,6 +274,8 @@ class _Question:
 class EHVISampler(BaseSampler):
     """Proposes the point with the largest expected hypervolume improvement in (log trainable parameters, accuracy).
 
+    of_three  forgetting is a third objective, and the improvement is one of volume
+
     resolve   runs the space on a trial and says what is known of its point; raises InfeasibleError or BudgetError
               where there is none
     expected  by name of a parameter, the value above 0 that is expected to be about right: points far from it have to
@@ -220,7 +283,8 @@ class EHVISampler(BaseSampler):
     seed      of everything that is drawn
     fitted    points that the model is fitted to at most; 0: MOST_FITTED
 
-    The study's objectives are accuracy, maximised, and trainable parameters, minimised. Parameters count by their
+    The study's objectives are accuracy, maximised, and trainable parameters, minimised, and where there is a third
+    forgetting, minimised. Parameters count by their
     logarithm: a front spans decades, and on a linear axis nearly all of the area belongs to its largest points.
     """
 
@@ -231,13 +295,15 @@ class EHVISampler(BaseSampler):
         expected: Mapping[str, float] = MappingProxyType({}),
         seed: int = 0,
         fitted: int = 0,
+        of_three: bool = False,
     ) -> None:
         self._resolve = resolve
         self._expected = expected
         self._seed = seed
         self._independent = RandomSampler(seed=seed)
-        self._model = AccuracyModel()
-        self._memory = Memory(self._recall, seed=seed, most=fitted or MOST_FITTED)
+        self._goals = (_ACCURACY, _SPARED) if of_three else (_ACCURACY,)
+        self._models = [AccuracyModel() for _ in self._goals]
+        self._memory = Memory(self._recall, seed=seed, most=fitted or MOST_FITTED, of_three=of_three)
         self._asked = 0  # questions so far
         self._latest: deque[_Question] = deque(maxlen=KEPT)
         self._inputs: Inputs | None = None
@@ -260,15 +326,17 @@ class EHVISampler(BaseSampler):
         if memory.done >= START and (self._due is None or self._due.is_past(memory.heard, self._inputs.dims)):
             tried, heard = _ordered(memory.fitted.values())
             x_ND = self._inputs.matrix([each.point for each in tried[:heard]])
-            self._due = _Basis(x_ND, _results(tried).first(heard), memory.heard)
+            self._due = _Basis(x_ND, [goal.results(tried).first(heard) for goal in self._goals], memory.heard)
         self._asked += 1
         self._latest.append(_Question(self._asked, [each.point for each in memory.front]))
         return self._latest[-1]
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Chooses the point; Optuna asks for its parameters first, then for their values."""
-        if study.directions != [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]:
-            raise ValueError(f"EHVISampler maximises accuracy and minimises parameters, not {study.directions}")
+        if study.directions != [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * len(self._goals)]:
+            raise ValueError(
+                f"EHVISampler maximises accuracy and minimises parameters (and forgetting), not {study.directions}"
+            )
         self._chosen = self._choose(study, trial.number)
         return dict(self._chosen.distributions) if self._chosen else {}
 
@@ -341,43 +409,71 @@ class EHVISampler(BaseSampler):
         """
         assert self._inputs is not None
         tried, heard = _ordered(tried)
-        worst = _worst(tried)
         x_ND, x_MD = self._inputs.matrix([each.point for each in tried]), self._inputs.matrix(fresh)
-        results, height_N = self._learn(x_ND, tried, heard=heard)
+        place = {each.point.known.key: number for number, each in enumerate(tried)}
+        which_R = np.array([place[each.point.known.key] for each in again], dtype=np.int64)
+        repeats = bool(fresh) and fresh[0].known.seeds > 1
+        self._fit()
+        learnt_of = [
+            self._learn(number, x_ND, x_MD, tried, heard=heard, which_R=which_R, repeats=repeats)
+            for number in range(len(self._goals))
+        ]
         cost_N, cost_M = _costs([each.point for each in tried]), _costs(fresh)
-        there = Landscape(cost_N, height_N, (_beyond(np.concatenate((cost_N, cost_M))), worst))
+        beyond = _beyond(np.concatenate((cost_N, cost_M)))
+        if len(learnt_of) > 1:
+            return _gain_of_three(learnt_of, cost_N, cost_M, which_R, (beyond, _worst(tried), _below(tried)))
+        (known,) = learnt_of
+        there = Landscape(cost_N, known.height_N, (beyond, _worst(tried)))
         gain_M, gain_R = np.empty(0), np.empty(0)
         if fresh:
-            mean_M, std_M = self._model.predict(x_MD)
-            if fresh[0].known.seeds > 1:
-                std_M = learnt(std_M, np.inf, self._model.noise_of_a_run(results))
-            gain_M = expected_hypervolume_improvement(mean_M, std_M, cost_M, there)
+            gain_M = expected_hypervolume_improvement(known.mean_M, known.std_M, cost_M, there)
         if again:
-            place = {each.point.known.key: number for number, each in enumerate(tried)}
-            which_R = np.array([place[each.point.known.key] for each in again])
-            std_N = self._model.predict(x_ND)[1]
-            std_N = learnt(std_N, self._model.noise(results), self._model.noise(results.with_runs(1)))
-            gain_R = expected_gain_of_repeats(std_N[which_R], which_R, there)
+            gain_R = expected_gain_of_repeats(known.move_R, which_R, there)
         return np.concatenate((gain_M, gain_R))
 
-    def _learn(self, x_ND: Array, tried: Sequence[Tried], *, heard: int) -> tuple[Results, Array]:
-        """Fits the model to the first `heard` points; then it holds runs under way for ended as predicted.
+    def _fit(self) -> None:
+        """Fits the models to the points as they were when that was due."""
+        if self._due is self._fitted:
+            return
+        assert self._due is not None
+        for model, results in zip(self._models, self._due.results, strict=True):
+            model.fit(self._due.x_ND, results)
+        self._fitted = self._due
 
-        Nothing new is learnt by that, but less is left to learn there. Gives what the model then holds for results,
-        and the heights of the front.
+    def _learn(
+        self,
+        number: int,
+        x_ND: Array,
+        x_MD: Array,
+        tried: Sequence[Tried],
+        *,
+        heard: int,
+        which_R: NDArray[np.int64],
+        repeats: bool,
+    ) -> _Learnt:
+        """What the first `heard` points say of an objective; then runs under way are held for ended as predicted.
+
+        Nothing new is learnt by that, but less is left to learn there.
+
+        repeats   candidates may be tried again: a training moves the mean of a new one by less than its doubt
         """
-        if self._due is not self._fitted:
-            assert self._due is not None
-            self._model.fit(self._due.x_ND, self._due.results)
-            self._fitted = self._due
-        results = _results(tried)
-        self._model.take(x_ND[:heard], results.first(heard))
-        height_N, _ = self._model.predict(x_ND)
+        model, results = self._models[number], self._goals[number].results(tried)
+        model.take(x_ND[:heard], results.first(heard))
+        height_N, _ = model.predict(x_ND)
         running_N = np.array([float(one.running) for one in tried])
         if running_N.any():
             results = results.supposing(running_N, height_N)
-            self._model.condition(x_ND, results)
-        return results, height_N
+            model.condition(x_ND, results)
+        mean_M = std_M = move_R = np.empty(0)
+        if len(x_MD):
+            mean_M, std_M = model.predict(x_MD)
+            if repeats:
+                std_M = learnt(std_M, np.inf, model.noise_of_a_run(results))
+        if len(which_R):
+            std_N = model.predict(x_ND)[1]
+            std_N = learnt(std_N, model.noise(results), model.noise(results.with_runs(1)))
+            move_R = std_N[which_R]
+        return _Learnt(height_N, mean_M, std_M, move_R)
 
     def _recall(self, past: FrozenTrial) -> Candidate | None:
         """An earlier trial's point; None where it is none (impossible, over the budget, not of this space)."""
@@ -419,16 +515,32 @@ def _ordered(tried: Iterable[Tried]) -> tuple[list[Tried], int]:
 
 def _worst(tried: Sequence[Tried]) -> float:
     """The accuracy below which nothing counts."""
-    return _floor(np.array([each.mean for each in tried if each.accuracies]))
+    return _ACCURACY.worst(tried)
 
 
-def _results(tried: Sequence[Tried]) -> Results:
-    """What is known of points; one that failed counts as the worst."""
-    worst = _worst(tried)
-    return Results.of(
-        [[max(each, worst) for each in one.accuracies] or [worst] * bool(one.lost) for one in tried],
-        [one.question for one in tried],
-    )
+def _below(tried: Sequence[Tried]) -> float:
+    """The reference of what is spared: a tenth of its range below the worst.
+
+    The most accurate points often forget most: at the worst itself nothing beyond them would count.
+    """
+    worst = _SPARED.worst(tried)
+    return worst - 0.1 * max(max(-each.forgetting for each in tried if each.spared) - worst, 1e-9)
+
+
+def _gain_of_three(
+    known: Sequence[_Learnt],
+    cost_N: Array,
+    cost_M: Array,
+    which_R: NDArray[np.int64],
+    reference: tuple[float, float, float],
+) -> Array:
+    """Expected gain of volume by every new candidate, and by every point tried again. Shape [M + R]."""
+    accuracy, spared = known
+    there = of_three.Terrain(cost_N, accuracy.height_N, spared.height_N, reference)
+    first, second = (of_three.Normal(one.mean_M, one.std_M) for one in known)
+    gain_M = of_three.expected_gain(first, second, cost_M, there)
+    gain_R = of_three.expected_gain_of_repeats((accuracy.move_R, spared.move_R), which_R, there)
+    return np.concatenate((gain_M, gain_R))
 
 
 def _front(done: Iterable[Tried]) -> list[Tried]:

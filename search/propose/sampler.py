@@ -10,14 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError
 from allocators.core.types import Outcome, Point, Trial
-from search.front import front
+from search.front import unbeaten
 from search.points.starting import UPDATES, starting_points
 from search.problem import Problem, Proposal, corners
-from search.propose import RUN, STDERR
+from search.propose import RUN, STDERR, TEXT_STDERR
 from search.records import Answered, Reason
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def _repeated(params: Mapping[str, Any], digest: str) -> Answered:
 
 
 class Proposer:
-    """Two objectives, accuracy up and trainable parameters down, over one space.
+    """Two objectives, accuracy up and trainable parameters down, over one space; forgetting down may be a third.
 
     What is proposed follows from what was proposed and answered before, in that order, and from the results. Whoever
     goes on with a study says all of it first: `recall` and `recall_answered` for what was asked, `tell` for a result.
@@ -83,6 +83,7 @@ class Proposer:
     trust      sampler=ehvi keeps near the recipe of the starting points as long as few results say where to go
     draws      seed of what is drawn; None: the study's own
     allows     whether a result may be on the front by what was forgotten; else it counts as one that failed
+    of_three   forgetting is an objective
     answered   called with every point that needed no training
     """
 
@@ -95,6 +96,7 @@ class Proposer:
         trust: bool = True,
         draws: int | None = None,
         allows: Callable[[Outcome], bool] = lambda _: True,
+        of_three: bool = False,
         answered: Callable[[Answered], None] = lambda _: None,
     ) -> None:
         import optuna
@@ -113,9 +115,11 @@ class Proposer:
             seed=problem.seed if draws is None else draws,
             repeats=repeats,
             expected=expected(self._starting) if trust else {},
+            of_three=of_three,
         )
         self._idle = self._draws.at_random(0)  # the sampler of a study that asks for nothing
-        self._study = optuna.create_study(directions=["maximize", "minimize"], sampler=self._idle)
+        self._of_three = of_three
+        self._study = self._new_study()
         self._asked = 0  # questions so far
         self._in_vain = 0  # of these, the last ones whose answer was no training
         self._finished: dict[str, Outcome] = {}
@@ -123,6 +127,10 @@ class Proposer:
         self._running: dict[str, list[Any]] = {}  # digest -> Optuna trials that wait for its result
         self._repeats = repeats
         self._seeds: dict[str, set[int]] = {}  # point -> the seeds that it was tried with
+
+    def _new_study(self) -> Any:
+        directions = ["maximize", "minimize", "minimize"][: 3 if self._of_three else 2]
+        return self._optuna.create_study(directions=directions, sampler=self._idle)
 
     def recall(self, run: Trial, params: Mapping[str, Any]) -> None:
         """Takes in what was proposed in an earlier run, without asking the sampler."""
@@ -187,10 +195,12 @@ class Proposer:
             return
         old = self._study.get_trials(deepcopy=False)
         complete = self._optuna.trial.TrialState.COMPLETE
-        scored = [_Scored(t.number, int(t.values[1]), t.values[0]) for t in old if t.state == complete]
-        kept = {scored.number for scored in front(scored)} | {trial.number for trial in old[-MOST_TOLD:]}
+        scored = [trial for trial in old if trial.state == complete]
+        on_front = unbeaten([trial.values for trial in scored])
+        kept = {trial.number for trial, on in zip(scored, on_front, strict=True) if on}
+        kept |= {trial.number for trial in old[-MOST_TOLD:]}
         under_way = {trial.number for trials in self._running.values() for trial in trials}
-        self._study = self._optuna.create_study(directions=["maximize", "minimize"], sampler=self._idle)
+        self._study = self._new_study()
         again: dict[int, Any] = {}
         for trial in old:
             if trial.number in kept or trial.number in under_way:
@@ -292,7 +302,7 @@ class Proposer:
         state, values = self._ending(outcome)
         self._study.tell(trial, values, state=state)
 
-    def _ending(self, outcome: Outcome) -> tuple[Any, tuple[float, int] | None]:
+    def _ending(self, outcome: Outcome) -> tuple[Any, tuple[float, ...] | None]:
         """How Optuna's trial ends, and with which values."""
         states = self._optuna.trial.TrialState
         if outcome.status == "stopped":
@@ -300,18 +310,15 @@ class Proposer:
             return states.PRUNED, None
         if outcome.accuracy is None or not self._allows(outcome):
             return states.FAIL, None
-        return states.COMPLETE, (outcome.accuracy, outcome.trainable_params)
+        values = (outcome.accuracy, float(outcome.trainable_params))
+        if not self._of_three:
+            return states.COMPLETE, values
+        return (states.COMPLETE, (*values, lost.rise)) if (lost := outcome.forgetting) else (states.FAIL, None)
 
 
 def _attributes(outcome: Outcome) -> dict[str, Any]:
     """What an Optuna trial says of its training."""
     error = outcome.rungs[-1].stderr if outcome.rungs else None
-    return {RUN: outcome.digest} | ({} if error is None else {STDERR: error})
-
-
-class _Scored(NamedTuple):
-    """A trial of Optuna's, as fronts are made of."""
-
-    number: int
-    trainable_params: int
-    accuracy: float | None
+    text_error = outcome.forgetting.stderr if outcome.forgetting else None
+    errors = {STDERR: error, TEXT_STDERR: text_error}
+    return {RUN: outcome.digest} | {name: value for name, value in errors.items() if value is not None}

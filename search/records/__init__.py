@@ -46,6 +46,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from allocators.core import checks
 from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import FINISHED, ModelShape, Outcome, Rung, Score, Signal, canonical_json
+from search.config import THREE
 from search.front import Points
 from search.records.files import (
     ADAPTERS,
@@ -136,7 +137,10 @@ class Records:
         self.place = place or place_of(folder, header)
         self.shape = ModelShape.from_json(header["shape"])
         self.outcomes: dict[str, Outcome] = {}
-        self.points = Points(max_forgetting=float(header["config"].get("max_forgetting", 0.0)))
+        self.points = Points(
+            max_forgetting=float(header["config"].get("max_forgetting", 0.0)),
+            of_three=header["config"].get("objectives") == THREE,
+        )
         self.tried: set[tuple[str, int]] = set()
         self.answered: list[Answered] = []
         self.events: list[Event] = []

@@ -17,7 +17,7 @@ from allocators.core.errors import StudyError
 HEADER = "study.json"
 LINES = "outcomes.jsonl"
 UNTRAINED = "untrained.json"  # accuracy and stderr of the base, and by_task
-EVALUATIONS = "evaluations.jsonl"  # of other tasks (search/evaluate.py)
+EVALUATIONS = "evaluations.jsonl"  # of other tasks, and of what was forgotten (search/evaluate/)
 LOCK = ".lock"
 ADAPTERS, CHECKPOINTS, SIGNALS = "adapters", "checkpoints", "signals"
 LOGS = "logs"  # of the workers

@@ -10,6 +10,7 @@ A table has one row for every training that ended by itself (complete, diverged,
     seed, study_seed  of the training; of its study, which is what allocators that draw were given
     status, accuracy, stderr, trainable_params, tokens, seconds, message
     rungs             list of {step, tokens, accuracy, stderr, loss, eval_loss, seconds}; older tables have no eval_loss
+    forgetting        before, after and stderr of the loss on general text; only where a training measured it
     digest, trial     the training's name, and its allocation, recipe, model and task as JSON
     versions          of the libraries and the device, as JSON
 

@@ -100,16 +100,21 @@ def _draw_points(axes: Axes, results: Results) -> None:
     palette = colours(c.best.trial.allocator for c in results.points)
     for name in dict.fromkeys(c.best.trial.allocator for c, _ in measured):
         mine = [(c, accuracy) for c, accuracy in measured if c.best.trial.allocator == name]
-        axes.scatter(
-            [_x(c) for c, _ in mine],
-            [accuracy for _, accuracy in mine],
-            s=[46 if c.best.digest in results.winners else 24 for c, _ in mine],
-            color=[to_rgba(palette[name], 1.0 if results.is_judged(c) else FAINT) for c, _ in mine],
-            edgecolors=["black" if c.best.digest in results.winners else "none" for c, _ in mine],
-            linewidths=0.8,
-            zorder=3,
-        )
+        for marker, spares in (("o", False), ("D", True)):
+            these = [(c, accuracy) for c, accuracy in mine if results.spares(c) == spares]
+            axes.scatter(
+                [_x(c) for c, _ in these],
+                [accuracy for _, accuracy in these],
+                s=[46 if c.best.digest in results.winners else 24 for c, _ in these],
+                color=[to_rgba(palette[name], 1.0 if results.is_judged(c) else FAINT) for c, _ in these],
+                edgecolors=["black" if c.best.digest in results.winners else "none" for c, _ in these],
+                linewidths=0.8,
+                marker=marker,
+                zorder=3,
+            )
         axes.scatter([], [], s=24, color=palette[name], label=name or "unnamed")
+    if any(results.spares(c) for c, _ in measured):
+        axes.scatter([], [], s=36, color="0.3", marker="D", label="diamond: forgets less")
     if not all(results.is_judged(c) for c, _ in measured):
         axes.scatter([], [], s=24, color="0.3", alpha=FAINT, edgecolors="none", label="fainter: by validation accuracy")
 
@@ -146,7 +151,7 @@ def _name_points(axes: Axes, canvas: FigureCanvasAgg, results: Results) -> None:
     from matplotlib.transforms import Bbox
 
     front = results.front
-    order = {c.best.digest: c for c in (front[-1], front[0], results.knee, *front) if c is not None}
+    order = {c.best.digest: c for c in (results.rising[-1], front[0], results.knee, *front) if c is not None}
     canvas.draw()
     dots = axes.transData.transform([(_x(c), results.judged(c).accuracy or 0.0) for c in front])
     taken = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in dots]

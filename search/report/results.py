@@ -63,14 +63,30 @@ class Results:
         return self.records.points.front
 
     @cached_property
+    def rising(self) -> list[Candidate]:
+        """The members of the front that no other beats in accuracy and parameters alone; all where these are all.
+
+        With forgetting as a third objective other members are less accurate than smaller ones, and forget less.
+        """
+        return unbeaten(self.front) if self.records.points.of_three else self.front
+
+    @cached_property
+    def _risen(self) -> set[str]:
+        return {candidate.point for candidate in self.rising}
+
+    def spares(self, candidate: Candidate) -> bool:
+        """Whether it is on the front because it forgets less than what is as accurate and as small."""
+        return candidate.point not in self._risen and self.records.points.is_on_front(candidate)
+
+    @cached_property
     def winners(self) -> set[str]:
         """Digests of all runs behind the front."""
         return {run.digest for candidate in self.front for run in candidate.runs}
 
     @cached_property
     def knee(self) -> Candidate | None:
-        """The point of the front after which parameters buy less; None where the front has no bend."""
-        return bend(self.front)
+        """The point of the front after which parameters buy less accuracy; None where the front has no bend."""
+        return bend(self.rising)
 
     @cached_property
     def forgets(self) -> bool:
@@ -115,10 +131,10 @@ class Results:
     def step(self) -> list[Candidate]:
         """What the front is drawn over: of its tested members, judged, those that no other of them beats.
 
-        The front itself where none of them was tested.
+        In accuracy and parameters, whatever the objectives. Its rising members where none was tested.
         """
         judged = [self.tested[candidate.point] for candidate in self.front if candidate.point in self.tested]
-        return unbeaten(judged) or self.front
+        return unbeaten(judged) or self.rising
 
     @cached_property
     def optimism(self) -> Optimism | None:
@@ -158,7 +174,7 @@ class Results:
     @cached_property
     def chances(self) -> dict[str, float]:
         """By digest of a front point's best run: the probability that it is better than the next smaller point."""
-        steps = {high.best.digest: self.difference(low, high).chance for low, high in pairwise(self.front)}
+        steps = {high.best.digest: self.difference(low, high).chance for low, high in pairwise(self.rising)}
         return {digest: chance for digest, chance in steps.items() if chance is not None}
 
     @cached_property
@@ -224,7 +240,7 @@ class Results:
         numbers |= {f"answered_{reason}": n for reason, n in Counter(a.reason for a in self.records.answered).items()}
         if seconds := self.records.sampler_seconds:
             numbers["sampler_seconds_per_suggestion"] = statistics.fmean(seconds)
-        for name, candidate in (("best", self.front[-1] if self.front else None), ("knee", self.knee)):
+        for name, candidate in (("best", self.rising[-1] if self.front else None), ("knee", self.knee)):
             if candidate is not None and candidate.accuracy is not None:
                 numbers[f"{name}_accuracy"] = candidate.accuracy
                 numbers[f"{name}_trainable_params"] = candidate.trainable_params
@@ -241,8 +257,10 @@ class Results:
             if at.correlation is not None:
                 numbers[f"rank_correlation_{at.signal}_{at.part}"] = at.correlation
         numbers |= {"trainings_broken": self.broken.count, "trainings_judged": self.broken.trainings}
-        if self.front and (forgotten := self.front[-1].forgetting) is not None:
+        if self.front and (forgotten := self.rising[-1].forgetting) is not None:
             numbers["best_forgetting"] = forgotten
+        if self.records.points.of_three and self.front:
+            numbers["least_forgetting"] = min(candidate.forgetting or 0.0 for candidate in self.front)
         if self.records.reused:
             numbers["runs_reused"] = len(self.records.reused)
         if self.tokens_saved[0]:

@@ -56,7 +56,7 @@ def _rows(records: Records, points: Sequence[Candidate]) -> list[Section]:
     if not is_table(records):
         return []
     published = [entry for entry in records.header["table"]["published"] if _agrees(entry, records.header["config"])]
-    rows_of = ((entry, _row(records, points, entry["row"])) for entry in published)
+    rows_of = ((entry, row_of(records, points, entry["row"])) for entry in published)
     beside = {id(candidate): entry for entry, candidate in rows_of if candidate is not None}
     splits, judged = splits_of(records, points), tested(records, points)
     forgets = any(candidate.forgetting is not None for candidate in points)
@@ -163,7 +163,7 @@ def compared(records: Records, points: Sequence[Candidate]) -> list[Compared]:
 def _compared(
     records: Records, points: Sequence[Candidate], wanted: Mapping[str, Any], judged: Mapping[str, Candidate]
 ) -> Compared:
-    rows = [_row(records, points, wanted[side]) for side in ("first", "second")]
+    rows = [row_of(records, points, wanted[side]) for side in ("first", "second")]
     known = [row for row in rows if row is not None]
     if len(known) < len(rows):
         return Compared(wanted, tuple(known))
@@ -265,7 +265,7 @@ def _by_seed(candidate: Candidate) -> dict[int, float]:
     return {run.trial.seed: run.accuracy or 0.0 for run in candidate.complete}
 
 
-def _row(records: Records, points: Iterable[Candidate], row: Mapping[str, Any]) -> Candidate | None:
+def row_of(records: Records, points: Iterable[Candidate], row: Mapping[str, Any]) -> Candidate | None:
     """The point that stands for a row, which may have been trained as another row with the same allocation."""
     digests = {d for d in records.finished if row.items() <= records.params_of(d).items()}
     digests |= {a.digest for a in records.answered if a.digest is not None and row.items() <= a.params.items()}

@@ -72,8 +72,9 @@ def front_table(
         table.add_column("s.d. of seeds", justify="right")
     if forgets:
         table.add_column("forgotten", justify="right")
-    if chances:
-        table.add_column("P(beats the row above)", justify="right")
+    if chances:  # with a third objective some rows are no more accurate than the one above
+        above = all(candidate.best.digest in chances for candidate in shown[1:])
+        table.add_column(f"P(beats the {'row above' if above else 'next smaller'})", justify="right")
     table.add_column("")
     for candidate in shown[cut:]:
         best = candidate.best
@@ -111,6 +112,7 @@ def front_lines(
             *(f"{split} {text}" for split in splits if (text := accuracy_text(member, split))),
             f"{seeds} seeds" if seeds > 1 else "",
             f"s.d. {member.spread:.3f}" if member.spread is not None else "",
+            f"forgotten {text}" if (text := forgotten_text(member)) else "",
             f"P(beats the one above) {probability(chances[best.digest])}" if best.digest in chances else "",
             "knee" if member is bend else "",
         ]
@@ -159,6 +161,7 @@ def _front_row(results: Results, candidate: Candidate) -> dict[str, object]:
         **_parent(results, best),
         "seed_standard_deviation": candidate.spread,
         **({"forgetting": candidate.forgetting} if results.forgets else {}),
+        **({"for_forgetting_less": results.spares(candidate)} if results.records.points.of_three else {}),
         "better_than_next_smaller": results.chances.get(best.digest),
         "knee": candidate is results.knee,
         "seconds": best.seconds,

@@ -29,7 +29,7 @@ from search.report.results import Results
 from search.report.sections import is_table
 from search.report.splits import Optimism, optimism, selects_on_test
 from search.report.uncertainty import TOO_CLOSE, Bias, Difference
-from search.text import Split, accuracy_text, human, point, recipe_words, run_id
+from search.text import Split, accuracy_text, forgotten_text, human, point, recipe_words, run_id
 
 MOST_TOLD = 12  # comparisons outside the noise that are told one by one
 MANY = 5  # comparisons inside the noise that are told one by one
@@ -40,12 +40,10 @@ ALIKE = "one question, or questions that were all answered alike, say nothing of
 def sentences(results: Results) -> list[str]:
     """The study in sentences, the most important first."""
     if not results.front:
-        limit = results.records.points.max_forgetting
-        if limit and any(candidate.accuracy is not None for candidate in results.points):
-            why = (
-                f"No point is known to forget at most max_forgetting={limit:g} nats a token: there is no front to show."
-            )
-            return [why, *_state(results)]
+        if any(candidate.accuracy is not None for candidate in results.points):
+            limit = results.records.points.max_forgetting
+            known = f"to forget at most max_forgetting={limit:g} nats a token" if limit else "by what it forgets"
+            return [f"No point is known {known}: there is no front to show.", *_state(results)]
         return ["No finished trial yet: there is no front to show.", *_state(results)]
     return [
         *_best(results),
@@ -84,11 +82,14 @@ def markdown(results: Results, said: Sequence[str]) -> str:
 
     lines = [f"- {text(sentence)}" for sentence in said]
     if results.front:
-        head = ["id", "trainable parameters", *results.splits, "allocation and recipe", ""]
+        forgets = ["forgotten"] if results.records.points.of_three else []
+        head = ["id", "trainable parameters", *results.splits, *forgets, "allocation and recipe", ""]
         lines += ["", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for member in results.front:
         accuracies = [accuracy_text(member, split) for split in results.splits]
-        cells = [run_id(member.best), human(member.trainable_params), *accuracies, results.label(member.best)]
+        forgotten = [forgotten_text(member)] if results.records.points.of_three else []
+        size = human(member.trainable_params)
+        cells = [run_id(member.best), size, *accuracies, *forgotten, results.label(member.best)]
         cells.append("knee" if member is results.knee else "")
         lines.append(f"| {' | '.join(map(text, cells))} |")
     return "\n".join(lines)
@@ -104,7 +105,7 @@ def _best(results: Results) -> list[str]:
 
     where = "" if results.splits[0] == "accuracy" else " on validation"
     where += ", which selects" if where and not is_table(results.records) else ""
-    said = [f"Most accurate{where}: {name(results.front[-1])}."]
+    said = [f"Most accurate{where}: {name(results.rising[-1])}."]
     by_digest = {c.best.digest: c for c in results.points}
     means = [c.best.updated(accuracy=c.accuracy) for c in results.points]
     fitting = {best.digest: budget for budget in _budgets(results) if (best := best_under(means, budget))}
@@ -112,14 +113,14 @@ def _best(results: Results) -> list[str]:
         said.append(f"Best under {human(budget).replace('.00', '')} parameters: {name(by_digest[digest])}.")
     if results.knee is not None:
         said.append(f"The knee, after which parameters buy less: {name(results.knee)}.")
-    elif len(results.front) > 2:
+    elif len(results.rising) > 2:
         said.append("The front has no knee: nowhere does it rise above the straight line between its ends.")
     return said
 
 
 def _gained(results: Results) -> list[str]:
     """What the most accurate point has over the base, by test accuracy where both have one."""
-    base, best = results.records.untrained, results.front[-1]
+    base, best = results.records.untrained, results.rising[-1]
     if base is None or best.accuracy is None:
         return []
     split = results.split_of(best) if base.get("test") else results.splits[0]
@@ -138,7 +139,7 @@ def _forgotten(results: Results) -> list[str]:
     """What trainings cost on general text, and which points a limit keeps off the front."""
     if not results.forgets:
         return []
-    config, best = results.records.header["config"], results.front[-1]
+    config, best = results.records.header["config"], results.rising[-1]
     text = Path(str(config.get("forgetting", ""))).name
     before = next(run.forgetting.before for run in results.records.finished.values() if run.forgetting is not None)
     measured = [c for c in results.points if c.forgetting is not None]
@@ -150,6 +151,8 @@ def _forgotten(results: Results) -> list[str]:
         f"Forgetting: the base's loss on general text ({text}) is {before:.3f} nats a token; the most accurate point's "
         f"rise is {own}, and over {len(measured)} points rises go from {rises[0]:+.3f} to {rises[-1]:+.3f}."
     )
+    if results.records.points.of_three:
+        said = f"{said} {_third(results)}"
     if not (limit := results.records.points.max_forgetting):
         return [said]
     above = sum(not results.records.points.allows(c.forgetting) for c in measured)
@@ -159,6 +162,21 @@ def _forgotten(results: Results) -> list[str]:
         f"{said} {above} of them are above max_forgetting={limit:g} and not on the front, however accurate"
         f"{unmeasured}. Halving does not know the limit: what a training forgets is known at its end."
     ]
+
+
+def _third(results: Results) -> str:
+    """What forgetting as an objective puts on the front."""
+    least = min(results.front, key=lambda candidate: candidate.forgetting or 0.0)
+    spares = len(results.front) - len(results.rising)
+    unknown = sum(c.forgetting is None and c.accuracy is not None for c in results.points)
+    missing = f"; {unknown} of which it is not known {'is' if unknown == 1 else 'are'} not on it" if unknown else ""
+    return (
+        f"It is the third objective: {spares} of the {len(results.front)} points of the front "
+        f"{'is' if spares == 1 else 'are'} there because they forget less (diamonds in the picture){missing}. Least "
+        f"forgets {results.label(least.best)} ({human(least.trainable_params)} trainable parameters, "
+        f"{results.accuracy_words(least)}, {least.forgetting or 0.0:+.3f} nats a token). Knee, halving and the drawn "
+        "step go by accuracy and parameters alone."
+    )
 
 
 def _on(split: Split) -> str:
@@ -179,8 +197,8 @@ def _budgets(results: Results) -> list[int]:
 def _honesty(results: Results) -> list[str]:
     """Seeds, noise and selection: how far the front can be believed."""
     said = [_seeds(results), *_selection(results.bias, what=results.splits[0])]
-    shown = [c for c in results.front if c.point in results.tested]
-    shown = shown if len(shown) > 1 else results.front
+    shown = [c for c in results.rising if c.point in results.tested]
+    shown = shown if len(shown) > 1 else results.rising
     steps = [results.difference(lower, higher) for lower, higher in pairwise(shown)]
     if steps and all(step.stderr is None for step in steps):
         said.append("The standard error of the evaluation is not known: small differences may be chance.")
@@ -250,7 +268,8 @@ def _of_front(results: Results, measured: Optimism) -> str:
     else:
         who = f"{'' if of else 'the '}{n}{of} points of the front have {measured.test:.3f} on average"
         error = "standard error over points, which all answer the same questions"
-    beaten = n - len(results.step)
+    on_step = {candidate.point for candidate in results.step}
+    beaten = sum(c.point in results.tested and c.point not in on_step for c in results.rising)
     fallen = f"; {beaten} of them {'is' if beaten == 1 else 'are'} beaten there by another of them" if beaten else ""
     base = results.records.untrained
     apart = (
@@ -461,7 +480,7 @@ def _stopped(results: Results) -> list[str]:
 
 def how_to_load(results: Results) -> list[str]:
     """How to load and to export the most accurate point; nothing where its adapter is not kept."""
-    loadable = results.loadable(results.front[-1]) if results.front else None
+    loadable = results.loadable(results.rising[-1]) if results.front else None
     if loadable is None:
         return []
     run, where = loadable

@@ -11,7 +11,7 @@ from allocators.core.errors import StudyError, one_line
 from search.records.redact import redacted
 from search.report.results import Results
 from search.serve.following import Following
-from search.text import accuracy_text, human, run_id
+from search.text import accuracy_text, forgotten_text, human, run_id
 
 BUDGETS = 5
 
@@ -66,6 +66,8 @@ def _study(number: int, folder: Path, results: Results | str, budgets: Sequence[
             "text": accuracy_text(member),
             "label": results.label(member.best),
             "knee": member is results.knee,
+            "spares": results.spares(member),
+            "forgotten": forgotten_text(member),
         }
         for member in results.front
     ]

@@ -11,9 +11,9 @@ function fronts() {
   return svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": "fronts of " + studies.map(s => s.name).join(", ") }, ...frame(W, H, box, ys, decimals, y, "accuracy"),
     ...logTicks(low, high).map(t => svg("text", { x: x(t), y: H - box.b + 18, "text-anchor": "middle" }, human(t))), svg("text", { x: (W + box.l) / 2, y: H - 6, "text-anchor": "middle" }, "trainable parameters (log scale)"),
     ...studies.flatMap(s => [
-      svg("path", { class: "front", d: s.front.map((p, i) => `${i ? "H" : "M"}${x(p.params)}${i ? "V" : " "}${y(p.accuracy)}`).join("") + `H${W - box.r}`, fill: "none", stroke: colour(s), "stroke-width": 2 }),
+      svg("path", { class: "front", d: s.front.filter(p => !p.spares).map((p, i) => `${i ? "H" : "M"}${x(p.params)}${i ? "V" : " "}${y(p.accuracy)}`).join("") + `H${W - box.r}`, fill: "none", stroke: colour(s), "stroke-width": 2 }),
       ...s.front.flatMap(p => [svg("line", { x1: x(p.params), x2: x(p.params), y1: y(p.accuracy - p.stderr), y2: y(p.accuracy + p.stderr), stroke: colour(s), "stroke-opacity": 0.5 }),
-        svg("circle", { class: "dot", cx: x(p.params), cy: y(p.accuracy), r: 5, fill: colour(s), onmousemove: e => showTip(e, [s.name, `${p.id}  ${p.label}${p.knee ? " (knee)" : ""}`, `${p.size} trainable parameters, ${p.text}`]), onmouseleave: hideTip })]),
+        svg("circle", { class: "dot", cx: x(p.params), cy: y(p.accuracy), r: 5, fill: colour(s), onmousemove: e => showTip(e, [s.name, `${p.id}  ${p.label}${p.knee ? " (knee)" : ""}`, `${p.size} trainable parameters, ${p.text}` + (p.forgotten ? `, forgotten ${p.forgotten}` : "")]), onmouseleave: hideTip })]),
     ]));
 }
 const row = s => el("tr", {}, el("td", {}, el("span", { class: "legend" }, el("i", { style: `background:${colour(s)}` })), el("a", { href: s.number + "/" }, s.name)), ...(s.error ? [el("td", { class: "wrap", colspan: S.budgets.length + 2 }, s.error)] : [el("td", { class: "num" }, "" + s.points), el("td", {}, s.split), ...s.at.map(t => el("td", { class: "num" }, t)), ...(s.at.length ? [] : [el("td", {}, "no finished point yet")])]));

@@ -10,7 +10,7 @@ from allocators.core import plugins, words
 from allocators.core.errors import StudyError, shown, unknown
 from allocators.core.shapes import unnamed_experts
 from allocators.core.types import ModelShape
-from search.config import AUTO, RunConfig, make_recipe
+from search.config import AUTO, THREE, RunConfig, make_recipe
 from search.points.starting import starting_points
 from search.problem import (
     Problem,
@@ -119,6 +119,13 @@ def prepare_replay(config: RunConfig) -> tuple[RunConfig, Problem]:
         if not words.matching(pin, occurring := table.values.get(name, [pin])):
             raise unknown(f"value of space.{name} in the table", str(pin), map(str, occurring))
     starting_points(problem)  # says what is wrong with them
+    if (config.max_forgetting or config.objectives == THREE) and not any(
+        row.outcome.forgetting for row in table.rows.values()
+    ):
+        raise StudyError(
+            f"{config.replay} has no training whose forgetting was measured: leave max_forgetting= and objectives= "
+            "out, or export a study with forgetting="
+        )
     return replace(config, **settings), problem
 
 

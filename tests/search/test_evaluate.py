@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from allocators.core.messages import TrainJob
 from search import evaluate, run
 from search.records import read
 from search.records.files import EVALUATIONS
+from tests.trainers.conftest import worker_setup
+from trainers.worker_state import WorkerState
 
 
 @pytest.fixture(scope="module")
@@ -52,9 +55,28 @@ def test_one_question_has_no_standard_error(study: Path, capsys: pytest.CaptureF
     assert "standard error unknown" in capsys.readouterr().out
 
 
+def test_what_kept_adapters_forgot_is_measured_without_training(
+    study: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same number as with the worker's own measure at the end of that training."""
+    [outcome] = read(study).finished.values()
+    assert evaluate.main([str(study), "point=all", "forgetting=held_out"]) == 0
+    said = capsys.readouterr().out
+    line = json.loads((study / EVALUATIONS).read_text().splitlines()[-1])
+    assert (line["digest"], line["asked"]) == (outcome.digest, {"forgetting": "held_out"})
+    assert f"forgotten {line['results'][0]['rise']:+.4f}" in said
+    state = WorkerState(worker_setup(study.parent / "again", forgetting="held_out", evaluations=3), "cpu")
+    again = state.train(TrainJob(outcome.trial, outcome.trainable_params), report=lambda rung: True)
+    assert again.forgetting is not None
+    assert line["results"][0]["rise"] == pytest.approx(again.forgetting.rise, abs=1e-7)
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
+        (["forgetting=held_out", "task=tiny_cipher"], "two questions"),
+        (["forgetting=nosuch.txt"], "no such file"),
+        (["point=all"], "no run"),
         (["point=zz"], "no run"),
         (["task=nosuchtask"], "nosuchtask"),
         (["limt=3"], "did you mean 'limit'"),

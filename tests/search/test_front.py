@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from allocators.core.types import ExpertSelection, Outcome, Recipe, Rung, Trial
+from allocators.core.types import ExpertSelection, Forgetting, Outcome, Recipe, Rung, Trial
 from search import front as module
 from search.front import Candidate, Points, candidates, front, hypervolume, knee
 from tests.search.studies import outcome, selection
@@ -263,3 +263,41 @@ def test_points_build_one_candidate_a_training_and_compare_it_with_the_front_alo
         points.add(run)
     assert len(points) == len(built) == 1_000
     assert len(compared) <= 5 * 1_000
+
+
+# --- three objectives
+
+THREE = st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 4))
+
+
+@settings(max_examples=200)
+@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.booleans(), THREE), max_size=30))
+def test_the_front_of_three_is_moocores_whatever_came_and_went(events: list[tuple[str, bool, tuple[int, ...]]]) -> None:
+    points = module.UnbeatenOfThree[str]()
+    known: dict[str, tuple[int, int, int]] = {}
+    for number, (name, comes, (cost, accuracy, forgetting)) in enumerate(events):
+        before = set(points)
+        points.drop(name)
+        known.pop(name, None)
+        if comes:
+            points.put(name, name, cost=cost, accuracy=accuracy, number=number, forgetting=forgetting)
+            known[name] = (accuracy, cost, forgetting)
+        keep = module.unbeaten(list(known.values()))
+        expected = {name for name, on in zip(known, keep, strict=True) if on}
+        assert set(points) == {name for name in known if name in points} == expected
+        assert [known[name][1] for name in points] == sorted(known[name][1] for name in expected)
+        assert len(points) == len(expected)
+        assert before - expected <= set(points.left())
+        assert points.height(2) == max((a for a, c, _ in known.values() if c <= 2), default=-math.inf)
+
+
+def test_with_three_objectives_what_forgets_less_is_on_the_front_too_and_what_is_not_known_is_not() -> None:
+    runs = [
+        outcome(selection(number), accuracy=accuracy).updated(
+            forgetting=None if rise is None else Forgetting(1.0, 1.0 + rise)
+        )
+        for number, accuracy, rise in ((2, 0.6, 0.3), (3, 0.5, 0.1), (4, 0.5, 0.2), (5, 0.9, None))
+    ]
+    assert [c.accuracy for c in Points(runs).front] == [0.6, 0.9]
+    assert [c.accuracy for c in Points(runs, of_three=True).front] == [0.6, 0.5]
+    assert [c.accuracy for c in Points(runs, of_three=True, max_forgetting=0.25).front] == [0.5]

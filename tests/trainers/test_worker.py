@@ -216,6 +216,35 @@ def test_packed_trials_are_those_of_a_worker_each(fresh: WorkerState, tmp_path: 
         assert one.accuracy == pytest.approx(alone.accuracy, abs=1 / 16)  # of 16 questions rounding may flip one
 
 
+def test_what_a_packed_trial_forgot_is_what_it_forgot_alone(tmp_path: Path) -> None:
+    """Experts and ranks of every matrix in one pass; the first to end measures the base, with its own adapter off."""
+    options = {"task": "tiny_cipher", "task_options": {"limit": 8}, "forgetting": "held_out"}
+    state = WorkerState(worker_setup(tmp_path / "packed", **options), "cpu")
+    jobs = [job(state, "a", steps=2), job(state, "b", (1, 2, 3), steps=4), job(state, "c", (7,), learning_rate=1e-2)]
+    _, outcomes = packed(state, jobs, slots=3)
+    assert max(outcome.pack for outcome in outcomes.values()) > 1
+    other = WorkerState(worker_setup(tmp_path / "alone", **options), "cpu")
+    for outcome in reversed(outcomes.values()):
+        alone = other.train(TrainJob(outcome.trial, outcome.trainable_params), report=lambda rung: True)
+        assert outcome.forgetting is not None
+        assert alone.forgetting is not None
+        assert outcome.forgetting.before == alone.forgetting.before
+        assert outcome.forgetting.after == pytest.approx(alone.forgetting.after, rel=1e-5)
+        assert abs(outcome.forgetting.rise) > 1e-4
+
+
+def test_a_training_that_was_cut_off_and_went_on_forgot_what_it_would_have(tmp_path: Path) -> None:
+    options = {"task": "tiny_cipher", "task_options": {"limit": 8}, "forgetting": "held_out", "evaluations": 2}
+    whole = WorkerState(worker_setup(tmp_path / "whole", **options), "cpu")
+    asked, params = trial(whole)
+    expected = whole.train(TrainJob(asked, params), report=lambda rung: True)
+    stopping = WorkerState(worker_setup(tmp_path / "cut", **options), "cpu")
+    assert stopping.train(TrainJob(asked, params), report=lambda rung: False).forgetting is None
+    again = WorkerState(worker_setup(tmp_path / "cut", **options), "cpu")  # a worker that knows nothing of it
+    went_on = again.train(TrainJob(asked, params), report=lambda rung: True)
+    assert went_on.forgetting == expected.forgetting is not None
+
+
 def test_a_packed_trial_stops_and_diverges_by_itself(fresh: WorkerState) -> None:
     jobs = [
         job(fresh, "stops"),

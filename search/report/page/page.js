@@ -35,14 +35,15 @@ const OTHERS = 300;  // points whose curves are drawn behind those of the chosen
 const hidden = new Set();  // rules that are filtered out
 const seen = list => hidden.size ? list.filter(p => !hidden.has(p.allocator)) : list;
 let held = null;  // whose allocation stands beside that of the chosen point
-let chosen = S.points.find(p => p.knee) || last(front) || drawn[0] || S.points[0] || null;
+let chosen = S.points.find(p => p.knee) || last(steps) || last(front) || drawn[0] || S.points[0] || null;
 
-const id = p => p.digest.slice(0, 8);
+const id = p => p.digest.slice(0, 8), signed = v => (v < 0 ? "" : "+") + three(v);
 const describe = p => [
   id(p) + "  " + p.label + (p.knee ? " (knee)" : ""),
   p.size + " trainable parameters, " + p.amount,
   ...(p.accuracy === null && height(p) !== null ? [split + " " + three(height(p)) + " when it was stopped"] : accuracies(p)),
-  p.front && p.test !== null && !p.step ? "on the test split another point of the front beats it" : "",
+  p.forgotten === null ? "" : `forgotten ${signed(p.forgotten)} nats a token` + (p.spares ? ": on the front for forgetting less" : ""),
+  p.front && p.test !== null && !p.step && !p.spares ? "on the test split another point of the front beats it" : "",
   p.seeds + (p.seeds === 1 ? " seed" : " seeds") + (p.spread === null ? "" : ", standard deviation " + three(p.spread)),
   p.chance ? "better than the next smaller point of the front with probability " + p.chance : "",
 ].filter(line => line);
@@ -62,8 +63,10 @@ function scatter() {
     return backwards ? `V${at}H${next}` : (i ? "" : `M${x(p.params)} `) + (i ? "V" : "") + at + `H${steps[i + 1] ? next : W - box.r}`;
   }).join("");
   const band = steps.some(error) ? edge(1, false) + edge(-1, true) + "Z" : null;
-  const dot = p => svg("circle", {
-    class: "dot", cx: x(p.params), cy: y(height(p)), r: p.front ? 6.5 : 4.5, tabindex: 0, role: "button", "aria-label": describe(p).join(", "),
+  const at = p => [x(p.params), y(height(p))], diamond = ([cx, cy], r) => `M${cx} ${cy - r}L${cx + r} ${cy}L${cx} ${cy + r}L${cx - r} ${cy}Z`;
+  const dot = p => svg(p.spares ? "path" : "circle", {
+    ...(p.spares ? { d: diamond(at(p), 8) } : { cx: at(p)[0], cy: at(p)[1], r: p.front ? 6.5 : 4.5 }),
+    class: "dot", tabindex: 0, role: "button", "aria-label": describe(p).join(", "),
     fill: p.accuracy === null ? "none" : colour(p), stroke: p.front ? "var(--ink)" : p.accuracy === null ? colour(p) : "none",
     "stroke-width": 1.3, "fill-opacity": p.front || p === chosen ? 1 : 0.65, opacity: faint(p) ? 0.4 : 1,
     onmousemove: e => showTip(e, describe(p)), onmouseleave: hideTip, onclick: () => choose(p), onkeydown: e => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); choose(p); } },
@@ -104,7 +107,8 @@ function legend() {
     names.map(n => el("button", { class: "rule", "aria-pressed": "" + !hidden.has(n), title: "show or hide the points of this rule", onclick: () => { hidden.has(n) ? hidden.delete(n) : hidden.add(n); draw(); } }, el("i", { style: `background:${S.colours[n] || "#888"}` }), n)),
     steps.some(error) ? el("span", {}, "band: ± one standard error") : null,
     drawn.some(faint) ? el("span", {}, "fainter: not evaluated on the test split, drawn by validation accuracy") : null,
-    drawn.some(p => p.accuracy === null) ? el("span", {}, "hollow: stopped early") : null);
+    drawn.some(p => p.accuracy === null) ? el("span", {}, "hollow: stopped early") : null,
+    front.some(p => p.spares) ? el("span", {}, "diamond: on the front because it forgets less") : null);
 }
 
 function curves(key, label) {
@@ -223,7 +227,7 @@ function history() {
   const x = n => box.l + n / Math.max(areas.length - 1, 1) * (W - box.l - box.r), y = v => H - box.b - v / top * (H - box.t - box.b);
   const [ys, decimals] = ticks(0, top, 4);
   return svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `hypervolume of the front after each of ${areas.length} points, ${areas[areas.length - 1].toFixed(3)} in the end` },
-    ...frame(W, H, box, ys, decimals, y, "hypervolume"),
+    ...frame(W, H, box, ys, decimals, y, S.of_three ? "hypervolume of accuracy and parameters" : "hypervolume"),
     ...ticks(1, Math.max(areas.length, 2), 6)[0].filter(t => Number.isInteger(t) && t >= 1).map(t => svg("text", { x: x(t - 1), y: H - box.b + 16, "text-anchor": "middle" }, "" + t)),
     svg("text", { x: (W + box.l) / 2, y: H - 4, "text-anchor": "middle" }, "points"),
     svg("path", { class: "history", d: areas.map((v, n) => `${n ? "H" : "M"}${x(n).toFixed(1)}${n ? "V" : " "}${y(v).toFixed(1)}`).join(""), fill: "none", stroke: "var(--mark)", "stroke-width": 2 }));
@@ -235,7 +239,7 @@ function parallel() {
   const points = seen(drawn), value = text => text === undefined || text === "" || isNaN(text) ? text : +text;
   const axes = [
     ["rule", p => p.allocator], ...S.knobs.map(k => [k, p => value(p.knobs[k])]), ...S.settings.filter(s => !S.knobs.includes(s)).map(s => [s, p => value(p.recipe[s])]),
-    ["parameters", p => Math.max(p.params, 1)], [split, height],
+    ["parameters", p => Math.max(p.params, 1)], ...(S.forgets ? [["forgotten", p => p.forgotten === null ? undefined : p.forgotten]] : []), [split, height],
   ].map(([name, of]) => {
     const values = points.map(of).filter(v => v !== undefined), numeric = values.length > 0 && values.every(v => typeof v === "number");
     if (!numeric) { const names = [...new Set(values.map(String))].sort(); return { name, of, at: v => names.length < 2 ? 0.5 : names.indexOf(String(v)) / (names.length - 1), marks: names.length > 12 ? [] : names.map(n => [n, n]) }; }
@@ -289,6 +293,7 @@ function table() {
     ...S.settings.map(s => [s, p => isNaN(p.recipe[s]) ? p.recipe[s] : +p.recipe[s]]),
     ["experts", p => p.experts, p => p.ranks ? p.amount : "" + p.experts],
     ...(both ? [["test", p => p.test === null ? "" : p.test, p => p.test === null ? "" : near(p.test, p.test_stderr)]] : []),
+    ...(S.forgets ? [["forgotten", p => p.forgotten === null ? "" : p.forgotten, p => p.forgotten === null ? "" : signed(p.forgotten)]] : []),
     ["seeds", p => p.seeds], ...(S.points.some(p => p.spread !== null) ? [["s.d.", p => p.spread === null ? "" : p.spread, p => three(p.spread)]] : []),
     ["status", p => p.status], ["time", p => p.runs.reduce((s, r) => s + r.seconds, 0), p => time(p.runs.reduce((s, r) => s + r.seconds, 0))], ["message", p => p.runs.map(r => r.message).filter(m => m).join("; ")],
   ];
@@ -313,7 +318,7 @@ function under() {
   const answer = el("span", {});
   const parse = text => { const m = /^\s*([\d.,]+)\s*([kKmMbB]?)\s*$/.exec(text); return m ? parseFloat(m[1].replace(/,/g, "")) * { "": 1, k: 1e3, m: 1e6, b: 1e9 }[m[2].toLowerCase()] : NaN; };
   const field = el("input", { placeholder: "e.g. " + human(front.length ? front[Math.floor(front.length / 2)].params : 1e6), "aria-label": "parameter budget", oninput: () => {
-    const limit = parse(field.value), best = last(front.filter(p => p.params <= limit));
+    const limit = parse(field.value), best = last(front.filter(p => !p.spares && p.params <= limit));
     answer.replaceChildren(isNaN(limit) ? "" : best ? `${best.label}: ${accuracies(best).join(", ")}, ${best.size}` : "no point is that small");
     if (best) choose(best);
   } });

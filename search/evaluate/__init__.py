@@ -3,11 +3,14 @@
     python -m search.evaluate studies/sieve-tiny-moe-default task=tiny_cipher            # the most accurate point
     python -m search.evaluate studies/sieve-tiny-moe-default point=knee task=tiny_cipher,tiny_backcipher
     python -m search.evaluate studies/sieve-tiny-moe-default task=arc_easy limit=500 num_fewshot=5
+    python -m search.evaluate studies/ranks_table-tiny-moe-default point=all forgetting=held_out
     python -m search.evaluate help
 
 The split is the one that lm-eval reports: a task's test split, else its validation split. Nothing is trained, and
 nothing of the study changes: a line is added to evaluations.jsonl in its folder. Where no task is named, the study's
-own task is evaluated with the study's settings. A task needs a training split, as in a study.
+own task is evaluated with the study's settings. A task needs a training split, as in a study. `forgetting=` measures
+instead how much the loss on general text rose with the adapters of one point, of the front or of all trainings that are
+kept (`forgotten.py`).
 
 A difference is paired over the questions: d = mean of (score with the adapter − score of the base), and its standard
 error is that of the mean of these differences.
@@ -18,7 +21,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -29,13 +31,14 @@ from allocators.core import words
 from allocators.core.errors import StudyError
 from search import door, records
 from search.config import load_arguments
+from search.evaluate.forgotten import forgotten
 from search.export import find, locate
 from search.records import mirror
 from search.records.files import EVALUATIONS, append_line
 from search.records.redact import redacted
 from search.report import Report
 from search.text import run_id
-from trainers import command, models, tasks
+from trainers import forgetting, models, storage, tasks
 
 if TYPE_CHECKING:  # a request that cannot work is refused without torch
     from trainers.models import Loaded
@@ -48,7 +51,14 @@ TASK_SETTINGS = ("metric", "num_fewshot", "fewshot_seed", "chat_template", "limi
 class Request:
     """What the command line asks for besides the study's folder."""
 
-    point: str = words.key("best", "best (the most accurate), knee, or the id of a run: as many digits as are unique")
+    point: str = words.key(
+        "best",
+        "best (the most accurate), knee, or the id of a run: as many digits as are unique; with forgetting= also front "
+        "or all, whose adapters are kept",
+    )
+    forgetting: str = words.key(
+        "", "loss on this text less that of the base, as forgetting= of a study (held_out, a file, a task)"
+    )
     task: str = words.key("", "task, task file or group, several with commas (empty: the study's own task)")
     limit: int = words.key(0, "evaluate on the first N questions of each task only (0: all)", least=0)
     metric: str = words.key("", "what accuracy is, e.g. acc_norm (empty: as the task says)")
@@ -119,13 +129,14 @@ def evaluate(folder: str | Path, request: Request) -> Iterator[str]:
     settings = report.records.header["config"]
     if settings.get("replay"):
         raise StudyError(f"{folder} asked a recorded table, which has no adapters: evaluate a study that trained")
+    if request.forgetting:
+        yield from _forgotten(report, request)
+        return
     candidate, run = find(report, request.point)
     where = locate(report, run)
     task = _task(request, settings)
     yield f"run {run_id(run)}: {report.label(run)} ({report.accuracy_words(candidate)})"
-    loaded = models.load(
-        request.model or run.trial.model, device=request.device or _device(), **load_arguments(settings)
-    )
+    loaded = _load(report, request, run.trial.model)
     limits = tasks.Limits.of(loaded.model.config.to_dict(), recipe={})
     yield from (f"note: {note}" for note in tasks.look(task, loaded.tokenizer, limits, trains=False).notes)
     task.prepare(loaded.tokenizer, rank=0, world_size=1)
@@ -133,6 +144,34 @@ def evaluate(folder: str | Path, request: Request) -> Iterator[str]:
     compared = _compared(request.task or settings["task"], base, _evaluated(loaded, task, where))
     yield from (row.line for row in compared)
     _record(report.records.folder, run.digest, request, task.data_hash, compared)
+
+
+def _load(report: Report, request: Request, model: str) -> Loaded:
+    arguments = load_arguments(report.records.header["config"])
+    return models.load(request.model or model, device=request.device or _device(), **arguments)
+
+
+def _forgotten(report: Report, request: Request) -> Iterator[str]:
+    """`forgetting=`: of one training, or of all of the front or of the study whose adapters are kept.
+
+    Raises StudyError where a task is asked as well, or no adapter is kept.
+    """
+    if request.task:
+        raise StudyError("forgetting= and task= are two questions: ask one after the other")
+    if request.point in ("front", "all"):
+        points = report.front if request.point == "front" else report.points
+        places = ((run, report.records.adapter_of(run)) for point in points for run in point.complete)
+        runs = [(run, where) for run, where in places if where and storage.exists(where)]
+    else:
+        run = find(report, request.point)[1]
+        runs = [(run, locate(report, run))]
+    if not runs:
+        raise StudyError(
+            f"point={request.point}: no adapter of {report.records.folder} is kept: train with keep=all, or keep=front "
+            "for the front"
+        )
+    forgetting.check(request.forgetting, model=runs[0][0].trial.model)
+    yield from forgotten(report, runs, text=request.forgetting, loaded=_load(report, request, runs[0][0].trial.model))
 
 
 def _task(request: Request, settings: Mapping[str, Any]) -> AnyTask:
@@ -214,7 +253,3 @@ def _record(folder: Path, digest: str, request: Request, data: str, compared: Se
         ],
     }
     append_line(json.dumps(redacted(line)), folder, EVALUATIONS)
-
-
-if __name__ == "__main__":
-    sys.exit(command.run(main))

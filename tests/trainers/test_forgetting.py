@@ -8,19 +8,23 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from allocators.core.errors import StudyError
-from allocators.core.types import Forgetting, Outcome
+from allocators.core.messages import TrainJob
+from allocators.core.types import ExpertSelection, Forgetting, Outcome, Recipe, Trial
 from search import run
 from search.config import parse
 from search.front import Points
 from search.records import read
 from search.session.prepare import prepare
 from tests.search.studies import outcome, selection
+from tests.trainers.conftest import worker_setup
 from trainers import forgetting, models
+from trainers.worker_state import WorkerState
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +159,48 @@ def test_a_study_records_it_and_a_limit_that_nothing_meets_says_so(
     assert "Forgetting: the base's loss on general text (held_out)" in capsys.readouterr().out
     header = (tmp_path / "sieve-tiny-moe-default" / "points.csv").read_text().splitlines()[0]
     assert "forgetting,forgetting_stderr,general_loss" in header
+    assert run.main([*given, "reuse=true", "name=again"]) == 0
+    again = read(tmp_path / "again")
+    assert len(again.reused) == 2
+    assert {d: o.forgetting for d, o in again.finished.items() if d in again.reused} == {
+        o.digest: o.forgetting for o in finished
+    }
+    capsys.readouterr()
     assert run.main([*given, "max_forgetting=1e-9"]) == 0
     said = capsys.readouterr().out
     assert "max_forgetting=1e-09" in said
+
+
+def member_of_a_group(rank: int, world_size: int, folder: str) -> None:
+    """One of the workers of a trial, on the CPU: writes what it measured."""
+    import torch.distributed as dist
+
+    meeting = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
+    state = WorkerState(worker_setup(Path(folder), **OF_A_GROUP), "cpu")
+    outcome = state.train(job(state), report=lambda rung: True, leads=rank == 0)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps(outcome.to_json()))
+    dist.destroy_process_group()
+
+
+OF_A_GROUP: dict[str, Any] = {"task": "tiny_cipher", "task_options": {"limit": 8}, "forgetting": "held_out"}
+
+
+def job(state: WorkerState) -> TrainJob:
+    recipe = Recipe(rank=4, steps=4, batch_size=4, micro_batch_size=2, learning_rate=1e-2)
+    chosen = ExpertSelection(dict.fromkeys(state.shape.moe_layers, (0, 3)))
+    trial = Trial(chosen, recipe, "tiny-moe", "tiny_cipher", 0)
+    return TrainJob(trial, chosen.trainable_params(state.shape, rank=4))
+
+
+@pytest.mark.slow
+def test_the_workers_of_a_trial_share_the_text_and_all_have_the_number_of_one_alone(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(member_of_a_group, args=(2, str(tmp_path)), nprocs=2)
+    first, second = (Outcome.from_json(json.loads((tmp_path / f"{rank}.json").read_text())) for rank in range(2))
+    state = WorkerState(worker_setup(tmp_path / "alone", **OF_A_GROUP), "cpu")
+    alone = state.train(job(state), report=lambda rung: True).forgetting
+    assert first.forgetting == second.forgetting is not None
+    assert alone is not None
+    assert first.forgetting is not None
+    assert first.forgetting.before == pytest.approx(alone.before, rel=1e-6)
+    assert first.forgetting.after == pytest.approx(alone.after, rel=1e-5)

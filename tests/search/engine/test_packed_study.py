@@ -33,6 +33,7 @@ WORDS = [
     "evaluations=3",
     "recipe.batch_size=4",
     "keep=all",
+    "forgetting=held_out",
 ]
 
 
@@ -62,7 +63,12 @@ def test_trainings_shared_passes_and_paused_and_ended_by_themselves(study: Recor
 def test_each_is_what_it_is_alone(study: Records, tmp_path: Path) -> None:
     """Losses but for rounding, accuracies but for the questions that rounding can flip."""
     setup = worker_setup(
-        tmp_path, task="default", task_options={"limit": QUESTIONS}, evaluations=3, calibration_samples=16
+        tmp_path,
+        task="default",
+        task_options={"limit": QUESTIONS},
+        evaluations=3,
+        calibration_samples=16,
+        forgetting="held_out",
     )
     state = WorkerState(setup, "cpu")
     for outcome in study.finished.values():
@@ -72,6 +78,10 @@ def test_each_is_what_it_is_alone(study: Records, tmp_path: Path) -> None:
         losses = [[rung.loss for rung in one.rungs] for one in (outcome, alone)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # a token on the border of two experts may flip
         assert outcome.accuracy == pytest.approx(alone.accuracy, abs=1.01 / QUESTIONS)
+        assert (outcome.forgetting is None) == (outcome.status == "stopped")
+        if outcome.forgetting is not None:
+            assert alone.forgetting is not None
+            assert outcome.forgetting.after == pytest.approx(alone.forgetting.after, rel=1e-4)
 
 
 def test_a_worker_killed_in_mid_pack_costs_nobody_a_training(tmp_path: Path) -> None:

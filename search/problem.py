@@ -98,6 +98,11 @@ class Problem:
         return {name: first[name] for name, pin in self.pins.items() if pin == ANY and first.get(name, ANY) != ANY}
 
     @property
+    def is_recorded(self) -> bool:
+        """Whether its points are trainings on record: of the space's points it may lack some."""
+        return False
+
+    @property
     def is_table(self) -> bool:
         """Whether the space is a fixed grid: every point of it is trained, and there is nothing to search."""
         return getattr(self.space, "TABLE", False)

@@ -26,7 +26,7 @@ def starting_points(problem: Problem) -> list[dict[str, Any]]:
     """The space's starting points; recipe settings that a point leaves out take the study's own values.
 
     Where neither task nor command line says how large updates are, they are those of `TRANSFERABLE`. A grid, which
-    is searched once it was recorded (`replay=`), may have none.
+    is searched once it was recorded (`replay=`), may have none; of a table those are left out that it has no row for.
 
     Raises StudyError where the space's code fails, or a point is none of its points: it has a knob that the space does
     not have or does not ask for there, or a value that the space could not suggest.
@@ -48,16 +48,20 @@ def _points(problem: Problem) -> list[dict[str, Any]]:
     if not isinstance(given, list | tuple) or len(given) > MOST:
         raise SpaceError(f"{what} starts from {plugins.returned(given)} and not a list of at most {MOST} ({place})")
     free = replace(problem, pins={})  # pins may lead elsewhere than a point's own values
+    known = []
     for number, point in enumerate(given, start=1):
         try:
             _check(free, point)
+            known.append(dict(point))
         except StudyError as error:
+            if problem.is_recorded:
+                continue
             values = shown(str(dict(point)) if isinstance(point, Mapping) else repr(point))
             raise StudyError(
                 f"starting point {number} of space={problem.space_name} is none of its points: {error} ({values}; "
                 f"{place})"
             ) from error
-    return [dict(point) for point in given]
+    return known
 
 
 def _check(problem: Problem, point: Any) -> None:

@@ -29,6 +29,11 @@ class TableProblem(Problem):
     study_seed: int = 0
 
     @property
+    def is_recorded(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def is_table(self) -> bool:
         """False, also where the space is a table."""
         return False  # recorded as a grid of which every row was trained; now it is searched

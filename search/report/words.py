@@ -170,12 +170,13 @@ def _third(results: Results) -> str:
     spares = len(results.front) - len(results.rising)
     unknown = sum(c.forgetting is None and c.accuracy is not None for c in results.points)
     missing = f"; {unknown} of which it is not known {'is' if unknown == 1 else 'are'} not on it" if unknown else ""
+    there = "is there because it forgets" if spares == 1 else "are there because they forget"
+    size, accuracy = human(least.trainable_params), results.accuracy_words(least)
     return (
-        f"It is the third objective: {spares} of the {len(results.front)} points of the front "
-        f"{'is' if spares == 1 else 'are'} there because they forget less (diamonds in the picture){missing}. Least "
-        f"forgets {results.label(least.best)} ({human(least.trainable_params)} trainable parameters, "
-        f"{results.accuracy_words(least)}, {least.forgetting or 0.0:+.3f} nats a token). Knee, halving and the drawn "
-        "step go by accuracy and parameters alone."
+        f"It is the third objective: {spares} of the {len(results.front)} points of the front {there} less (diamonds in "
+        f"the picture){missing}. Least forgets {results.label(least.best)} ({size} trainable parameters, {accuracy}, "
+        f"{least.forgetting or 0.0:+.3f} nats a token). Knee, halving and the drawn step go by accuracy and parameters "
+        "alone."
     )
 
 

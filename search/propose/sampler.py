@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError
 from allocators.core.types import Outcome, Point, Trial
@@ -129,8 +129,8 @@ class Proposer:
         self._seeds: dict[str, set[int]] = {}  # point -> the seeds that it was tried with
 
     def _new_study(self) -> Any:
-        directions = ["maximize", "minimize", "minimize"][: 3 if self._of_three else 2]
-        return self._optuna.create_study(directions=directions, sampler=self._idle)
+        minimised: list[Literal["maximize", "minimize"]] = ["minimize"] * (2 if self._of_three else 1)
+        return self._optuna.create_study(directions=["maximize", *minimised], sampler=self._idle)
 
     def recall(self, run: Trial, params: Mapping[str, Any]) -> None:
         """Takes in what was proposed in an earlier run, without asking the sampler."""

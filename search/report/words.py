@@ -173,10 +173,9 @@ def _third(results: Results) -> str:
     there = "is there because it forgets" if spares == 1 else "are there because they forget"
     size, accuracy = human(least.trainable_params), results.accuracy_words(least)
     return (
-        f"It is the third objective: {spares} of the {len(results.front)} points of the front {there} less (diamonds in "
-        f"the picture){missing}. Least forgets {results.label(least.best)} ({size} trainable parameters, {accuracy}, "
-        f"{least.forgetting or 0.0:+.3f} nats a token). Knee, halving and the drawn step go by accuracy and parameters "
-        "alone."
+        f"It is the third objective: {spares} of the {len(results.front)} points of the front {there} less (diamonds "
+        f"in pictures){missing}. Least forgets {results.label(least.best)} ({size} trainable parameters, {accuracy}, "
+        f"{least.forgetting or 0.0:+.3f} nats a token). Knee, halving and the step go by accuracy and parameters alone."
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 from pathlib import Path
 
@@ -28,7 +29,7 @@ NAME = "three"
 
 def rise(params: int, scaled_rate: float) -> float:
     """Large and fast trainings forget more: a made-up law, for numbers that every row has."""
-    return 1e-3 * params**0.5 * (scaled_rate / 0.1)
+    return 1e-3 * math.sqrt(params) * (scaled_rate / 0.1)
 
 
 @pytest.fixture(scope="module")

@@ -45,8 +45,8 @@ def terrain(points: Sequence[Place]) -> Terrain:
 
 def gain(place: Place, stds: tuple[float, float], points: Sequence[Place]) -> float:
     cost, *means = place
-    normals = (Normal(np.array([mean]), np.array([std])) for mean, std in zip(means, stds, strict=True))
-    return float(expected_gain(*normals, np.array([float(cost)]), terrain(points))[0])
+    accuracy, spared = (Normal(np.array([mean]), np.array([std])) for mean, std in zip(means, stds, strict=True))
+    return float(expected_gain(accuracy, spared, np.array([float(cost)]), terrain(points))[0])
 
 
 @settings(max_examples=200, deadline=None)

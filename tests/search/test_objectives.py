@@ -22,6 +22,7 @@ from search.front import unbeaten
 from search.records import read
 from search.report import Report
 from search.serve.beside import beside
+from search.serve.following import Following
 
 THREE = "objectives=accuracy,params,forgetting"
 NAME = "three"
@@ -84,7 +85,7 @@ def test_every_view_says_it(study: Path) -> None:
     columns = json.loads(page[1])["points"]["columns"]
     assert {"forgotten", "spares"} <= columns.keys()
     assert "forgotten" in report.description
-    members = beside([study])["studies"][0]["front"]
+    members = beside([Following(study)])["studies"][0]["front"]
     assert [member["spares"] for member in members] == [report.spares(candidate) for candidate in report.front]
     client = MlflowClient(f"sqlite:///{study.parent / 'mlflow.db'}")
     experiments = [one.experiment_id for one in client.search_experiments()]

@@ -22,11 +22,11 @@ Every seed of `random` draws its own experts, so that the row stands for random 
 Comparisons: hot 25 % against all, as an equivalence test with the paper's margin of two points; hot 25 % against random
 and greedy at the same number of experts (the paper's ablations), and against mass and coverage (ours).
 
-Measured with the first command and seeds=4 (136 trainings), test accuracy, tuned / paper: none .366 / .269, random 25 %
-.514 / .367, greedy 25 % .689 / .450, hot 25 % .707 / .464, mass 25 % .729 / .508, all .874 / .668. The hot quarter is
-better than a random one (+.193, 95 % interval +.167 to +.219, and +.098, +.002 to +.193), it does not replace all
-experts on this small model (−.167, −.352 to +.017, and −.204, −.295 to −.113), and greedy and mass cannot be told apart
-from it. The tuned recipe is worth +.243 (+.022 to +.464) at the hot quarter, with half of the parameters.
+Measured with the first command and seeds=5 (170 trainings), test accuracy, tuned / paper: none .354 / .273, random 25 %
+.492 / .359, greedy 25 % .696 / .479, hot 25 % .707 / .507, mass 25 % .736 / .541, all .880 / .692. The hot quarter is
+better than a random one (+.215, 95 % interval +.152 to +.278, and +.148, −.006 to +.302), it does not replace all
+experts on this small model (−.173, −.299 to −.048, and −.186, −.265 to −.106), and greedy and mass cannot be told apart
+from it. The tuned recipe is worth +.200 (+.009 to +.391) at the hot quarter, with half of the parameters.
 """
 
 from __future__ import annotations

@@ -450,6 +450,14 @@ class Points:
         """The points that no other point beats, ascending in parameters."""
         return list(self._unbeaten)
 
+    @property
+    def rising(self) -> list[Candidate]:
+        """The members of the front that no other beats in accuracy and parameters alone; all where these are all.
+
+        With forgetting as a third objective other members are less accurate than smaller ones, and forget less.
+        """
+        return front(self._unbeaten) if self.of_three else self.front
+
     def fallen(self) -> set[str]:
         """Points, by their digests, that were on the front since this was asked for the last time, and are not now."""
         left = {candidate.point for candidate in self._unbeaten.left()}

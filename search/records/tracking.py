@@ -384,8 +384,7 @@ class Tracker:
     def _mark(self) -> None:
         """Tags `front` and `knee` at the runs of the front as it is now; what was beaten loses them."""
         assert self._records is not None
-        front = self._records.points.front
-        knee = pareto.knee(front)  # with a third objective not all members rise
+        front, knee = self._records.points.front, pareto.bend(self._records.points.rising)
         marks = {run.digest: (True, member is knee) for member in front for run in member.complete}
         for digest in [*marks, *(self._marked.keys() - marks.keys())]:
             before, now = self._marked.get(digest, (False, False)), marks.get(digest, (False, False))

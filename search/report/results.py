@@ -64,11 +64,8 @@ class Results:
 
     @cached_property
     def rising(self) -> list[Candidate]:
-        """The members of the front that no other beats in accuracy and parameters alone; all where these are all.
-
-        With forgetting as a third objective other members are less accurate than smaller ones, and forget less.
-        """
-        return unbeaten(self.front) if self.records.points.of_three else self.front
+        """The members of the front that no other beats in accuracy and parameters alone."""
+        return self.records.points.rising
 
     @cached_property
     def _risen(self) -> set[str]:

@@ -216,6 +216,7 @@ def test_packed_trials_are_those_of_a_worker_each(fresh: WorkerState, tmp_path: 
         assert one.accuracy == pytest.approx(alone.accuracy, abs=1 / 16)  # of 16 questions rounding may flip one
 
 
+@pytest.mark.slow
 def test_what_a_packed_trial_forgot_is_what_it_forgot_alone(tmp_path: Path) -> None:
     """Experts and ranks of every matrix in one pass; the first to end measures the base, with its own adapter off."""
     options = {"task": "tiny_cipher", "task_options": {"limit": 8}, "forgetting": "held_out"}
@@ -260,6 +261,7 @@ def test_a_packed_trial_stops_and_diverges_by_itself(fresh: WorkerState) -> None
     assert outcomes["stops"].rungs[-1].step == 2
 
 
+@pytest.mark.slow
 def test_after_a_pass_that_failed_each_goes_on_alone_and_the_one_to_blame_is_named(
     fresh: WorkerState, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

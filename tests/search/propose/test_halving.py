@@ -420,7 +420,7 @@ def test_who_was_stopped_early_is_told_as_pruned_and_never_as_a_point_of_the_fro
 # --- whole studies
 
 
-@pytest.mark.parametrize("rank_by", ["accuracy", "eval_loss"])
+@pytest.mark.parametrize("rank_by", ["accuracy", pytest.param("eval_loss", marks=pytest.mark.slow)])
 def test_a_study_that_was_cut_off_goes_on_where_its_trainings_paused(tmp_path: Path, rank_by: str) -> None:
     """A table answers instead of workers; what a killed driver leaves is written by hand: paused, under way, over."""
     record(tmp_path / "recorded")

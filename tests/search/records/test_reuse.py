@@ -258,6 +258,7 @@ def test_repeats_that_were_trained_elsewhere_are_not_trained(tmp_path: Path, mlf
     assert not {trial.digest for trial in third} & (trained(tmp_path / "first") | trained(tmp_path / "second"))
 
 
+@pytest.mark.slow
 def test_rows_of_a_table_that_were_trained_elsewhere_are_done(tmp_path: Path, mlflow_folder: Path) -> None:
     few = table_problem(pins={"fraction": 0.25, "share": 0.5})
     drive(few, tmp_path / "few", mlflow_folder, seeds=2, trials=100)

@@ -121,6 +121,7 @@ def test_a_small_study_says_that_it_is_too_small(tmp_path: Path, capsys: pytest.
     ]
 
 
+@pytest.mark.slow
 def test_a_replayed_study_from_its_trainings_to_its_report(table: Recorded, tmp_path: Path) -> None:  # noqa: F811
     """The table's accuracy is made of experts, rank and learning rate; its diverged rows have none."""
     _, folder = table

@@ -8,11 +8,12 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from rich.console import Console
 
+from allocators.core.errors import StudyError
 from allocators.core.types import ExpertSelection, ModuleRanks, Outcome
 from search.records import LINES
 from search.report import Report, show, write
@@ -32,6 +33,7 @@ from tests.search.studies import (
     selection,
     started,
 )
+from trainers import storage
 
 
 def study_of(folder: Path, *outcomes: Outcome, **changes: Any) -> Report:
@@ -189,7 +191,13 @@ def test_no_ray_no_torch_no_model(tmp_path: Path) -> None:
     assert done.stderr.strip() == "set()"
 
 
-def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(tmp_path: Path) -> None:
+def test_how_to_load_the_winner_is_told_only_where_its_adapter_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(location: storage.Location) -> NoReturn:  # as without a network, after its timeouts
+        raise StudyError(f"cannot open '{location}'")
+
+    monkeypatch.setattr(storage, "_filesystem", unreachable)
     best, other = outcome(selection(8), accuracy=0.6), outcome(selection(4), accuracy=0.5)
     remote = outcome(selection(2), accuracy=0.4, adapter="s3://elsewhere/x")
     with open_study(tmp_path) as study:

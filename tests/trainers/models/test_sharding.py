@@ -91,6 +91,7 @@ def everything(moe: str, dense: str, choice: str, copy: str, *, shard: bool) -> 
         source = SimpleNamespace(
             name=name,
             identity=loaded.identity,
+            tokenizer_identity="",
             shape=shape,
             dtype=loaded.numbers,
             model=loaded.model,

@@ -7,6 +7,7 @@ loop/         one training run: steps, rungs, checkpoint, resume
 packing/      several training runs in one pass over the base
 storage.py    files and folders at a path or a URI
 versions.py   what a result can depend on
+timing.py     how long steps and questions take here
 command.py    how a command is run: its streams outlast the terminal
 worker.py     what runs on every Ray Train worker of a study
               worker_state.py: what a worker holds and does, without Ray; worker_slots.py: several trials in one pass

@@ -258,11 +258,11 @@ def test_points_build_one_candidate_a_training_and_compare_it_with_the_front_alo
     monkeypatch.setattr(module, "_candidate", counted_build)
     monkeypatch.setattr(module._Entry, "beats", counted_beats)
     draw, points = random.Random(0), Points()
-    for seed in range(1_000):
+    for seed in range(500):
         run = outcome(selection(draw.randint(1, 15), seed=seed), accuracy=draw.random())
         points.add(run)
-    assert len(points) == len(built) == 1_000
-    assert len(compared) <= 5 * 1_000
+    assert len(points) == len(built) == 500
+    assert len(compared) <= 5 * 500
 
 
 # --- three objectives

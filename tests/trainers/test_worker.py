@@ -234,6 +234,7 @@ def test_what_a_packed_trial_forgot_is_what_it_forgot_alone(tmp_path: Path) -> N
         assert abs(outcome.forgetting.rise) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_training_that_was_cut_off_and_went_on_forgot_what_it_would_have(tmp_path: Path) -> None:
     options = {"task": "tiny_cipher", "task_options": {"limit": 8}, "forgetting": "held_out", "evaluations": 2}
     whole = WorkerState(worker_setup(tmp_path / "whole", **options), "cpu")

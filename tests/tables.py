@@ -139,6 +139,11 @@ def difference(one: Mapping[str, Any] | Paired, *, bold: bool = False) -> str:
     return f"**{text}**" if bold else text
 
 
+def tested(of: Study, comparison: str) -> str:
+    """A comparison's difference, bold where it stays below .05 corrected; nothing where none is named."""
+    return difference(of.comparison(comparison), bold=comparison in of.certain) if comparison else ""
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """A Markdown table."""
     return [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(row)} |" for row in rows)]
@@ -181,9 +186,11 @@ def ranks() -> list[str]:
             if row.id == uniform.id and comparison:
                 cells += ["is uniform", ""]
                 continue
-            beside = difference(model.comparison(comparison), bold=comparison in model.certain) if comparison else ""
             share = row.size / uniform.size  # of a random row no seed draws quite the same number
-            cells += [spread(row) + (f" ({share:.1%})".replace("%", " %") if share < 0.9 else ""), beside]
+            cells += [
+                spread(row) + (f" ({share:.1%})".replace("%", " %") if share < 0.9 else ""),
+                tested(model, comparison),
+            ]
         rows.append(cells)
     return table(("rule", "tiny-dense", "− uniform", "tiny-moe", "− uniform"), rows)
 
@@ -287,8 +294,7 @@ def dense_rows() -> list[str]:
         cells = [name]
         for recipe in RECIPES:
             cells.append(spread(of.row(recipe=recipe, **asked)))
-            one = f"{comparison}, {recipe}"
-            cells.append(difference(of.comparison(one), bold=one in of.certain) if comparison else "")
+            cells.append(tested(of, comparison and f"{comparison}, {recipe}"))
         rows.append(cells)
     return table(("five experts a layer", "tuned", "− uniform", "paper", "− uniform"), rows)
 

@@ -173,11 +173,10 @@ class WorkerState:
         """
         from trainers import adapter as adapters
 
-        adapter = adapters.load(self.model, folder)
         try:
-            return Tested(self._score(self.task.test))
+            with adapters.applied(self.model, folder):
+                return Tested(self._score(self.task.test))
         finally:
-            adapter.detach()
             self.clean_up()
 
     @property

@@ -49,8 +49,9 @@ class InProcessWorkers:
             os.environ.setdefault(name, value)
         import torch
 
-        device = self._device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._state = WorkerState(self._setup, torch.device(device))
+        from trainers import models
+
+        self._state = WorkerState(self._setup, torch.device(models.device_or_default(self._device)))
 
     def describe(self) -> str:
         """Names the device."""

@@ -18,24 +18,22 @@ error is that of the mean of these differences.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allocators.core import words
 from allocators.core.errors import StudyError
+from allocators.core.types import Outcome
 from search import door, records
 from search.config import load_arguments
 from search.evaluate.forgotten import forgotten
+from search.evaluate.lines import record
 from search.export import find, locate
 from search.records import mirror
-from search.records.files import EVALUATIONS, append_line
-from search.records.redact import redacted
 from search.report import Report
 from search.text import run_id
 from trainers import forgetting, models, storage, tasks
@@ -143,12 +141,12 @@ def evaluate(folder: str | Path, request: Request) -> Iterator[str]:
     base = _evaluated(loaded, task, None) if request.base else None
     compared = _compared(request.task or settings["task"], base, _evaluated(loaded, task, where))
     yield from (row.line for row in compared)
-    _record(report.records.folder, run.digest, request, task.data_hash, compared)
+    _record(report, run, request, task.data_hash, compared)
 
 
 def _load(report: Report, request: Request, model: str) -> Loaded:
     arguments = load_arguments(report.records.header["config"])
-    return models.load(request.model or model, device=request.device or _device(), **arguments)
+    return models.load(request.model or model, device=models.device_or_default(request.device), **arguments)
 
 
 def _forgotten(report: Report, request: Request) -> Iterator[str]:
@@ -187,12 +185,6 @@ def _task(request: Request, settings: Mapping[str, Any]) -> AnyTask:
     return tasks.load_task(name, select_on="test", batch_size=request.batch_size, **options)
 
 
-def _device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _evaluated(loaded: Loaded, task: AnyTask, where: str | None) -> Evaluation:
     """The base, with the adapter that lies at `where` if there is one."""
     from trainers import adapter
@@ -200,12 +192,9 @@ def _evaluated(loaded: Loaded, task: AnyTask, where: str | None) -> Evaluation:
     loaded.model.eval()
     if where is None:
         return task.evaluate(loaded.model)
-    attached = adapter.load(loaded.model, where)
-    try:
+    with adapter.applied(loaded.model, where):
         loaded.model.eval()
         return task.evaluate(loaded.model)
-    finally:
-        attached.detach()
 
 
 def _compared(name: str, base: Evaluation | None, adapted: Evaluation) -> list[Compared]:
@@ -238,18 +227,11 @@ def _paired_error(before: Sequence[float], after: Sequence[float]) -> float | No
     return statistics.stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None
 
 
-def _record(folder: Path, digest: str, request: Request, data: str, compared: Sequence[Compared]) -> None:
-    """Adds one line to the study's evaluations; the study itself stays as it is."""
+def _record(report: Report, run: Outcome, request: Request, data: str, compared: Sequence[Compared]) -> None:
     asked = {name: getattr(request, name) for name in ("task", *TASK_SETTINGS) if hasattr(request, name)}
-    line = {
-        "digest": digest,
-        "asked": asked,
-        "data": data,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "results": [
-            {"task": c.task, "questions": c.questions, "metric": c.metric, "accuracy": c.adapted[0]}
-            | {"stderr": c.adapted[1], "base": c.base and c.base[0], "difference": c.difference, "error": c.error}
-            for c in compared
-        ],
-    }
-    append_line(json.dumps(redacted(line)), folder, EVALUATIONS)
+    results = [
+        {"task": c.task, "questions": c.questions, "metric": c.metric, "accuracy": c.adapted[0]}
+        | {"stderr": c.adapted[1], "base": c.base and c.base[0], "difference": c.difference, "error": c.error}
+        for c in compared
+    ]
+    record(report, run, asked=asked, data=data, results=results)

@@ -8,17 +8,14 @@ Points are compared by the mean over their seeds; the rows of a table, as the ta
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from allocators.core.types import Allocation, Forgetting, ModuleRanks, Outcome
+from search.evaluate.lines import record
 from search.front import Candidate
-from search.records.files import EVALUATIONS, append_line
-from search.records.redact import redacted
 from search.report import Report
 from search.report.sections import is_table, row_of
 from search.report.uncertainty import paired
@@ -55,15 +52,20 @@ def forgotten(report: Report, runs: Sequence[tuple[Outcome, str]], *, text: str,
 
     Raises StudyError for a text that cannot be there, or that has no loss.
     """
+    from trainers import adapter
+
     measure, digest = forgetting.load(text, model=runs[0][0].trial.model, tokenizer=loaded.tokenizer)
     loaded.model.eval()
     before = measure(loaded.model)
     yield f"the base's loss on {text}: {before.mean:.4f} nats a token"
     rises: dict[str, Forgetting] = {}
     for run, where in runs:
-        after = _with_adapter(loaded, measure, where)
-        rises[run.digest] = Forgetting(before.mean, after.mean, forgetting.difference(before, after))
-        _record(report, run, text=text, data=digest, lost=rises[run.digest])
+        with adapter.applied(loaded.model, where):
+            loaded.model.eval()
+            after = measure(loaded.model)
+        lost = rises[run.digest] = Forgetting(before.mean, after.mean, forgetting.difference(before, after))
+        result = {"before": lost.before, "after": lost.after, "rise": lost.rise, "stderr": lost.stderr}
+        record(report, run, asked={"forgetting": text}, data=digest, results=[result])
     points = []
     for point in report.points:
         by_seed = {run.trial.seed: rises[run.digest].rise for run in point.complete if run.digest in rises}
@@ -76,17 +78,6 @@ def forgotten(report: Report, runs: Sequence[tuple[Outcome, str]], *, text: str,
         yield f"standard error of one training's rise over the rows of the text: {error:.4f} (median)"
     yield from _compared(report, points)
     yield from _correlated(points)
-
-
-def _with_adapter(loaded: Loaded, measure: forgetting.Measure, where: str) -> forgetting.Loss:
-    from trainers import adapter
-
-    attached = adapter.load(loaded.model, where)
-    try:
-        loaded.model.eval()
-        return measure(loaded.model)
-    finally:
-        attached.detach()
 
 
 def _lines(report: Report, points: Sequence[Measured]) -> Iterator[str]:
@@ -153,15 +144,3 @@ def _correlated(points: Sequence[Measured]) -> Iterator[str]:
             said.append(f"with the number of adapted matrices {stats.spearmanr(rises, counts).statistic:+.2f}")
         size = human(group[len(group) // 2].point.trainable_params)
         yield f"rank correlation of forgetting over {len(group)} points of about {size} parameters: {', '.join(said)}"
-
-
-def _record(report: Report, run: Outcome, *, text: str, data: str, lost: Forgetting) -> None:
-    """Adds one line to the study's evaluations; the study itself stays as it is."""
-    line: dict[str, Any] = {
-        "digest": run.digest,
-        "asked": {"forgetting": text},
-        "data": data,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "results": [{"before": lost.before, "after": lost.after, "rise": lost.rise, "stderr": lost.stderr}],
-    }
-    append_line(json.dumps(redacted(line)), report.records.folder, EVALUATIONS)

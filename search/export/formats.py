@@ -176,9 +176,8 @@ def loaded_with_logits(conversion: Conversion, **changes: Any) -> tuple[models.L
     from trainers import adapter
 
     loaded = conversion.load_base(dtype="float32", **changes)
-    attached = adapter.load(loaded.model, conversion.source)
-    expected = logits_of(loaded.model)
-    attached.detach()
+    with adapter.applied(loaded.model, conversion.source):
+        expected = logits_of(loaded.model)
     return loaded, expected
 
 

@@ -29,6 +29,7 @@ from allocators.core.types import Outcome, Status, Trial
 from search.config import keys
 from search.records import Records
 from search.records.files import ADAPTERS, HEADER, LINES, plain_file
+from search.records.following import Following
 from search.records.header import read_header
 from search.records.redact import redacted
 from trainers import storage
@@ -89,7 +90,7 @@ class OtherStudies:
         self._test_data = facts.get(TEST_DATA)  # None: this study's trainings have no score beside their accuracy
         self._place = place
         self._contents = contents
-        self._followed: dict[Path, Followed | None] = {folder: None}  # None: of no use
+        self._followed: dict[Path, Following | None] = {folder: None}  # None: of no use
 
     def __len__(self) -> int:
         """How many trainings could be taken as of now."""
@@ -122,47 +123,24 @@ class OtherStudies:
             if other not in self._followed:
                 self._followed[other] = self._follow(other)
             if (followed := self._followed[other]) is not None:
-                with contextlib.suppress(FileNotFoundError, StudyError):  # deleted, or made a link, since it was listed
-                    yield followed.update()
+                with contextlib.suppress(StudyError):  # without a line yet, deleted, or made a link since it was listed
+                    yield followed.read()
 
-    def _follow(self, folder: Path) -> Followed | None:
+    def _follow(self, folder: Path) -> Following | None:
         try:
-            followed = Followed(folder)
+            header = read_header(folder)
+            with contextlib.suppress(FileNotFoundError):  # its first line may not be written yet
+                plain_file(folder, LINES)
         except StudyError as error:
             log.warning("nothing is reused from %s: %s", folder.name, error)
             return None
-        header = followed.records.header
         if not same_settings(self._identity, {**self._defaults, **header["identity"]}):
             return None
         theirs = header.get("contents", {})
         if other := [name for name, mine in self._contents.items() if mine and theirs.get(name, "") not in ("", mine)]:
             log.warning("nothing is reused from %s: it was made with another %s", folder.name, other[0])
             return None
-        return followed
-
-
-class Followed:
-    """Another study's records, read on from where they were read to the last time; no lock, nothing written.
-
-    A line counts when its newline is there, so one that is being written, or was torn, is left for later.
-
-    Raises StudyError where there is no study in the folder, or its lines lie outside of it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.records = Records(folder, read_header(folder))
-        with contextlib.suppress(FileNotFoundError):  # its first line may not be written yet
-            plain_file(folder, LINES)
-        self._read = 0
-
-    def update(self) -> Records:
-        """The records as of now. Raises OSError where the folder is gone, StudyError where its lines lie outside."""
-        with plain_file(self.records.folder, LINES).open("rb") as file:
-            file.seek(self._read)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._read += len(whole + newline)
-        self.records.take_in(whole + newline)
-        return self.records
+        return Following(folder)
 
 
 def _copied(source: str, target: str) -> bool:

@@ -9,15 +9,14 @@ STUDY is the folder of a study, or URI/NAME where its storage is one. The study 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from allocators.core import words
-from allocators.core.errors import StudyError, ToolkitError
+from allocators.core.errors import StudyError
 from search import door
 from search.records import mirror, read, write_atomically
-from search.records.redact import redacted
 from search.report import Report, show, summary, write
 from trainers import command
 
@@ -32,29 +31,28 @@ class Request:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 done, 2 there is no study in the folder or it cannot be written."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if not given or words.asks_for_help(given):
-        told = door.help_text("search.report STUDY [key=value ...]", Request, __doc__)
-        print(told, file=sys.stdout if given else sys.stderr)
-        return 0 if given else 2
+    return door.answer(argv, told=help_text, act=_report)
+
+
+def help_text() -> str:
+    """Usage, keys with their defaults, and the rest of this file's docstring."""
+    return door.help_text("search.report STUDY [key=value ...]", Request, __doc__)
+
+
+def _report(given: Sequence[str]) -> Iterator[str]:
+    folder, request = door.one_study(given, Request, example="search.report STUDY")
+    if request.seeds and not request.results:
+        raise StudyError("seeds= says what goes into the file of results=FILE.json: give both, or neither")
     to = "the study's folder"
     try:
-        folder, request = door.one_study(given, Request, example="search.report STUDY")
-        if request.seeds and not request.results:
-            raise StudyError("seeds= says what goes into the file of results=FILE.json: give both, or neither")
         to = folder = mirror.here(folder)
         report = write(folder)
         show(report)
         if request.results:
             to = request.results
-            print(f"Numbers: {write_results(report, request)}")
-    except ToolkitError as error:
-        print(f"error: {redacted(str(error))}", file=sys.stderr)
-        return 2
+            yield f"Numbers: {write_results(report, request)}"
     except OSError as error:
-        print(f"error: the report cannot be written to {to} ({error.strerror})", file=sys.stderr)
-        return 2
-    return 0
+        raise StudyError(f"the report cannot be written to {to} ({error.strerror})") from None
 
 
 def write_results(report: Report, request: Request) -> Path:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -32,14 +33,15 @@ from urllib.parse import urlsplit
 from allocators.core.errors import StudyError, one_line
 from search.records import LINES
 from search.records.files import LOCK, inside
+from search.records.following import Following
 from search.records.orders import LARGEST, Order, give
 from search.records.redact import redacted
 from search.report import Report
 from search.report.page import FOLDER as PAGE
 from search.report.page import Live, filled
 from search.serve.beside import beside
-from search.serve.following import Following
 
+log = logging.getLogger(__name__)
 HERE = Path(__file__).parent
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 HEADERS = {
@@ -74,7 +76,7 @@ class Serving:
 
     def __post_init__(self) -> None:
         self._made: dict[int, tuple[str, str]] = {}  # study -> the stamp and the page of it
-        self._following = [Following(folder) for folder in self.folders]
+        self._following = [Following(folder, torn=True, say=log.warning) for folder in self.folders]
         self._lock = threading.Lock()
 
     def stamp(self, number: int) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from allocators.core.errors import StudyError, one_line
+from search.records.following import Following
 from search.records.redact import redacted
 from search.report.results import Results
-from search.serve.following import Following
 from search.text import accuracy_text, forgotten_text, human, run_id
 
 BUDGETS = 5

@@ -5,8 +5,8 @@
 
 Memory of a worker, in bytes, without its libraries and CUDA's own context:
 
-    base          parameters × bytes of their number format; with quantization=nf4 or int8 linear layers take 4.5 or 8
-                  bits each, stacked experts stay as they are
+    base          parameters × bytes of the format that dtype= or the device gives them; with quantization=nf4 or int8
+                  linear layers take 4.5 or 8 bits each, stacked experts stay as they are
     adapter       16 × trainable parameters: fp32 values, gradients and AdamW's two moments
     activations   at most, of one micro-batch of t tokens, all its rows as long as the longest: what backward needs of
                   every linear map's inputs and outputs, (in + out)·t of a map and k times that of one of a stack of
@@ -23,14 +23,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from allocators.core.errors import OutOfMemoryError
+from allocators.core.errors import TrialError
 from allocators.core.types import ModelShape, ModuleShape, Recipe
 from search.config import RunConfig
 from search.problem import Problem, Proposal
 from search.session.make_workers import Locations, worker_setup
 from search.text import clock, human
 from trainers import models
-from trainers.models.options import packing_of
 
 if TYPE_CHECKING:  # torch comes with them
     from trainers.tasks import AnyTask
@@ -99,15 +98,14 @@ def _times(module: ModuleShape, shape: ModelShape) -> int:
 
 def memory_line(config: RunConfig, problem: Problem, largest: Proposal) -> str:
     """The memory of the largest point, in words."""
-    described = models.config_of(config.model)
     length = min(largest.trial.recipe.max_length, problem.longest_row or largest.trial.recipe.max_length)
     recipe = replace(largest.trial.recipe, max_length=length)
-    dtype = _resident_dtype(config, described)
+    dtype = models.dtype_on(_device(config)) if config.dtype == "auto" else config.dtype
     parts = memory(
         problem.shape,
         recipe,
         largest.trainable_params,
-        config=described,
+        config=models.config_of(config.model),
         dtype=dtype,
         quantization=config.quantization,
         checkpointing=config.gradient_checkpointing,
@@ -119,16 +117,9 @@ def memory_line(config: RunConfig, problem: Problem, largest: Proposal) -> str:
     )
 
 
-def _resident_dtype(config: RunConfig, described: Mapping[str, Any]) -> str:
-    """`dtype=`; where it is left to the device, what the weights are stored as, dequantised where they are packed."""
-    if config.dtype != "auto":
-        return config.dtype
-    stored = str(described.get("dtype") or described.get("torch_dtype") or "bfloat16")
-    return stored if stored in _BYTES and packing_of(described) is None else "bfloat16"
-
-
 def _bytes(count: float) -> str:
-    return f"{human(count)}B".replace("BB", " GB").replace("MB", " MB").replace("kB", " kB")
+    amount, letter = human(count)[:-1], human(count)[-1]
+    return f"{amount} {'G' if letter == 'B' else letter}B" if letter in "kMB" else f"{human(count)} B"
 
 
 def time_lines(config: RunConfig, problem: Problem, proposals: Sequence[Proposal], locations: Locations) -> list[str]:
@@ -137,7 +128,6 @@ def time_lines(config: RunConfig, problem: Problem, proposals: Sequence[Proposal
     Raises StudyError for what `WorkerState` cannot load.
     """
     from trainers import tasks
-    from trainers.loop.plan import total_steps
     from trainers.timing import QUESTIONS, timed
     from trainers.worker_state import WorkerState
 
@@ -153,11 +143,11 @@ def time_lines(config: RunConfig, problem: Problem, proposals: Sequence[Proposal
         what = f"{human(proposal.trainable_params)} parameters ({proposal.trial.allocator})"
         try:
             timing = timed(state, proposal.trial, proposal.trainable_params)
-        except OutOfMemoryError as error:
+        except TrialError as error:
             lines.append(f"{what}: {error}")
             continue
         timings.append((proposal, timing))
-        training = _training(config, timing, total_steps(proposal.trial.recipe, asked.num_training), asked)
+        training = _training(config, timing, proposal.trial.recipe, asked)
         lines.append(
             f"{what}: {timing.step * 1e3:.0f} ms a step, {timing.question * 1e3:.1f} ms a question, "
             f"{clock(training)} a training, peak memory {_bytes(timing.peak_memory_bytes)}"
@@ -165,8 +155,7 @@ def time_lines(config: RunConfig, problem: Problem, proposals: Sequence[Proposal
     if not timings:
         return lines
     total = sum(
-        _training(config, _between(timings, proposal), total_steps(proposal.trial.recipe, asked.num_training), asked)
-        for proposal in proposals
+        _training(config, _between(timings, proposal), proposal.trial.recipe, asked) for proposal in proposals
     ) * (config.seeds if problem.is_table else 1)
     several = "" if problem.is_table or config.seeds == 1 else ", repeats with further seeds apart"
     lines.append(
@@ -177,13 +166,14 @@ def time_lines(config: RunConfig, problem: Problem, proposals: Sequence[Proposal
 
 
 def _device(config: RunConfig) -> str:
-    import torch
-
-    return "cuda" if config.gpus_per_worker != 0 and torch.cuda.is_available() else "cpu"
+    return models.device_or_default("cpu" if config.gpus_per_worker == 0 else "")
 
 
-def _training(config: RunConfig, timing: Timing, steps: int, task: AnyTask) -> float:
+def _training(config: RunConfig, timing: Timing, recipe: Recipe, task: AnyTask) -> float:
     """Seconds of a training with its evaluations; that on the test split is the front's alone."""
+    from trainers.loop.plan import total_steps
+
+    steps = total_steps(recipe, task.num_training)
     evaluations = min(config.evaluations, steps)
     return steps * timing.step + evaluations * task.num_evaluation * timing.question
 

@@ -91,11 +91,9 @@ class Source:
     @cached_property
     def device(self) -> str:
         """`device=`, else a GPU where there is one. Raises StudyError for a device that does not exist."""
-        import torch
-
         from trainers import models
 
-        device = self._config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = models.device_or_default(self._config.device)
         models.dtype_on(device)  # refuses one that does not exist, also for what is computed without the model
         return device
 

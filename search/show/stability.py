@@ -145,7 +145,7 @@ def _measured(request: Request) -> tuple[dict[str, Tensor], float]:
             f"task '{request.task}' has {task.num_training} training documents, {request.sizes[-1]} samples were "
             "asked for"
         )
-    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = models.device_or_default(request.device)
     loaded = models.load(request.model, device=device)
     rows = drawn(task.training_rows(loaded.tokenizer, MAX_LENGTH), request.sizes[-1], request.seed)
     begun = time.monotonic()

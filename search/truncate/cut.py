@@ -127,10 +127,10 @@ def _worker(config: RunConfig, locations: Locations, device: str) -> WorkerState
     """The study's model and task in this process."""
     import torch
 
+    from trainers import models
     from trainers.worker_state import WorkerState
 
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return WorkerState(worker_setup(config, locations), torch.device(chosen))
+    return WorkerState(worker_setup(config, locations), torch.device(models.device_or_default(device)))
 
 
 def _cut(study: StudyFolder, state: WorkerState, parent: Outcome, where: str, energy: float) -> Outcome:

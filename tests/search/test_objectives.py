@@ -20,9 +20,9 @@ from search import replay, run
 from search.export import find
 from search.front import unbeaten
 from search.records import read
+from search.records.following import Following
 from search.report import Report
 from search.serve.beside import beside
-from search.serve.following import Following
 
 THREE = "objectives=accuracy,params,forgetting"
 NAME = "three"

@@ -34,7 +34,7 @@ from trainers.adapter.lora_moe import LoraMoeAdapter
 from trainers.adapter.module_ranks import ModuleRanksAdapter
 from trainers.models.quantized import quantization_of
 
-__all__ = ["Adapter", "Adapters", "Saved", "attach", "fingerprint", "load", "read", "save"]
+__all__ = ["Adapter", "Adapters", "Saved", "applied", "attach", "fingerprint", "load", "read", "save"]
 
 
 def attach(
@@ -89,6 +89,16 @@ def load(model: nn.Module, folder: storage.Location) -> Adapter:
             )
         adapter.load_state_dict(weights)
     return adapter
+
+
+@contextmanager
+def applied(model: nn.Module, folder: storage.Location) -> Iterator[Adapter]:
+    """A saved adapter on `model` for the block; afterwards the base is as it was. Raises StudyError as `load` does."""
+    adapter = load(model, folder)
+    try:
+        yield adapter
+    finally:
+        adapter.detach()
 
 
 class Adapters:

@@ -67,8 +67,13 @@ def identity_of(name: str) -> str:
     config = config_file(name)
     if hub.is_cached(config):
         return config.parent.name
+    return hash_of((config, *weight_files.files_in(config.parent)))
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """`sha256:` of the names, sizes and contents of files, in their order. Raises OSError where one cannot be read."""
     digest = hashlib.sha256()
-    for file in (config, *weight_files.files_in(config.parent)):
+    for file in files:
         digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while chunk := stream.read(_CHUNK):

@@ -32,6 +32,13 @@ PACKAGES = {
 }
 
 
+def device_or_default(asked: str = "") -> str:
+    """The device that was asked for, else a GPU where there is one, else the CPU."""
+    import torch
+
+    return asked or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def dtype_on(device: str) -> str:
     """What dtype=auto means: bfloat16 on a CUDA device that supports it, else float32.
 

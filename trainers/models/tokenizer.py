@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 from allocators.core.errors import StudyError
 from trainers.models import hub
-from trainers.models.base import config_file, matching
+from trainers.models.base import config_file, hash_of, matching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,14 +32,10 @@ def identity_of_tokenizer(name: str) -> str:
     config = config_file(name)
     if hub.is_cached(config):
         return config.parent.name
-    digest = hashlib.sha256()
     try:
-        for file in matching(config.parent, (*FILES, *TEMPLATES)):
-            content = file.read_bytes()
-            digest.update(f"{file.name}\0{len(content)}\0".encode() + content)
+        return hash_of(matching(config.parent, (*FILES, *TEMPLATES)))
     except OSError as error:
         raise StudyError(f"'{error.filename}' cannot be read: {error.strerror}") from None
-    return f"sha256:{digest.hexdigest()[:32]}"
 
 
 def tokenizer_of(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -58,7 +53,7 @@ def tokenizer_of(name: str, *, trust_remote_code: bool = False) -> PreTrainedTok
             place, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except Exception as error:  # tokenizers' own errors have no base but Exception
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = _reason(error)
         hint = "; trust_remote_code=true runs it" if "custom code" in reason else ""
         raise StudyError(f"the tokenizer of model '{name}' cannot be read: {reason}{hint}") from error
     check_reads(tokenizer, name)
@@ -70,7 +65,11 @@ def check_reads(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     try:
         tokenizer("a b")
     except Exception as error:  # as above
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise StudyError(
-            f"the tokenizer of '{name}' reads no text: {reason}: fetch tokenizer.json and tokenizer_config.json again"
+            f"the tokenizer of '{name}' reads no text: {_reason(error)}: fetch tokenizer.json and "
+            "tokenizer_config.json again"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -15,10 +15,10 @@ import pytest
 from allocators.core.errors import StudyError
 from search.records import LINES, orders, read
 from search.records.folder import StudyFolder
+from search.records.following import Following
 from search.records.orders import Order
 from search.serve import Server, Serving, listen
 from search.serve.__main__ import main, parse
-from search.serve.following import Following
 from tests.browser import Browser, needs_browser
 from tests.search.studies import fill, open_study, outcome, selection, started
 

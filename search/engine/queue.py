@@ -213,6 +213,11 @@ class JobQueue:
         """From now on a group has so many slots."""
         self.slots = slots
 
+    async def expect(self, group: int) -> None:
+        """A group was added, and comes unless it is said to be lost: jobs wait for it where the last other one is."""
+        if group not in self.gone:
+            self.alive.add(group)
+
     async def lost(self, group: int, reason: str) -> None:
         """A group ended for good. Others take over its jobs; when it was the last one, everything is given up."""
         if group in self.gone:

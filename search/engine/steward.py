@@ -106,6 +106,11 @@ class Steward:
         return sum(not group.away for group in self._alive)
 
     @property
+    def numbers(self) -> list[int]:
+        """Of the groups that have not ended for good."""
+        return [group.number for group in self._alive]
+
+    @property
     def waits_for(self) -> str:
         """What there is no room for, in one line; empty where all groups have room."""
         waiting = sum(group.away for group in self._alive)
@@ -180,8 +185,9 @@ class Steward:
             cpus, gpus = (sum(node.get(what, 0.0) for node in self._nodes) for what in ("CPU", "GPU"))
             log.warning("a node %s: the cluster has %d, %g CPU and %g GPU", change, len(self._nodes), cpus, gpus)
         wanted, alive = self._resources.room_in(self._nodes).groups, self._alive
-        for _ in range(wanted - len(alive)):
-            self._groups.append(_Group(len(self._groups), away=True, since=time.monotonic()))
+        for number in range(len(self._groups), len(self._groups) + wanted - len(alive)):
+            ray.get(self._queue.expect.remote(number))
+            self._groups.append(_Group(number, away=True, since=time.monotonic()))
         spare = [group for group in alive if group.away and group.state == "waiting"]
         for group in spare[: max(len(alive) - wanted, 0)]:
             self._give_up(group, "its node left the cluster")

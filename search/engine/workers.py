@@ -122,6 +122,8 @@ class RayWorkers:
                 log.warning("the job queue died and is started again; trainings go on")
                 with contextlib.suppress(RayError):
                     ray.get(self._queue.limit.remote(self._groups.pack))
+                    for group in self._steward.numbers:
+                        ray.get(self._queue.expect.remote(group))
                     for group, reason in self._steward.lost.items():
                         ray.get(self._queue.lost.remote(group, reason))
             except Exception as error:

@@ -285,7 +285,7 @@ def _check(file: TaskFile) -> None:
         )
     if same_data and (file_twice := _counted_file_that_is_trained(file, training)):
         refuse(f"would be evaluated on what it is trained on: the file '{file_twice}' is named for both splits")
-    output_type = config.get("output_type") or "generate_until"  # as lm-eval has it
+    output_type = config.get("output_type", "generate_until")  # as lm-eval has it
     if output_type == "loglikelihood_rolling":
         refuse("measures perplexity: a search needs multiple_choice, generate_until or loglikelihood")
     if output_type not in _OUTPUT_TYPES:

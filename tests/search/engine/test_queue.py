@@ -227,6 +227,25 @@ def test_others_take_over_from_a_lost_group_and_after_the_last_one_nothing_waits
     asyncio.run(story())
 
 
+def test_jobs_wait_for_a_group_that_was_added_and_has_not_come_when_the_last_other_one_is_lost() -> None:
+    async def story() -> None:
+        queue = JobQueue(groups=1)
+        for job in "ab":
+            await queue.submit(job, JOB)
+        await queue.take(0, 0)
+        await queue.expect(1)
+        await queue.lost(0, "its node left")
+        assert [(await assigned(queue, 1)).job_id for _ in range(2)] == ["b", "a"]
+        await queue.expect(2)
+        await queue.lost(2, "it never came")
+        await queue.expect(2)  # once more, after the queue was told that it is gone
+        await queue.lost(1, "nor did the other one stay")
+        for job in "ab":
+            assert (await failed(queue, job)).reason == "no worker is left: nor did the other one stay"
+
+    asyncio.run(story())
+
+
 def test_of_two_readers_of_a_job_the_last_gets_its_reports() -> None:
     """The process of a Tune trial was killed while it waited; what goes on with the trial asks for the same."""
 

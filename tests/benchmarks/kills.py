@@ -202,8 +202,15 @@ def _outlived(seen: dict[int, psutil.Process]) -> list[int]:
     return [process.pid for process in alive]
 
 
-def check(books: Books, storage: Path, name: str, before: list[dict[str, Any]], equal: dict[str, Any]) -> None:
-    """Fills in what is wrong with a study that is over."""
+def of_tune() -> set[Path]:
+    """The folders for Tune's state that there are, of every study of the machine."""
+    return set(Path(tempfile.gettempdir()).glob("tune-*"))
+
+
+def check(
+    books: Books, storage: Path, name: str, before: list[dict[str, Any]], equal: dict[str, Any], others: set[Path]
+) -> None:
+    """Fills in what is wrong with a study that is over; `others` are Tune's folders that were there before it."""
     folder = storage / name
     records = read(folder)
     books.results = plain(records)
@@ -217,7 +224,7 @@ def check(books: Books, storage: Path, name: str, before: list[dict[str, Any]], 
         pairs = itertools.zip_longest(proposed(records), uninterrupted(storage, books.kind))
         books.otherwise = sum(one != other for one, other in pairs)
     books.mlflow = _unlike(records, storage)
-    rests = [*(folder / "checkpoints").glob("*"), *folder.glob(".ray"), *Path(tempfile.gettempdir()).glob("tune-*")]
+    rests = [*(folder / "checkpoints").glob("*"), *folder.glob(".ray"), *(of_tune() - others)]
     books.left += len(rests)
 
 
@@ -262,7 +269,7 @@ def study(settings: Settings, kind: str, number: int, equal: dict[str, Any]) -> 
     draw = random.Random(f"{settings.seed} {kind} {number}")
     storage, name = Path(settings.storage), f"{kind}-{number}"
     storage.mkdir(parents=True, exist_ok=True)
-    log, books, before = storage / f"{name}.log", Books(kind, number), list[dict[str, Any]]()
+    log, books, before, others = storage / f"{name}.log", Books(kind, number), list[dict[str, Any]](), of_tune()
     while len(books.kills) < A_STUDY:
         killed, code, outlived = kill_in_a_run(storage, name, kind, draw, log, A_STUDY - len(books.kills))
         books.kills += killed
@@ -275,7 +282,7 @@ def study(settings: Settings, kind: str, number: int, equal: dict[str, Any]) -> 
     last = start(storage, name, f"{KINDS[kind]} {SMALL if kind != 'replay' else ''}", log)
     books.codes.append(last.wait())
     books.unended = int(books.codes[-1] != 0)
-    check(books, storage, name, before, equal)
+    check(books, storage, name, before, equal, others)
     return books
 
 

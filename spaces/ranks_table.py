@@ -7,7 +7,8 @@
 
 A table: every row is trained, none is searched, with 5 seeds (`seeds=`), seed by seed, and one recipe: rank 4,
 lora_alpha 64, scaled rate 0.1. Every row has the parameters of rank 4 on every matrix, but for a rest below the price
-of one rank and for domlora, which is smaller by construction. `space=ranks` searches knobs and recipe as well.
+of one rank; domlora, and kappatune as it is published, are smaller by construction. `space=ranks` searches knobs and
+recipe as well.
 
 Knobs
     allocator   uniform_ranks | random_ranks | stratified_ranks (the controls) | sensitivity_ranks | hill_ranks | hilo |
@@ -16,6 +17,8 @@ Knobs
                 rank on that share of the matrices, as the rules have that choose matrices
     beta        0.5 | 1 (sensitivity_ranks; 1 is the paper's)
     pattern     2468 | 8642 (hilo)
+    equal       parameters | rank (kappatune): rank 4 on the chosen matrices, as published, which is a fifth of the
+                parameters
     number      1 | 8 (domlora): matrices with rank 4 each
     order       lowest | highest (plop): the three types of matrices that answer least to the task's tokens, or, as the
                 paper's control, those that answer most
@@ -60,7 +63,20 @@ _RULES: tuple[tuple[str, Mapping[str, Any], float, str, str], ...] = (
     ("Spectrum", {"allocator": "spectrum"}, 0.5, "better", "Spectrum, arXiv:2406.06623"),
     ("D-MoLE", {"allocator": "dmole"}, 0.5, "better", "D-MoLE, arXiv:2506.11672"),
     ("Aletheia", {"allocator": "aletheia"}, 0.5, "as good, and faster", "Aletheia, arXiv:2604.15351"),
-    ("KappaTune", {"allocator": "kappatune"}, 0.2, "forgets less", "KappaTune, arXiv:2506.16289"),
+    (
+        "KappaTune",
+        {"allocator": "kappatune", "equal": "parameters"},
+        0.2,
+        "forgets less",
+        "KappaTune, arXiv:2506.16289",
+    ),
+    (
+        "KappaTune at rank 4",
+        {"equal": "rank"},
+        0.2,
+        "forgets less, with fewer parameters",
+        "KappaTune, arXiv:2506.16289",
+    ),
     ("DomLoRA, 1 matrix", {"number": 1}, 1.0, "better, with fewer parameters", "DomLoRA, arXiv:2605.06183"),
     ("DomLoRA, 8 matrices", {"number": 8}, 1.0, "better, with fewer parameters", "DomLoRA, arXiv:2605.06183"),
     ("EVA", {"allocator": "eva"}, 1.0, "better", "EVA, arXiv:2410.07170"),
@@ -105,7 +121,8 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
         case "spectrum" | "dmole" | "aletheia":
             knobs = {"share": 0.5}
         case "kappatune":
-            knobs = {"share": 0.2}
+            equal = trial.suggest_categorical("equal", ["parameters", "rank"])
+            knobs = {"share": 0.2} | ({"equal": equal} if equal == "rank" else {})
         case "eva":
             knobs = {"rho": 2.0}
         case "plop":

@@ -17,11 +17,13 @@ import bisect
 import itertools
 import math
 import statistics
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from allocators.core.types import Outcome, Rung, Score
 
@@ -335,64 +337,70 @@ class Unbeaten(Generic[T]):
 
 
 class UnbeatenOfThree(Unbeaten[T]):
-    """`Unbeaten` where forgetting counts too, the less the better. To put or to drop a point costs their number."""
+    """`Unbeaten` where forgetting counts too, the less the better.
+
+    To put or to drop a point compares it with all others at once: some ten microseconds for each thousand of them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._three: dict[str, _OfThree[T]] = {}
-        self._beaten: Counter[str] = Counter()  # how many others beat a point
+        self._place: dict[str, int] = {}  # row of a point in what follows
+        self._points: list[tuple[str, int, T]] = []  # name, number, item
+        self._values = np.empty((64, 3))  # cost, accuracy with its sign turned, forgetting: less of each is better
+        self._beaten = np.zeros(64, dtype=np.int64)  # how many others beat a point
 
     def __contains__(self, name: str) -> bool:
-        return name in self._three and not self._beaten[name]
+        return name in self._place and not self._beaten[self._place[name]]
 
     def __iter__(self) -> Iterator[T]:
-        members = [one for name, one in self._three.items() if not self._beaten[name]]
-        return (one.item for one in sorted(members, key=lambda one: (one.cost, one.number)))
+        members = sorted(self._members(), key=lambda row: (self._values[row, 0], self._points[row][1]))
+        return (self._points[row][2] for row in members)
 
     def __len__(self) -> int:
-        return sum(not self._beaten[name] for name in self._three)
+        return len(self._members())
 
     def height(self, cost: int) -> float:
         """Accuracy of the best point that costs no more, whatever it forgets; -inf where there is none."""
-        return max((one.accuracy for one in self._three.values() if one.cost <= cost), default=-math.inf)
+        there = self._values[: len(self._points)]
+        return -float(there[there[:, 0] <= cost, 1].min(initial=math.inf))
 
     def put(self, name: str, item: T, *, cost: int, accuracy: float, number: int, forgetting: float = 0.0) -> None:
         """A point, in the place of what had its name; no two points have the same number."""
         self.drop(name)
-        new = _OfThree(cost, accuracy, forgetting, number, item)
-        for other, one in self._three.items():
-            self._beaten[name] += one.beats(new)
-            if new.beats(one):
-                if other in self:
-                    self._left.append(one.item)
-                self._beaten[other] += 1
-        self._three[name] = new
+        row = len(self._points)
+        if row == len(self._values):
+            self._values = np.concatenate((self._values, np.empty_like(self._values)))
+            self._beaten = np.concatenate((self._beaten, np.zeros_like(self._beaten)))
+        self._values[row] = cost, -accuracy, forgetting
+        better, worse = self._compared(row)
+        self._left += [self._points[other][2] for other in worse if not self._beaten[other]]
+        self._beaten[worse] += 1
+        self._beaten[row] = len(better)
+        self._place[name] = row
+        self._points.append((name, number, item))
 
     def drop(self, name: str) -> None:
         """Takes a point away, where there is one of that name, and puts on the front what it alone kept off."""
-        if name not in self._three:
+        if name not in self._place:
             return
+        row, last = self._place[name], len(self._points) - 1
         if name in self:
-            self._left.append(self._three[name].item)
-        gone = self._three.pop(name)
-        del self._beaten[name]
-        for other, one in self._three.items():
-            self._beaten[other] -= gone.beats(one)
+            self._left.append(self._points[row][2])
+        _, worse = self._compared(row)
+        self._beaten[worse] -= 1
+        self._values[row], self._beaten[row] = self._values[last], self._beaten[last]
+        self._points[row] = self._points[last]
+        self._place[self._points[row][0]] = row
+        del self._points[last], self._place[name]
 
+    def _members(self) -> list[int]:
+        return [int(row) for row in np.flatnonzero(self._beaten[: len(self._points)] == 0)]
 
-class _OfThree(NamedTuple, Generic[T]):
-    """A point of three objectives."""
-
-    cost: int
-    accuracy: float
-    forgetting: float
-    number: int
-    item: T
-
-    def beats(self, other: _OfThree[Any]) -> bool:
-        """No worse in all three and better in one."""
-        no_worse = self.cost <= other.cost and self.accuracy >= other.accuracy and self.forgetting <= other.forgetting
-        return no_worse and self[:3] != other[:3]
+    def _compared(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rows of the points that beat this one (no worse in all three and better in one), and of those it beats."""
+        there, this = self._values[: len(self._points)], self._values[row]
+        no_worse, no_better = (there <= this).all(axis=1), (there >= this).all(axis=1)
+        return np.flatnonzero(no_worse & ~no_better), np.flatnonzero(no_better & ~no_worse)
 
 
 class _Entry(NamedTuple, Generic[T]):

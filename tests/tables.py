@@ -72,6 +72,17 @@ class Row:
         size = self.data["trainable_params"]
         return round(statistics.fmean(size.values())) if isinstance(size, dict) else int(size)
 
+    @property
+    def forgotten(self) -> dict[int, float]:
+        """By seed, nats a token."""
+        return {int(seed): lost for seed, lost in self.data["forgotten"].items()}
+
+    @property
+    def matrices(self) -> int:
+        """How many have a rank; where every seed draws its own, their mean."""
+        count = self.data["matrices"]
+        return round(statistics.fmean(count.values())) if isinstance(count, dict) else int(count)
+
 
 @dataclass(frozen=True)
 class Study:
@@ -120,9 +131,14 @@ def plain(value: float) -> str:
     return f"{value:.3f}".replace("0.", ".", 1)
 
 
-def signed(value: float) -> str:
+def two(value: float) -> str:
+    """`4.15`, `.95`"""
+    return f"{value:.2f}".removeprefix("0")
+
+
+def signed(value: float, digits: int = 3) -> str:
     """`+.023`, `−.116`"""
-    return f"{value:+.3f}".replace("0.", ".", 1).replace("-", "−")
+    return re.sub(r"(?<=[+-])0\.", ".", f"{value:+.{digits}f}").replace("-", "−")
 
 
 def spread(row: Row) -> str:
@@ -130,12 +146,13 @@ def spread(row: Row) -> str:
     return f"{plain(row.mean)} ± {plain(row.spread)}"
 
 
-def difference(one: Mapping[str, Any] | Paired, *, bold: bool = False) -> str:
+def difference(one: Mapping[str, Any] | Paired, *, bold: bool = False, digits: int = 3) -> str:
     """`+.193 (+.167 to +.219)`; nothing where both rows are one allocation."""
     values = one if isinstance(one, Mapping) else vars(one)
     if values.get("difference") is None:
         return ""
-    text = f"{signed(values['difference'])} ({signed(values['low'])} to {signed(values['high'])})"
+    size, low, high = (signed(values[name], digits) for name in ("difference", "low", "high"))
+    text = f"{size} ({low} to {high})"
     return f"**{text}**" if bold else text
 
 
@@ -167,8 +184,10 @@ RANKS: Mapping[str, tuple[Mapping[str, object], str]] = {
     "`spectrum`, half": ({"allocator": "spectrum"}, "Spectrum − uniform"),
     "`sensitivity_ranks`, β 0.5": ({"beta": 0.5}, "sensitivity β=0.5 − uniform"),
     "`sensitivity_ranks`, β 1": ({"beta": 1.0}, "sensitivity β=1 − uniform"),
-    "`kappatune`, a fifth": ({"allocator": "kappatune"}, "KappaTune − uniform"),
-    "`plop`, three types, three seeds": ({"order": "lowest"}, "PLoP − uniform"),
+    "`kappatune`, a fifth": ({"equal": "parameters"}, "KappaTune − uniform"),
+    "`kappatune` as published": ({"equal": "rank"}, "KappaTune at rank 4 − uniform"),
+    "`plop`, three types": ({"order": "lowest"}, "PLoP − uniform"),
+    "`plop`, its inverse": ({"order": "highest"}, "PLoP's inverse − uniform"),
     "`dmole`, half": ({"allocator": "dmole"}, "D-MoLE − uniform"),
     "`domlora`, eight matrices": ({"number": 8}, "DomLoRA, 8 matrices − uniform"),
     "`domlora`, one matrix": ({"number": 1}, "DomLoRA, 1 matrix − uniform"),
@@ -193,6 +212,34 @@ def ranks() -> list[str]:
             ]
         rows.append(cells)
     return table(("rule", "tiny-dense", "− uniform", "tiny-moe", "− uniform"), rows)
+
+
+FORGETTING = (  # the names of `RANKS` that are shown, uniform first
+    *("`uniform_ranks`", "`eva`, ρ 2", "`plop`, three types", "`hilo` 2468", "`hill_ranks`", "`random_ranks` on all"),
+    *("`stratified_ranks` on all", "`random_ranks` on a fifth", "`kappatune`, a fifth", "`kappatune` as published"),
+    *("`aletheia`, half", "`spectrum`, half", "`hilo` 8642", "`dmole`, half", "`sensitivity_ranks`, β 1"),
+    "`domlora`, one matrix",
+)
+
+
+def forgetting() -> list[str]:
+    """What rules for ranks made both models forget, nats a token, and the difference from uniform."""
+    models = [study("ranks_table-tiny-dense"), study("ranks_table-tiny-moe")]
+    rows = []
+    for name in FORGETTING:
+        asked, cells = RANKS[name][0], list[str]()
+        chosen = [model.row(**asked) for model in models]
+        for model, row in zip(models, chosen, strict=True):
+            uniform = model.row(allocator="uniform_ranks")
+            if row.id == uniform.id and name != FORGETTING[0]:
+                cells += ["is uniform", ""]
+                continue
+            lost = list(row.forgotten.values())
+            cells.append(f"{two(statistics.fmean(lost))} ± {two(statistics.stdev(lost))}")
+            pair = None if row.id == uniform.id else paired(row.forgotten, uniform.forgotten)
+            cells.append("" if pair is None else difference(pair, digits=2))
+        rows.append([name, " / ".join(f"{row.matrices}" for row in chosen), *cells])
+    return table(("rule", "matrices adapted", "tiny-dense", "− uniform", "tiny-moe", "− uniform"), rows)
 
 
 def sieve_rows() -> list[str]:
@@ -378,6 +425,7 @@ def rule_in_words(allocator: str, knobs: Mapping[str, Any]) -> str:
 TABLES: Mapping[str, tuple[tuple[str, ...], Callable[[], list[str]]]] = {
     "demo": (("sieve-tiny-moe",), demo),
     "ranks": (("ranks_table-tiny-dense", "ranks_table-tiny-moe"), ranks),
+    "forgetting": (("ranks_table-tiny-dense", "ranks_table-tiny-moe"), forgetting),
     "sieve-rows": (("sieve_ablation-tiny-moe",), sieve_rows),
     "sieve-comparisons": (("sieve_ablation-tiny-moe",), sieve_comparisons),
     "alphalora-rows": (("alphalora_table-tiny-dense",), alphalora_rows),

@@ -588,6 +588,12 @@ class ModuleRanks:
         return sum(self.ranks.values()) + sum(map(sum, self.experts.values()))
 
     @property
+    def matrices(self) -> int:
+        """Weight matrices that have a rank, every expert's projection counted by itself."""
+        stacked = (rank for ranks in self.experts.values() for rank in ranks)
+        return sum(rank > 0 for rank in (*self.ranks.values(), *stacked))
+
+    @property
     def total_experts(self) -> int:
         """Experts that have a rank in at least one of their projections, over all layers; 0 on a dense base."""
         adapted = {(path.rpartition(".")[0], i) for path, rs in self.experts.items() for i, r in enumerate(rs) if r}

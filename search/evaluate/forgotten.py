@@ -95,11 +95,8 @@ def _lines(report: Report, points: Sequence[Measured]) -> Iterator[str]:
 
 
 def adapted(allocation: Allocation) -> int | None:
-    """How many weight matrices have a rank, every expert's projection counted by itself; None of experts."""
-    if not isinstance(allocation, ModuleRanks):
-        return None
-    stacked = (rank for ranks in allocation.experts.values() for rank in ranks)
-    return sum(rank > 0 for rank in (*allocation.ranks.values(), *stacked))
+    """How many weight matrices have a rank; None of experts."""
+    return allocation.matrices if isinstance(allocation, ModuleRanks) else None
 
 
 def _compared(report: Report, points: Sequence[Measured]) -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""What an evaluation adds to a study's folder: one line of evaluations.jsonl. The study itself stays as it is."""
+"""What an evaluation adds to a study's folder: one line of evaluations.jsonl. The study itself stays as it is.
+
+`search/records/evaluations.py` reads the lines.
+"""
 
 from __future__ import annotations
 

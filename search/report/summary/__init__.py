@@ -30,9 +30,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from allocators.core.types import Outcome
+from allocators.core.types import ModuleRanks, Outcome
 from search.front import Candidate
 from search.records import Records
+from search.records.evaluations import rises
 from search.records.redact import portable, portable_command
 from search.report.results import Results
 from search.report.sections import Compared, compared
@@ -45,8 +46,11 @@ def summary(results: Results, *, said: Sequence[str] = ()) -> dict[str, Any]:
     """The study as plain JSON values.
 
     said   the report's sentences
+
+    Raises StudyError for a line of evaluations.jsonl that cannot be read.
     """
     header, records = results.records.header, results.records
+    lost = rises(records)
     data = {
         "study": records.name,
         "command": portable_command(header["command"]),
@@ -56,7 +60,7 @@ def summary(results: Results, *, said: Sequence[str] = ()) -> dict[str, Any]:
         "contents": header.get("contents", {}),
         "untrained": _untrained(records),
         "seeds": sorted({run.trial.seed for run in records.finished.values()}),
-        "rows": [_row(results, point) for point in results.points],
+        "rows": [_row(results, point, lost) for point in results.points],
         "front": [_id(point) for point in results.front],
         "knee": _id(results.knee) if results.knee else None,
         "comparisons": [_comparison(one) for one in compared(records, results.points)],
@@ -99,7 +103,7 @@ def _untrained(records: Records) -> dict[str, Any] | None:
     return {name: {"accuracy": _short(s["accuracy"]), "stderr": _short(s["stderr"])} for name, s in splits.items() if s}
 
 
-def _row(results: Results, point: Candidate) -> dict[str, Any]:
+def _row(results: Results, point: Candidate, lost: Mapping[str, float]) -> dict[str, Any]:
     first, records = point.runs[0], results.records
     digests = {run.digest for run in point.runs}
     asked = [records.params_of(run.digest) for run in point.runs]
@@ -115,12 +119,26 @@ def _row(results: Results, point: Candidate) -> dict[str, Any]:
         "recipe": {name: _rounded(recipe[name]) for name in names},
         **({"cut_from": first.trial.parent} if first.trial.parent else {}),
         "adapted": amount(first.trial.allocation),
+        **_matrices(point.runs),
         "trainable_params": first.trainable_params if len(set(sizes.values())) == 1 else sizes,
         "accuracy": {str(run.trial.seed): _short(run.accuracy) for run in point.complete},
         "test": {str(run.trial.seed): _short(run.test.accuracy) for run in point.tested if run.test},
         "stderr": {"accuracy": _short(point.stderr), "test": _short(point.test_stderr)},
+        **_forgotten(point.runs, lost),
         **_others(point.runs),
     }
+
+
+def _matrices(runs: Sequence[Outcome]) -> dict[str, Any]:
+    """How many matrices have a rank; by seed where every seed draws its own."""
+    counts = {str(run.trial.seed): a.matrices for run in runs if isinstance(a := run.trial.allocation, ModuleRanks)}
+    different = set(counts.values())
+    return {} if not counts else {"matrices": different.pop() if len(different) == 1 else counts}
+
+
+def _forgotten(runs: Sequence[Outcome], lost: Mapping[str, float]) -> dict[str, Any]:
+    by_seed = {str(run.trial.seed): _short(lost[run.digest]) for run in runs if run.digest in lost}
+    return {"forgotten": by_seed} if by_seed else {}
 
 
 def _others(runs: Sequence[Outcome]) -> dict[str, Any]:

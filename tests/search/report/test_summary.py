@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from allocators.core.errors import StudyError
 from search.records import read
+from search.records.files import EVALUATIONS
 from search.report import Report, summary
 from search.report.__main__ import main
 from tests.search.report.test_sections import HOT, MEASURED, table_study
@@ -45,6 +47,21 @@ def test_later_seeds_can_be_left_out_and_the_folder_keeps_them(tmp_path: Path) -
     assert data["seeds"] == [0, 1]
     assert {len(row["accuracy"]) for row in data["rows"]} == {2}
     assert len(read(folder).finished) == 16
+
+
+def test_what_was_forgotten_comes_from_the_study_or_from_what_was_measured_later(tmp_path: Path) -> None:
+    report = table_study(tmp_path)
+    assert not any("forgotten" in row for row in summary.summary(report)["rows"])
+    run, lines = report.points[0].runs[0], report.records.folder / EVALUATIONS
+    line = {"digest": run.digest, "asked": {"forgetting": "held_out"}, "data": "0", "results": [{"rise": 0.5}]}
+    other = line | {"asked": {"task": "arc_easy"}, "results": [{"accuracy": 0.9}]}
+    lines.write_text("".join(json.dumps(one) + "\n" for one in (line | {"results": [{"rise": 0.7}]}, line, other)))
+    rows = [row for row in summary.summary(report)["rows"] if "forgotten" in row]
+    assert [row["forgotten"] for row in rows] == [{str(run.trial.seed): 0.5}]
+    for broken in ("{", "[]", json.dumps(line | {"asked": None}), json.dumps(line | {"results": [{}]})):
+        lines.write_text(broken + "\n")
+        with pytest.raises(StudyError, match=r"evaluations.jsonl.*delete"):
+            summary.summary(report)
 
 
 def test_the_command_writes_the_file_without_folders_of_this_machine(

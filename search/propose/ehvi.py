@@ -43,7 +43,7 @@ from search.propose.criterion import Landscape, expected_gain_of_repeats, expect
 from search.propose.model import AccuracyModel, Array, Results
 from search.propose.trials import Repeating
 
-START = 5  # results, starting points included, before a model is worth fitting
+START = 1  # results, starting points included, before a model proposes: waiting for more of them cost trainings
 DRAWN = 100  # candidates drawn anew for a suggestion
 NEAR = 100  # candidates drawn near members of the front
 KEPT = 20  # suggestions whose candidates are looked at, the present one among them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -242,4 +243,4 @@ def test_where_all_points_cost_the_same_it_is_accuracy_that_is_searched() -> Non
             distances.append(abs(math.log(proposal.params["scaled_rate"] / 0.02)) / 7)
             done = Outcome(proposal.trial, "complete", proposal.trainable_params, 1 - distances[-1])
             proposer.tell(done)
-    assert max(far["ehvi"][-4:]) < 0.1 < max(far["random"][-4:])
+    assert statistics.median(far["ehvi"][-4:]) < 0.1 < statistics.median(far["random"][-4:])

@@ -42,6 +42,7 @@ MOST_SEEDS = 10_000  # trainings of one point
 MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
 OTHERS = ("signals", "mlflow.db", "mlflow-artifacts", ".mlflow.lock")  # beside the studies in a storage folder
 PROGRAM = ("python", "-m", "search.run")
+EXAMPLE = "space=sieve model=allenai/OLMoE-1B-7B-0924 task=arc_easy trials=40 max_trainable_params=100M"
 
 # What a key decides:
 # results    what a training comes to: a rerun in the folder, and a study whose trainings are reused, have the same
@@ -77,21 +78,21 @@ class RunConfig:
 
     space: str = _key(
         "sieve",
-        "which search space: a file in spaces/ (its docstring says what it asks)",
+        "which search space, a file in spaces/: help SPACE says what it asks",
         decides="proposals",
         where="space",
     )
     model: str = _key("tiny-moe", "embedded name, local folder or Hugging Face id", decides="results", where="model")
     dtype: str = _key(
         "auto",
-        "of the model (auto: bfloat16 on a GPU that has it, else float32)",
+        "number type of the model (auto: bfloat16 on a GPU that has it, else float32)",
         decides="results",
         where="model",
         choices=models.DTYPES,
     )
     attn: str = _key(
         "auto",
-        "attention (auto: as transformers chooses)",
+        "implementation of attention (auto: as transformers chooses)",
         decides="results",
         where="model",
         choices=models.ATTENTION,
@@ -104,7 +105,7 @@ class RunConfig:
     )
     quantization: str = _key(
         "",
-        "of the frozen base's linear layers, by bitsandbytes (empty: none)",
+        "quantise the frozen base's linear layers, by bitsandbytes (empty: no)",
         decides="results",
         where="model",
         choices=("", *models.QUANTIZATION),
@@ -121,9 +122,9 @@ class RunConfig:
     )
     select_on: str = _key(
         "validation",
-        "what the search counts accuracy on (validation: each task's validation split where it has one beside its test "
-        "split, else a held-out share of its training split, so that the test split stays unseen until the end; test: "
-        "the test split, as the papers do, whose best point then looks better than it is)",
+        "which split the search counts accuracy on. validation: a task's validation split if it has one beside its "
+        "test split, else a held-out share of its training split; the test split stays unseen until the end. test: the "
+        "test split, as in the papers; the best point then looks better than it is",
         decides="results",
         where="task",
         choices=task_files.SELECT_ON,
@@ -131,8 +132,8 @@ class RunConfig:
     )
     held_out: float = _key(
         0.1,
-        "share of the training documents that select_on=validation selects on where a task has no validation split: "
-        "they are not trained on, and are at most as many as the test questions (more: less noise, fewer rows)",
+        "share of the training documents that select_on=validation holds out if a task has no validation split: no "
+        "trial trains on them, and they are at most as many as the test questions (more: less noise, fewer rows)",
         decides="results",
         where="task",
         least=0.001,
@@ -140,8 +141,8 @@ class RunConfig:
     )
     trials: int = _key(
         -1,
-        "trainings to run (-1: 16, in a table space one for every row); points answered without training and repeats "
-        "with other seeds do not count",
+        "trainings to run (-1: 16; in a table space one for every row); points that are answered without training and "
+        "repeats with other seeds do not count",
         decides="running",
         where="amount",
         least=1,
@@ -149,10 +150,10 @@ class RunConfig:
     )
     seeds: int = _key(
         -1,
-        "seeds behind each point of the front: its members are trained again until they have as many (-1: 1); in a "
-        "table space behind every row (-1: what its data sheet says). They differ in adapter initialisation and data "
-        "order; a rerun with more adds only what is missing. auto: the sampler decides which points it tries "
-        "again, and these trainings count among the trials",
+        "how many seeds stand behind each point of the front (-1: 1), in a table space behind each row (-1: as its "
+        "data sheet says): points are trained again until they have as many. Seeds differ in adapter initialisation "
+        "and data order; a rerun with more adds only what is missing. auto: the sampler decides which points it "
+        "tries again, and these trainings count among the trials",
         decides="running",
         where="amount",
         least=1,
@@ -165,7 +166,7 @@ class RunConfig:
     )
     seed: int = _key(
         0,
-        "seed of the sampler, the random allocator, data order and adapter initialisation; repeats take those after it",
+        "seed of the sampler, the random allocator, data order and adapter initialisation; repeats take the next seeds",
         decides="proposals",
         where="search",
         least=0,
@@ -180,37 +181,37 @@ class RunConfig:
     )
     deployable: str = _key(
         "",
-        "points that this form of an export cannot express are not trained (search.export says what each is)",
+        "points that this export format cannot express are not trained (search.export help describes the formats)",
         decides="running",
         where="amount",
         choices=("", "peft", "vllm", "merged"),
     )
     sampler: str = _key(
         "ehvi",
-        "who proposes points; ehvi is expected hypervolume improvement (parameters are known, so only accuracy is "
-        "modelled), gp is Optuna's GPSampler (models both)",
+        "how points are proposed: ehvi by expected hypervolume improvement (parameters are known, so only accuracy is "
+        "modelled), gp by Optuna's GPSampler (models both), tpe and nsga2 by Optuna's samplers, random by chance",
         decides="running",
         where="search",
         choices=SAMPLERS,
     )
     replay: str = _key(
         "",
-        "ask this table of recorded trainings instead of training: a name or FILE.parquet (search/replay/)",
+        "ask this table of recorded trainings instead of training: tiny-moe, tiny-dense or FILE.parquet",
         decides="results",
         where="search",
     )
     scheduler: str = _key(
         "none",
-        "who stops trainings early. Halving pauses every training at an evaluation (after a "
-        "share 1/eta, 1/eta², ... of all evaluations) and goes on with the best 1/eta by rank_by there and trainable "
-        "parameters; trials counts what is started, the front has what ran to its end",
+        "whether trainings are stopped early. pareto_halving pauses every training at its rungs (evaluations after a "
+        "share 1/eta, 1/eta², ... of all) and continues the best 1/eta by rank_by and trainable parameters; trials "
+        "counts the trainings that were started, and only those that ran to their end are on the front",
         decides="proposals",
         where="search",
         choices=SCHEDULERS,
     )
     eta: int = _key(
         3,
-        "scheduler=pareto_halving: one in so many trainings goes on at a rung",
+        "scheduler=pareto_halving: one training in so many is continued at a rung",
         decides="proposals",
         where="search",
         least=2,
@@ -226,8 +227,8 @@ class RunConfig:
     )
     first_rung: int = _key(
         1,
-        "scheduler=pareto_halving: the evaluation from which on trainings may pause; 0: the first of them pauses none "
-        "before eight complete trainings have shown that it ranks as the end does",
+        "scheduler=pareto_halving: the first evaluation at which trainings may pause; 0: the first rung, but only "
+        "after eight complete trainings have shown that it ranks as the end does",
         decides="proposals",
         where="search",
         least=0,
@@ -249,22 +250,22 @@ class RunConfig:
     )
     max_forgetting: float = _key(
         0.0,
-        "points that forget more nats a token than this are not on the front (0: no limit; needs forgetting=)",
+        "points that forget more than so many nats a token are not on the front (0: no limit; needs forgetting=)",
         decides="running",
         where="search",
         least=0,
     )
     objectives: str = _key(
         TWO,
-        f"what the front is made of. {THREE}: a point is on it that no other beats in all three, and the sampler looks "
-        "for points that forget less, too (needs forgetting=)",
+        f"what the front weighs against each other. {THREE}: no other point beats a member in all three, and the "
+        "sampler looks for points that forget less, too (needs forgetting=)",
         decides="running",
         where="search",
         choices=(TWO, THREE),
     )
     limit: int = _key(
         0,
-        "evaluate on the first N documents of each split only, of each task (0: all)",
+        "evaluate on the first N documents of each split of each task (0: all)",
         decides="results",
         where="task",
         least=0,
@@ -278,13 +279,13 @@ class RunConfig:
     )
     metric: str = _key(
         "",
-        "what accuracy is, e.g. acc_norm; of several tasks those that have it take it (empty: as the task says)",
+        "what accuracy is, e.g. acc_norm; of several tasks those that have it use it (empty: as the task says)",
         decides="results",
         where="task",
     )
     num_fewshot: int = _key(
         -1,
-        "examples before each question of an evaluation (-1: as the task says, which may fix 0)",
+        "examples before each question of an evaluation (-1: as the task says); a task that fixes 0 keeps 0",
         decides="results",
         where="task",
         least=0,
@@ -292,7 +293,7 @@ class RunConfig:
     )
     fewshot_seed: int = _key(
         task_files.FEWSHOT_SEED,
-        "seed of those examples; lm_eval draws the same with the same",
+        "seed that draws those examples; lm_eval draws the same examples with the same seed",
         decides="results",
         where="task",
         least=0,
@@ -343,16 +344,16 @@ class RunConfig:
     )
     pack: str = _key(
         "1",
-        "trainings that share a worker and its passes over the frozen base: up to so many begin, pause and end by "
-        "themselves, each with the result that it has alone but for rounding (1: each has a worker for itself). auto: "
-        "as a few timed steps and free memory say, at most 4 on a CPU and 8 on a GPU; what is proposed then depends "
-        "on timing",
+        "how many trainings at most share a worker and its passes over the frozen base: each begins, pauses and ends "
+        "by itself, with the result that it has alone but for rounding (1: each has a worker for itself). auto: as many "
+        "as a few timed steps and the free memory allow, at most 4 on a CPU and 8 on a GPU; the proposed points then "
+        "depend on timing",
         decides="running",
         where="workers",
     )
     max_concurrent: int = _key(
         0,
-        "trials that train at once, those in a pack counting as one (0: as many as the cluster holds)",
+        "trials that train at once; a pack counts as one (0: as many as the cluster holds)",
         decides="running",
         where="machine",
         least=0,
@@ -365,8 +366,8 @@ class RunConfig:
     )
     wait_for_workers: str = _key(
         "10m",
-        "on a cluster that is joined: how long a study waits for nodes with room for one trial, at its beginning and "
-        "after the last of them left (90s, 10m, 2h)",
+        "on a cluster that is joined: how long a study waits for a node with room for one trial, at its beginning and "
+        "after the last such node was lost (90s, 10m, 2h)",
         decides="running",
         where="machine",
     )
@@ -375,7 +376,7 @@ class RunConfig:
     )
     lock: bool = _key(
         True,
-        "lock the study's folder against a second driver; false on a file system without locks, where you see to it",
+        "lock the study's folder against a second driver; false on a file system without locks: start one at a time there",
         decides="running",
         where="machine",
     )
@@ -387,7 +388,7 @@ class RunConfig:
     )
     reuse: bool = _key(
         False,
-        "take results from the other studies in the storage folder that did an equal training (allocation, recipe, "
+        "take over results of other studies in the storage folder for trainings that are equal (allocation, recipe, "
         "model, task, seed, and all settings that decide a result); in a search they do not count as trials",
         decides="running",
         where="search",
@@ -732,15 +733,15 @@ def _setting(name: str, value: Any, wanted: type) -> Any:
 
 def help_text() -> str:
     """Every key with its default and meaning, the recipe's keys, and where to go on."""
-    lines = ["usage: python -m search.run [key=value ...]", *words.READING]
+    lines = ["usage: python -m search.run [key=value ...]", f"for example: {EXAMPLE}", *words.READING]
     for where, heading in HEADINGS.items():
         lines += ["", f"{heading} (default):", *words.help_of(RunConfig, only=keys(where=where))]
     lines += ["", "recipe.NAME (papers' default; a task file may suggest others):"]
     recipe = "  ".join(f"{f.name}={f.default}" for f in fields(Recipe))
     lines += textwrap.wrap(recipe, width=108, initial_indent="  ", subsequent_indent="  ")
     lines += textwrap.wrap(
-        "recipe.scaled_rate=VALUE gives learning_rate = scaled_rate/lora_alpha: ΔW moves by it whatever the rank, so "
-        "that the best one hardly changes with rank, alpha and allocation. Spaces propose it.",
+        "recipe.scaled_rate=VALUE sets learning_rate = scaled_rate/lora_alpha. A step moves ΔW by about the scaled "
+        "rate whatever the rank, so the best value hardly changes with rank, alpha and allocation. Spaces propose it.",
         width=108,
         initial_indent="  ",
         subsequent_indent="  ",
@@ -748,6 +749,6 @@ def help_text() -> str:
     lines += [
         "",
         "  config=FILE.yaml   the same keys from a file; the command line wins",
-        "  help SPACE         what a space asks, its knobs, what it costs",
+        "  help SPACE         what a space asks, its knobs, and what it costs where that was measured",
     ]
     return "\n".join(lines)

@@ -21,7 +21,7 @@ draws its own layout.
 
 Measured on tiny-dense with three seeds (54 trainings, hill rounds to uniform), tuned / paper: stable_rank .862 / .703,
 uniform .773 / .501, alpha_hat .554 / .357; no rule differs from uniform by more than the noise of sixteen tests
-(docs/allocators.md).
+(docs/comparisons.md).
 
 Comparisons: every rule against uniform. With nine of them about one study in three shows a difference where there is
 none (1 − 0.95⁹, were they independent): read the intervals, not the verdicts.

@@ -33,7 +33,7 @@ Measured with five seeds (plop with three; 93 and 98 trainings; test accuracy): 
 tiny-moe; no rule is above it by more than noise. hilo 2468 .687 and .839, eva .674 and .723, aletheia .667 and .386,
 hilo 8642 .634 and .633, spectrum .579 and .406, kappatune .543 and .540, plop .534 and .407, dmole .508 and .818,
 sensitivity β 1 .506 and .806, hill uniform and .869, random .697 and .675, stratified .634 and .712. Intervals, and
-what the rules make a model forget, stand in docs/allocators.md.
+what the rules make a model forget, stand in docs/comparisons.md.
 """
 
 from __future__ import annotations

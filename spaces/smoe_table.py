@@ -27,7 +27,7 @@ Measured on tiny-dense with both recipes, three seeds (72 trainings; test accura
 .500, .580, .615 and .594, U .469, .527, .587 and .613, uniform .683, .686, .630 and .633 with nearly the parameters. At
 60 %, S − uniform is −.106 (95 % interval −.175 to −.038) tuned and −.024 (−.101 to +.052) with the papers' recipe, U −
 uniform −.159 (−.246 to −.071) and +.019 (−.051 to +.089). Placement by gradients shows no gain over uniform here, and a
-loss where the recipe is good; corrected for thirteen tests none stays below .05 (docs/allocators.md).
+loss where the recipe is good; corrected for thirteen tests none stays below .05 (docs/comparisons.md).
 """
 
 from __future__ import annotations

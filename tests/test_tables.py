@@ -34,7 +34,7 @@ def test_every_table_stands_in_a_page_and_every_study_in_a_table() -> None:
 
 
 def test_an_edit_by_hand_is_noticed() -> None:
-    text = (ROOT / "docs" / "allocators.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "comparisons.md").read_text(encoding="utf-8")
     number = tables.plain(tables.study("ranks_table-tiny-dense").row(allocator="uniform_ranks").mean)
     assert tables.filled(text.replace(f"| {number} ±", "| .999 ±", 1)) == text
 

@@ -175,11 +175,11 @@ def _storage(place: str) -> Iterator[Finding]:
 
 def _hub() -> Iterator[Finding]:
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        yield Finding("hub", "note", "HF_HUB_OFFLINE is set: only models and data that lie here are used")
+        yield Finding("hub", "note", "HF_HUB_OFFLINE is set: only models and data on this machine are used")
     elif surroundings.answers(_HUB):
         yield Finding("hub", "ok", "huggingface.co answers")
     else:
-        yield Finding("hub", "note", "huggingface.co does not answer: only models and data that lie here can be used")
+        yield Finding("hub", "note", "huggingface.co does not answer: only models and data on this machine can be used")
 
 
 def _ports() -> Iterator[Finding]:
@@ -201,7 +201,7 @@ def _model(asked: Asked) -> Iterator[Finding]:
     yield Finding("model", "ok", says)
     if models.has_weights(asked.model):
         models.check_files(asked.model)
-        yield Finding("weights", "ok", "the files that lie here are whole; what does not is fetched by the first study")
+        yield Finding("weights", "ok", "the files on this machine are whole; the first study fetches what is missing")
     else:
         yield Finding("weights", "wrong", f"'{asked.model}' holds a config.json and no weights")
     for note in models.left_out(asked.model, trust_remote_code=asked.trust_remote_code):

@@ -48,7 +48,7 @@ def dry_run(config: RunConfig, problem: Problem, locations: Locations) -> None:
     if reasons:
         console.print(f"{len(reasons)} further points needed no training: {', '.join(sorted(set(reasons)))}")
     if not problem.is_table and len(proposals) > len(starting_points(problem)):
-        console.print("behind the starting points of the space stand random draws: a study's sampler proposes its own")
+        console.print("the space's starting points come first, then random ones: a study's sampler proposes its own")
     if problem.is_table:
         total = len(proposals) * config.seeds
         console.print(f"{len(proposals)} rows with {config.seeds} seeds each: {total} trainings")

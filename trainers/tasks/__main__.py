@@ -39,9 +39,9 @@ class Settings:
     max_length: int = key(0, "tokens of a training row (0: what the task file suggests, else 512)", least=2, unset=0)
     limit: int = key(0, "evaluate the first N documents (0: all)", least=0)
     training_limit: int = key(0, "train on at most N documents of each data set (0: all)", least=0)
-    metric: str = key("", "what accuracy is (empty: as the task says)")
+    metric: str = key("", "what accuracy is, e.g. acc_norm (empty: as the task says)")
     num_fewshot: int = key(-1, "examples before each question (-1: as the task says)", least=0, unset=-1)
-    fewshot_seed: int = key(FEWSHOT_SEED, "seed of those examples", least=0)
+    fewshot_seed: int = key(FEWSHOT_SEED, "seed that draws those examples", least=0)
     chat_template: bool = key(False, "put prompts into the tokenizer's chat template")
     trust_remote_code: bool = key(False, "run code of the model's repository")
     seed: int = key(0, "draws the share that is held out, and the training_limit", least=0)
@@ -96,8 +96,10 @@ def _lines(
     limits: tasks.Limits,
     settings: Settings,
 ) -> list[str]:
-    chance = "none, the answer is written" if task.chance is None else f"{task.chance:.3f}"
+    chance = "none, the model writes its answers" if task.chance is None else f"{task.chance:.3f}"
     lines = [tasks.sizes(task), f"chance: {chance}"]
+    if settings.prompts:
+        lines.append("a training row is trained on the text between ▸ and ◂")
     for part in task.datasets:
         data = part.training
         for number in _spread(len(data), settings.prompts):

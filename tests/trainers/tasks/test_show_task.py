@@ -25,6 +25,7 @@ def test_a_task_is_shown_with_sizes_prompts_lengths_and_notes(
     rows = [row(1, ["ruby", "o" * 30]), *FOUR]
     out = shown(capsys, str(write(tmp_path, MC, rows, FOUR)), "select_on=test", "max_length=40", "prompts=2")
     assert "5 rows to train on (quiz 5); accuracy on quiz (4 × acc)" in out
+    assert "a training row is trained on the text between ▸ and ◂" in out
     assert "chance: 0.250" in out
     assert "task 'quiz', split 'train', row 0 (train.jsonl, line 1)\n" in out
     assert f"ich is ruby ?▸ {'o' * 30}◂" not in out  # the row's beginning is cut off
@@ -41,7 +42,7 @@ def test_a_task_is_shown_with_sizes_prompts_lengths_and_notes(
 
 def test_a_written_answer_has_no_chance(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = shown(capsys, f"task={write(tmp_path, GEN, say('a', 'b'), say('c'))}", "select_on=test")
-    assert "chance: none, the answer is written" in out
+    assert "chance: none, the model writes its answers" in out
     assert "  q0 :▸a<eos>◂" in out
 
 

@@ -20,8 +20,8 @@ Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
 its trial names the parent) it says from which, and how much was kept. Every line stands by itself, so that a damaged
 one costs only itself; the allocation, the longest part of a trial, is therefore written in ranges (`to_compact` in
 core/types.py). Lines of earlier versions, which list every expert, are read as well. The last end of a digest wins, and
-what has ended does not begin again: lines in another order are the same study. A driver that is killed in mid-write leaves a torn last line, which is dropped; a damaged line elsewhere is named and
-skipped.
+what has ended does not begin again: lines in another order are the same study. A driver that is killed in mid-write
+leaves a torn last line, which is dropped; a damaged line elsewhere is named and skipped.
 
 A folder may come from anybody: every value is checked when it is read, and no path that a line records is followed.
 Whether an adapter was saved is on record, where it lies follows from its digest: a copy of a study has adapters of its

@@ -23,6 +23,7 @@ that takes long is let be: a ToolkitWarning says which line it is in.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import inspect
@@ -36,6 +37,7 @@ import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -214,7 +216,7 @@ def failing(module: ModuleType, what: str, raised: Callable[[str], ToolkitError]
     What this project's own plug-ins raise on purpose passes as it is; of an added one an InfeasibleError stays one.
     """
     try:
-        with _watched(module.__file__, what):
+        with watched(module.__file__, what):
             yield
     except ToolkitError as error:
         if not _is_added(module) or str(error).startswith(what):  # said already, by a block within this one
@@ -229,39 +231,96 @@ def failing(module: ModuleType, what: str, raised: Callable[[str], ToolkitError]
 
 
 @contextmanager
-def _watched(file: str | None, what: str) -> Iterator[None]:
-    """A ToolkitWarning once the block has taken `PATIENCE`, with the plug-in's line that it is in by then."""
+def watched(file: str | None, what: str, *, ends: bool = False) -> Iterator[None]:
+    """A ToolkitWarning once the block has taken `PATIENCE`, with the plug-in's line that it is in by then.
+
+    ends   the block is ended instead, once it has computed for so long: for what takes no time where it is right
+
+    Raises TimeoutError where it was ended.
+    """
     thread = threading.get_ident()
     around = _busy.get(thread)
-    _busy[thread] = _Busy(time.monotonic(), file, what)
+    _busy[thread] = busy = _Busy(time.monotonic(), file, what, _Clock.of(thread) if ends else None)
     _start_watching()
     try:
         with _undone():
             yield
+    except _TooLongError:
+        raise TimeoutError(f"it has run for {PATIENCE:g} s and was ended") from None
     finally:
+        try:
+            _leave(thread, busy, around)
+        except _TooLongError:  # it came too late
+            _leave(thread, busy, around)
+
+
+def _leave(thread: int, busy: _Busy, around: _Busy | None) -> None:
+    with _ending:
+        if busy.clock is not None:
+            busy.clock.stop()
         if around is None:
-            del _busy[thread]
+            _busy.pop(thread, None)
         else:
             _busy[thread] = around
 
 
+class _TooLongError(BaseException):
+    """Raised in a thread by the one that watches it; no `except Exception` of somebody's code takes it."""
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """What a thread computes from now on: of a busy machine, seconds in which it had no core do not count."""
+
+    thread: int
+    number: int | None
+    began: float
+
+    @classmethod
+    def of(cls, thread: int) -> _Clock:
+        """Where the system has no such clock, all seconds count."""
+        number = time.pthread_getcpuclockid(thread) if hasattr(time, "pthread_getcpuclockid") else None
+        return cls(thread, number, time.monotonic() if number is None else time.clock_gettime(number))
+
+    @property
+    def is_up(self) -> bool:
+        return (time.monotonic() if self.number is None else time.clock_gettime(self.number)) - self.began > PATIENCE
+
+    def end(self) -> None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(_TooLongError))
+
+    def stop(self) -> None:
+        """Takes an end back that has not come yet."""
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), None)
+
+
 class _Busy(NamedTuple):
-    """A thread is in a plug-in's code since then."""
+    """A thread is in somebody's code since then."""
 
     since: float
     file: str | None
     what: str
+    clock: _Clock | None  # of code that is ended
+
+    @property
+    def is_long(self) -> bool:
+        return time.monotonic() - self.since > PATIENCE if self.clock is None else self.clock.is_up
 
     def say(self, thread: int) -> None:
-        """That it takes long, and where it is."""
-        frame, place = sys._current_frames().get(thread), self.file or self.what
+        """That it takes long, and where it is; or its end."""
+        if self.clock is not None:
+            self.clock.end()
+            return
+        frame, place = sys._current_frames().get(thread), self.file or ""
         while frame is not None and frame.f_code.co_filename != self.file:
             frame = frame.f_back
         place += f", line {frame.f_lineno}" if frame is not None else ""
-        warnings.warn(f"{self.what} has run for {PATIENCE:.0f} s and goes on ({place})", ToolkitWarning, stacklevel=1)
+        place = f" ({place})" if place else ""
+        warnings.warn(f"{self.what} has run for {PATIENCE:.0f} s and goes on{place}", ToolkitWarning, stacklevel=1)
 
 
 _busy: dict[int, _Busy] = {}  # by thread; a sampler calls rules thousands of times, so that a call starts nothing
+_ending = threading.Lock()  # held while a block is ended, or leaves by itself
 
 
 @cache
@@ -275,9 +334,10 @@ def _watch() -> None:
     while True:
         time.sleep(min(1.0, PATIENCE))
         for thread, busy in list(_busy.items()):
-            if busy not in said and time.monotonic() - busy.since > PATIENCE:
-                busy.say(thread)
-                said = {busy, *said.intersection(_busy.values())}
+            with _ending:
+                if busy not in said and _busy.get(thread) is busy and busy.is_long:
+                    busy.say(thread)
+                    said = {busy, *said.intersection(_busy.values())}
 
 
 @contextmanager
@@ -384,7 +444,7 @@ def _import_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a module up by its name
     try:
-        with _watched(module.__file__, f"importing plug-in {path}"):
+        with watched(module.__file__, f"importing plug-in {path}"):
             spec.loader.exec_module(module)
     except KeyboardInterrupt:
         raise

@@ -19,9 +19,9 @@ Lines of outcomes.jsonl, each with its `time` (seconds since 1970):
 `params` is the sampler's flat dictionary of the point; of an adapter that was cut from a training (`search/truncate/`,
 its trial names the parent) it says from which, and how much was kept. Every line stands by itself, so that a damaged
 one costs only itself; the allocation, the longest part of a trial, is therefore written in ranges (`to_compact` in
-core/types.py). Lines of earlier versions, which list every expert, are read as well. The last line of a digest wins. A
-driver that is killed in mid-write leaves a torn last line, which is dropped; a damaged line elsewhere is named and
-skipped.
+core/types.py). Lines of earlier versions, which list every expert, are read as well. The last end of a digest wins, and
+what has ended does not begin again: lines in another order are the same study. A driver that is killed in mid-write
+leaves a torn last line, which is dropped; a damaged line elsewhere is named and skipped.
 
 A folder may come from anybody: every value is checked when it is read, and no path that a line records is followed.
 Whether an adapter was saved is on record, where it lies follows from its digest: a copy of a study has adapters of its
@@ -270,16 +270,17 @@ class Records:
             outcome = outcome.updated(test=self._scores.get(digest))
         if seconds:
             self.sampler_seconds.append(float(seconds))
+        self.tried.add((outcome.trial.point, outcome.trial.seed))
+        if outcome.status not in FINISHED and digest in self.points.outcomes:
+            return  # the lines are in another order: what has ended does not begin again
         if reused:
             self.reused[digest] = reused
         for known in (self.outcomes, self._trained):  # to the end: dictionaries keep the order of events
             known.pop(digest, None)
         self.outcomes[digest] = outcome
         self.events.append(Event("finished" if outcome.status in FINISHED else "started", digest))
-        self.tried.add((outcome.trial.point, outcome.trial.seed))
         self._params[digest] = params
         if outcome.status not in FINISHED:
-            self.points.discard(digest)
             return
         self.points.add(outcome)
         if digest not in self.reused and not outcome.trial.parent:

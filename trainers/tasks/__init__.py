@@ -88,6 +88,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from allocators.core import plugins
 from allocators.core.errors import StudyError, unknown
 from trainers.tasks import check, harness
 from trainers.tasks.check import Limits, Looked, look
@@ -247,8 +248,10 @@ def _over_its_data(file: TaskFile, config: Mapping[str, Any], unused: Collection
             raise unknown(f"split of task '{file.name}' ({file.path.name})", split, map(str, splits))
     if config.get("process_docs") or few_shot.get("process_docs"):
         splits = as_datasets(splits)
+    functions = any(callable(value) for value in config.values())  # which may have much to do, and go on
     try:
-        return harness.build(config, splits)
+        with plugins.watched(None, f"building task '{file.name}' ({file.path.name})", ends=not functions):
+            return harness.build(config, splits)
     except Exception as error:
         if wrong := check.first_document(file, config, splits):
             raise StudyError(wrong) from error

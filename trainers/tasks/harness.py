@@ -17,12 +17,16 @@ import dataclasses
 import functools
 import io
 import logging
+import math
+import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from allocators.core.errors import StudyError
+from allocators.core import plugins
+from allocators.core.errors import StudyError, ToolkitWarning
 from trainers.tasks.task_file import one_line
 
 if TYPE_CHECKING:
@@ -341,17 +345,27 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Messages:
-    """The tokenizer's chat template as lm-eval applies it. Where it fails, what it gives raises StudyError."""
-    written = _without_model(tokenizer, batch_size).apply_chat_template
+    """The tokenizer's chat template as lm-eval applies it. Where it fails, or takes for ever, what it gives raises
+    StudyError.
+    """
+    written, what = _without_model(tokenizer, batch_size).apply_chat_template, "the chat template of the tokenizer"
+    spent: list[float] = []  # seconds of each conversation, until it is said that they are many
 
     def applied(*messages: Any, **options: Any) -> str:
+        began = time.perf_counter()
         try:
-            return written(*messages, **options)
+            with plugins.watched(None, what, ends=True):
+                text = written(*messages, **options)
         except Exception as error:  # a template may raise what it likes
             raise StudyError(
-                f"the chat template of the tokenizer cannot write a conversation: {one_line(error)}: mend it, or leave "
-                "chat_template=true out"
+                f"{what} cannot write a conversation: {one_line(error)}: mend it, or leave chat_template=true out"
             ) from error
+        spent.append(time.perf_counter() - began)
+        if (long := sum(spent[-100:])) > plugins.PATIENCE:
+            each = f"{long / len(spent[-100:]):.1f} s for a conversation"
+            warnings.warn(f"{what} takes {each}: mend it, or leave chat_template=true out", ToolkitWarning, 1)
+            spent[:] = [-math.inf]
+        return text
 
     return applied
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -63,6 +64,24 @@ def state(seen: records.Records) -> str:
             [[a.params, a.reason, a.digest, a.message] for a in seen.answered],
         ]
     )
+
+
+@FOLDERS
+@given(events=EVENTS, draw=st.randoms(use_true_random=False))
+def test_lines_in_another_order_are_the_same_study(
+    tmp_path_factory: pytest.TempPathFactory, events: list[tuple[str, int]], draw: random.Random
+) -> None:
+    folder = tmp_path_factory.mktemp("study") / "s"
+    with open_study(folder) as study:
+        play(study, events)
+    lines = (folder / LINES).read_text().splitlines(keepends=True)
+    draw.shuffle(lines)
+    (folder / LINES).write_text("".join(lines))
+    seen = read(folder)
+    assert set(seen.finished) == set(study.finished)
+    assert {o.digest for o, _ in seen.in_flight} == {o.digest for o, _ in study.in_flight}
+    assert seen.tried == study.tried
+    assert not seen.problems
 
 
 @FOLDERS

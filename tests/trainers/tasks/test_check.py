@@ -15,7 +15,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from allocators.core.errors import StudyError
+from allocators.core import plugins
+from allocators.core.errors import StudyError, ToolkitWarning
 from tests.trainers.conftest import char_tokenizer
 from trainers import tasks
 from trainers.tasks import harness
@@ -348,6 +349,32 @@ def test_a_chat_template_that_fails_is_told(tmp_path: Path, template: str, why: 
     said = "the chat template of the tokenizer cannot write a conversation: "
     for form, rows in ((MC, FOUR), (GEN, say("a"))):
         refused(write(tmp_path, form, rows), said, why, tokenizer=tokenizer, chat_template=True)
+
+
+LONG = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, MC, FOUR)
+    looked(path)  # what is imported at the first call is not counted
+    monkeypatch.setattr(plugins, "PATIENCE", 0.5)
+    ended = "TimeoutError: it has run for 0.5 s and was ended"
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = LONG
+    refused(path, "the chat template of the tokenizer cannot", ended, tokenizer=tokenizer, chat_template=True)
+    stuck = {**MC, "doc_to_text": "{{question}}{% if question == 'stuck' %}" + LONG + "{% endif %}"}
+    refused(write(tmp_path, stuck, FOUR, [row(0), row(1, question="stuck")]), "split 'test', row 1", ended)
+    refused(write(tmp_path, stuck, FOUR, [row(1, question="stuck")]), "split 'test', row 0", ended)
+
+
+def test_a_template_that_takes_long_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "PATIENCE", 0.0001)
+    monkeypatch.setattr(plugins._Clock, "is_up", False)
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.warns(ToolkitWarning, match="the chat template of the tokenizer takes .* s for a conversation") as said:
+        loaded(write(tmp_path, MC, FOUR), chat_template=True).prepare(tokenizer)
+    assert len(said) == 1
 
 
 # --- empty texts ------------------------------------------------------------------------------------------------------
@@ -705,6 +732,30 @@ def test_json_that_is_a_list_or_lies_under_a_key_or_is_packed_is_read(tmp_path: 
     packed = {"data_files": {"train": "train.jsonl", "test": ["rows.jsonl.gz", "t*t.jsonl"]}}
     task = loaded(write(tmp_path, GEN, say("c"), dataset_kwargs=packed))
     assert [document["answer"] for document in task.questions.documents] == ["a", "a", "c"]
+    assert task.questions.origin.name(1) == "task 'quiz', split 'test', row 1 (rows.jsonl.gz, line 2)"
+
+
+def test_messages_name_the_packed_file_and_not_what_is_unpacked_in_a_cache(tmp_path: Path) -> None:
+    import gzip
+    import zipfile
+
+    bad = f"{GOOD}\n{{'a': 1}}\n"
+    (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(bad.encode()))
+    with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
+        archive.writestr("in/side.jsonl", bad)
+    (tmp_path / "cut.jsonl.gz").write_bytes((tmp_path / "bad.jsonl.gz").read_bytes()[:-20])
+    (tmp_path / "no.jsonl.gz").write_text(GOOD)
+    for name, said in (
+        ("bad.jsonl.gz", "bad.jsonl.gz', line 2"),
+        ("bad.zip", "bad.zip/in/side.jsonl', line 2"),
+        ("cut.jsonl.gz", "cut.jsonl.gz' cannot be unpacked: EOFError"),
+    ):
+        files = {"data_files": {"train": "train.jsonl", "test": name}}
+        line = refused(write(tmp_path, GEN, say("c"), dataset_kwargs=files), f"data file '{tmp_path}/{said}")
+        assert "extracted" not in line
+    assert looked(
+        write(tmp_path, GEN, say("c"), dataset_kwargs={"data_files": {"train": "train.jsonl", "test": "no.jsonl.gz"}})
+    ).training
 
 
 def test_a_folder_of_files_is_read_as_they_are(tmp_path: Path) -> None:

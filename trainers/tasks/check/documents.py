@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from allocators.core import plugins
 from allocators.core.words import shown
 from trainers.tasks import harness
 from trainers.tasks.check import nulls
@@ -26,20 +27,23 @@ def wrong_with(task: HarnessTask, document: Document, *, local: bool) -> str:
     local   it is a row of a file that its owner can correct: what is only doubtful is wrong too
     """
     try:
-        if local and (
-            doubtful := _no_field(task, document) or nulls.spelled_out(task, document) or _read_anew(task, document)
-        ):
-            return doubtful
-        prompt, prefix = task.doc_to_text(document), task.doc_to_prefix(document)
-        if not isinstance(prefix, str | None):
-            return f"its gen_prefix is {value_of(prefix)}: a text is needed"
-        if task.OUTPUT_TYPE == "multiple_choice":
-            return _wrong_choices(task, document, prompt, local=local)
-        if not isinstance(prompt, str):
-            return _wrong_prompt(prompt)
-        return _wrong_answer(task, document)
+        with plugins.watched(None, "a question", ends=True):
+            return _wrong_with(task, document, local=local)
     except Exception as error:  # the user's templates and functions raise what they like
         return f"it makes no question: {one_line(error)}"
+
+
+def _wrong_with(task: HarnessTask, document: Document, *, local: bool) -> str:
+    if local and (
+        doubtful := _no_field(task, document) or nulls.spelled_out(task, document) or _read_anew(task, document)
+    ):
+        return doubtful
+    prompt, prefix = task.doc_to_text(document), task.doc_to_prefix(document)
+    if not isinstance(prefix, str | None):
+        return f"its gen_prefix is {value_of(prefix)}: a text is needed"
+    if task.OUTPUT_TYPE == "multiple_choice":
+        return _wrong_choices(task, document, prompt, local=local)
+    return _wrong_answer(task, document) if isinstance(prompt, str) else _wrong_prompt(prompt)
 
 
 def value_of(value: Any) -> str:

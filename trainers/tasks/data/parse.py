@@ -109,10 +109,14 @@ def _constant(text: str) -> None:
         raise ValueError(f"{text} is no number of JSON")
 
 
-def rows_of(path: Path, form: Format) -> list[Raw]:
-    """The rows of one file. Raises StudyError with the file and its line."""
+def rows_of(place: Path, form: Format, *, called: Path | None = None) -> list[Raw]:
+    """The rows of the file at a place, which messages call otherwise where it was packed.
+
+    Raises StudyError with the file and its line.
+    """
+    path = called or place
     try:
-        text = path.read_bytes().decode("utf-8-sig" if form.encoding == "utf-8" else form.encoding, form.errors)
+        text = place.read_bytes().decode("utf-8-sig" if form.encoding == "utf-8" else form.encoding, form.errors)
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         refuse(path, line, f"{error.encoding} cannot read byte 0x{error.object[error.start]:02x}: save it as UTF-8")

@@ -50,13 +50,15 @@ class Documents(Sequence[dict[str, Any]]):
         self._rows, self._files = rows, files
 
     @classmethod
-    def of(cls, files: Iterable[Path], form: Format) -> Documents:
-        """Raises StudyError with file and line for what cannot be read, and for files without a row."""
+    def of(cls, files: Iterable[tuple[Path, Path]], form: Format) -> Documents:
+        """Each file is where it lies, and what messages call it: a packed one lies unpacked in a cache.
+
+        Raises StudyError with file and line for what cannot be read, and for files without a row."""
         rows: list[Raw] = []
         begins = []
-        for file in files:
-            begins.append((len(rows), file))
-            rows += rows_of(file, form)
+        for file, called in files:
+            begins.append((len(rows), called))
+            rows += rows_of(file, form, called=called)
         if not begins:
             raise StudyError("data_files names a file that is packed, and holds none")
         if not rows:
@@ -229,9 +231,19 @@ def _csv_format(config: Any) -> Format:
     )
 
 
-def _unpacked(files: Iterable[str]) -> list[Path]:
-    """The files themselves, or what is in them where they are packed."""
+def _unpacked(files: Iterable[str]) -> Iterator[tuple[Path, Path]]:
+    """The files themselves, or what is in them where they are packed; each with the name that its owner knows.
+
+    Raises StudyError for one that cannot be unpacked.
+    """
     from datasets import DownloadConfig, DownloadManager
 
     manager = DownloadManager(download_config=DownloadConfig(extract_compressed_file=True, local_files_only=True))
-    return [Path(inside) for file in files for inside in manager.iter_files(manager.extract(file))]
+    for file in files:
+        try:
+            place = Path(manager.extract(file))
+            found = [Path(inside) for inside in manager.iter_files(str(place))]
+        except Exception as error:  # zlib's, lzma's, zipfile's and zstandard's errors have no base but Exception
+            raise StudyError(f"data file '{file}' cannot be unpacked: {one_line(error)}: pack it again") from error
+        for inside in found:
+            yield inside, Path(file) / inside.relative_to(place) if place.is_dir() else Path(file)

@@ -328,8 +328,11 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     """lm-eval's own model class around a resident model; keep it, as its constructor ties weights anew."""
     from lm_eval.models.huggingface import HFLM
 
-    language_model: LanguageModel = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    return language_model
+    language_model: Any = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    if language_model.max_length < 1:  # a config that says 0 or -1 says none
+        language_model._max_length = HFLM._DEFAULT_MAX_LENGTH
+    made: LanguageModel = language_model
+    return made
 
 
 def try_to_write(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:

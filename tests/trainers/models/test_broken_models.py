@@ -22,6 +22,8 @@ from tests.trainers import reference
 from tests.trainers.conftest import char_tokenizer, tiny_olmoe
 from trainers import adapter as adapters
 from trainers import models, tasks
+from trainers.tasks import harness
+from trainers.tasks.check.tokens import POSITIONS
 
 Weights = dict[str, Tensor]
 
@@ -111,7 +113,7 @@ def test_values_that_fail_where_answers_are_written_are_said_at_load(tmp_path: P
     refused(tmp_path, "does not write answers: .*: correct config.json")
 
 
-@pytest.mark.parametrize("value", [0, -1, 1, "512"])
+@pytest.mark.parametrize("value", [1, "512"])
 def test_a_model_has_positions(value: object) -> None:
     with pytest.raises(StudyError, match="at least 2 are needed"):
         tasks.Limits.of({"max_position_embeddings": value}, recipe={})
@@ -241,8 +243,10 @@ def test_weight_files_that_are_pointers_or_cut_are_named(folder: Path) -> None:
 @pytest.mark.parametrize("positions", [0, -1])
 def test_a_config_that_says_no_number_of_positions_loads(folder: Path, llama: Path, positions: int) -> None:
     change_json(folder, "config.json", max_position_embeddings=positions)
-    assert torch.equal(logits_of(models.load(str(folder)).model), logits_of(models.load(str(llama)).model))
+    loaded = models.load(str(folder))
+    assert torch.equal(logits_of(loaded.model), logits_of(models.load(str(llama)).model))
     assert tasks.Limits.of(models.config_of(str(folder)), recipe={}).positions is None
+    assert harness.language_model(loaded.model, loaded.tokenizer, 1).max_length == POSITIONS
 
 
 def test_a_shard_that_is_missing_is_named(folder: Path, llama: Path) -> None:

@@ -138,11 +138,12 @@ def _wrong_list(answers: Any, choices: Sequence[str]) -> str:
     """What is wrong with several right answers of a question; "" where nothing is, or there is one."""
     if not isinstance(answers, list) or len(answers) < 2:
         return ""
+    if len(answers) == len(choices) > 2 and all(answer in (0, 1) for answer in answers):
+        return (
+            f"its right answers are {value_of(answers)}, a 0 or 1 for each choice where numbers of choices are needed: "
+            "write doc_to_target: '{{FIELD.index(1)}}'"
+        )
     different = len({repr(answer) for answer in answers})
-    if different < len(answers):
-        one_hot = len(answers) == len(choices) and all(answer in (0, 1) for answer in answers)
-        hint = ": of a 1 among 0s write doc_to_target: '{{FIELD.index(1)}}'" if one_hot else ""
-        return f"its right answers are {value_of(answers)}, one of them twice{hint}"
     return f"each of its {len(choices)} choices is right" if different == len(choices) else ""
 
 

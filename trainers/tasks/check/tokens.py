@@ -47,8 +47,9 @@ class Limits:
         both = [part for part in (text, config) if isinstance(part, Mapping)]
         names = ("n_positions", "max_position_embeddings", "n_ctx")
         positions = [part[name] for part in both for name in names if part.get(name) is not None]
-        if wrong := [value for value in positions if not isinstance(value, int) or value < 2]:
+        if wrong := [value for value in positions if not isinstance(value, int) or value == 1]:
             raise StudyError(f"config.json gives the model {shown(str(wrong[0]))} positions: at least 2 are needed")
+        positions = [value for value in positions if value > 0]  # 0 and -1 say that there is no such number
         rows = [part["vocab_size"] for part in both if isinstance(part.get("vocab_size"), int)]
         return cls(asked or cls.max_length, bool(asked), next(iter(positions), None), next(iter(rows), None))
 

@@ -192,7 +192,8 @@ def _whole(name: str, text: str) -> int:
     scaled = bare[-1:] in "kKMBG" or "e" in bare.lower()  # 8.0 is no whole number, 8.0k is one
     if value is not None and value == value.to_integral_value() and (scaled or _WHOLE.fullmatch(bare)):
         return int(value)
-    raise StudyError(f"{name} must be a whole number, got '{shown(text)}'")
+    units = "; units are k, M and G" if re.fullmatch(r"[\d.]+ ?[A-Za-z]+", bare) else ""
+    raise StudyError(f"{name} must be a whole number, got '{shown(text)}'{units}")
 
 
 def _number(name: str, text: str) -> float:

@@ -48,6 +48,7 @@ def _seen(
     """What `tasks.look` says of a task with the tokenizer of a model, and the longest training row."""
     from trainers import models, tasks
 
+    models.check_config(model, trust_remote_code=trusted)
     tokenizer = models.tokenizer_of(model, trust_remote_code=trusted)
     looked = tasks.look(tasks.load_task(task, **dict(options)), tokenizer, limits)
     return tuple(looked.notes), max((max(lengths, default=0) for lengths in looked.training.values()), default=0)

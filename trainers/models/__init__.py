@@ -24,6 +24,7 @@ Importing this package loads neither torch nor transformers: the command line an
 from trainers.models.base import (
     EMBEDDED,
     PACKAGED,
+    check_config,
     check_files,
     config_of,
     folder_of,
@@ -55,6 +56,7 @@ __all__ = [
     "PACKAGED",
     "QUANTIZATION",
     "Loaded",
+    "check_config",
     "check_files",
     "check_options",
     "check_packages",

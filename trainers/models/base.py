@@ -112,6 +112,20 @@ def shape_of(name: str, *, trust_remote_code: bool = False) -> ModelShape:
     return discover.shape_from_modules(model, name=name)
 
 
+def check_config(name: str, *, trust_remote_code: bool = False) -> None:
+    """Builds a model from its config alone, without weights: values that no model takes are said before it is loaded.
+
+    Raises StudyError as `config_of` does, and with transformers' reason. Packages that only workers have are not asked.
+    """
+    from trainers.models import discover
+
+    try:
+        discover.without_weights(config_file(name).parent, name, trust_remote_code)
+    except StudyError as error:
+        if not isinstance(error.__cause__, ImportError):
+            raise
+
+
 def check_files(name: str) -> None:
     """Looks at the weight files of a model that lie here, before anything is started; loads and fetches nothing.
 

@@ -1,7 +1,7 @@
 """Whether a model that was loaded is whole: tensors, values, tokenizer.
 
     notes = checks.check_report(report, name="tiny-moe")                    # what the user should know, a line each
-    checks.check_finite(model, name="tiny-moe", numbers="float32")          # StudyError, in one line
+    checks.check_runs(model, name="tiny-moe", numbers="float32")            # StudyError, in one line
 
 transformers draws a weight that the files lack at random, and looks no token up before it is used: either would go
 wrong in silence.
@@ -78,10 +78,11 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: Any, *, name: str
         )
 
 
-def check_finite(model: Any, *, name: str, numbers: str) -> None:
-    """Looks at every weight, and at the logits of one pass; of a sharded model all workers call this.
+def check_runs(model: Any, *, name: str, numbers: str) -> None:
+    """Looks at every weight, and at the logits of a pass as an evaluation, a training and a written answer make it.
 
-    Raises NotFiniteError where one is not finite, StudyError where the model does not run.
+    Of a sharded model all workers call this. Raises NotFiniteError where a weight or a logit is not finite, StudyError
+    where the model does not run: config.json may hold values that nothing asks for before.
     """
     if bad := _not_finite(model):
         raise NotFiniteError(
@@ -90,16 +91,36 @@ def check_finite(model: Any, *, name: str, numbers: str) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
     count = min(_TOKENS, positions) if positions > 0 else _TOKENS
-    tokens = torch.arange(count, device=model.device) * 7919 % vocabulary
+    tokens = (torch.arange(count, device=model.device) * 7919 % vocabulary).unsqueeze(0)
     try:
         with torch.no_grad():
-            logits = model(input_ids=tokens.unsqueeze(0), use_cache=False).logits
+            logits = model(input_ids=tokens, use_cache=False).logits
     except Exception as error:  # whatever sizes do not fit
         raise StudyError(f"model '{name}' does not run: {files.reason_of(error)}") from error
     if not logits.isfinite().all():
         raise NotFiniteError(
             f"the base's logits are not finite: '{name}' overflows in {numbers}; try dtype=float32, or bfloat16"
         )
+    _check_modes(model, tokens, name)
+
+
+def _check_modes(model: Any, tokens: torch.Tensor, name: str) -> None:
+    """Raises StudyError for a model that evaluates a text whole, and fails in training or token by token."""
+    mode, devices = "", [model.device] if model.device.type == "cuda" else []
+    padded = torch.ones_like(tokens)
+    padded[:, : tokens.shape[1] // 4] = 0
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            mode = "train"
+            model.train()(input_ids=tokens, attention_mask=padded, use_cache=False)
+            if tokens.shape[1] > 1:
+                mode = "write answers"
+                past = model.eval()(input_ids=tokens[:, :-1], use_cache=True).past_key_values
+                model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True)
+    except Exception as error:  # dropout that is no probability, a window without room
+        raise StudyError(f"model '{name}' does not {mode}: {files.reason_of(error)}: correct config.json") from error
+    finally:
+        model.eval()
 
 
 def _not_finite(model: Any) -> str:

@@ -108,7 +108,7 @@ def load(
         sharding.prepare(model)
     quantized.keep_gradients(model)
     checks.check_tokenizer(tokenizer, model, name=name)
-    checks.check_finite(model, name=name, numbers=numbers)
+    checks.check_runs(model, name=name, numbers=numbers)
     _give_back_freed_memory()
     return Loaded(model, tokenizer, name, identity, numbers, tuple(notes))
 

@@ -82,6 +82,7 @@ Importing this package loads neither torch nor transformers nor lm-eval: the com
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -251,8 +252,15 @@ def _over_its_data(file: TaskFile, config: Mapping[str, Any], unused: Collection
     functions = any(callable(value) for value in config.values())  # which may have much to do, and go on
     try:
         with plugins.watched(None, f"building task '{file.name}' ({file.path.name})", ends=not functions):
-            return harness.build(config, splits)
+            task = harness.build(config, splits)
     except Exception as error:
-        if wrong := check.first_document(file, config, splits):
-            raise StudyError(wrong) from error
-        raise
+        if unknown_metric := harness.unknown_metric(config):
+            raise StudyError(f"task '{file.name}' ({file.path.name}) {unknown_metric}") from error
+        with contextlib.suppress(Exception):  # what is wrong with the task was raised above
+            wrong = check.first_document(file, config, splits)
+            if wrong:
+                error = StudyError(wrong)
+        raise error from None
+    if unknown_metric := harness.unknown_metric(config):
+        raise StudyError(f"task '{file.name}' ({file.path.name}) {unknown_metric}")
+    return task

@@ -60,6 +60,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"note: {sentence}", file=sys.stderr)
     limits = tasks.Limits.of(models.config_of(settings.model), recipe=chosen.recipe, max_length=settings.max_length)
     task = tasks.load_task(name, **_options(settings))
+    models.check_config(settings.model, trust_remote_code=settings.trust_remote_code)
     tokenizer = models.tokenizer_of(settings.model, trust_remote_code=settings.trust_remote_code)
     looked = tasks.look(task, tokenizer, limits)
     print("\n".join(_lines(task, tokenizer, looked, limits, settings)))

@@ -11,6 +11,7 @@ datasets is imported here: a command line answers in a fraction of a second.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -203,10 +204,15 @@ def _counted_file_that_is_trained(file: TaskFile, training: Mapping[str, Any]) -
     if not isinstance(named, Mapping):
         return ""
     trained, counted = (
-        {_place_of(path): path for path in flat(named.get(split, []))}
+        {_place_of(path): path for name in flat(named.get(split, [])) for path in _matched(name)}
         for split in (training["training_split"], file.evaluation_split)
     )
     return next((counted[place] for place in counted if place in trained), "")
+
+
+def _matched(name: str) -> list[str]:
+    """The files that a name with * or ? stands for; else the name."""
+    return sorted(glob.glob(name, recursive=True)) if any(mark in name for mark in "*?[") else [name]
 
 
 def _place_of(path: str) -> object:
@@ -248,12 +254,21 @@ def _of_another_kind(config: Mapping[str, Any]) -> Iterator[str]:
         good = good or (isinstance(value, kinds) and not isinstance(value, bool))
         if good and key in ("metric_list", "filter_list"):
             good = all(isinstance(part, Mapping) and part for part in value or ())
+        if good and key == "filter_list":
+            good = all(map(_is_filter, value or ()))
+            needed = "a list of {name: TEXT, filter: [{function: NAME}, …]}"
         if good and isinstance(value, Mapping):
             good = all(isinstance(name, str) for name in value)
         if good and key in ("num_fewshot", "repeats"):
             good = value is None or value >= (key == "repeats")
         if not good:
             yield f"has {key}: {shown(repr(value))}: {needed} is needed"
+
+
+def _is_filter(value: Mapping[str, Any]) -> bool:
+    steps = value.get("filter")
+    named = isinstance(value.get("name"), str) and isinstance(steps, list)
+    return named and all(isinstance(step, Mapping) and "function" in step for step in steps or ())
 
 
 def _check(file: TaskFile) -> None:

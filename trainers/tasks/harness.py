@@ -239,6 +239,28 @@ def examples_of(task: HarnessTask) -> Sequence[Document]:
     return examples
 
 
+def examples_have_a_form_of_their_own(task: HarnessTask) -> bool:
+    """Whether few-shot examples are made into text otherwise than questions are."""
+    few_shot = task.config.fewshot_config
+    return any(
+        getattr(few_shot, key) not in (None, getattr(task.config, key))
+        for key in ("doc_to_text", "doc_to_choice", "doc_to_target")
+    )
+
+
+def unknown_metric(config: Mapping[str, Any]) -> str:
+    """A metric that neither lm-eval nor `evaluate` has here, and what lm-eval has, for a message; "" for none."""
+    from lm_eval.api import metrics  # noqa: F401 - which registers them
+    from lm_eval.api.registry import get_metric, metric_registry
+
+    own = config.get("process_results") is not None
+    for part in () if own else config.get("metric_list") or ():
+        name = part.get("metric") if isinstance(part, Mapping) else None
+        if isinstance(name, str) and name not in metric_registry and get_metric(name) is None:
+            return f"asks for the metric '{name}', which is not here: lm-eval has {', '.join(sorted(metric_registry))}"
+    return ""
+
+
 def learns_from_training_split(task: HarnessTask) -> bool:
     """Whether few-shot examples are drawn from the training documents, place by place."""
     config = task.config
@@ -306,8 +328,11 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     """lm-eval's own model class around a resident model; keep it, as its constructor ties weights anew."""
     from lm_eval.models.huggingface import HFLM
 
-    language_model: LanguageModel = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
-    return language_model
+    language_model: Any = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
+    if language_model.max_length < 1:  # a config that says 0 or -1 says none
+        language_model._max_length = HFLM._DEFAULT_MAX_LENGTH
+    made: LanguageModel = language_model
+    return made
 
 
 def try_to_write(tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]) -> None:
@@ -401,7 +426,7 @@ def quiet() -> Iterator[None]:
     """lm-eval logs and datasets draws progress bars, which would end up in the live table."""
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    loggers = {logging.getLogger("lm_eval"): logging.ERROR, logging.getLogger("datasets"): logging.CRITICAL}
+    loggers = {logging.getLogger("lm_eval"): logging.CRITICAL, logging.getLogger("datasets"): logging.CRITICAL}
     levels, bars = [(logger, logger.level) for logger in loggers], not are_progress_bars_disabled()
     for logger, lowest in loggers.items():
         logger.setLevel(lowest)

@@ -29,7 +29,7 @@ from trainers.tasks.files import FEWSHOT_SEED
 from trainers.tasks.harness import Document, HarnessTask, LanguageModel
 from trainers.tasks.rows import Row, TrainingData
 from trainers.tasks.splits import Selection
-from trainers.tasks.task_file import PROMPT, TaskFile, training_config
+from trainers.tasks.task_file import PROMPT, TaskFile, one_line, training_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -222,9 +222,17 @@ class Task:
         self.check_tokenizer(tokenizer)
         self._task.set_fewshot_seed(self._fewshot_seed)
         messages = harness.chat_template(tokenizer, self.batch_size) if self.chat_template else None
+        try:
+            requests = harness.requests_of(self._task, self.limit, messages)
+        except StudyError:
+            raise
+        except Exception as error:  # documents were looked at before: the templates around them are left
+            raise StudyError(
+                f"task '{self.label}' makes no prompts (description, fewshot_config, gen_prefix): {one_line(error)}"
+            ) from error
         self._prepared = Share.of(
             self._task,
-            harness.requests_of(self._task, self.limit, messages),
+            requests,
             tokenizer,
             rank=rank,
             world_size=world_size,

@@ -22,6 +22,8 @@ from tests.trainers import reference
 from tests.trainers.conftest import char_tokenizer, tiny_olmoe
 from trainers import adapter as adapters
 from trainers import models, tasks
+from trainers.tasks import harness
+from trainers.tasks.check.tokens import POSITIONS
 
 Weights = dict[str, Tensor]
 
@@ -66,6 +68,63 @@ def logits_of(model: Any) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(torch.arange(20).unsqueeze(0)).logits
     return logits
+
+
+# --- config.json ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hidden_act": "nope"}, "cannot be read from its config.json: KeyError: 'nope'"),
+        ({"rms_norm_eps": "x"}, "field 'rms_norm_eps'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "Missing required keys in `rope_parameters`"),
+        ({"max_position_embeddings": None}, "field 'max_position_embeddings'"),
+        ({"text_config": 5}, "'int' object has no attribute"),
+    ],
+)
+def test_values_that_no_model_takes_are_said_before_it_is_loaded(
+    folder: Path, change: dict[str, Any], said: str
+) -> None:
+    models.check_config(str(folder))
+    change_json(folder, "config.json", **change)
+    with pytest.raises(StudyError, match=said) as error:
+        models.check_config(str(folder))
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("value", [2.0, -1.0])
+def test_values_that_fail_in_training_alone_are_said_at_load(folder: Path, value: float) -> None:
+    change_json(folder, "config.json", attention_dropout=value)
+    refused(folder, "does not train: .*: correct config.json")
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_values_that_fail_where_answers_are_written_are_said_at_load(tmp_path: Path, value: int) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    tokenizer = char_tokenizer()
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    config = MistralConfig(vocab_size=len(tokenizer), **sizes, num_attention_heads=2, num_key_value_heads=1)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    change_json(tmp_path, "config.json", sliding_window=value)
+    refused(tmp_path, "does not write answers: .*: correct config.json")
+
+
+@pytest.mark.parametrize("value", [1, "512"])
+def test_a_model_has_positions(value: object) -> None:
+    with pytest.raises(StudyError, match="at least 2 are needed"):
+        tasks.Limits.of({"max_position_embeddings": value}, recipe={})
+
+
+def test_a_look_at_a_model_draws_nothing_from_a_training(folder: Path) -> None:
+    change_json(folder, "config.json", attention_dropout=0.5)
+    before = torch.get_rng_state()
+    loaded = models.load(str(folder))
+    assert torch.equal(before, torch.get_rng_state())
+    assert not loaded.model.training
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
@@ -184,8 +243,10 @@ def test_weight_files_that_are_pointers_or_cut_are_named(folder: Path) -> None:
 @pytest.mark.parametrize("positions", [0, -1])
 def test_a_config_that_says_no_number_of_positions_loads(folder: Path, llama: Path, positions: int) -> None:
     change_json(folder, "config.json", max_position_embeddings=positions)
-    assert torch.equal(logits_of(models.load(str(folder)).model), logits_of(models.load(str(llama)).model))
+    loaded = models.load(str(folder))
+    assert torch.equal(logits_of(loaded.model), logits_of(models.load(str(llama)).model))
     assert tasks.Limits.of(models.config_of(str(folder)), recipe={}).positions is None
+    assert harness.language_model(loaded.model, loaded.tokenizer, 1).max_length == POSITIONS
 
 
 def test_a_shard_that_is_missing_is_named(folder: Path, llama: Path) -> None:

@@ -162,6 +162,85 @@ def test_a_template_hands_no_text_on_that_is_read_as_something_else(tmp_path: Pa
     assert trained(write(tmp_path, template, [row(1, ["1", "2", "3"])])) == [" 2"]
 
 
+@pytest.mark.parametrize(
+    ("bad", "changes", "why"),
+    [
+        (row("A"), {}, "a letter is its number by doc_to_target: \"{{'ABCD'.index(FIELD)}}\""),
+        (row("d"), {}, "{{'abcd'.index(FIELD)}}"),
+        (row(2.0), {}, "it is the number of a choice by doc_to_target: '{{FIELD|int}}'"),
+        (row("cafe\u0301", ["caf\u00e9", "the"]), {}, "though the text 'caf\u00e9' is like it"),
+        (row([0, 1, 0, 0]), {}, "a 0 or 1 for each choice where numbers of choices are needed: write doc_to_target"),
+        (row([0, 1], ["a", "b"]), {}, "each of its 2 choices is right"),
+        (row(0), {"target_delimiter": "{{' '}}"}, "target_delimiter is no template"),
+        (row(0), {"doc_to_text": "Q: {question}"}, "a field is written {{question}}"),
+        (row(0), {"doc_to_text": "{{'{{question}}'}}"}, "its prompt holds the text {{question}}"),
+    ],
+)
+def test_forms_that_people_have_their_answers_in(
+    tmp_path: Path, bad: dict[str, Any], changes: dict[str, Any], why: str
+) -> None:
+    rows = [bad] if changes else [*FOUR[:2], bad]
+    refused(write(tmp_path, {**MC, **changes}, FOUR, rows), f"split 'test', row {len(rows) - 1}", why)
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "note"),
+    [
+        (
+            [row(1 + number % 3, question=f"q{number}") for number in range(30)],
+            {},
+            "choice 0 is right in none of 30 rows of 'quiz', split 'test': are their answers counted from 1?",
+        ),
+        (
+            FOUR,
+            {"doc_to_text": "which ?"},
+            "all 4 rows of 'quiz', split 'test', have the same prompt: doc_to_text names a field as {{field}}",
+        ),
+        (
+            [row(0, question=f"q{number}") for number in range(2)],
+            {"doc_to_text": "{{question}} "},
+            "prompt and answer are joined by two spaces in 2 of 2 rows of 'quiz', split 'test': doc_to_text ends with "
+            "one, target_delimiter is one, or the choices begin with one",
+        ),
+    ],
+)
+def test_what_was_hardly_meant_is_noted(
+    tmp_path: Path, rows: list[dict[str, Any]], changes: dict[str, Any], note: str
+) -> None:
+    train = [row(number % 4, question=f"t{number}") for number in range(4)]
+    assert looked(write(tmp_path, {**MC, **changes}, train, rows)).notes == [note]
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"description": "{{zzz}}"}, ["makes no prompts (description", "'zzz' is undefined"]),
+        ({"fewshot_config": {"samples": [{"question": "a"}]}}, ["example 0 of its few-shot", "no field 'label'"]),
+        ({"fewshot_config": {"samples": [row(1), row(-1)]}}, ["example 1 of its few-shot examples", "is -1", "hidden"]),
+        ({"fewshot_config": {"doc_to_text": "{{zzz}}"}}, ["makes no prompts", "'zzz' is undefined"]),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "nope"}]}]}, ["Unknown filter 'nope'"]),
+        ({"filter_list": [{"name": "x", "filter": "take_first"}]}, ["filter: [{function: NAME}"]),
+        ({"filter_list": [{"filter": [{"function": "take_first"}]}]}, ["name: TEXT"]),
+        ({"metric_list": [{"metric": "nope"}]}, ["the metric 'nope', which is not here: lm-eval has acc, "]),
+        (
+            {"metric_list": [{"metric": "nope", "aggregation": "mean", "higher_is_better": True}]},
+            ["the metric 'nope', which is not here"],
+        ),
+        ({"dataset_kwargs": {"data_files": {"train": {"a": "b"}, "test": "test.jsonl"}}}, ["lists of paths by split"]),
+        ({"dataset_kwargs": {"data_files": {"train": "*.jsonl", "test": "test.jsonl"}}}, ["what it is trained on"]),
+    ],
+)
+@pytest.mark.parametrize("form", [MC, GEN])
+def test_what_stands_around_the_rows_of_a_task_is_looked_at(
+    tmp_path: Path, form: dict[str, Any], changes: dict[str, Any], parts: list[str]
+) -> None:
+    if "fewshot_config" in changes and form is GEN:
+        changes = {"fewshot_config": {"samples": [{"question": "a", "answer": None}]}}
+        parts = ["example 0 of its few-shot examples", "'answer' is null"]
+    rows = FOUR if form is MC else say("a", "b")
+    refused(write(tmp_path, {**form, "num_fewshot": 1, **changes}, rows, rows[:1]), *parts)
+
+
 def test_an_answer_that_looks_like_a_list_is_taken_as_it_is_by_its_name_alone(tmp_path: Path) -> None:
     assert trained(write(tmp_path, GEN, say("[1, 2]"))) == ["[1, 2]"]
     path = write(tmp_path, {**GEN, "doc_to_target": "{{answer}}"}, say("a"), say("a", "[1, 2]"))
@@ -199,7 +278,7 @@ def test_rows_that_are_selected_on_and_trained_or_tested_on_are_counted(tmp_path
 def test_choices_that_differ_in_white_space_alone_are_counted(tmp_path: Path) -> None:
     rows = [row(0, ["x", "x ", "y"]), row(0, [" ", "  "]), row(0, ["x", "y"])]
     assert looked(write(tmp_path, MC, FOUR, rows)).notes == [
-        "2 of 3 rows of 'quiz', split 'test', have two choices that differ in white space alone"
+        "2 of 3 rows of 'quiz', split 'test', have two choices that differ in white space or Unicode form alone"
     ]
 
 
@@ -262,6 +341,9 @@ def test_an_answer_that_the_evaluation_cannot_see_is_refused(tmp_path: Path, ans
         ({"use_cache": False}, ["no answer can be written", "use_cache"]),
         ({"max_length": 3}, ["no answer can be written", "max_length"]),
         ({5: 6}, ["names and values is needed"]),
+        ({"until": [""]}, ["until: ['']", "would stop every answer at once"]),
+        ({"min_new_tokens": 9}, ["min_new_tokens: 9", "at most 8 tokens"]),
+        ({"eos_token_id": 5}, ["eos_token_id: 5", "end with 1, the tokenizer's"]),
     ],
 )
 def test_settings_of_generation_are_checked(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:

@@ -11,6 +11,7 @@ are needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
     from trainers.tasks.mixture import AnyTask
     from trainers.tasks.task import Task
+
+UNLIKELY = 1e-3  # chance that answers drawn at random look so
 
 __all__ = ["Limits", "Looked", "first_document", "look"]
 
@@ -88,7 +91,7 @@ def first_document(file: TaskFile, config: Mapping[str, Any], splits: Mapping[st
         return f"task '{file.label}', split '{split}' has no rows"
     task = harness.unbuilt({**config, "dataset_kwargs": None}, found.features)
     wrong = documents.wrong_with(task, found[0], local=is_local(splits))
-    if not wrong and any(not choice for choice in task.doc_to_choice(found[0]) if config.get("doc_to_choice")):
+    if not wrong and config.get("doc_to_choice") and not all(task.doc_to_choice(found[0])):
         wrong = "a choice is empty"  # lm-eval asks for the first character of each
     place = f" ({found.place(0)})" if hasattr(found, "place") else ""
     return f"task '{file.label}', split '{split}', row 0{place}: {wrong}" if wrong else ""
@@ -149,6 +152,16 @@ def _note_repeated(part: Task, looked: Looked) -> None:
             looked.notes.append(f"{of} {said} too, word for word")
 
 
+def _check_examples(task: Task) -> None:
+    """Raises StudyError for a solved example without a right answer. Training documents are looked at as such."""
+    questions = task.questions
+    if harness.examples_have_a_form_of_their_own(questions.task):
+        return
+    for number, example in enumerate(harness.examples_of(questions.task)):
+        if wrong := documents.wrong_with(questions.task, example, local=questions.origin.local):
+            raise StudyError(f"task '{task.label}', example {number} of its few-shot examples: {wrong}")
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
@@ -160,7 +173,10 @@ def _look_at_questions(task: Task, tokenizer: PreTrainedTokenizerBase, limits: L
     if questions.task.OUTPUT_TYPE == "generate_until":
         end = tokens.ending(task.label, questions.task, limits)
         tokens.check_writing(task.label, questions.task, tokenizer)
+    if task.num_fewshot and task.test is task:
+        _check_examples(task)
     share = task.prepare(tokenizer)
+    _note_prompts(questions, share, looked)
     lengths = looked.asked.setdefault(f"{task.label}, {origin.split}", [])
     if end is not None:
         texts = _written(task, share, tokenizer, end, limits, looked, lengths)
@@ -176,6 +192,28 @@ def _look_at_questions(task: Task, tokenizer: PreTrainedTokenizerBase, limits: L
             f"the model takes {positions} tokens"
         )
     _check_scores(questions, scores(questions, share, texts), texts, looked)
+
+
+def _note_prompts(questions: Questions, share: Share, looked: Looked) -> None:
+    """Says what is doubtful in the texts of all questions together: it scores, and was hardly meant."""
+    origin, total = questions.origin, len(share.documents)
+    of = f"rows of '{origin.task}', split '{origin.split}'"
+    prompts = {requests[0].args[0] for requests in share.documents.values()}
+    if total > 1 and len(prompts) == 1 and next(iter(prompts)).strip() and not questions.task.multiple_input:
+        looked.notes.append(f"all {total:,} {of}, have the same prompt: doc_to_text names a field as {{{{field}}}}")
+    if questions.task.OUTPUT_TYPE == "generate_until":
+        return
+    pairs = (request.args[:2] for requests in share.documents.values() for request in requests[:1])
+    spaced = sum(len(one) - len(one.rstrip(" ")) + len(other) - len(other.lstrip(" ")) > 1 for one, other in pairs)
+    if spaced:
+        looked.notes.append(
+            f"prompt and answer are joined by two spaces in {spaced:,} of {total:,} {of}: doc_to_text ends with one, "
+            "target_delimiter is one, or the choices begin with one"
+        )
+    rights = [documents.number_of_right(questions.task, questions.documents[number]) for number in share.documents]
+    never = math.prod(1 - 1 / choices for _, choices in rights)
+    if rights and never < UNLIKELY and all(right > 0 for right, _ in rights):
+        looked.notes.append(f"choice 0 is right in none of {total:,} {of}: are their answers counted from 1?")
 
 
 def _check_choices(
@@ -203,7 +241,7 @@ def _check_choices(
             raise StudyError(f"{origin.name(number)}: {wrong}{' (unknown characters)' if unknown else ''}")
         same = len(pairs) - len({(tuple(one), tuple(other)) for one, other in pairs})
         doubtful += same > 0
-        alike += len(requests) - len({" ".join("".join(request.args[:2]).split()) for request in requests}) > same
+        alike += len(requests) - len({documents.plain("".join(request.args[:2])) for request in requests}) > same
     if doubtful:
         looked.notes.append(
             f"{doubtful:,} of {len(share.documents):,} rows of '{origin.task}', split '{origin.split}', "
@@ -212,7 +250,7 @@ def _check_choices(
     if alike:
         looked.notes.append(
             f"{alike:,} of {len(share.documents):,} rows of '{origin.task}', split '{origin.split}', {_have(alike)} "
-            "two choices that differ in white space alone"
+            "two choices that differ in white space or Unicode form alone"
         )
 
 
@@ -240,9 +278,13 @@ def _written(
         pairs = harness.tokenise(tokenizer, list(zip(prompts.values(), answers, strict=True)), task.batch_size)
     tokens.check_ids(tokenizer, [*read, *(ids for pair in pairs for ids in pair)], limits)
     texts, room, long = {}, (limits.positions or POSITIONS) - end.most, 0
+    least = questions.task.config.generation_kwargs.get("min_new_tokens") or 0
     for number, prompt, (context, completion) in zip(prompts, read, pairs, strict=True):
         if not completion:
             raise StudyError(f"{origin.name(number)}: its right answer has no tokens")
+        if len(completion) < least:
+            said = f"its right answer has {len(completion)} tokens, fewer than min_new_tokens={least}"
+            raise StudyError(f"{origin.name(number)}: {said}")
         long += len(prompt) > room
         lengths.append(len(context) + len(completion))
         texts[number] = end.of(completion, tokenizer)

@@ -7,6 +7,8 @@ wrong_with(task, {"question": "which ?", "choices": ["x", "y"], "label": -1}, lo
 from __future__ import annotations
 
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +20,7 @@ from trainers.tasks.harness import Document, HarnessTask
 from trainers.tasks.rows import right_answer, right_choice
 from trainers.tasks.task_file import one_line
 
+_WRITTEN_SO = re.compile(r"(?<![{\w])\{(\w+)\}(?!\})")  # as Python's format has it
 _HIDDEN = "the answers of this split are hidden: name another split"
 
 
@@ -39,6 +42,8 @@ def _wrong_with(task: HarnessTask, document: Document, *, local: bool) -> str:
     ):
         return doubtful
     prompt, prefix = task.doc_to_text(document), task.doc_to_prefix(document)
+    if local and isinstance(prompt, str) and "{{" in prompt and (left := _left_over(prompt, document)):
+        return f"its prompt holds the text {{{{{left}}}}}, which is no field any more: write it once (doc_to_text)"
     if not isinstance(prefix, str | None):
         return f"its gen_prefix is {value_of(prefix)}: a text is needed"
     if task.OUTPUT_TYPE == "multiple_choice":
@@ -63,6 +68,13 @@ def _no_field(task: HarnessTask, document: Document) -> str:
         said = getattr(task.config, key, None)
         if isinstance(said, str) and said.isidentifier() and said not in document:
             return f"it has no field '{said}', which {key} names: its fields are {', '.join(document)}"
+    for key in ("target_delimiter", "fewshot_delimiter"):
+        if "{{" in (said := getattr(task.config, key, None) or "") or "{%" in said:
+            return f"it would be joined by the text {shown(repr(said))}: {key} is no template"
+    said = task.config.doc_to_text
+    written = _WRITTEN_SO.findall(said) if isinstance(said, str) else []
+    if meant := next((name for name in written if name in document), ""):
+        return f"its prompt would hold the text {{{meant}}}: a field is written {{{{{meant}}}}} (doc_to_text)"
     return ""
 
 
@@ -117,7 +129,38 @@ def _wrong_choices(task: HarnessTask, document: Document, prompt: Any, *, local:
             return _wrong_prompt(prompt)
     elif not isinstance(prompt, str):
         return _wrong_prompt(prompt)
+    elif local and (wrong := _wrong_list(task.doc_to_target(document), choices)):
+        return wrong
     return "" if right_choice(task, document) is not None else _no_choice(right_answer(task, document), choices)
+
+
+def _wrong_list(answers: Any, choices: Sequence[str]) -> str:
+    """What is wrong with several right answers of a question; "" where nothing is, or there is one."""
+    if not isinstance(answers, list) or len(answers) < 2:
+        return ""
+    if len(answers) == len(choices) > 2 and all(answer in (0, 1) for answer in answers):
+        return (
+            f"its right answers are {value_of(answers)}, a 0 or 1 for each choice where numbers of choices are needed: "
+            "write doc_to_target: '{{FIELD.index(1)}}'"
+        )
+    different = len({repr(answer) for answer in answers})
+    return f"each of its {len(choices)} choices is right" if different == len(choices) else ""
+
+
+def number_of_right(task: HarnessTask, document: Document) -> tuple[int, int]:
+    """Which choice of a document is right, by number, and of how many; (0, 2) where it is not said by number."""
+    if task.OUTPUT_TYPE != "multiple_choice" or not isinstance(answer := right_answer(task, document), int):
+        return 0, 2
+    return answer, len(task.doc_to_choice(document))
+
+
+def _left_over(prompt: str, document: Document) -> str:
+    """A field whose name stands in a prompt as a template would have it, and in none of the document's texts."""
+    for name in document:
+        mark = f"{{{{{name}}}}}"
+        if mark in prompt and mark not in json.dumps(document, default=str):
+            return name
+    return ""
 
 
 def _no_choice(answer: Any, choices: Sequence[str]) -> str:
@@ -132,13 +175,29 @@ def _no_choice(answer: Any, choices: Sequence[str]) -> str:
     if isinstance(number, int):
         text = ", as text: write it without quotes, or as {{label}}" if isinstance(answer, str) else ""
         return f"{said} (numbers 0 to {len(choices) - 1}{text})"
-    like = [choice for choice in choices if isinstance(answer, str) and _plain(choice) == _plain(answer)]
-    near = f", though {value_of(like[0])} is like it" if like else ""
+    like = [choice for choice in choices if isinstance(answer, str) and _folded(choice) == _folded(answer)]
+    near = f", though {value_of(like[0])} is like it" if like else _instead(answer, len(choices))
     return f"{said} ({shown(', '.join(choices))}){near}"
 
 
-def _plain(text: str) -> str:
-    return " ".join(text.split()).casefold()
+def _instead(answer: Any, choices: int) -> str:
+    """How an answer that is the letter of a choice, or its number with a point, is said as a number."""
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[:choices]
+    for case in (letters, letters.lower()):
+        if isinstance(answer, str) and len(answer) == 1 and answer in case:
+            return f": a letter is its number by doc_to_target: \"{{{{'{case}'.index(FIELD)}}}}\""
+    if not isinstance(answer, str | list) and answer in range(choices):
+        return ": it is the number of a choice by doc_to_target: '{{FIELD|int}}'"
+    return ""
+
+
+def plain(text: str) -> str:
+    """A text without what is not seen: white space beyond one space, and the Unicode form of its characters."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
+
+
+def _folded(text: str) -> str:
+    return plain(text).casefold()
 
 
 def _wrong_answer(task: HarnessTask, document: Document) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,9 +46,10 @@ class Limits:
         text = config.get("text_config")
         both = [part for part in (text, config) if isinstance(part, Mapping)]
         names = ("n_positions", "max_position_embeddings", "n_ctx")
-        positions = [
-            part[name] for part in both for name in names if isinstance(part.get(name), int) and part[name] > 0
-        ]
+        positions = [part[name] for part in both for name in names if part.get(name) is not None]
+        if wrong := [value for value in positions if not isinstance(value, int) or value == 1]:
+            raise StudyError(f"config.json gives the model {shown(str(wrong[0]))} positions: at least 2 are needed")
+        positions = [value for value in positions if value > 0]  # 0 and -1 say that there is no such number
         rows = [part["vocab_size"] for part in both if isinstance(part.get("vocab_size"), int)]
         return cls(asked or cls.max_length, bool(asked), next(iter(positions), None), next(iter(rows), None))
 
@@ -112,6 +114,8 @@ def ending(name: str, task: HarnessTask, limits: Limits) -> Ending:
     stops = [until] if isinstance(until, str) else until
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise refuse("until", "which must be a text or a list of texts")
+    if "" in stops and len(stops) > 0 and until != "":
+        raise refuse("until", "whose empty text would stop every answer at once")
     key = next((one for one in _LM_EVAL[1:] if given.get(one) is not None), "")
     most = given[key] if key else MOST_WRITTEN
     positions = limits.positions or POSITIONS
@@ -124,6 +128,9 @@ def ending(name: str, task: HarnessTask, limits: Limits) -> Ending:
                 f"model takes {positions} with the prompt: set max_gen_toks to less"
             )
         raise refuse(key, f"and the model takes {positions} tokens with the prompt: ask for less")
+    for least in ("min_new_tokens", "min_length"):
+        if isinstance(given.get(least), int) and given[least] > most:
+            raise refuse(least, f"and an answer has at most {most} tokens: ask for less")
     return Ending(most, tuple(stop for stop in stops if stop))
 
 
@@ -137,11 +144,18 @@ def check_writing(name: str, task: HarnessTask, tokenizer: PreTrainedTokenizerBa
     from trainers.models import files
 
     given = task.config.generation_kwargs
+    ends = given.get("eos_token_id")
+    if ends is not None and tokenizer.eos_token_id not in (ends if isinstance(ends, list) else [ends]):
+        raise StudyError(
+            f"task '{name}': generation_kwargs has eos_token_id: {ends}, and the answers that are trained end with "
+            f"{tokenizer.eos_token_id}, the tokenizer's: leave it out"
+        )
     key = (repr(given), len(tokenizer))
     if key not in _written:
         _written[key] = ""
         try:
-            with harness.quiet(), torch.random.fork_rng(devices=[]), files.quiet():
+            with harness.quiet(), torch.random.fork_rng(devices=[]), files.quiet(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 harness.try_to_write(tokenizer, given)
         except Exception as error:  # of any of three libraries
             _written[key] = one_line(error)

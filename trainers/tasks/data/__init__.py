@@ -35,9 +35,9 @@ def located_data(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _absolute(value: Any, folder: Path) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not any(isinstance(item, dict) for item in value.values()):
         return {key: _absolute(item, folder) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list) and not any(isinstance(item, dict | list) for item in value):
         return [_absolute(item, folder) for item in value]
     if not isinstance(value, str) or not value:
         raise StudyError(f"data_files names {shown(repr(value))}: a path, or lists of paths by split, are needed")

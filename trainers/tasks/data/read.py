@@ -244,6 +244,7 @@ def _unpacked(files: Iterable[str]) -> Iterator[tuple[Path, Path]]:
             place = Path(manager.extract(file))
             found = [Path(inside) for inside in manager.iter_files(str(place))]
         except Exception as error:  # zlib's, lzma's, zipfile's and zstandard's errors have no base but Exception
-            raise StudyError(f"data file '{file}' cannot be unpacked: {one_line(error)}: pack it again") from error
+            do = "or unpack it" if isinstance(error, ImportError) else "pack it again"
+            raise StudyError(f"data file '{file}' cannot be unpacked: {one_line(error)}: {do}") from error
         for inside in found:
             yield inside, Path(file) / inside.relative_to(place) if place.is_dir() else Path(file)

@@ -345,7 +345,7 @@ class RunConfig:
     pack: str = _key(
         "1",
         "how many trainings at most share a worker and its passes over the frozen base: each begins, pauses and ends "
-        "by itself, with the result that it has alone but for rounding (1: each has a worker for itself). auto: as many "
+        "by itself, with the result that it has alone but for rounding (1: each has its own worker). auto: as many "
         "as a few timed steps and the free memory allow, at most 4 on a CPU and 8 on a GPU; the proposed points then "
         "depend on timing",
         decides="running",
@@ -376,7 +376,7 @@ class RunConfig:
     )
     lock: bool = _key(
         True,
-        "lock the study's folder against a second driver; false on a file system without locks: start one at a time there",
+        "lock the study's folder against a second driver; false on a file system without locks: start one at a time",
         decides="running",
         where="machine",
     )

@@ -1,4 +1,4 @@
-"""Does giving badly trained layers more LoRA experts (AlphaLoRA) pay, and at which T, β and spectral metric?
+"""Does giving badly trained layers more LoRA experts (AlphaLoRA) pay, and with how many experts, which β and metric?
 
     python -m search.run space=alphalora model=tiny-dense
     python -m search.run space=alphalora model=meta-llama/Llama-2-7b-hf task=arc_easy space.total_experts=160
@@ -8,13 +8,13 @@ Knobs
     total_experts   T, 1 .. 8 a layer in steps of half a layer; the paper: 80, 160, 224 on 32 layers
     beta            1 .. 4 in steps of 0.5; the paper: 2, 2.5, 3
     metric          hill | alpha_hat | stable_rank
-    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (space=sieve says what they are)
+    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (docs/recipes.md says what they are)
     top_k           1 .. 4 experts per token
 
 Starting points, all at T = 5 a layer: uniform, random, and alphalora with hill and β = 2.5 with the study's recipe
-(space=sieve says what that is); the same alphalora with the paper's (rank 8, lora_alpha 16, learning_rate 3e-4, top-2).
-Rounding is `largest_remainder`; `space.rounding` does not exist because equation 7 as published can load one layer with
-every correction. Needs no data for its signal.
+(rank 4, lora_alpha 64, scaled rate 0.1 unless task or command line suggest another); the same alphalora with the
+paper's (rank 8, lora_alpha 16, learning_rate 3e-4, top-2). Rounding is `largest_remainder`; `space.rounding` does not
+exist because equation 7 as published can load one layer with every correction. Needs no data for its signal.
 
 Measured in the papers' coordinates (lora_alpha = 2·rank), on task=tiny_backcipher with select_on=test, trials=8 and
 evaluations=1, one seed (± about .02), on one shared CPU core: 8.4 minutes. At T = 40 uniform .970 and random .887; hill

@@ -12,13 +12,13 @@ Knobs
     beta, metric        alphalora: 1 .. 4 in steps of 0.5; hill | alpha_hat | stable_rank
     sensitivity_beta    sensitivity: 0.25 .. 1 in steps of 0.25 (gradient norms spread far wider than spectra)
     retention, strategy, experts_per_block      lora_smoe: 0.2 .. 1, S | U, 1 .. 8
-    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (space=sieve says what they are)
+    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (docs/recipes.md says what they are)
     top_k               1 .. 4 experts per token (routed LoRA-MoE; lora_smoe's gates are soft over all)
 
-Starting points, all at T = 5 a layer (or nearest) with the study's recipe (space=sieve says what that is): uniform,
-random, MoLA-2468, alphalora with hill and β = 2.5, sensitivity with β = 0.5, lora_smoe S at retention 0.6 with 8
-experts a block; the same alphalora with the paper's recipe (rank 8, lora_alpha 16, learning_rate 3e-4, top-2);
-layermoe.
+Starting points, all at T = 5 a layer (or nearest) with the study's recipe (rank 4, lora_alpha 64, scaled rate 0.1
+unless task or command line suggest another): uniform, random, MoLA-2468, alphalora with hill and β = 2.5, sensitivity
+with β = 0.5, lora_smoe S at retention 0.6 with 8 experts a block; the same alphalora with the paper's recipe (rank 8,
+lora_alpha 16, learning_rate 3e-4, top-2); layermoe.
 
 Measured in the papers' coordinates (lora_alpha = 2·rank), on task=tiny_backcipher with select_on=test, on two CPU
 cores, both signals included: 16 trials in 4.3 minutes, 3.8 GiB at peak. One seed: at T = 40 uniform .970, sensitivity

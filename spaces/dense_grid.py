@@ -1,11 +1,11 @@
-"""What is there to find among rules, numbers of experts, ranks and rates on a dense model? All of it, trained.
+"""What is there to find among rules, numbers of experts, ranks and rates on a dense model? Every point is trained.
 
     python -m search.run space=dense_grid model=tiny-dense                     embedded, offline
     python -m search.run space=dense_grid model=tiny-dense dry_run=true        the rows and their parameters
     python -m search.replay export studies/dense_grid-tiny-dense-tiny_turncipher to=mine.parquet
 
-A table: every row is trained, none is searched, with 5 seeds (`seeds=`), seed by seed. Exported, its trainings answer
-searches in seconds (`replay=`), and say how far a searcher's front is from everything that there was to find. Coarser
+A table: every row is trained, none is searched, with 5 seeds (`seeds=`), seed by seed. `search.replay` exports it as a
+table that answers searches in seconds (`replay=`); it says how far a searcher's front is from the best. It is coarser
 than `space=dense`, which searches the same rules.
 
 Knobs

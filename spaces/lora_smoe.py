@@ -8,12 +8,12 @@ Knobs
     strategy            S: attention and MLP ranked separately; U: together
     experts_per_block   1 .. 8 experts a kept block; the paper has one a data set that votes for the block, up to 8
     total_experts       T of the controls, 1 .. 8 a layer in steps of half a layer
-    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (space=sieve says what they are)
+    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (docs/recipes.md says what they are)
     top_k               1 .. 4 experts per token (controls; LoRA-SMoE's gates are soft over all)
 
 Starting points: uniform and random at T = 5 a layer, retention 0.6 with S and with U at 8 experts a block (4.8 a block
-on average), all with the study's recipe (space=sieve says what that is); S with the paper's (rank 8, lora_alpha 16,
-learning_rate 5e-5).
+on average), all with the study's recipe (rank 4, lora_alpha 64, scaled rate 0.1 unless task or command line suggest
+another); S with the paper's (rank 8, lora_alpha 16, learning_rate 5e-5).
 
 Measured in the papers' coordinates (lora_alpha = 2·rank), on task=tiny_backcipher with select_on=test, trials=8 and
 evaluations=1, one seed (± about .02), on one CPU core: 3.7 minutes. S .903 at 732k parameters, U .880 at 712k; uniform

@@ -1,11 +1,11 @@
-"""What is there to find among rules, shares of experts, ranks and rates on an MoE model? All of it, trained.
+"""What is there to find among rules, shares of experts, ranks and rates on an MoE model? Every point is trained.
 
     python -m search.run space=moe_grid                                embedded model and task, offline
     python -m search.run space=moe_grid dry_run=true                   the rows and their parameters
     python -m search.replay export studies/moe_grid-tiny-moe-default to=mine.parquet
 
-A table: every row is trained, none is searched, with 5 seeds (`seeds=`), seed by seed. Exported, its trainings answer
-searches in seconds (`replay=`), and say how far a searcher's front is from everything that there was to find. Coarser
+A table: every row is trained, none is searched, with 5 seeds (`seeds=`), seed by seed. `search.replay` exports it as a
+table that answers searches in seconds (`replay=`); it says how far a searcher's front is from the best. It is coarser
 than `space=sieve`, which searches more rules.
 
 Knobs

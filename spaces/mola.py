@@ -6,12 +6,13 @@ Knobs
     allocator       mola | uniform | random
     pattern         2468 | 8642 | 8228 | 2882 | 5555 | 8888: experts a layer in four groups of layers, low to high
     total_experts   T of the controls, 1 .. 8 a layer in steps of half a layer
-    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (space=sieve says what they are)
+    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (docs/recipes.md says what they are)
     top_k           1 .. 4 experts per token
 
 Starting points: uniform and random at T = 5 a layer, and the layouts 2468, 8642, 8228 and 2882, which have the same T
-where four divides the number of layers, with the study's recipe (space=sieve says what that is); 2468 with the paper's
-(rank 8, lora_alpha 16, learning_rate 3e-4, top-2). Needs no signal.
+where four divides the number of layers, with the study's recipe (rank 4, lora_alpha 64, scaled rate 0.1 unless task or
+command line suggest another); 2468 with the paper's (rank 8, lora_alpha 16, learning_rate 3e-4, top-2). Needs no
+signal.
 
 Measured in the papers' coordinates (lora_alpha = 2·rank), on task=tiny_backcipher with select_on=test, trials=8 and
 evaluations=1, one seed (± about .02), on one CPU core: 3.5 minutes. At 1.23M parameters 8228 .973, uniform .970, 8642

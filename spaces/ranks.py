@@ -1,4 +1,4 @@
-"""Where should a model get LoRA rank, and which rule should say so? Plain LoRA, a rank for every matrix, zero allowed.
+"""Where should a model get LoRA rank, and which rule should say so? Every matrix has its own rank, also 0.
 
     python -m search.run space=ranks model=tiny-dense
     python -m search.run space=ranks model=tiny-moe space.allocator=spectrum
@@ -15,22 +15,22 @@ Knobs
     beta                hill_ranks: 1 .. 4 in steps of 0.5
     pattern             hilo: 2468 | 8642 | 8228 | 2882
     share               kappatune, dmole, aletheia: 0.1 .. 0.9 of the matrices (aletheia: of the layers) in steps of 0.1
-    snr_share           spectrum: the same of each type's matrices, from the first step on that is one matrix
+    snr_share           spectrum: the same share of each type's matrices; the least step is one that is a whole matrix
     rho                 eva: 1 .. 4 in steps of 0.5; no matrix has more than rho times the recipe's rank
     types               plop: 1 .. 5 of the types of matrices
-    order               plop: lowest | highest, the paper's control
-    equal               kappatune, spectrum, dmole, aletheia, plop: parameters | rank. rank: a matrix that is chosen has
-                        the recipe's rank, as in the papers, and there are fewer parameters
+    order               plop: lowest | highest (the paper's control)
+    equal               kappatune, spectrum, dmole, aletheia, plop: parameters | rank. With rank a chosen matrix has the
+                        recipe's rank, as in the papers, and the adapter has fewer parameters
     number              domlora: 1 .. 8 matrices, each with the recipe's rank
     roles, expert_rank  only where they are asked for, on an MoE model, as in space=sieve: space.roles=experts.
                         By default attention, shared experts, experts and MLPs of dense layers have ranks; router and
                         gate, where they are adapted, have the recipe's rank whatever the rule. The budget is that of
                         the roles
-    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (space=sieve says what they are)
+    rank, lora_alpha, scaled_rate       1 .. 32, 8 .. 256, 5e-4 .. 0.5, logarithmic (docs/recipes.md says what they are)
 
-Starting points, with the study's recipe (space=sieve says what that is): the three controls, then one point of every
-rule at its paper's setting, at the controls' parameters (β = 0.5 for sensitivity_ranks, whose scores span orders of
-magnitude); domlora on one matrix, the left end of the front.
+Starting points, with the study's recipe (rank 4, lora_alpha 64, scaled rate 0.1 unless task or command line suggest
+another): the three controls, then one point of every rule at its paper's setting, at the controls' parameters (β = 0.5
+for sensitivity_ranks, whose scores span orders of magnitude); domlora on one matrix, the left end of the front.
 
 Measured as a table (space=ranks_table): with one recipe no rule beats uniform_ranks at equal parameters on the embedded
 models; rules that choose few matrices lose most.

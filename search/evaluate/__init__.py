@@ -51,7 +51,7 @@ class Request:
 
     point: str = words.key(
         "best",
-        "best (the most accurate), knee, or the id of a run: as many digits as are unique; with forgetting= also front "
+        "best (the most accurate), knee, or a run's id (its first digits, if unique); with forgetting= also front "
         "or all, whose adapters are kept",
     )
     forgetting: str = words.key(
@@ -64,7 +64,7 @@ class Request:
     chat_template: bool = words.key(False, "put prompts into the tokenizer's chat template")
     batch_size: int = words.key(32, "sequences of one forward pass", least=1)
     base: bool = words.key(True, "evaluate the base without the adapter too")
-    model: str = words.key("", "the base model, where it has moved since the study")
+    model: str = words.key("", "where the base model is now, if it has moved since the study")
     device: str = words.key("", "torch device (empty: cuda where there is one)")
 
 

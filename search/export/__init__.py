@@ -46,10 +46,10 @@ class Request:
     """What the command line asks for besides the study's folder."""
 
     to: str = words.key("", "folder, or URI such as s3://bucket/dir, to write")
-    point: str = words.key("best", "best (the most accurate), knee, or the id of a run: as many digits as are unique")
+    point: str = words.key("best", "best (the most accurate), knee, or a run's id (its first digits, if unique)")
     format: str = words.key("adapter", "ours, a transformers model, PEFT's, or a server's", choices=tuple(FORMATS))
     dtype: str = words.key("float32", "of a merged model (stored: as the base's)", choices=("float32", "stored"))
-    model: str = words.key("", "the base model, where it has moved since the study")
+    model: str = words.key("", "where the base model is now, if it has moved since the study")
     overwrite: bool = words.key(False, "replace an earlier export")
 
 

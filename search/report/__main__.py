@@ -26,7 +26,7 @@ class Request:
     """The keys of the command."""
 
     results: str = words.key("", "JSON file that the numbers of all points are written to as well (empty: none)")
-    seeds: int = words.key(0, "first seeds of the study that go into that file (0: all)", least=1, unset=0)
+    seeds: int = words.key(0, "how many seeds go into that file, from the study's first on (0: all)", least=1, unset=0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

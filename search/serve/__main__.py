@@ -25,7 +25,7 @@ from trainers import command
 class Request:
     """Where it listens."""
 
-    port: int = words.key(8765, "that the pages are at (0: any that is free)", least=0, most=65535)
+    port: int = words.key(8765, "port of the pages (0: any that is free)", least=0, most=65535)
     host: str = words.key(
         "127.0.0.1",
         "address to listen on; another than loopback lets everybody who can reach it and knows the printed token read "

@@ -40,8 +40,10 @@ def show_in_terminal(shown: Shown, *, single: bool) -> None:
     rows += answers if single or len(answers[0]) > 1 else []
     for group, drawn in itertools.groupby(rows, key=lambda panels: panels[0].group):
         console.print()
-        console.print(Text(group, style="bold"))
-        for panels in drawn:
+        several = list(drawn)
+        widest = max(itertools.chain(*several), key=lambda panel: len(panel.columns))
+        console.print(Text(group, style="bold").append(_columns(widest), style="not bold"), soft_wrap=True)
+        for panels in several:
             for line in terminal_lines(panels, console.width):
                 console.print(line, soft_wrap=True)
     for heading, by_pair in comparisons(shown):
@@ -140,6 +142,15 @@ def _heads(panel: Panel) -> tuple[str, str]:
     if panel.counts or not _initials(panel):
         return panel.name, ""
     return panel.name, f"{panel.lowest:.3g}…{panel.highest:.3g}{' log' if panel.logarithmic else ''}"
+
+
+def _columns(panel: Panel) -> str:
+    """What the columns of a panel are, from the left; nothing where the picture says it."""
+    if len(panel.columns) == 1:
+        return ""
+    if panel.columns[0].isdecimal():
+        return f"; a column for each of {len(panel.columns)} experts"
+    return f"; columns: {', '.join(panel.columns)}"
 
 
 def _initials(panel: Panel) -> list[str]:

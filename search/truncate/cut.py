@@ -35,7 +35,7 @@ class Request:
     point: str = words.key(
         "front",
         "what to cut: front (its members), all (every training whose adapter is kept), best (the most accurate point), "
-        "knee, or the id of a run: as many digits as are unique",
+        "knee, or a run's id (its first digits, if unique)",
     )
     energy: str = words.key("0.9", "share of the squared singular values that is kept, several with commas")
     device: str = words.key("", "torch device (empty: cuda where there is one)")

@@ -31,10 +31,10 @@ BINS, WIDEST = 8, 40  # of a histogram: its lines, and characters of its longest
 class Settings:
     """What can be said besides the task; the same words as those of a study."""
 
-    task: str = key(DEFAULT, "the task: the word without = is it as well")
+    task: str = key(DEFAULT, "the task; a word without = is the task, too")
     model: str = key("tiny-moe", "the model whose tokenizer and sizes are taken")
     select_on: str = key("validation", "what a search counts accuracy on", choices=SELECT_ON)
-    held_out: float = key(0.1, "share of training documents that it is counted on without a validation split",
+    held_out: float = key(0.1, "share of training documents held out for it without a validation split",
                           least=0.001, most=0.999)  # fmt: skip
     max_length: int = key(0, "tokens of a training row (0: what the task file suggests, else 512)", least=2, unset=0)
     limit: int = key(0, "evaluate the first N documents (0: all)", least=0)

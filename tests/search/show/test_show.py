@@ -116,7 +116,7 @@ def test_an_impossible_allocation_is_a_row_with_the_reason(capsys: pytest.Captur
 
 def test_a_single_allocator_is_drawn(capsys: pytest.CaptureFixture[str], signal: str) -> None:
     text = output(capsys, f"signal={signal}", "allocator=sieve")
-    drawn = text.split("experts that are adapted\n         sieve\n")[1].splitlines()[:3]
+    drawn = text.split("experts that are adapted; a column for each of 8 experts\n         sieve\n")[1].splitlines()[:3]
     assert [line.count("█") for line in drawn] == [2 * 2] * 3  # two experts a layer, two characters each
 
 
@@ -291,7 +291,9 @@ def test_heat_maps_of_a_dense_model_stand_beside_each_other(
 ) -> None:
     text = output(capsys, f"signal={','.join(dense_files)}", "total_experts=4")
     lines = text.splitlines()
-    begin = lines.index("experts that are added")
+    heads = {line.partition(";")[0]: place for place, line in enumerate(lines)}
+    begin = heads["experts that are added"]
+    assert lines[begin].endswith("; columns: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj")
     names, initials, *drawn = lines[begin + 1 : begin + 7]
     assert names.split() == [line.split("│")[1].strip() for line in lines if line.startswith("│")]
     numbers = [line.split()[2:] for line in drawn]
@@ -301,7 +303,7 @@ def test_heat_maps_of_a_dense_model_stand_beside_each_other(
     wide = columns["lora_smoe"]
     uniform = columns["uniform"] + (6 if columns["uniform"] > wide else 0)
     assert [row[uniform] for row in numbers] == ["1"] * 4
-    begin = lines.index("sensitivity by module")
+    begin = heads["sensitivity by module"]
     assert lines[begin + 2].split()[-1] != "log"  # means of both data sets span less than two orders of magnitude
 
 

@@ -125,6 +125,7 @@ def _loss_of_rows(model: Any, rows: Sequence[Row], *, pad: int) -> Loss:
     from trainers.loop.batches import collate
     from trainers.loop.losses import completion_losses
     from trainers.models import sharding
+    from trainers.sending import send
 
     several = dist.is_available() and dist.is_initialized() and not sharding.is_sharded(model)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
@@ -135,7 +136,7 @@ def _loss_of_rows(model: Any, rows: Sequence[Row], *, pad: int) -> Loss:
     with torch.no_grad():
         for places in passes[rank::world_size]:
             batch = collate([rows[i] for i in places], pad_token_id=pad, device=device)
-            sums_B[torch.tensor(places, device=device)] = completion_losses(model, batch, parts=len(places))
+            sums_B[send(places, device)] = completion_losses(model, batch, parts=len(places))
     if several:
         dist.all_reduce(sums_B)
     by_row = tuple((float(s), row.completion_tokens) for s, row in zip(sums_B.tolist(), rows, strict=True))

@@ -219,7 +219,7 @@ class ExpertLora(ExpertStacks):
         self.is_chosen_E = torch.zeros(module.num_experts, dtype=torch.bool, device=self.device)
         self.is_chosen_E[self.ids_C] = True
         self.all_chosen = len(ids) == module.num_experts
-        self.every_row = self.all_chosen or self.device.type != "cpu"
+        self.every_row = self.all_chosen or waits(self.device)
         self._watch_gradients()
 
     def route(self, index_TK: Tensor) -> Route:
@@ -328,6 +328,11 @@ class ExpertLora(ExpertStacks):
         live_C = self.live_E[self.ids_C]
         lost = ((live_C > 0) & ~self.reached()).nonzero().flatten().tolist()
         return [(self.ids[c], int(live_C[c])) for c in lost]
+
+
+def waits(device: torch.device) -> bool:
+    """Whether a number that is read back waits for what the device computes: how many rows an expert has, say."""
+    return device.type != "cpu"
 
 
 def kept_rows(

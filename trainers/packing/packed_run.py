@@ -28,6 +28,7 @@ from trainers.models import sharding
 from trainers.models.quantized import quantization_of
 from trainers.packing.pack import Pack
 from trainers.packing.passes import Pass
+from trainers.sending import send
 from trainers.tasks import AnyTask, Row
 
 
@@ -215,7 +216,7 @@ class PackedRun:
         tokens = [member.open_step(member.step) for member in members]
         for member in members:
             member.generator.manual_seed(dropout_seed(member.seed, member.step))
-        per_token_K = 1 / torch.tensor(tokens, dtype=torch.float32, device=self.device)
+        per_token_K = 1 / send(tokens, self.device, dtype=torch.float32)
         pack.buffers.load()
         for parts in zip(*micro_batches, strict=True):  # one micro-batch of every member
             rows = [row for part in parts for row in part]

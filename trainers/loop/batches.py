@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainers.sending import send
 from trainers.tasks import Row
+from trainers.waiting import send
 
 IGNORED = -100  # label of tokens without loss
 

@@ -37,7 +37,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainers.models import sharding
-from trainers.sending import send
+from trainers.waiting import one_sample_a_row, send
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,6 +73,7 @@ def shares_contexts(model: Any) -> bool:
 
 
 @torch.no_grad()
+@one_sample_a_row()
 def loglikelihoods(
     model: PreTrainedModel, requests: Sequence[TokenisedRequest], *, max_length: int, batch_size: int
 ) -> list[Answer]:

@@ -9,9 +9,9 @@ the published models do.
     study         `space=sieve` on the embedded model and task, two workers that share the GPU, as many trainings in a
                   pass as pays: trainings, what became of them, tokens a second, peak memory
     moe_steps     training steps as trainers/loop/ does them, 4 layers of OLMoE's size: attention and router alone,
-                  the hot quarter of the experts (over all rows, as a GPU runs it, and over picked rows, whose number
-                  is waited for), all experts; PEFT on attention and all experts (it adapts no router, and gate and up
-                  share an A)
+                  one expert and the hot quarter of the experts (over all rows, as a GPU runs it, and over picked rows,
+                  whose number is waited for), all experts; PEFT on attention and all experts (it adapts no router, and
+                  gate and up share an A)
     whole_moe     OLMoE-1B-7B as it is, 16 layers: the hot quarter, all experts, PEFT
     whole_dense   Llama-7B as it is, 32 layers: LoRA on every projection, ours and PEFT's; 5 routed experts in each
     dense_steps   4 layers of Llama-7B's size, all seven projections of a layer: ours with 1, with 5 routed and with
@@ -426,8 +426,11 @@ def dense(bench: Bench, layers: int) -> tuple[Any, Any]:
 
 def run_moe_steps(bench: Bench) -> None:
     model, shape, hot = moe(bench, bench.size.layers)
+    one = ExpertSelection({layer: ids[:1] for layer, ids in hot.experts.items()})
     variants: dict[str, Callable[[], Any]] = {
         "no expert": lambda: ours(model, ExpertSelection({}), shape),
+        "1 expert": lambda: ours(model, one, shape),
+        "1, rows picked": lambda: picked(model, one, shape),
         "hot quarter": lambda: ours(model, hot, shape),
         "hot, rows picked": lambda: picked(model, hot, shape),
         "all experts": lambda: ours(model, every_expert(shape), shape),

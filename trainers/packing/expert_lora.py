@@ -141,8 +141,8 @@ class PackedExperts(ExpertStacks, Part):
     """LoRA of every member on its own chosen experts of one layer; what `expert_lora.experts_forward` asks for.
 
     A pair is a member and one of its experts; C pairs, member by member. On a CPU only rows of pairs run through LoRA.
-    On a GPU their number would have to be read back, in every layer: there all rows do, and those of no pair have one
-    of their own at the end, whose factors are zeros (`every_row`).
+    Where reading their number back `waits`, all rows do, and those of no pair have one of their own at the end, whose
+    factors are zeros (`every_row`).
 
     Shapes as in trainers/adapter/expert_lora.py, where K are the experts a token: here K is members, J that.
     """
@@ -155,7 +155,7 @@ class PackedExperts(ExpertStacks, Part):
         ends = [0]
         for lora in loras.values():
             ends.append(ends[-1] + len(lora.ids))
-        self.every_row = waits(self.device)
+        self.every_row = waits(one.module.down_proj)
         self.num_pairs = ends[-1] + self.every_row
         self.pairs_of = {k: (ends[i], ends[i + 1]) for i, k in enumerate(loras)}
         pair_of = torch.full((passes.num_members, self.num_experts), ends[-1])

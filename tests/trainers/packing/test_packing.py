@@ -245,7 +245,7 @@ def test_packed_is_alone(task: AnyTask, tokenizer: PreTrainedTokenizerBase, kind
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """No number is read back from the device, and LoRA runs over all rows."""
     for module in (expert_lora, packing.expert_lora):
-        monkeypatch.setattr(module, "waits", lambda device: True)
+        monkeypatch.setattr(module, "waits", lambda weight: True)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -103,7 +103,7 @@ SIZES = {
         length=512,
         rows=8,
         steps=10,
-        expert_lora="tokens=1024,4096 hidden=2048 width=1024 rank=8 repeats=5",
+        expert_lora="tokens=1024,4096 hidden=2048 width=1024 rank=8 repeats=3",
         lora_moe="sizes=4096 experts=2,8 repeats=9",
         spectrum="sizes=4096x4096,11008x4096 repeats=3",
         overhead="trials=4",

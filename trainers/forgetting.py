@@ -125,6 +125,7 @@ def _loss_of_rows(model: Any, rows: Sequence[Row], *, pad: int) -> Loss:
     from trainers.loop.batches import collate
     from trainers.loop.losses import completion_losses
     from trainers.models import sharding
+    from trainers.waiting import one_sample_a_row, send
 
     several = dist.is_available() and dist.is_initialized() and not sharding.is_sharded(model)
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
@@ -132,10 +133,10 @@ def _loss_of_rows(model: Any, rows: Sequence[Row], *, pad: int) -> Loss:
     sums_B = torch.zeros(len(rows), device=device)
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))  # rows of like length together
     passes = [order[start : start + TOGETHER] for start in range(0, len(order), TOGETHER)]
-    with torch.no_grad():
+    with torch.no_grad(), one_sample_a_row():
         for places in passes[rank::world_size]:
             batch = collate([rows[i] for i in places], pad_token_id=pad, device=device)
-            sums_B[torch.tensor(places, device=device)] = completion_losses(model, batch, parts=len(places))
+            sums_B[send(places, device)] = completion_losses(model, batch, parts=len(places))
     if several:
         dist.all_reduce(sums_B)
     by_row = tuple((float(s), row.completion_tokens) for s, row in zip(sums_B.tolist(), rows, strict=True))

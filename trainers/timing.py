@@ -48,7 +48,7 @@ def timed(state: WorkerState, trial: Trial, trainable_params: int) -> Timing:
 
     from trainers.loop import TrainingRun, is_out_of_memory
     from trainers.loop.device import own_random_state
-    from trainers.loop.losses import one_sample_a_row
+    from trainers.waiting import one_sample_a_row
 
     device = torch.device(state.device)
     adapter = state.attach(trial, trainable_params)

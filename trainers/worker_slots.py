@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from allocators.core.errors import OutOfMemoryError
 from allocators.core.messages import Assignment, Failed, Finished, Question, Report, RungReached, TrainJob
 from allocators.core.types import Outcome, Rung
-from trainers.worker_state import WorkerState, in_words
+from trainers.worker_state import WorkerState, in_words, is_out_of_memory
 
 if TYPE_CHECKING:
     from trainers.packing import Member
@@ -57,7 +56,7 @@ class WorkerSlots:
         from trainers import packing
 
         self._state, self._jobs = state, jobs
-        self._slots = 1 if packing.refused(state.model) else slots
+        self._slots = 1 if packing.refused(state.model) else min(slots, packing.most(state.shape, state.device))
         self._packed = packing.PackedRun(
             state.model,
             state.task,
@@ -157,7 +156,7 @@ class WorkerSlots:
 
     def _end(self, member: Member) -> None:
         training = self._training.pop(member)
-        if _is_out_of_memory(member.error):
+        if member.error is not None and is_out_of_memory(member.error):
             self._waiting.append(training.again())  # with the memory of a worker for itself
             return
         started = self._state.started(training.job.trial, training.job.trainable_params).updated(pack=member.most)
@@ -184,9 +183,3 @@ class WorkerSlots:
         if self._state.device_broke:
             raise RuntimeError(f"ended after {job_id}, so that the worker starts anew: {outcome.message}")
         self._state.clean_up()
-
-
-def _is_out_of_memory(error: Exception | None) -> bool:
-    from trainers import loop
-
-    return isinstance(error, OutOfMemoryError) or (error is not None and loop.is_out_of_memory(error))

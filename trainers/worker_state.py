@@ -67,6 +67,7 @@ class WorkerSetup:
     signals              folder of the signals' cache
     adapters, checkpoints   where trained adapters and the state of trials go: paths or URIs that every node sees
     forgetting           text that forgetting is measured on (`trainers/forgetting.py`); empty: it is not
+    device_share         the part of its device that is a worker's: less than 1 where several share a GPU
     """
 
     model: str
@@ -81,6 +82,7 @@ class WorkerSetup:
     adapters: str
     checkpoints: str
     forgetting: str = ""
+    device_share: float = 1.0
 
 
 class WorkerState:
@@ -225,12 +227,15 @@ class WorkerState:
     def measure_pack(self, trial: Trial, trainable_params: int) -> PackChosen:
         """How many trainings such as this one to pack, from a few real steps of one and of two; nothing is kept.
 
-        Memory: each further one is taken to need as much as the second, and four fifths of what is free is used.
+        Memory: each further one is taken to need as much as the second, and four fifths of what is free is used, of a
+        GPU that several workers share this one's part of it.
         """
         from trainers import packing
 
         if reason := packing.refused(self.model):
             return PackChosen(1, reason)
+        if packing.most(self.shape, self.device) < 2:
+            return PackChosen(1, f"the experts of two trainings are more than {packing.GROUPS} groups")
         packed = packing.PackedRun(self.model, self.task, tokenizer=self.tokenizer, device=self.device, evaluations=1)
         endless, seconds, memory = replace(trial.recipe, steps=10**6), [], []
         try:
@@ -241,15 +246,18 @@ class WorkerState:
                 packed.join(adapter, endless, seed=seed, on_rung=lambda _: True)
                 seconds.append(packing.seconds_of_a_step(packed))
                 memory.append(_memory_used(self.device))
-        except OutOfMemoryError as error:
-            return PackChosen(1, str(error))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return PackChosen(1, in_words(error))
         finally:
             packed.end_all()
             self.clean_up()
         one, two = seconds
-        fitting = 1 + int(0.8 * _memory_free(self.device) / max(memory[1] - memory[0], 1))
+        free = _memory_free(self.device) * self.setup.device_share
+        fitting = 1 + int(0.8 * free / max(memory[1] - memory[0], 1))
         most = MOST_ON_CPU if str(self.device) == "cpu" else MOST_ON_GPU
-        pack = packing.choose(one, two, most=min(most, fitting))
+        pack = packing.choose(one, two, most=min(most, fitting, packing.most(self.shape, self.device)))
         why = f"a step takes {one:.3g} s, one of two trainings {two:.3g} s"
         return PackChosen(pack, f"{why}: {packing.gain(one, two, pack):.2f}x the speed, evaluations apart")
 
@@ -282,7 +290,7 @@ class WorkerState:
             )
             return self.ended(started, adapter, result, leads=leads, tests=job.tests)
         except Exception as error:  # a trial never takes the worker with it: its error is its outcome
-            self.broken = self.sharded if isinstance(error, OutOfMemoryError) else not isinstance(error, ToolkitError)
+            self.broken = self.sharded if is_out_of_memory(error) else not isinstance(error, ToolkitError)
             return self.failed(started, error).updated(seconds=time.monotonic() - began)
         finally:
             if adapter is not None:
@@ -398,8 +406,8 @@ class WorkerState:
         storage that cannot be read or written, a device or a connection that broke.
         """
         self.device_broke |= is_device_error(error)
-        if isinstance(error, OutOfMemoryError):
-            return started.updated(status="out_of_memory", message=str(error))
+        if is_out_of_memory(error):
+            return started.updated(status="out_of_memory", message=in_words(error))
         return started.updated(status="lost" if is_of_platform(error) else "failed", message=in_words(error))
 
     def clean_up(self) -> None:
@@ -422,12 +430,19 @@ class WorkerState:
         return target
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory did not suffice, in a training's steps or beside them: to attach it, to test it."""
+    from trainers import loop
+
+    return isinstance(error, OutOfMemoryError) or loop.is_out_of_memory(error)
+
+
 def is_device_error(error: Exception) -> bool:
     """Whether a GPU or a connection between workers broke: this process can use it no more."""
     import torch
 
     kinds = (torch.AcceleratorError, torch.distributed.DistError)
-    return isinstance(error, kinds) and not isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, kinds) and not is_out_of_memory(error)
 
 
 def is_of_platform(error: Exception) -> bool:

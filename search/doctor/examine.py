@@ -129,7 +129,7 @@ def _gpu() -> Iterator[Finding]:
         for number in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(number)
             free, total = torch.cuda.mem_get_info(number)
-            bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: float32 is taken"
+            bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: float32 is taken"
             yield Finding(f"GPU {number}", "ok", f"{card.name}, {_size(free)} of {_size(total)} free, {bf16}")
     elif _NVIDIA.exists():
         built = torch.version.cuda or "none: a build for CPUs"

@@ -144,6 +144,7 @@ def worker_setup(config: RunConfig, locations: Locations) -> WorkerSetup:
         adapters=locations.adapters,
         checkpoints=locations.checkpoints,
         forgetting=forgetting.located(config.forgetting),
+        device_share=config.gpus_per_worker if 0 < config.gpus_per_worker < 1 else 1.0,
     )
 
 

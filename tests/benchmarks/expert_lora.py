@@ -130,7 +130,7 @@ def peft(model: Any, rank: int, implementation: str, *, modules: Sequence[str] =
 def timed(step: Callable[[], Tensor], settings: Settings) -> float:
     """Seconds of forward and backward."""
     clock = time.process_time if settings.device == "cpu" and settings.threads == 1 else time.perf_counter
-    synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+    synchronize = torch.cuda.synchronize if settings.device.startswith("cuda") else lambda: None
     synchronize()
     start = clock()
     out = step()
@@ -264,7 +264,7 @@ def main(argv: list[str]) -> None:
         json.dumps(
             {
                 "benchmark": "expert_lora",
-                "device": torch.cuda.get_device_name() if settings.device == "cuda" else "cpu",
+                "device": torch.cuda.get_device_name() if settings.device.startswith("cuda") else "cpu",
                 "versions": {
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,

@@ -54,8 +54,8 @@ from trainers import loop, packing
 from trainers.adapter import Adapter, attach
 from trainers.loop import TrainingRun
 from trainers.loop.device import own_random_state
-from trainers.loop.losses import one_sample_a_row
 from trainers.tasks import Row
+from trainers.waiting import one_sample_a_row
 
 ROW = 16  # tokens
 STEPS = 15  # of the comparison of weights
@@ -259,7 +259,7 @@ def together(joint: packing.PackedRun, steps: int) -> None:
 def interleaved(variants: dict[str, Callable[[], None]], settings: Settings) -> dict[str, list[float]]:
     """Seconds of each in every turn; every other turn is in reverse."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    synchronize = torch.cuda.synchronize if settings.device == "cuda" else lambda: None
+    synchronize = torch.cuda.synchronize if settings.device.startswith("cuda") else lambda: None
     now = time.process_time if settings.device == "cpu" and settings.threads == 1 else time.perf_counter
     with own_random_state(torch.device(settings.device)), one_sample_a_row():
         for turn in range(settings.repeats + 1):
@@ -384,7 +384,7 @@ def main(argv: list[str]) -> None:
         json.dumps(
             {
                 "benchmark": "packing",
-                "device": torch.cuda.get_device_name() if settings.device == "cuda" else platform.machine(),
+                "device": torch.cuda.get_device_name() if settings.device.startswith("cuda") else platform.machine(),
                 "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
                 "ratios": ratios,
             }

@@ -18,6 +18,7 @@ delta_alpha   ours, svdvals, plain_fp32            largest |Δα| over the matri
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -64,7 +65,7 @@ def loop(lam: Tensor) -> float:
     hills = torch.zeros(len(lam) - 1)
     distances = torch.ones(len(lam) - 1)
     for i, xmin in enumerate(lam[:-1]):
-        if not np.log10(0.95 * x2) <= xmin <= 1.5 * x2:
+        if not math.log10(0.95 * x2) <= float(xmin) <= 1.5 * x2:
             continue
         n = len(lam) - i
         hill = 1 + n / (ln[i:].sum() - n * ln[i])
@@ -98,11 +99,11 @@ def middle_layer(folder: Path, device: str) -> dict[str, Tensor]:
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
     began = time.perf_counter()
     run()
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter() - began
 
@@ -146,7 +147,9 @@ def main(arguments: list[str]) -> None:
     print(f"{'total':>12} {1e3 * old:10.1f} ms {1e3 * new:6.1f} ms {old / new:6.2f}")
     report = {
         "benchmark": "spectrum",
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} thread(s)",
+        "device": torch.cuda.get_device_name()
+        if device.startswith("cuda")
+        else f"cpu, {torch.get_num_threads()} thread(s)",
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "scipy": scipy.__version__},
         "ratios": {name: round(ratio, 2) for name, ratio in ratios.items()},
         "delta_alpha": {key: float(f"{max(values):.2g}") for key, values in deltas.items()},

@@ -198,8 +198,9 @@ class ExpertLora(ExpertStacks):
     pairs        projection name → (A [C, R, I], B [C, O, R])
     every_row    True: LoRA runs over all S rows and the experts that are not chosen have zero factors
                  False: rows of chosen experts are picked out, run, and added back
-                 On a GPU the number of picked rows would have to be read back to the host in every layer, so there all
-                 rows run; everywhere else the picked ones. Where every expert is chosen there is nothing to pick.
+                 On a GPU the number of picked rows would have to be read back to the host in every layer: where that
+                 `waits`, all rows run, everywhere else the picked ones. Where every expert is chosen there is nothing
+                 to pick.
     """
 
     def __init__(
@@ -219,7 +220,7 @@ class ExpertLora(ExpertStacks):
         self.is_chosen_E = torch.zeros(module.num_experts, dtype=torch.bool, device=self.device)
         self.is_chosen_E[self.ids_C] = True
         self.all_chosen = len(ids) == module.num_experts
-        self.every_row = self.all_chosen or self.device.type != "cpu"
+        self.every_row = self.all_chosen or waits(module.down_proj)
         self._watch_gradients()
 
     def route(self, index_TK: Tensor) -> Route:
@@ -328,6 +329,17 @@ class ExpertLora(ExpertStacks):
         live_C = self.live_E[self.ids_C]
         lost = ((live_C > 0) & ~self.reached()).nonzero().flatten().tolist()
         return [(self.ids[c], int(live_C[c])) for c in lost]
+
+
+def waits(weight: Tensor) -> bool:
+    """Whether it takes a wait for the device, that is not there otherwise, to read back how many rows an expert has.
+
+    grouped_mm reads that itself on a CPU, and on a GPU in all but bf16 on Hopper and Blackwell, the only kernels of
+    torch that leave it on the device (aten/src/ATen/native/cuda/GroupedBlas.cpp, torch 2.10).
+    """
+    if weight.device.type != "cuda":
+        return weight.device.type != "cpu"
+    return weight.dtype == torch.bfloat16 and torch.cuda.get_device_capability(weight.device)[0] in (9, 10)
 
 
 def kept_rows(

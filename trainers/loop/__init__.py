@@ -34,10 +34,10 @@ from allocators.core.errors import OutOfMemoryError
 from allocators.core.types import Recipe, Rung
 from trainers import storage
 from trainers.loop.device import give_memory_back, is_out_of_memory, own_random_state
-from trainers.loop.losses import one_sample_a_row
 from trainers.loop.past import Result
 from trainers.loop.run import CHECK_EVERY, Trainable, TrainingRun
 from trainers.tasks import AnyTask
+from trainers.waiting import one_sample_a_row
 
 __all__ = ["CHECK_EVERY", "Result", "Trainable", "TrainingRun", "is_out_of_memory", "train"]
 

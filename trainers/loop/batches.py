@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trainers.tasks import Row
+from trainers.waiting import send
 
 IGNORED = -100  # label of tokens without loss
 
@@ -51,11 +52,8 @@ def collate(rows: Sequence[Row], *, pad_token_id: int, device: torch.device, cou
         ids_BS.append(row.input_ids + [pad_token_id] * padding)
         labels_BS.append([IGNORED] * row.labels_start + completion + [IGNORED] * padding)
         real_BS.append([1] * len(row.input_ids) + [0] * padding)
-    host = torch.tensor([ids_BS, labels_BS, real_BS])
-    if device.type == "cuda":
-        host = host.pin_memory()  # a copy from pageable memory would wait for the device
     return MicroBatch(
-        host.to(device, non_blocking=True),
+        send([ids_BS, labels_BS, real_BS], device),
         first,
         sum(row.completion_tokens for row in rows) if counted else 0,
         padded=any(len(row.input_ids) < length for row in rows),

@@ -40,6 +40,12 @@ def give_memory_back(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+# What torch raises as a RuntimeError: of the CPU, of memory that CUDA or one of its libraries asks for beside torch.
+_NO_MEMORY = ("DefaultCPUAllocator: ", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch says so, of a GPU or of the CPU, where it raises a plain RuntimeError."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator: " in str(error)
+    """Whether torch says so, of a GPU or of the CPU."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _NO_MEMORY)

@@ -5,9 +5,6 @@ Shapes: K positions that may predict a completion token, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,19 +29,3 @@ def _log_losses(model: nn.Module, batch: MicroBatch, *, reduction: str) -> Tenso
     logits_BKV = model(input_ids=ids_BS, logits_to_keep=keep_K, use_cache=False).logits
     labels = labels_BS[:, batch.first :].flatten()
     return F.cross_entropy(logits_BKV.float().flatten(0, 1), labels, ignore_index=IGNORED, reduction=reduction)
-
-
-@contextmanager
-def one_sample_a_row() -> Iterator[None]:
-    """Spares a look at the device in every pass: whether positions start anew within a row, several samples in one.
-
-    transformers looks where it is given no mask, and has no argument that tells it what our rows are.
-    """
-    from transformers import masking_utils
-
-    before = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda position_ids: None  # noqa: ARG005 (transformers' name)
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = before

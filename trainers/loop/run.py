@@ -90,6 +90,7 @@ class TrainingRun:
         self.past = Past()
         self.pending = torch.zeros(CHECK_EVERY, 2, device=device)  # loss and failures of the steps since the last look
         self.unseen = 0
+        self.peak = 0  # bytes, of what was measured before the counter began anew
 
     def _fingerprint(self) -> str:
         """Of what a checkpoint must have been saved by to be gone on from."""
@@ -270,7 +271,8 @@ class TrainingRun:
     def peak_memory_bytes(self) -> int:
         """Of the GPU since the run began; on a CPU of the process in its whole life."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated(self.device))
+            return self.peak
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
 
     def _result(self, status: Ending) -> Result:

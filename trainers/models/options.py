@@ -40,7 +40,7 @@ def device_or_default(asked: str = "") -> str:
 
 
 def dtype_on(device: str) -> str:
-    """What dtype=auto means: bfloat16 on a CUDA device that supports it, else float32.
+    """What dtype=auto means: bfloat16 on a CUDA device that computes in it, else float32.
 
     Raises StudyError for a device that does not exist.
     """
@@ -52,7 +52,8 @@ def dtype_on(device: str) -> str:
         raise StudyError(f"there is no device '{device}': choose cpu, cuda or cuda:N") from error
     if cuda and not torch.cuda.is_available():
         raise StudyError(f"device '{device}' was asked for and torch {torch.__version__} finds none here: choose cpu")
-    return "bfloat16" if cuda and torch.cuda.is_bf16_supported() else "float32"
+    # not as torch counts by itself, where a GPU that only imitates bf16, many times slower than fp32, supports it too
+    return "bfloat16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 def numbers_of(

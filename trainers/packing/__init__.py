@@ -26,6 +26,6 @@ once for all of them.
 from __future__ import annotations
 
 from trainers.packing.how_many import WORTH, choose, gain, seconds_of_a_step
-from trainers.packing.packed_run import Member, PackedRun, refused
+from trainers.packing.packed_run import GROUPS, Member, PackedRun, most, refused
 
-__all__ = ["WORTH", "Member", "PackedRun", "choose", "gain", "refused", "seconds_of_a_step"]
+__all__ = ["GROUPS", "WORTH", "Member", "PackedRun", "choose", "gain", "most", "refused", "seconds_of_a_step"]

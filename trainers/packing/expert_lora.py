@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from allocators.core.types import ALWAYS_ADAPTED
-from trainers.adapter.expert_lora import ExpertLora, ExpertLoraAdapter, ExpertStacks, Route, kept_rows, padded_rank
+from trainers.adapter.expert_lora import (
+    ExpertLora,
+    ExpertLoraAdapter,
+    ExpertStacks,
+    Route,
+    kept_rows,
+    padded_rank,
+    waits,
+)
 from trainers.adapter.linear import module_at, put_attribute, put_on_linear
 from trainers.adapter.module_ranks import ModuleRanksAdapter
 from trainers.adapter.module_ranks.experts import RaggedExpertLora
@@ -132,8 +140,9 @@ class _AddLora(torch.autograd.Function):
 class PackedExperts(ExpertStacks, Part):
     """LoRA of every member on its own chosen experts of one layer; what `expert_lora.experts_forward` asks for.
 
-    A pair is a member and one of its experts; C pairs, member by member. Only rows of pairs run through LoRA.
-    The number of these rows is read back from the device, once a layer and pass.
+    A pair is a member and one of its experts; C pairs, member by member. On a CPU only rows of pairs run through LoRA.
+    Where reading their number back `waits`, all rows do, and those of no pair have one of their own at the end, whose
+    factors are zeros (`every_row`).
 
     Shapes as in trainers/adapter/expert_lora.py, where K are the experts a token: here K is members, J that.
     """
@@ -146,10 +155,11 @@ class PackedExperts(ExpertStacks, Part):
         ends = [0]
         for lora in loras.values():
             ends.append(ends[-1] + len(lora.ids))
-        self.num_pairs = ends[-1]
+        self.every_row = waits(one.module.down_proj)
+        self.num_pairs = ends[-1] + self.every_row
         self.pairs_of = {k: (ends[i], ends[i + 1]) for i, k in enumerate(loras)}
-        pair_of = torch.full((passes.num_members, self.num_experts), self.num_pairs)
-        scales = torch.empty(self.num_pairs)
+        pair_of = torch.full((passes.num_members, self.num_experts), ends[-1])
+        scales = torch.ones(self.num_pairs)
         for k, lora in loras.items():
             first, last = self.pairs_of[k]
             pair_of[k, list(lora.ids)] = torch.arange(first, last)
@@ -188,7 +198,7 @@ class PackedExperts(ExpertStacks, Part):
         pair_S = self.pair_of.index_select(0, member_S * self.num_experts + ids_S)
         pair_S, rows_S = torch.sort(pair_S, stable=True)
         ends_C = torch.searchsorted(pair_S, self.places_C, right=True, out_int32=True)
-        num_rows = int(ends_C[-1])
+        num_rows = len(rows_S) if self.every_row else int(ends_C[-1])
         scale_Q1 = self.scale_C.index_select(0, pair_S[:num_rows]).unsqueeze(1)
         scale_Q1 = scale_Q1.to(self.module.down_proj.dtype)
         return Route(ids_S, order_S, inverse_S, token_S, ends_E, rows_S[:num_rows], ends_C, scale_Q1)
@@ -204,10 +214,12 @@ class PackedExperts(ExpertStacks, Part):
         return route.scale_Q1
 
     def kept(self, route: Route, num_features: int) -> Tensor | None:
-        """As a member alone draws them on a CPU: for its rows, by expert and token, without the others' padding."""
+        """As a member alone draws them: for its rows, by expert and token, without the others' padding."""
         if not self.drops:
             return None
         assert route.rows_Q is not None
+        if self.every_row:
+            return self._kept_of_every_row(route, route.rows_Q, num_features)
         now, ends = self.passes.now, [0, *route.ends_C.tolist()]
         keep_QI = torch.ones(ends[-1], num_features, dtype=torch.bool, device=self.device)
         place_Q = route.token_S.index_select(0, route.rows_Q) % now.width
@@ -219,6 +231,22 @@ class PackedExperts(ExpertStacks, Part):
                     len(own), num_features, dropout=p, device=self.device, generator=now.generators[k]
                 )
         return keep_QI
+
+    def _kept_of_every_row(self, route: Route, rows_Q: Tensor, num_features: int) -> Tensor:
+        """The same where no number may be read back. What no member draws is padding: anything may stay there."""
+        now, num_rows = self.passes.now, len(rows_Q)
+        picks = num_rows // (self.passes.num_members * now.rows * now.width)
+        place_S = route.token_S % now.width
+        member_S = route.token_S // (now.rows * now.width)
+        keep_SI = torch.ones(num_rows, num_features, dtype=torch.bool, device=self.device)
+        for k in self.pairs_of:
+            if p := self.passes.loras[k].lora_dropout:
+                own_S = (member_S == k) & (place_S < now.widths[k])
+                count = now.rows * now.widths[k] * picks
+                drawn = kept_rows(count, num_features, dropout=p, device=self.device, generator=now.generators[k])
+                number_S = (own_S.cumsum(0) - 1).clamp_(min=0)  # of a row among the member's own
+                keep_SI = torch.where(own_S.unsqueeze(1), drawn.index_select(0, number_S), keep_SI)
+        return keep_SI.index_select(0, rows_Q)
 
 
 def _place(

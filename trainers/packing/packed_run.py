@@ -5,6 +5,7 @@ Shapes: K members, B rows and S places a member.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +16,12 @@ import torch.distributed as dist
 from torch import nn
 
 from allocators.core.errors import OutOfMemoryError, StudyError
-from allocators.core.types import Recipe, Rung
+from allocators.core.types import ModelShape, Recipe, Rung
 from trainers import storage
 from trainers.adapter.base import Adapter
 from trainers.loop.batches import collate
 from trainers.loop.device import dropout_seed, give_memory_back, is_out_of_memory, own_random_state
-from trainers.loop.losses import completion_losses, one_sample_a_row
+from trainers.loop.losses import completion_losses
 from trainers.loop.past import Result
 from trainers.loop.plan import share_of
 from trainers.loop.run import TrainingRun
@@ -29,6 +30,7 @@ from trainers.models.quantized import quantization_of
 from trainers.packing.pack import Pack
 from trainers.packing.passes import Pass
 from trainers.tasks import AnyTask, Row
+from trainers.waiting import one_sample_a_row, send
 
 
 class Member(TrainingRun):
@@ -163,6 +165,7 @@ class PackedRun:
         for member in members:
             member.past.seconds += (time.monotonic() - began) / len(members)
             member.most = max(member.most, len(members))
+            member.peak_memory_bytes()  # before a member that ends or joins has the device count anew
         for member in members:
             try:
                 with own_random_state(self.device), one_sample_a_row():
@@ -215,7 +218,7 @@ class PackedRun:
         tokens = [member.open_step(member.step) for member in members]
         for member in members:
             member.generator.manual_seed(dropout_seed(member.seed, member.step))
-        per_token_K = 1 / torch.tensor(tokens, dtype=torch.float32, device=self.device)
+        per_token_K = 1 / send(tokens, self.device, dtype=torch.float32)
         pack.buffers.load()
         for parts in zip(*micro_batches, strict=True):  # one micro-batch of every member
             rows = [row for part in parts for row in part]
@@ -242,6 +245,17 @@ class PackedRun:
         pack.buffers.unload()
         for member in members:
             member.close_step(member.step)
+
+
+GROUPS = 1023  # of grouped_mm on a GPU, at most
+
+
+def most(shape: ModelShape, device: torch.device | str) -> int:
+    """How many runs can share a pass: on a GPU the pairs of a run and an expert are groups of one multiplication."""
+    experts = max((module.num_experts or 0 for module in shape.modules), default=0)
+    if torch.device(device).type == "cpu" or not experts:
+        return sys.maxsize
+    return max(1, (GROUPS - 1) // experts)  # one group is for the rows of no pair
 
 
 def sizes_in_common(recipe: Recipe) -> tuple[int, int, int]:

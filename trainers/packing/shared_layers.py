@@ -53,8 +53,9 @@ class SharedLayers:
         self.rows_U = None
         if known and inputs[0] and len(run) < len(now.same_as):
             rows_KB = torch.arange(num_rows, device=self.passes.device).view(-1, now.rows)
-            self.rows_U = rows_KB[run].flatten()
-            self.copies_T = rows_KB[[run.index(k) for k in now.same_as]].flatten()
+            # a list as an index would travel to the device, which would be waited for
+            self.rows_U = torch.cat([rows_KB[k] for k in run])
+            self.copies_T = torch.cat([rows_KB[run.index(k)] for k in now.same_as])
 
 
 def _has_rows(x: Any, num_rows: int) -> bool:

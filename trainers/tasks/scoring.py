@@ -37,6 +37,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from trainers.models import sharding
+from trainers.waiting import one_sample_a_row, send
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,6 +73,7 @@ def shares_contexts(model: Any) -> bool:
 
 
 @torch.no_grad()
+@one_sample_a_row()
 def loglikelihoods(
     model: PreTrainedModel, requests: Sequence[TokenisedRequest], *, max_length: int, batch_size: int
 ) -> list[Answer]:
@@ -164,7 +166,7 @@ def _passes(
     past = None
     if trunk:
         past = DynamicCache(config=model.config)
-        ids_BS = torch.tensor([context[:trunk] for context, _ in contexts], device=model.device)
+        ids_BS = send([context[:trunk] for context, _ in contexts], model.device)
         none_K = torch.arange(0, device=model.device)
         model(input_ids=ids_BS, past_key_values=past, use_cache=True, logits_to_keep=none_K)
     branches = [
@@ -181,7 +183,7 @@ def _passes(
             padding += width - len(branches[count].tokens)
             count += 1
         together, branches = branches[:count], branches[count:]
-        rows_B = torch.tensor([branch.context for branch in together], device=model.device)
+        rows_B = send([branch.context for branch in together], model.device)
         yield together, _Branches(past, rows_B) if past is not None else None
 
 
@@ -200,7 +202,7 @@ def _scores(
             row_N.append(row)
             at_NK.append([*range(branch.first - first, branch.first - first + len(continuation)), *[0] * padding])
             token_NK.append([*continuation, *[-1] * padding])
-    ids_BS, rows, at, token = (torch.tensor(x, device=model.device) for x in (padded, row_N, at_NK, token_NK))
+    ids_BS, rows, at, token = (send(x, model.device) for x in (padded, row_N, at_NK, token_NK))
     keep_K = torch.arange(first, width, device=model.device)
     logits_BKV = model(input_ids=ids_BS, past_key_values=past, use_cache=past is not None, logits_to_keep=keep_K).logits
     parts = logits_BKV.split(max(1, AT_ONCE // len(keep_K)))

@@ -467,9 +467,9 @@ def every_row(adapter: Any) -> None:
         lora.every_row = True
 
 
-def adapted(kind: str, *, device: str = "cpu") -> tuple[Any, Adapter]:
+def adapted(kind: str) -> tuple[Any, Adapter]:
     """A model with an adapter that has a random part and, where it can, a balance loss."""
-    model = (tiny_olmoe() if kind == "expert_lora" else tiny_llama()).to(device)
+    model = tiny_olmoe() if kind == "expert_lora" else tiny_llama()
     shape = shape_from_config(model.config, name="tiny")
     places = [m.path for m in shape.of_role("attention", "mlp")]
     allocation = (
@@ -489,7 +489,6 @@ def steps_that_wait(
     task: AnyTask,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    device: str,
     watched: Callable[[], AbstractContextManager[None]],
 ) -> loop.Result:
     """Trains; `watched(step)` is entered around every optimiser step but the first, in which gradients are checked."""
@@ -501,7 +500,7 @@ def steps_that_wait(
 
     monkeypatch.setattr(loop.TrainingRun, "take_step", step)
     recipe = replace(DROPOUT, steps=loop.CHECK_EVERY + 2, micro_batch_size=3)
-    model, adapter = adapted(kind, device=device)
+    model, adapter = adapted(kind)
     return loop.train(
         model,
         adapter,
@@ -509,7 +508,7 @@ def steps_that_wait(
         recipe,
         seed=0,
         tokenizer=tokenizer,
-        device=device,
+        device="cpu",
         on_rung=lambda rung: True,
         evaluations=1,
     )
@@ -527,30 +526,12 @@ def test_no_step_waits_for_the_device(
         with Operations(waits), Methods(waits):
             yield
 
-    result = steps_that_wait(monkeypatch, kind, task, tokenizer, device="cpu", watched=watched)
+    result = steps_that_wait(monkeypatch, kind, task, tokenizer, watched=watched)
     assert result.status == "complete"
     assert waits == []
     with watched():  # and a look is seen
         torch.ones(2).tolist(), torch.ones(1).item(), torch.ones(2).nonzero()
     assert {"tolist", "item", "nonzero"} <= set(waits)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", ["expert_lora", "lora_moe"])
-def test_no_step_waits_for_a_real_gpu(
-    monkeypatch: pytest.MonkeyPatch, task: AnyTask, tokenizer: PreTrainedTokenizerBase, kind: str
-) -> None:
-    @contextmanager
-    def watched() -> Iterator[None]:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    result = steps_that_wait(monkeypatch, kind, task, tokenizer, device="cuda", watched=watched)
-    assert result.status == "complete"
 
 
 def test_the_next_step_is_on_its_way_while_one_computes() -> None:

@@ -23,7 +23,7 @@ from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, Gat
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
 from tests.trainers.reference import gradient
 from trainers import loop, packing, tasks
-from trainers.adapter import Adapter, attach
+from trainers.adapter import Adapter, attach, expert_lora
 from trainers.packing.pack import Pack
 from trainers.tasks import AnyTask
 
@@ -239,6 +239,22 @@ def test_packed_is_alone(task: AnyTask, tokenizer: PreTrainedTokenizerBase, kind
         for view in moments:
             view.zero_()
         assert not flat_moments.any()  # nothing was in the gaps
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No number is read back from the device, and LoRA runs over all rows."""
+    for module in (expert_lora, packing.expert_lora):
+        monkeypatch.setattr(module, "waits", lambda weight: True)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("kind", ["chosen", "chosen-dropout", "ranks-dropout"])
+def test_packed_is_alone_on_a_gpu_too(task: AnyTask, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
+    specs = KINDS[kind]
+    story = Story(specs, task, tokenizer).join(*range(len(specs))).steps()
+    for n, spec in enumerate(specs):
+        agree(story.members[n], *alone_anew(spec, task, tokenizer, evaluations=1))
 
 
 def test_one_in_a_pack_is_one_alone(task: AnyTask, tokenizer: PreTrainedTokenizerBase) -> None:

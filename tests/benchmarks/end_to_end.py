@@ -518,7 +518,9 @@ def worker_setup(recorded: Recorded, folder: Path) -> WorkerSetup:
         evaluations=1,
         calibration_samples=8,
         cpus_per_worker=1,
-        **{name: str(folder / name) for name in ("signals", "adapters", "checkpoints")},
+        signals=str(folder / "signals"),
+        adapters=str(folder / "adapters"),
+        checkpoints=str(folder / "checkpoints"),
     )
 
 

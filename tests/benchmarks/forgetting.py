@@ -53,7 +53,9 @@ def setup(settings: Settings, folder: Path, *, forgetting: str) -> WorkerSetup:
         evaluations=3,
         calibration_samples=8,
         cpus_per_worker=1,
-        **{name: str(folder / name) for name in ("signals", "adapters", "checkpoints")},
+        signals=str(folder / "signals"),
+        adapters=str(folder / "adapters"),
+        checkpoints=str(folder / "checkpoints"),
         forgetting=forgetting,
     )
 

@@ -20,12 +20,13 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from allocators.core.types import Outcome, Rung, Score
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class Scored(Protocol):
@@ -343,6 +344,8 @@ class UnbeatenOfThree(Unbeaten[T]):
     """
 
     def __init__(self) -> None:
+        import numpy as np  # here: most fronts are of two, and whoever only reads records needs none of it
+
         super().__init__()
         self._place: dict[str, int] = {}  # row of a point in what follows
         self._points: list[tuple[str, int, T]] = []  # name, number, item
@@ -369,6 +372,8 @@ class UnbeatenOfThree(Unbeaten[T]):
         self.drop(name)
         row = len(self._points)
         if row == len(self._values):
+            import numpy as np
+
             self._values = np.concatenate((self._values, np.empty_like(self._values)))
             self._beaten = np.concatenate((self._beaten, np.zeros_like(self._beaten)))
         self._values[row] = cost, -accuracy, forgetting
@@ -394,13 +399,13 @@ class UnbeatenOfThree(Unbeaten[T]):
         del self._points[last], self._place[name]
 
     def _members(self) -> list[int]:
-        return [int(row) for row in np.flatnonzero(self._beaten[: len(self._points)] == 0)]
+        return [int(row) for row in (self._beaten[: len(self._points)] == 0).nonzero()[0]]
 
     def _compared(self, row: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rows of the points that beat this one (no worse in all three and better in one), and of those it beats."""
         there, this = self._values[: len(self._points)], self._values[row]
         no_worse, no_better = (there <= this).all(axis=1), (there >= this).all(axis=1)
-        return np.flatnonzero(no_worse & ~no_better), np.flatnonzero(no_better & ~no_worse)
+        return (no_worse & ~no_better).nonzero()[0], (no_better & ~no_worse).nonzero()[0]
 
 
 class _Entry(NamedTuple, Generic[T]):

@@ -99,6 +99,10 @@ def _check(family: Family, c: Config) -> None:
         may_be_zero = key in _MAY_BE_ZERO or (key in _EXPERT_KEYS and "decoder_sparse_step" in family.defaults)
         high = _MOST.get(key, _LARGEST)
         checks.whole(value, key, low=0 if may_be_zero else 1, high=high)
+    experts = next((c[key] for key in _EXPERT_KEYS if key in family.defaults), 0)
+    for key in _ACTIVE_KEYS:
+        if experts and c.get(key) is not None:  # 0 would leave all experts out, and nothing would say so
+            checks.whole(c[key], key, low=1, high=experts)
     if not family.latent and c.get("head_dim") is None and c["num_attention_heads"] > c["hidden_size"]:
         raise ValueError(f"hidden_size {c['hidden_size']} leaves nothing for {c['num_attention_heads']} heads")
 

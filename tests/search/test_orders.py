@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -186,3 +187,20 @@ def test_a_real_study_obeys(tmp_path: Path, workers: str) -> None:
     assert any(run.trial.allocator == "greedy" and run.status == "complete" for run in records.finished.values())
     assert len(records.finished) < 6
     assert not records.in_flight
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "an order is one of stop, try, end, got None"),
+        ({"do": ["stop"]}, "an order is one of"),
+        ({"do": "stop"}, "digest must be 16 hex digits, got None"),
+        ({"do": "stop", "digest": "../../x"}, "digest must be 16 hex digits"),
+        ({"do": "try"}, "has no knobs"),
+        ({"do": "try", "point": {"rank": {"a": 1}}}, "point.rank must be"),
+        ([], "order must be a mapping"),
+    ],
+)
+def test_what_is_no_order_is_said_in_words(given: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        Order.from_json(given)

@@ -216,16 +216,11 @@ def test_what_was_hardly_meant_is_noted(
     [
         ({"description": "{{zzz}}"}, ["makes no prompts (description", "'zzz' is undefined"]),
         ({"fewshot_config": {"samples": [{"question": "a"}]}}, ["example 0 of its few-shot", "no field 'label'"]),
-        ({"fewshot_config": {"samples": [row(1), row(-1)]}}, ["example 1 of its few-shot examples", "is -1", "hidden"]),
+        ({"fewshot_config": {"samples": [row(1), row(-1)]}}, ["example 1 of its few-shot examples", "-1", "hidden"]),
         ({"fewshot_config": {"doc_to_text": "{{zzz}}"}}, ["makes no prompts", "'zzz' is undefined"]),
         ({"filter_list": [{"name": "x", "filter": [{"function": "nope"}]}]}, ["Unknown filter 'nope'"]),
         ({"filter_list": [{"name": "x", "filter": "take_first"}]}, ["filter: [{function: NAME}"]),
         ({"filter_list": [{"filter": [{"function": "take_first"}]}]}, ["name: TEXT"]),
-        ({"metric_list": [{"metric": "nope"}]}, ["the metric 'nope', which is not here: lm-eval has acc, "]),
-        (
-            {"metric_list": [{"metric": "nope", "aggregation": "mean", "higher_is_better": True}]},
-            ["the metric 'nope', which is not here"],
-        ),
         ({"dataset_kwargs": {"data_files": {"train": {"a": "b"}, "test": "test.jsonl"}}}, ["lists of paths by split"]),
         ({"dataset_kwargs": {"data_files": {"train": "*.jsonl", "test": "test.jsonl"}}}, ["what it is trained on"]),
     ],
@@ -238,7 +233,12 @@ def test_what_stands_around_the_rows_of_a_task_is_looked_at(
         changes = {"fewshot_config": {"samples": [{"question": "a", "answer": None}]}}
         parts = ["example 0 of its few-shot examples", "'answer' is null"]
     rows = FOUR if form is MC else say("a", "b")
-    refused(write(tmp_path, {**form, "num_fewshot": 1, **changes}, rows, rows[:1]), *parts)
+    refused(write(tmp_path, form, rows, rows[:1], num_fewshot=1, **changes), *parts)
+
+
+def test_a_metric_that_is_not_here_is_named(tmp_path: Path) -> None:
+    metric = {"metric": "nope", "aggregation": "mean", "higher_is_better": True}  # which lm-eval builds all the same
+    refused(write(tmp_path, GEN, say("a"), metric_list=[metric]), "the metric 'nope', which is not here: lm-eval has ")
 
 
 def test_an_answer_that_looks_like_a_list_is_taken_as_it_is_by_its_name_alone(tmp_path: Path) -> None:
@@ -343,7 +343,7 @@ def test_an_answer_that_the_evaluation_cannot_see_is_refused(tmp_path: Path, ans
         ({5: 6}, ["names and values is needed"]),
         ({"until": [""]}, ["until: ['']", "would stop every answer at once"]),
         ({"min_new_tokens": 9}, ["min_new_tokens: 9", "at most 8 tokens"]),
-        ({"eos_token_id": 5}, ["eos_token_id: 5", "end with 1, the tokenizer's"]),
+        ({"eos_token_id": 5}, ["eos_token_id: 5", "the tokenizer's: leave it out"]),
     ],
 )
 def test_settings_of_generation_are_checked(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:

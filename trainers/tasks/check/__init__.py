@@ -198,13 +198,18 @@ def _note_prompts(questions: Questions, share: Share, looked: Looked) -> None:
     """Says what is doubtful in the texts of all questions together: it scores, and was hardly meant."""
     origin, total = questions.origin, len(share.documents)
     of = f"rows of '{origin.task}', split '{origin.split}'"
-    prompts = {requests[0].args[0] for requests in share.documents.values()}
-    if total > 1 and len(prompts) == 1 and next(iter(prompts)).strip() and not questions.task.multiple_input:
+    said = questions.task.config.doc_to_text
+    written = isinstance(said, str) and said.strip() and not any(mark in said for mark in ("{{", "{%", "{#"))
+    if written and total > 1 and all(said not in requests[0].doc for requests in share.documents.values()):
         looked.notes.append(f"all {total:,} {of}, have the same prompt: doc_to_text names a field as {{{{field}}}}")
     if questions.task.OUTPUT_TYPE == "generate_until":
         return
     pairs = (request.args[:2] for requests in share.documents.values() for request in requests[:1])
-    spaced = sum(len(one) - len(one.rstrip(" ")) + len(other) - len(other.lstrip(" ")) > 1 for one, other in pairs)
+    spaced = sum(
+        len(one) - len(one.rstrip(" ")) + len(other) - len(other.lstrip(" ")) > 1
+        for one, other in pairs
+        if other.strip()
+    )
     if spaced:
         looked.notes.append(
             f"prompt and answer are joined by two spaces in {spaced:,} of {total:,} {of}: doc_to_text ends with one, "

@@ -42,6 +42,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ from allocators.core import words
 from allocators.core.errors import OutOfMemoryError
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe
+from search import records
 from tests.benchmarks import expert_lora, lora_moe, packing, spectrum, trial_overhead
 from tests.benchmarks._shared import parse
 from tests.trainers.reference import every_expert
@@ -209,22 +211,21 @@ def run_study(bench: Bench) -> None:
         )
         seconds = time.monotonic() - began
         print("\n".join(ran.stdout.rstrip().splitlines()[-25:]))
-        records = Path(folder) / "gpu" / "outcomes.jsonl"
-        outcomes = [json.loads(line) for line in records.read_text().splitlines()] if records.exists() else []
-    trained = [o for o in outcomes if o.get("tokens")]
-    complete = [o for o in trained if o.get("status") == "complete"]
-    found = {
+        outcomes = list(records.read(Path(folder) / "gpu").finished.values()) if ran.returncode == 0 else []
+    complete = [o for o in outcomes if o.status == "complete"]
+    broken = Counter(o.status for o in outcomes if o.status in ("failed", "lost", "out_of_memory"))
+    found: dict[str, Any] = {
         "words": " ".join(asked[:1] + asked[3:]),
         "seconds": round(seconds, 1),
-        "trainings": len(trained),
+        "trainings": len(outcomes),
         "complete": len(complete),
-        "best_accuracy": max((o["accuracy"] for o in complete), default=None),
-        "largest_pack": max((o.get("pack") or 1 for o in trained), default=None),
-        "tokens_per_second": round(sum(o["tokens"] for o in trained) / seconds, 1),
-        "peak_gib": max((round((o.get("peak_memory_bytes") or 0) / 2**30, 2) for o in trained), default=None),
+        "best_accuracy": max((o.accuracy for o in complete if o.accuracy is not None), default=None),
+        "largest_pack": max((o.pack for o in outcomes), default=None),
+        "tokens_per_second": round(sum(o.tokens for o in outcomes) / seconds, 1),
+        "peak_gib": max((round(o.peak_memory_bytes / 2**30, 2) for o in outcomes), default=None),
     }
-    if ran.returncode or len(complete) < len(trained) or not trained:
-        found["failed"] = f"exit {ran.returncode}, {len(complete)} of {len(trained)} trainings complete"
+    if ran.returncode or broken or not complete:
+        found["failed"] = f"exit {ran.returncode}, {len(complete)} trainings complete, {dict(broken)}"
     bench.note(study=found)
     print(", ".join(f"{key} {value}" for key, value in found.items()))
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])])
+on_gpu = [pytest.mark.gpu, needs_gpu]
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpu)])
 
 RECIPE = Recipe(
     rank=4,
@@ -180,8 +181,9 @@ def refused_by_cuda(device: str) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@devices
-@pytest.mark.parametrize("kind", PACKS)
+@pytest.mark.parametrize(
+    ("device", "kind"), [("cpu", "chosen"), *(pytest.param("cuda", kind, marks=on_gpu) for kind in PACKS)]
+)
 def test_no_step_waits(
     monkeypatch: pytest.MonkeyPatch, task: AnyTask, tokenizer: PreTrainedTokenizerBase, device: str, kind: str
 ) -> None:

@@ -108,18 +108,25 @@ def on_meta(allocation: Allocation) -> Any:
     return (tiny_olmoe() if moe else tiny_llama()).to(META, torch.bfloat16)
 
 
+class OfTheHost(torch.Generator):
+    """A generator of the host, whatever device was asked for."""
+
+    def __new__(cls, device: Any = "cpu") -> OfTheHost:
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
+
+
 @pytest.fixture(autouse=True)
 def _no_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """The base has no values to tell it by, and fused AdamW no kernel on meta (foreach does the same arithmetic)."""
     monkeypatch.setattr(base, "fingerprint", lambda model: "none")
-    adamw, of_the_host = torch.optim.AdamW, torch.Generator
+    adamw = torch.optim.AdamW
 
     def foreach(parameters: Any, *, fused: bool, **options: Any) -> torch.optim.AdamW:
         assert fused
         return adamw(parameters, foreach=True, **options)
 
     monkeypatch.setattr(torch.optim, "AdamW", foreach)
-    monkeypatch.setattr(torch, "Generator", lambda device="cpu": of_the_host())  # meta draws no numbers, and has none
+    monkeypatch.setattr(torch, "Generator", OfTheHost)  # meta draws no numbers, and has none
 
 
 @pytest.fixture(scope="module")
@@ -160,27 +167,27 @@ KINDS: dict[str, Sequence[tuple[Allocation, Recipe]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_step_waits(task: AnyTask, tokenizer: PreTrainedTokenizerBase, kind: str) -> None:
     """Two steps, the second with the rows that the first sent ahead; the look at the losses is not part of a step."""
-    for allocation, recipe in KINDS[kind]:
-        model, waits = on_meta(allocation), list[str]()
-        with own_random_state(META), one_sample_a_row():
-            run = loop.TrainingRun(
-                model,
-                attached(model, allocation, recipe),
-                task,
-                recipe,
-                seed=0,
-                tokenizer=tokenizer,
-                device=META,
-                evaluations=1,
-                checkpoint=None,
-            )
-            run.flat.install()  # gradients are checked in the first step of a run
-            model.train()
-            with watched(waits):
-                run.take_step(0)
-                run.take_step(1)
-        assert waits == []
-        assert run.flat.gradients.is_meta
+    allocation, recipe = KINDS[kind][0]
+    model, waits = on_meta(allocation), list[str]()
+    with own_random_state(META), one_sample_a_row():
+        run = loop.TrainingRun(
+            model,
+            attached(model, allocation, recipe),
+            task,
+            recipe,
+            seed=0,
+            tokenizer=tokenizer,
+            device=META,
+            evaluations=1,
+            checkpoint=None,
+        )
+        run.flat.install()  # gradients are checked in the first step of a run
+        model.train()
+        with watched(waits):
+            run.take_step(0)
+            run.take_step(1)
+    assert waits == []
+    assert run.flat.gradients.is_meta
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,7 +207,7 @@ def test_no_step_of_a_pack_waits(task: AnyTask, tokenizer: PreTrainedTokenizerBa
     assert waits == []
 
 
-@pytest.mark.parametrize("allocation", [ROUTED, HYDRA, CHOSEN, RANKS_MOE], ids=["routed", "hydra", "chosen", "ranks"])
+@pytest.mark.parametrize("allocation", [ROUTED, CHOSEN], ids=["dense", "moe"])
 def test_an_evaluation_waits_once(allocation: Allocation) -> None:
     """Contexts that several continuations share, and one that stands alone; answers are read when all have run."""
     model, waits = on_meta(allocation), list[str]()

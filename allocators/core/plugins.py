@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 from allocators.core import words
 from allocators.core.errors import (
@@ -246,18 +246,18 @@ def watched(file: str | None, what: str, *, ends: bool = False) -> Iterator[None
         with _undone():
             yield
     except _TooLongError:
+        busy.came = True
         raise TimeoutError(f"it has run for {PATIENCE:g} s and was ended") from None
     finally:
         try:
-            _leave(thread, busy, around)
+            _leave(thread, around)
+            busy.await_end()
         except _TooLongError:  # it came too late
-            _leave(thread, busy, around)
+            _leave(thread, around)
 
 
-def _leave(thread: int, busy: _Busy, around: _Busy | None) -> None:
+def _leave(thread: int, around: _Busy | None) -> None:
     with _ending:
-        if busy.clock is not None:
-            busy.clock.stop()
         if around is None:
             _busy.pop(thread, None)
         else:
@@ -289,18 +289,21 @@ class _Clock:
     def end(self) -> None:
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), ctypes.py_object(_TooLongError))
 
-    def stop(self) -> None:
-        """Takes an end back that has not come yet."""
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.thread), None)
 
+@dataclass(eq=False)
+class _Busy:
+    """A thread is in somebody's code since then.
 
-class _Busy(NamedTuple):
-    """A thread is in somebody's code since then."""
+    clock   of code that is ended
+    sent    its end is on its way; `came`: it was there
+    """
 
     since: float
     file: str | None
     what: str
-    clock: _Clock | None  # of code that is ended
+    clock: _Clock | None
+    sent: bool = False
+    came: bool = False
 
     @property
     def is_long(self) -> bool:
@@ -309,6 +312,7 @@ class _Busy(NamedTuple):
     def say(self, thread: int) -> None:
         """That it takes long, and where it is; or its end."""
         if self.clock is not None:
+            self.sent = True
             self.clock.end()
             return
         frame, place = sys._current_frames().get(thread), self.file or ""
@@ -317,6 +321,11 @@ class _Busy(NamedTuple):
         place += f", line {frame.f_lineno}" if frame is not None else ""
         place = f" ({place})" if place else ""
         warnings.warn(f"{self.what} has run for {PATIENCE:.0f} s and goes on{place}", ToolkitWarning, stacklevel=1)
+
+    def await_end(self) -> None:
+        """Lets an end come that is on its way. To take it back would leave Python 3.11 looking for it for ever."""
+        for _ in range(10**6 if self.sent and not self.came else 0):
+            pass
 
 
 _busy: dict[int, _Busy] = {}  # by thread; a sampler calls rules thousands of times, so that a call starts nothing

@@ -171,6 +171,8 @@ def write(folder: str | Path, request: Request) -> Iterator[str]:
         written = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
     yield f"{request.to}: format={request.format}, {human(written)} bytes with its model card"
     yield from (f"note: {note}" for note in conversion.notes)
+    if (name := _name(request.to)) != request.to:
+        yield f"note: the lines below name '{name}' without its path: run them in the folder that holds it"
     yield f"\nTo load it:\n{load}"
 
 

@@ -190,6 +190,7 @@ def test_the_printed_lines_load_what_the_adapter_computes(
         return
     folder, lines = exported(study, to=tmp_path / "out", point=digest[:12], format=format)
     assert any(line.startswith("note: ") and "logits" in line for line in lines) == (format != "adapter")
+    assert "note: the lines below name 'out' without its path: run them in the folder that holds it" in lines
     found = loaded_as_printed(lines, tmp_path, monkeypatch)
     torch.testing.assert_close(logits(found), expected, rtol=CLOSE, atol=CLOSE)
     card = (folder / "README.md").read_text()

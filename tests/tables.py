@@ -126,14 +126,9 @@ def study(name: str) -> Study:
 # --- how numbers are written
 
 
-def plain(value: float) -> str:
+def plain(value: float, digits: int = 3) -> str:
     """`.674`"""
-    return f"{value:.3f}".replace("0.", ".", 1)
-
-
-def two(value: float) -> str:
-    """`4.15`, `.95`"""
-    return f"{value:.2f}".removeprefix("0")
+    return f"{value:.{digits}f}".removeprefix("0")
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -235,7 +230,7 @@ def forgetting() -> list[str]:
                 cells += ["is uniform", ""]
                 continue
             lost = list(row.forgotten.values())
-            cells.append(f"{two(statistics.fmean(lost))} ± {two(statistics.stdev(lost))}")
+            cells.append(f"{plain(statistics.fmean(lost), 2)} ± {plain(statistics.stdev(lost), 2)}")
             pair = None if row.id == uniform.id else paired(row.forgotten, uniform.forgotten)
             cells.append("" if pair is None else difference(pair, digits=2))
         rows.append([name, " / ".join(f"{row.matrices}" for row in chosen), *cells])

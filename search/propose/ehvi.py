@@ -43,7 +43,6 @@ from search.propose.criterion import Landscape, expected_gain_of_repeats, expect
 from search.propose.model import AccuracyModel, Array, Results
 from search.propose.trials import Repeating
 
-START = 1  # results, starting points included, before a model proposes: waiting for more of them cost trainings
 DRAWN = 100  # candidates drawn anew for a suggestion
 NEAR = 100  # candidates drawn near members of the front
 KEPT = 20  # suggestions whose candidates are looked at, the present one among them
@@ -323,7 +322,7 @@ class EHVISampler(BaseSampler):
             random = np.random.default_rng(seed_of(self._seed, -1))
             self._inputs = Inputs.of(point for _ in range(PROBE) if (point := self._draw(random, None)))
         self._inputs = self._inputs.including(new)
-        if memory.done >= START and (self._due is None or self._due.is_past(memory.heard, self._inputs.dims)):
+        if memory.done and (self._due is None or self._due.is_past(memory.heard, self._inputs.dims)):
             tried, heard = _ordered(memory.fitted.values())
             x_ND = self._inputs.matrix([each.point for each in tried[:heard]])
             self._due = _Basis(x_ND, [goal.results(tried).first(heard) for goal in self._goals], memory.heard)
@@ -359,8 +358,8 @@ class EHVISampler(BaseSampler):
         random = self._widen(question)
         fresh = self._untried()
         again = [each for each in memory.fitted.values() if each.accuracies and len(each.runs) < each.point.known.seeds]
-        if memory.done < START or not (fresh or again):
-            return self._drawn(fresh, memory.done, random) if fresh else None
+        if not memory.done or not (fresh or again):  # one result is enough: to wait costs trainings
+            return self._drawn(fresh, random) if fresh else None
         from threadpoolctl import threadpool_limits
 
         with threadpool_limits(1):  # the other cores train
@@ -379,11 +378,11 @@ class EHVISampler(BaseSampler):
                 pool.setdefault(key, point)
         return [point for key, point in pool.items() if key not in self._memory.tried]
 
-    def _drawn(self, fresh: Sequence[Candidate], results: int, random: np.random.Generator) -> Candidate:
+    def _drawn(self, fresh: Sequence[Candidate], random: np.random.Generator) -> Candidate:
         """A point at random, sooner one that lies near what is expected."""
         if not self._expected:
             return fresh[int(random.integers(len(fresh)))]
-        trust_M = self._trust(fresh, max(results, 1))
+        trust_M = self._trust(fresh, 1)
         return fresh[int(random.choice(len(fresh), p=trust_M / trust_M.sum()))]
 
     def _trust(self, points: Sequence[Candidate], results: int) -> Array:

@@ -43,7 +43,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -425,8 +425,13 @@ def dense(bench: Bench, layers: int) -> tuple[Any, Any]:
     return model.requires_grad_(False), shape_from_config(config, name="random Llama")
 
 
-def run_moe_steps(bench: Bench) -> None:
-    model, shape, hot = moe(bench, bench.size.layers)
+MOE_WHOLE = ("hot quarter", "all experts", "PEFT all")  # of the variants below, those that a whole model is tried with
+DENSE_WHOLE = ("1 expert", "PEFT LoRA", f"{EXPERTS} routed")
+
+
+def run_moe_steps(bench: Bench, *, layers: int = 0, only: Sequence[str] = ()) -> None:
+    layers = layers or bench.size.layers
+    model, shape, hot = moe(bench, layers)
     one = ExpertSelection({layer: ids[:1] for layer, ids in hot.experts.items()})
     variants: dict[str, Callable[[], Any]] = {
         "no expert": lambda: ours(model, ExpertSelection({}), shape),
@@ -437,11 +442,12 @@ def run_moe_steps(bench: Bench) -> None:
         "all experts": lambda: ours(model, every_expert(shape), shape),
         "PEFT all": lambda: peft_moe(model),
     }
-    timed(bench, f"{bench.size.layers} layers of OLMoE's kind, hidden {bench.size.hidden}", variants)
+    timed(bench, f"{layers} layers of OLMoE's kind, hidden {bench.size.hidden}", chosen(variants, only))
 
 
-def run_dense_steps(bench: Bench) -> None:
-    model, shape = dense(bench, bench.size.layers)
+def run_dense_steps(bench: Bench, *, layers: int = 0, only: Sequence[str] = ()) -> None:
+    layers = layers or bench.size.layers
+    model, shape = dense(bench, layers)
     paths = [m.path for m in shape.of_role("attention", "mlp")]
     names = sorted({m.name for m in shape.of_role("attention", "mlp")})
     variants: dict[str, Callable[[], Any]] = {
@@ -452,29 +458,20 @@ def run_dense_steps(bench: Bench) -> None:
         f"{EXPERTS} Hydra": lambda: ours(model, ExpertCounts(dict.fromkeys(paths, EXPERTS), gating="hydra"), shape),
         "Hydra loop": lambda: loops(model, paths, lora_moe.HydraLoop),
     }
-    timed(bench, f"{bench.size.layers} layers of Llama's kind, hidden {bench.size.dense_hidden}", variants)
+    timed(bench, f"{layers} layers of Llama's kind, hidden {bench.size.dense_hidden}", chosen(variants, only))
+
+
+def chosen(variants: Mapping[str, Callable[[], Any]], only: Sequence[str]) -> dict[str, Callable[[], Any]]:
+    """Those that are named; all where none is."""
+    return {name: make for name, make in variants.items() if name in only or not only}
 
 
 def run_whole_moe(bench: Bench) -> None:
-    model, shape, hot = moe(bench, bench.size.whole_moe)
-    variants: dict[str, Callable[[], Any]] = {
-        "hot quarter": lambda: ours(model, hot, shape),
-        "all experts": lambda: ours(model, every_expert(shape), shape),
-        "PEFT all": lambda: peft_moe(model),
-    }
-    timed(bench, f"{bench.size.whole_moe} layers of OLMoE's kind, hidden {bench.size.hidden}", variants)
+    run_moe_steps(bench, layers=bench.size.whole_moe, only=MOE_WHOLE)
 
 
 def run_whole_dense(bench: Bench) -> None:
-    model, shape = dense(bench, bench.size.whole_dense)
-    paths = [m.path for m in shape.of_role("attention", "mlp")]
-    names = sorted({m.name for m in shape.of_role("attention", "mlp")})
-    variants: dict[str, Callable[[], Any]] = {
-        "1 expert": lambda: ours(model, ExpertCounts(dict.fromkeys(paths, 1)), shape),
-        "PEFT LoRA": lambda: peft_dense(model, names),
-        f"{EXPERTS} routed": lambda: ours(model, ExpertCounts(dict.fromkeys(paths, EXPERTS)), shape),
-    }
-    timed(bench, f"{bench.size.whole_dense} layers of Llama's kind, hidden {bench.size.dense_hidden}", variants)
+    run_dense_steps(bench, layers=bench.size.whole_dense, only=DENSE_WHOLE)
 
 
 def run_memory(bench: Bench) -> None:

@@ -17,6 +17,10 @@ from trainers.worker_state import WorkerSetup
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    from trainers.tasks import AnyTask
+
+# Places of an adapter on the tiny Llama, two a layer.
+PATHS = [f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")]
 CHARACTERS = string.ascii_lowercase + string.digits + " :.?\n"
 
 
@@ -85,6 +89,14 @@ def tiny_llama(seed: int = 0) -> Any:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     return char_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def task(choice_task: Path) -> AnyTask:
+    """Eight questions of the task below."""
+    from trainers import tasks
+
+    return tasks.load_task(str(choice_task), limit=8, select_on="test")
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from allocators.core.messages import TrainJob
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModuleRanks, Recipe, Trial
 from tests.trainers.adapter.test_expert_lora import expert_layer, forward
-from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe, worker_setup
-from trainers import loop, packing, tasks
+from tests.trainers.conftest import PATHS, tiny_llama, tiny_olmoe, worker_setup
+from trainers import loop, packing
 from trainers.adapter import Adapter, attach
 from trainers.loop.device import own_random_state
 from trainers.tasks import AnyTask
@@ -47,7 +47,6 @@ RECIPE = Recipe(
     lora_dropout=0.1,
 )
 CHOSEN = ExpertSelection({0: (0, 3, 5), 1: (1, 2)})
-PATHS = [f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")]
 PACKS: dict[str, list[tuple[Allocation, Recipe]]] = {
     "chosen": [(CHOSEN, RECIPE), (ExpertSelection({1: tuple(range(8))}), replace(RECIPE, rank=2, lora_dropout=0.3))],
     "routed": [
@@ -56,16 +55,6 @@ PACKS: dict[str, list[tuple[Allocation, Recipe]]] = {
     ],
     "ranks": [(ModuleRanks({PATHS[0]: 3}), RECIPE), (ModuleRanks({PATHS[3]: 2, PATHS[0]: 1}), RECIPE)],
 }
-
-
-@pytest.fixture(scope="module")
-def task(choice_task: Path) -> AnyTask:
-    return tasks.load_task(str(choice_task), limit=8, select_on="test")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return char_tokenizer()
 
 
 def on(device: str, allocation: Allocation, dtype: torch.dtype = torch.float32) -> Any:

@@ -6,23 +6,19 @@ a tensor that lies on another device than those it meets.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModuleRanks, Recipe
-from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
-from trainers import forgetting, loop, packing, tasks
+from tests.trainers.conftest import PATHS, tiny_llama, tiny_olmoe
+from tests.trainers.waits import watched
+from trainers import forgetting, loop, packing
 from trainers.adapter import Adapter, attach, base
 from trainers.loop.device import own_random_state
 from trainers.tasks import AnyTask, Row
@@ -34,72 +30,7 @@ if TYPE_CHECKING:
 
 META = torch.device("meta")
 RECIPE = Recipe(rank=4, lora_alpha=8, batch_size=4, micro_batch_size=2, steps=5, max_length=64, lora_dropout=0.1)
-PATHS = [f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")]
 EXPERTS = "model.layers.{}.mlp.experts.{}_proj"
-WAITING = (
-    "_local_scalar_dense",
-    "nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "bincount",
-)
-LOOKS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__format__", "__index__")
-COPIES = ("_to_copy", "copy_", "_copy_from", "lift_fresh")
-
-
-class Operations(TorchDispatchMode):
-    """Notes operations for which the host waits: sizes that depend on values, copies from the host that block."""
-
-    def __init__(self, waits: list[str]) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, func.overloadpacket.__name__
-        here = any(isinstance(x, Tensor) and x.device == META for x in tree_leaves(args))
-        found = here and name in WAITING
-        found |= here and name == "repeat_interleave" and kwargs.get("output_size") is None
-        if name in ("index", "index_put", "index_put_", "_unsafe_index"):
-            found |= any(i is not None and (i.dtype in (torch.bool, torch.uint8) or i.device != META) for i in args[1])
-        out = func(*args, **kwargs)
-        tensors = [x for x in tree_leaves((args, out)) if isinstance(x, Tensor)]
-        if name in COPIES and len({x.device for x in tensors}) > 1:
-            found |= True not in (kwargs.get("non_blocking"), *args[2:3])
-        if found:
-            self.waits.append(name)
-        return out
-
-
-class Methods(TorchFunctionMode):
-    """Notes what becomes no operation of its own: a tensor of Python's numbers made on a device, a list as an index."""
-
-    def __init__(self, waits: list[str]) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
-        if name in LOOKS and isinstance(args[0], Tensor) and args[0].device == META:
-            self.waits.append(name)
-        if name in ("tensor", "as_tensor") and torch.device(kwargs.get("device") or "cpu") == META:
-            self.waits.append(name)
-        if name in ("__getitem__", "__setitem__"):
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            if any(isinstance(i, list | range) for i in index):
-                self.waits.append(f"{name} with a list")
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def watched(waits: list[str]) -> Iterator[None]:
-    with Operations(waits), Methods(waits):
-        yield
 
 
 def on_meta(allocation: Allocation) -> Any:
@@ -127,16 +58,6 @@ def _no_values(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch.optim, "AdamW", foreach)
     monkeypatch.setattr(torch, "Generator", OfTheHost)  # meta draws no numbers, and has none
-
-
-@pytest.fixture(scope="module")
-def task(choice_task: Path) -> AnyTask:
-    return tasks.load_task(str(choice_task), limit=8, select_on="test")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return char_tokenizer()
 
 
 def attached(model: Any, allocation: Allocation, recipe: Recipe) -> Adapter:
@@ -183,7 +104,7 @@ def test_no_step_waits(task: AnyTask, tokenizer: PreTrainedTokenizerBase, kind: 
         )
         run.flat.install()  # gradients are checked in the first step of a run
         model.train()
-        with watched(waits):
+        with watched(waits, META):
             run.take_step(0)
             run.take_step(1)
     assert waits == []
@@ -202,7 +123,7 @@ def test_no_step_of_a_pack_waits(task: AnyTask, tokenizer: PreTrainedTokenizerBa
         packed.join(adapter, recipe, seed=0, on_rung=lambda rung: True)
     with own_random_state(META), one_sample_a_row():
         packed._take_step()
-        with watched(waits):
+        with watched(waits, META):
             packed._take_step()
     assert waits == []
 
@@ -214,11 +135,11 @@ def test_an_evaluation_waits_once(allocation: Allocation) -> None:
     attached(model, allocation, RECIPE)
     requests = [(None, [4, 5, 6, context], [7, choice]) for context in range(3, 9) for choice in (1, 2, 3)]
     requests.append((None, [4, 5], [6, 7, 8]))
-    with watched(waits), pytest.raises(NotImplementedError):
+    with watched(waits, META), pytest.raises(NotImplementedError):
         loglikelihoods(model, requests, max_length=32, batch_size=4)
     assert waits == ["tolist"]
     del waits[:]
-    with watched(waits), pytest.raises(NotImplementedError):
+    with watched(waits, META), pytest.raises(NotImplementedError):
         forgetting._loss_of_rows(model, [Row([4, 5, 6, 7], 1), Row([4, 5], 1)], pad=1)
     assert waits == ["tolist"]
 
@@ -242,7 +163,7 @@ def test_an_evaluation_waits_once(allocation: Allocation) -> None:
 )
 def test_a_wait_is_seen(look: Callable[[Tensor], Any]) -> None:
     waits: list[str] = []
-    with watched(waits):
+    with watched(waits, META):
         try:
             look(torch.empty(2, device=META))
         except (NotImplementedError, RuntimeError) as error:  # meta has no values to read

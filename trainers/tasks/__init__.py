@@ -249,18 +249,14 @@ def _over_its_data(file: TaskFile, config: Mapping[str, Any], unused: Collection
             raise unknown(f"split of task '{file.name}' ({file.path.name})", split, map(str, splits))
     if config.get("process_docs") or few_shot.get("process_docs"):
         splits = as_datasets(splits)
+    if unknown_metric := harness.unknown_metric(config):
+        raise StudyError(f"task '{file.name}' ({file.path.name}) {unknown_metric}")
     functions = any(callable(value) for value in config.values())  # which may have much to do, and go on
     try:
         with plugins.watched(None, f"building task '{file.name}' ({file.path.name})", ends=not functions):
-            task = harness.build(config, splits)
+            return harness.build(config, splits)
     except Exception as error:
-        if unknown_metric := harness.unknown_metric(config):
-            raise StudyError(f"task '{file.name}' ({file.path.name}) {unknown_metric}") from error
+        wrong = ""
         with contextlib.suppress(Exception):  # what is wrong with the task was raised above
             wrong = check.first_document(file, config, splits)
-            if wrong:
-                error = StudyError(wrong)
-        raise error from None
-    if unknown_metric := harness.unknown_metric(config):
-        raise StudyError(f"task '{file.name}' ({file.path.name}) {unknown_metric}")
-    return task
+        raise (StudyError(wrong) if wrong else error) from None

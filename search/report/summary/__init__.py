@@ -108,7 +108,6 @@ def _row(results: Results, point: Candidate, lost: Mapping[str, float]) -> dict[
     digests = {run.digest for run in point.runs}
     asked = [records.params_of(run.digest) for run in point.runs]
     asked += [dict(answer.params) for answer in records.answered if answer.digest in digests]
-    sizes = {str(run.trial.seed): run.trainable_params for run in point.runs}
     recipe = settings_of(first.trial.recipe)
     names = [*RECIPE, *(name for name in results.settings if name not in RECIPE)]
     return {
@@ -120,7 +119,7 @@ def _row(results: Results, point: Candidate, lost: Mapping[str, float]) -> dict[
         **({"cut_from": first.trial.parent} if first.trial.parent else {}),
         "adapted": amount(first.trial.allocation),
         **_matrices(point.runs),
-        "trainable_params": first.trainable_params if len(set(sizes.values())) == 1 else sizes,
+        "trainable_params": _one_or_by_seed({str(run.trial.seed): run.trainable_params for run in point.runs}),
         "accuracy": {str(run.trial.seed): _short(run.accuracy) for run in point.complete},
         "test": {str(run.trial.seed): _short(run.test.accuracy) for run in point.tested if run.test},
         "stderr": {"accuracy": _short(point.stderr), "test": _short(point.test_stderr)},
@@ -130,10 +129,15 @@ def _row(results: Results, point: Candidate, lost: Mapping[str, float]) -> dict[
 
 
 def _matrices(runs: Sequence[Outcome]) -> dict[str, Any]:
-    """How many matrices have a rank; by seed where every seed draws its own."""
+    """How many matrices have a rank; nothing of experts."""
     counts = {str(run.trial.seed): a.matrices for run in runs if isinstance(a := run.trial.allocation, ModuleRanks)}
-    different = set(counts.values())
-    return {} if not counts else {"matrices": different.pop() if len(different) == 1 else counts}
+    return {"matrices": _one_or_by_seed(counts)} if counts else {}
+
+
+def _one_or_by_seed(numbers: Mapping[str, int]) -> int | Mapping[str, int]:
+    """The number that all seeds have; all by seed where every seed draws its own."""
+    different = set(numbers.values())
+    return different.pop() if len(different) == 1 else numbers
 
 
 def _forgotten(runs: Sequence[Outcome], lost: Mapping[str, float]) -> dict[str, Any]:

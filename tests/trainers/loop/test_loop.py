@@ -9,8 +9,8 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from allocators.core.errors import OutOfMemoryError, TrialError
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, ExpertSelection, LoraSettings, Recipe, Rung
 from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
+from tests.trainers.waits import watched
 from trainers import loop, tasks
 from trainers.adapter import Adapter, attach
 from trainers.loop import plan
@@ -430,37 +429,6 @@ def test_an_extra_loss_moves_the_adapter_and_stays_out_of_the_reported_loss(
 # --- cost -------------------------------------------------------------------------------------------------------------
 
 
-class Operations(TorchDispatchMode):
-    """Names of what runs and makes the host wait for a GPU: a value that is read, a size that depends on values."""
-
-    def __init__(self, waits: list[str]) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        name = func.__name__.split(".")[0]
-        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"):
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-class Methods(TorchFunctionMode):
-    """The same of what leaves no operation behind on a CPU."""
-
-    def __init__(self, waits: list[str]) -> None:
-        super().__init__()
-        self.waits = waits
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if (name := getattr(func, "__name__", "")) in ("tolist", "item", "cpu", "numpy", "__bool__", "__int__"):
-            self.waits.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 def every_row(adapter: Any) -> None:
     """As on a GPU, where the rows of chosen experts are not picked out."""
     for lora in getattr(adapter, "experts", {}).values():
@@ -521,15 +489,13 @@ def test_no_step_waits_for_the_device(
     """Model, adapter and optimiser included; the losses are read every CHECK_EVERY steps, and not in one."""
     waits: list[str] = []
 
-    @contextmanager
-    def watched() -> Iterator[None]:
-        with Operations(waits), Methods(waits):
-            yield
+    def on_cpu() -> AbstractContextManager[None]:
+        return watched(waits, torch.device("cpu"))
 
-    result = steps_that_wait(monkeypatch, kind, task, tokenizer, watched=watched)
+    result = steps_that_wait(monkeypatch, kind, task, tokenizer, watched=on_cpu)
     assert result.status == "complete"
     assert waits == []
-    with watched():  # and a look is seen
+    with on_cpu():  # and a look is seen
         torch.ones(2).tolist(), torch.ones(1).item(), torch.ones(2).nonzero()
     assert {"tolist", "item", "nonzero"} <= set(waits)
 

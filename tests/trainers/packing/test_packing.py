@@ -20,9 +20,9 @@ from torch import Tensor
 from allocators.core.errors import OutOfMemoryError, StudyError, TrialError
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, Gating, ModuleRanks, Recipe, Rung
-from tests.trainers.conftest import char_tokenizer, tiny_llama, tiny_olmoe
+from tests.trainers.conftest import PATHS, tiny_llama, tiny_olmoe
 from tests.trainers.reference import gradient
-from trainers import loop, packing, tasks
+from trainers import loop, packing
 from trainers.adapter import Adapter, attach, expert_lora
 from trainers.packing.pack import Pack
 from trainers.tasks import AnyTask
@@ -42,7 +42,6 @@ RECIPE = Recipe(
 )
 Spec = tuple[Allocation, Recipe, int]  # and a seed
 TOLERANCE = 1e-5
-PATHS = [f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.q_proj", "mlp.down_proj")]
 
 
 def counts(*numbers: int, gating: Gating = "routed") -> ExpertCounts:
@@ -116,16 +115,6 @@ KINDS: dict[str, Sequence[Spec]] = {
     "ranks-dropout": dropped(RANKS_MOE),
     "micro-batches": tuple((a, replace(r, micro_batch_size=3), s) for a, r, s in (*BALANCED, *HYDRA)),
 }
-
-
-@pytest.fixture(scope="module")
-def task(choice_task: Path) -> AnyTask:
-    return tasks.load_task(str(choice_task), limit=8, select_on="test")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    return char_tokenizer()
 
 
 def model_for(allocation: Allocation) -> Any:

@@ -105,7 +105,7 @@ def check_runs(model: Any, *, name: str, numbers: str) -> None:
 
 
 def _check_modes(model: Any, tokens: torch.Tensor, name: str) -> None:
-    """Raises StudyError for a model that evaluates a text whole, and fails in training or token by token."""
+    """Raises StudyError for a model that evaluates a text whole, and fails in training or behind a known context."""
     mode, devices = "", [model.device] if model.device.type == "cuda" else []
     padded = torch.ones_like(tokens)
     padded[:, : tokens.shape[1] // 4] = 0
@@ -113,14 +113,21 @@ def _check_modes(model: Any, tokens: torch.Tensor, name: str) -> None:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             mode = "train"
             model.train()(input_ids=tokens, attention_mask=padded, use_cache=False)
-            if tokens.shape[1] > 1:
-                mode = "write answers"
-                past = model.eval()(input_ids=tokens[:, :-1], use_cache=True).past_key_values
-                model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True)
+            mode = "write answers"
+            _read_on(model.eval(), tokens, last=1)
+            mode = "read on from a context"
+            _read_on(model, tokens, last=tokens.shape[1] // 2)
     except Exception as error:  # dropout that is no probability, a window without room
         raise StudyError(f"model '{name}' does not {mode}: {files.reason_of(error)}: correct config.json") from error
     finally:
         model.eval()
+
+
+def _read_on(model: Any, tokens: torch.Tensor, *, last: int) -> None:
+    """Reads the tokens up to the last ones, and these behind them."""
+    if 0 < last < tokens.shape[1]:
+        past = model(input_ids=tokens[:, :-last], use_cache=True).past_key_values
+        model(input_ids=tokens[:, -last:], past_key_values=past, use_cache=True)
 
 
 def _not_finite(model: Any) -> str:

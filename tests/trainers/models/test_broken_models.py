@@ -113,6 +113,12 @@ def test_values_that_fail_where_answers_are_written_are_said_at_load(tmp_path: P
     refused(tmp_path, "does not write answers: .*: correct config.json")
 
 
+@pytest.mark.parametrize("value", [0, -3])
+def test_values_that_fail_where_several_tokens_follow_a_context_are_said_at_load(folder: Path, value: int) -> None:
+    change_json(folder, "config.json", sliding_window=value)
+    refused(folder, "does not read on from a context: .*: correct config.json")
+
+
 @pytest.mark.parametrize("value", [1, "512"])
 def test_a_model_has_positions(value: object) -> None:
     with pytest.raises(StudyError, match="at least 2 are needed"):

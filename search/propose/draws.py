@@ -10,6 +10,7 @@ every question; what it knows is in its study. `ehvi.py` keeps its model, and de
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -26,11 +27,14 @@ from search.propose import seed_of
 
 Recorded = Callable[[str, BaseDistribution, Any], Any]
 
+POPULATION = 10  # of NSGA-II: Optuna's own, 50, is as much as most studies train
+_GENERATION = optuna.samplers.NSGAIISampler._get_generation_key()
+
 OPTUNAS: Mapping[str, Callable[[int], BaseSampler]] = MappingProxyType(
     {
         "gp": lambda seed: optuna.samplers.GPSampler(seed=seed, warn_independent_sampling=False),
         "tpe": lambda seed: optuna.samplers.TPESampler(multivariate=True, group=True, seed=seed),
-        "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=10),
+        "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=POPULATION),
         "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
     }
 )
@@ -87,12 +91,23 @@ class Draws:
             self._ehvi.recall(study)
 
     def after(self, study: Study, number: int) -> None:
-        """That question became the trial with this number."""
+        """A question became the trial with this number, whoever answered it: NSGA-II breeds from all of them."""
         if self._name == "nsga2":
             study._thread_local.cached_all_trials = None  # which else only `ask` drops
-            sampler = optuna.samplers.NSGAIISampler(population_size=10)
+            sampler = optuna.samplers.NSGAIISampler(population_size=POPULATION)
             generation = sampler.get_trial_generation(study, study.get_trials(deepcopy=False)[number])
             sampler.get_parent_population(study, generation)  # chosen when the generation begins, in an order of then
+
+    def moved(self, trial: FrozenTrial) -> FrozenTrial:
+        """The trial for a study that begins anew with what another one knew: its first generation.
+
+        A later one would be bred from generations that the new study lacks: Optuna then goes back through all of them.
+        """
+        if self._name != "nsga2":
+            return trial
+        moved = copy.copy(trial)
+        moved.system_attrs = {**trial.system_attrs, _GENERATION: 0}
+        return moved
 
 
 class _AsRecorded(BaseSampler):

@@ -164,8 +164,7 @@ class Proposer:
             log.warning("the sampler does not learn from recorded parameters that this space cannot have: %s", error)
             return []
         added = self._study.get_trials(deepcopy=False)[-1]
-        if own:
-            self._draws.after(self._study, added.number)
+        self._draws.after(self._study, added.number)
         return [self._optuna.trial.Trial(self._study, added._trial_id)]
 
     def _next_question(self, given: Mapping[str, Any] | None = None) -> tuple[Mapping[str, Any] | None, bool]:
@@ -204,7 +203,7 @@ class Proposer:
         again: dict[int, Any] = {}
         for trial in old:
             if trial.number in kept or trial.number in under_way:
-                self._study.add_trial(trial)
+                self._study.add_trial(self._draws.moved(trial))
                 if trial.number in under_way:
                     copied = self._study.get_trials(deepcopy=False)[-1]
                     again[trial.number] = self._optuna.trial.Trial(self._study, copied._trial_id)
@@ -294,7 +293,9 @@ class Proposer:
         if params is not None:
             self._study.enqueue_trial(dict(params))
         trial = self._study.ask()
-        return trial, *self._problem.ask(trial)
+        asked = self._problem.ask(trial)
+        self._draws.after(self._study, trial.number)
+        return trial, *asked
 
     def _tell(self, trial: Any, outcome: Outcome) -> None:
         for name, value in _attributes(outcome).items():

@@ -209,6 +209,19 @@ def test_what_optuna_forgets_leaves_the_front_and_the_trainings_under_way(monkey
     assert len(accuracies) == len(set(accuracies))
 
 
+@pytest.mark.parametrize("recalls", [False, True])
+def test_generations_of_nsga2_are_bred_from_what_is_remembered(monkeypatch: pytest.MonkeyPatch, recalls: bool) -> None:
+    monkeypatch.setattr(sampler, "MOST_TOLD", 20)
+    key, numbers = optuna.samplers.NSGAIISampler._get_generation_key(), []
+    proposer = Proposer(problem(), sampler="nsga2")
+    if recalls:
+        recalled(proposer, results(200))
+    for done, _ in results(300)[200:]:
+        proposed_and_told(proposer, done)
+        numbers += [trial.system_attrs[key] for trial in proposer._study.get_trials(deepcopy=False)]
+    assert 1 <= max(numbers) <= 5  # 4,900 trainings were as many generations as Python goes back through
+
+
 # --- the page
 
 

@@ -45,7 +45,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from allocators.core import checks
 from allocators.core.errors import StudyError, ToolkitError
-from allocators.core.types import FINISHED, ModelShape, Outcome, Rung, Score, Signal, canonical_json
+from allocators.core.types import FINISHED, ModelShape, Outcome, Rung, Score, Signal, Trial, canonical_json
 from search.config import THREE
 from search.front import Points
 from search.records.files import (
@@ -60,6 +60,7 @@ from search.records.files import (
 )
 from search.records.header import place_of, read_header
 from search.records.orders import Obeyed, Order
+from search.records.redact import redacted
 from trainers import storage
 
 __all__ = [
@@ -253,6 +254,7 @@ class Records:
 
     def _apply_outcome(self, line: Mapping[str, Any]) -> None:
         outcome, params = Outcome.from_json(line["outcome"]), checks.scalars(line["params"], "params")
+        self._check_ours(outcome.trial)
         if outcome.status == "failed" and (was_lost := _LOST.search(outcome.message)) is not None:
             log.info("%s was lost, not failed: %s", outcome.digest, was_lost[0])  # as earlier versions recorded it
             outcome, line = outcome.updated(status="lost", rungs=()), {**line, "event": "started"}
@@ -285,6 +287,13 @@ class Records:
         self.points.add(outcome)
         if digest not in self.reused and not outcome.trial.parent:
             self._trained[digest] = outcome
+
+    def _check_ours(self, trial: Trial) -> None:
+        """Raises ValueError for a training of another model or task: its accuracy says nothing here."""
+        for key in ("model", "task"):
+            ours, theirs = self.header["identity"].get(key), redacted(getattr(trial, key))
+            if ours is not None and ours != theirs:
+                raise ValueError(f"it is a training with {key}={theirs}, and the study has {key}={ours}")
 
     def _apply_lost(self, digest: str, reason: str) -> None:
         self.lost[digest] += 1

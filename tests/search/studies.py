@@ -25,6 +25,7 @@ from allocators.core.types import (
     Status,
     Trial,
 )
+from search.problem import Problem
 from search.records.folder import StudyFolder
 from trainers.versions import versions
 
@@ -156,6 +157,11 @@ def fill(study: StudyFolder, *, seed: int = 0) -> None:
         {"allocator": "esft", "coverage": 0.0}, reason="infeasible", message="coverage chooses no expert"
     )
     study.append_answered({"allocator": "all"}, reason="over_budget", message="311.46M is more than 200M")
+
+
+def identity_of(of: Problem | Trial) -> dict[str, Any]:
+    """The identity of a study of the same model and task."""
+    return IDENTITY | {"model": of.model, "task": of.task}
 
 
 def open_study(folder: Path, **changes: Any) -> StudyFolder:

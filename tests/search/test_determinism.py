@@ -25,7 +25,7 @@ from search.records.tracking import Tracker
 from search.report.live import Progress
 from search.study import Conductor
 from tests.search.propose.test_sampler import problem
-from tests.search.studies import open_study
+from tests.search.studies import identity_of, open_study
 
 EVALUATIONS = 4
 
@@ -63,7 +63,7 @@ def live(asked: Problem, folder: Path, *, lines: int, halving: bool = False, fir
         if written == lines:
             raise KilledError
 
-    with mock.patch("os.fsync"), open_study(folder, shape=asked.shape) as study:
+    with mock.patch("os.fsync"), open_study(folder, shape=asked.shape, identity=identity_of(asked)) as study:
         pauses = Halving(evaluations=EVALUATIONS, eta=2, first_rung=first_rung) if halving else NO_HALVING
         settings: dict[str, Any] = {"sampler": "random", "trials": 14, "keep": "front", "deadline": None} | more
         with mock.patch.object(StudyFolder, "_append", counted):

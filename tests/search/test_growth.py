@@ -34,7 +34,7 @@ from tests.search.propose.proposals import recalled
 from tests.search.propose.test_ehvi import Space, accuracy
 from tests.search.propose.test_sampler import problem
 from tests.search.report.written import unpacked
-from tests.search.studies import open_study, outcome, selection
+from tests.search.studies import identity_of, open_study, outcome, selection
 
 
 def calls(act: Callable[[], Any]) -> int:
@@ -77,7 +77,8 @@ def results(number: int) -> list[tuple[Outcome, dict[str, Any]]]:
 
 def calls_of_a_result(folder: Path, number: int) -> int:
     """Of the conductor and of a drawn live view, when training `number` ends."""
-    with mock.patch("os.fsync"), open_study(folder, shape=problem().shape) as study:
+    own = identity_of(problem())
+    with mock.patch("os.fsync"), open_study(folder, shape=problem().shape, identity=own) as study:
         fill(study, number)
         progress = Progress(9_999, done=study.points, console=Console(file=io.StringIO()), quiet=True)
         conductor = Conductor(

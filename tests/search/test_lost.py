@@ -29,7 +29,7 @@ from search.records.tracking import Tracker
 from search.report.live import Progress
 from search.study import MOST_LOST, Conductor, trainings_left
 from tests.search.propose.test_sampler import problem as search_problem
-from tests.search.studies import CONFIG, IDENTITY, outcome, started
+from tests.search.studies import CONFIG, identity_of, open_study, outcome, started
 
 PROBLEM = search_problem()
 RUNGS, SLOTS = 3, 2
@@ -46,7 +46,7 @@ class NoTracker:
 
 
 def opened(folder: Path) -> StudyFolder:
-    return StudyFolder.open(folder, config=CONFIG, identity=IDENTITY, shape=PROBLEM.shape)
+    return StudyFolder.open(folder, config=CONFIG, identity=identity_of(PROBLEM), shape=PROBLEM.shape)
 
 
 def conductor_of(records: StudyFolder, trials: int, **more: Any) -> Conductor:
@@ -163,7 +163,7 @@ def test_what_an_earlier_version_recorded_as_failed_and_was_lost_is_trained_agai
     message: str, status: str, tmp_path: Path
 ) -> None:
     done = outcome(status="failed", accuracy=None, message=message)
-    with opened(tmp_path) as records:
+    with open_study(tmp_path) as records:
         records.append_started(started(done), {})
         records.append_finished(done, {})
     records_now = read(tmp_path)

@@ -25,7 +25,7 @@ from search.report.live import Progress
 from search.session.page import RunningPage
 from tests import ROOT
 from tests.search.report.written import data_of
-from tests.search.studies import open_study
+from tests.search.studies import identity_of, open_study
 from tests.search.test_growth import Silent
 
 TABLE = load("tiny-moe")
@@ -44,7 +44,7 @@ def drive(folder: Path, said: dict[int, Order], *, trials: int = 6, pins: dict[s
                 orders.give(folder, replace(order, digest=digest) if order.digest == "here" else order)
             return super().rung(digest, rung)
 
-    with open_study(folder, shape=problem.shape) as records:
+    with open_study(folder, shape=problem.shape, identity=identity_of(problem)) as records:
         if (order := said.get(0)) is not None:
             orders.give(folder, order)
         progress = Progress(trials, done=records.points, quiet=True)

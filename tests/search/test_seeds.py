@@ -27,7 +27,7 @@ from search.report.live import Progress
 from search.study import Conductor, missing_repeats, table_trainings, trainings_left
 from tests.search.propose.proposals import recalled
 from tests.search.propose.test_sampler import problem as search_problem
-from tests.search.studies import CONFIG, IDENTITY
+from tests.search.studies import CONFIG, identity_of
 from trainers import storage
 
 TRIALS = 6
@@ -64,11 +64,11 @@ def drive(
     **more: Any,
 ) -> tuple[list[Trial], StudyFolder, str, tuple[int, int]]:
     """A study's driver without Ray: `at_once` workers that finish in order. Killed after `stop` results."""
-    settings: dict[str, Any] = {"identity": IDENTITY, "defaults": {}, "facts": {}, "place": str(folder)}
+    settings: dict[str, Any] = {"identity": identity_of(problem), "defaults": {}, "facts": {}, "place": str(folder)}
     printed = io.StringIO()
     out = Console(file=printed, width=200)
     names: dict[str, Any] = {"study_name": folder.name, "experiment": "seeds", "tags": {}, "params": {}}
-    with StudyFolder.open(folder, config=CONFIG, identity=IDENTITY, shape=problem.shape) as records:
+    with StudyFolder.open(folder, config=CONFIG, identity=identity_of(problem), shape=problem.shape) as records:
         tracker = Tracker.open(None, mlflow_folder, **names)
         tracker.sync(records)
         expected = trainings_left(problem, records, trials=trials, seeds=seeds)

@@ -23,8 +23,8 @@ from search.records.folder import StudyFolder
 from search.records.reuse import OtherStudies
 from tests.search.export.test_export import MOE, run_of, some, trained, write_study
 from tests.search.propose.test_sampler import problem
-from tests.search.studies import fill, moe_shape, open_study, outcome, selection, started
-from tests.search.test_seeds import IDENTITY, TRIALS, drive
+from tests.search.studies import fill, identity_of, moe_shape, open_study, outcome, selection, started
+from tests.search.test_seeds import TRIALS, drive
 
 DEEP = 100_000
 
@@ -69,7 +69,7 @@ def every_use(folder: Path) -> None:
 
 def reuse(folder: Path) -> None:
     mine = folder.parent / "mine"
-    others = OtherStudies(mine, identity=IDENTITY, defaults={}, facts={}, place=str(mine))
+    others = OtherStudies(mine, identity=identity_of(problem()), defaults={}, facts={}, place=str(mine))
     len(others)
     for done in read(folder).finished.values():
         others.take(done.trial, done.trainable_params)
@@ -125,6 +125,8 @@ def damaged_lines() -> dict[str, bytes]:
         "an unknown setting": of_trial(done, recipe=done.trial.recipe.to_json() | {"rnak": 8}),
         "a seed that is text": of_trial(done, seed="0"),
         "a model that is a number": of_trial(done, model=3),
+        "another study's model": of_trial(done, model="tiny-dense"),
+        "another study's task": of_trial(done, task="tiny_pairs"),
         "knobs in knobs": of_trial(done, knobs={"a": {"b": 1}}),
         "params that are a list": finished(done) | {"params": [1]},
         "params that are deep": finished(done) | {"params": {"a": [[[]]]}},
@@ -166,10 +168,12 @@ def test_all_damage_at_once_is_reported_exported_and_gone_on_with(
     folder, before = tmp_path / "s", contents(sentinel)
     drive(problem(), folder, mlflow_folder, seeds=1, trials=3)
     known = set(read(folder).finished)
+    three, two, five = (outcome(selection(count)) for count in (3, 2, 5))
+    own = {"model": problem().model, "task": problem().task}
     strange = [  # well-formed, and impossible in this space
-        finished(outcome(selection(3)), adapter=str(sentinel)) | {"params": {"allocator": "evil", "fraction": "all"}},
-        finished(outcome(selection(2)), adapter="../../precious") | {"params": {"learning_rate": -1.0}},
-        {"event": "started", "outcome": started(outcome(selection(5))).to_json(), "params": {"fraction": 1e9}},
+        of_trial(three.updated(adapter=str(sentinel)), **own) | {"params": {"allocator": "evil", "fraction": "all"}},
+        of_trial(two.updated(adapter="../../precious"), **own) | {"params": {"learning_rate": -1.0}},
+        of_trial(started(five), **own) | {"event": "started", "params": {"fraction": 1e9}},
     ]
     with (folder / LINES).open("ab") as file:
         for text in (*damaged_lines().values(), *(json.dumps(line).encode() for line in strange)):
@@ -225,11 +229,12 @@ def test_a_copy_and_its_original_never_touch_each_other(tmp_path: Path, mlflow_f
     assert read(first).header["id"] == header["id"] != read(copy).header["id"], "MLflow's runs go by it"
     again = tmp_path / "again"
     shutil.copytree(first, again / "first")
-    open_study(again / "first").close()
+    own = {"identity": identity_of(problem())}
+    open_study(again / "first", **own).close()
     assert read(again / "first").header["id"] != header["id"], "a copy of the same name"
     (again / "first").rename(again / "renamed")
     moved = read(again / "renamed").header["id"]
-    open_study(again / "renamed").close()
+    open_study(again / "renamed", **own).close()
     assert (read(again / "renamed").header["id"], read(again / "renamed").name) == (moved, "renamed")
 
 

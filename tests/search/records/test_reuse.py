@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from tests.search.studies import CONFIG, moe_shape, open_study, outcome, selecti
 from tests.search.test_seeds import TRIALS, drive, table_problem
 
 FACTS = {"model": "hash of weights", "numbers": "float32", "data": "hash of data"}
-OWN = RunConfig().identity()
+OWN = RunConfig(task="shift").identity()
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,7 @@ def other(
     config = CONFIG | {"storage": storage}
     study = StudyFolder.open(folder, config=config, identity=identity, shape=moe_shape(), **more)
     for each in outcomes:
+        each = each.updated(trial=replace(each.trial, model=identity["model"], task=identity["task"]))
         study.append_started(started(each), {})
         if each.status in FINISHED:
             study.append_finished(each.updated(versions={"torch": "2", **FACTS} | dict(each.versions)), {})

@@ -24,7 +24,7 @@ from search.report.allocations import (
 )
 from search.report.uncertainty import picked_elsewhere
 from tests.search.report.written import data_of
-from tests.search.studies import moe_shape, open_study, selection
+from tests.search.studies import identity_of, moe_shape, open_study, selection
 
 QUESTION_ERROR, SEED_ERROR = 0.01, 0.02
 RATES = (0.01, 0.03, 0.1)  # scaled; the best one is .03
@@ -247,8 +247,9 @@ def every_training() -> Iterator[Outcome]:
 
 
 def test_the_answer_stands_above_the_shares_in_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with open_study(tmp_path / "demo") as study:
-        for outcome in every_training():
+    trainings = list(every_training())
+    with open_study(tmp_path / "demo", identity=identity_of(trainings[0].trial)) as study:
+        for outcome in trainings:
             study.append_finished(outcome, {})
     written = report.write(tmp_path / "demo")
     report.show(written)

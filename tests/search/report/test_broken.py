@@ -18,7 +18,7 @@ from search import report
 from search.records import UNTRAINED
 from search.report.broken import Base, Broken, _chance, base_of, broken, chance_of, in_words, sections
 from tests.search.report.written import data_of
-from tests.search.studies import open_study, outcome, selection
+from tests.search.studies import identity_of, open_study, outcome, selection
 
 CHANCE = Base(0.25, 0.0, "chance")
 ERROR = 0.02
@@ -132,8 +132,9 @@ def test_chance_is_read_from_the_versions(text: str, base: Base | None) -> None:
 
 
 def test_the_untrained_model_comes_before_chance_and_the_report_has_it(tmp_path: Path) -> None:
-    with open_study(tmp_path / "demo") as study:
-        for done in made(60, limit=0.3):
+    trainings = made(60, limit=0.3)
+    with open_study(tmp_path / "demo", identity=identity_of(trainings[0].trial)) as study:
+        for done in trainings:
             study.append_finished(done.updated(versions={"chance": "0.5"}), {})
         assert base_of(study) == Base(0.5, 0.0, "chance")
     (tmp_path / "demo" / UNTRAINED).write_text(json.dumps({"accuracy": 0.25, "stderr": 0.02, "by_task": {}}))

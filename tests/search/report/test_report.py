@@ -28,6 +28,7 @@ from tests.search.studies import (
     counts,
     dense_shape,
     fill,
+    identity_of,
     open_study,
     outcome,
     selection,
@@ -37,7 +38,7 @@ from trainers import storage
 
 
 def study_of(folder: Path, *outcomes: Outcome, **changes: Any) -> Report:
-    with open_study(folder, **changes) as study:
+    with open_study(folder, identity=identity_of(outcomes[0].trial), **changes) as study:
         for done in outcomes:
             study.append_finished(done, {})
     return write(folder)

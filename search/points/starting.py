@@ -18,7 +18,8 @@ from search.problem import Problem
 from search.text import settings_of
 
 # Recipe settings that say how large updates are: wrong by an order of magnitude they break a training.
-UPDATES = ("lora_alpha", "learning_rate", "scaled_rate")
+RANK, SCALED_RATE = "rank", "scaled_rate"
+UPDATES = ("lora_alpha", "learning_rate", SCALED_RATE)
 MOST = 1000
 
 

@@ -37,6 +37,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from allocators.core.errors import BudgetError, InfeasibleError
 from search.front import Unbeaten, UnbeatenOfThree
+from search.points.starting import RANK, SCALED_RATE
 from search.propose import RUN, STDERR, TEXT_STDERR, of_three, seed_of
 from search.propose.candidates import Candidate, Drawing, Inputs, Known, candidate
 from search.propose.criterion import Landscape, expected_gain_of_repeats, expected_hypervolume_improvement, learnt
@@ -52,6 +53,7 @@ MOST_FITTED = 400  # points that the model is fitted to: fitting costs the cube 
 LATEST = 0.25  # of these, the share that is kept as the latest: runs under way are among them
 BELIEF = 8.0  # results that weigh as much as what is expected of the recipe
 FACTOR = 2.0  # by which an expected value may be wrong, as a standard deviation
+WITH_RANK = 0.25  # power of the rank with which the best scaled rate is expected to rise
 
 
 RUNNING, LOST = "running", "lost"  # a run without an accuracy: not yet, or stopped early; failed
@@ -278,7 +280,8 @@ class EHVISampler(BaseSampler):
     resolve   runs the space on a trial and says what is known of its point; raises InfeasibleError or BudgetError
               where there is none
     expected  by name of a parameter, the value above 0 that is expected to be about right: points far from it have to
-              promise more, the less the more results there are
+              promise more, the less the more results there are. With a `rank` among them, the scaled rate is that at
+              this rank, and rises with WITH_RANK
     seed      of everything that is drawn
     fitted    points that the model is fitted to at most; 0: MOST_FITTED
 
@@ -391,13 +394,26 @@ class EHVISampler(BaseSampler):
         π(x)^(β / results) with π(x) = Π N(ln x; ln expected, (ln FACTOR)²) and β = BELIEF: πBO (Hvarfner et al. 2022,
         arXiv:2204.11051). A model of a dozen results is full of doubt wherever nothing was tried, and would look for
         improvement there: at rates at which nothing is learnt.
+
+        The best scaled rate is the same at all ranks where a step's ΔW is a sum of r equal terms (Schulman et al. 2025,
+        "LoRA Without Regret"), and rises with √r where it is one of r independent terms (rsLoRA, Kalajdzievski 2023,
+        arXiv:2312.03732, scales by α/√r for that reason). Half-way between both lies the fourth root.
         """
         distance_M = np.zeros(len(points))
-        for name, expected in self._expected.items():
-            values_M = np.array([float(point.params.get(name, expected)) for point in points])
-            distance_M += (np.log(np.maximum(values_M, 1e-300) / expected) / math.log(FACTOR)) ** 2
+        for name in sorted(self._expected.keys() - {RANK}):
+            ratio_M = np.array([self._times_expected(name, point.params) for point in points])
+            distance_M += (np.log(np.maximum(ratio_M, 1e-300)) / math.log(FACTOR)) ** 2
         trust_M: Array = np.exp(-0.5 * BELIEF / results * (distance_M - distance_M.min()))
         return trust_M
+
+    def _times_expected(self, name: str, params: Mapping[str, Any]) -> float:
+        """A point's value relative to what is expected of its rank; 1 where it has none."""
+        if name not in params:
+            return 1.0
+        expected = self._expected[name]
+        if name == SCALED_RATE and RANK in params and RANK in self._expected:
+            expected *= (params[RANK] / self._expected[RANK]) ** WITH_RANK
+        return float(params[name]) / expected
 
     def _gain(self, fresh: Sequence[Candidate], again: Sequence[Tried], tried: Sequence[Tried]) -> Array:
         """Expected gain of hypervolume by every new candidate, and by every point tried again. Shape [M + R].

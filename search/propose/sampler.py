@@ -15,7 +15,7 @@ from typing import Any, Literal
 from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError
 from allocators.core.types import Outcome, Point, Trial
 from search.front import unbeaten
-from search.points.starting import UPDATES, starting_points
+from search.points.starting import RANK, UPDATES, starting_points
 from search.problem import Problem, Proposal, corners
 from search.propose import RUN, STDERR, TEXT_STDERR
 from search.records import Answered, Reason
@@ -30,8 +30,12 @@ MOST_TOLD = 1_000  # trials that Optuna keeps; up to twice as many before the ol
 
 
 def expected(starting: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What a search expects of the settings that say how large updates are: the recipe of its first starting point."""
-    return {name: float(value) for point in starting[:1] for name, value in point.items() if name in UPDATES}
+    """What a search expects of the settings that say how large updates are: the recipe of its first starting point.
+
+    The rank is that at which it expects so.
+    """
+    names = (*UPDATES, RANK)
+    return {name: float(value) for point in starting[:1] for name, value in point.items() if name in names}
 
 
 def table_rows(problem: Problem, *, merge: bool = True) -> list[Proposal | Answered]:

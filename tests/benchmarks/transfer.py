@@ -115,12 +115,14 @@ def plot(tables: Mapping[str, Mapping[Cell, float]], file: Path) -> None:
 
     from search.report.plot import COLOURS
 
-    figure = Figure(figsize=(5.2 * len(tables), 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(tables), 4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for place, (name, cells) in enumerate(tables.items(), start=1):
         axes = figure.add_subplot(1, len(tables), place)
         axes.set(xscale="log", xlabel="scaled rate, learning_rate·lora_alpha", ylabel="accuracy", title=name)
         rates = sorted({rate for _, _, rate in cells})
+        axes.minorticks_off()
+        axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
         for colour, rank in zip(COLOURS, sorted({rank for _, rank, _ in cells}), strict=False):
             names = sorted({allocation for allocation, its_rank, _ in cells if its_rank == rank})
             for allocation in names:

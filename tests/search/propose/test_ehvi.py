@@ -273,6 +273,19 @@ def test_what_a_gain_counts_near_and_far_from_the_expected_value_by_hand(results
     np.testing.assert_array_equal(EHVISampler(Space())._trust(points, results), 1)
 
 
+def test_the_expected_scaled_rate_rises_with_the_fourth_root_of_the_rank_by_hand() -> None:
+    rates: list[dict[str, Any]] = [
+        {"rank": 4, "scaled_rate": 0.1},
+        {"rank": 64, "scaled_rate": 0.2},
+        {"rank": 64, "scaled_rate": 0.1},
+    ]
+    points = [Candidate(params, {}, Known(str(place), 1), {}) for place, params in enumerate([*rates, {"rank": 64}])]
+    trust = EHVISampler(Space(), expected={"rank": 4.0, "scaled_rate": 0.1})._trust(points, 4)
+    np.testing.assert_allclose(trust, [1, 1, math.exp(-1), 1])
+    flat = EHVISampler(Space(), expected={"scaled_rate": 0.1})._trust(points, 4)
+    np.testing.assert_allclose(flat, [1, math.exp(-1), 1, 1])
+
+
 def test_few_results_keep_to_the_expected_value_and_many_find_the_best_wherever_it_is() -> None:
     """The best rate is 10 times the expected one."""
     study, space = make(Space(), expected={"rate": 1e-3}), Space()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -75,6 +76,20 @@ def test_the_best_rate_is_found_where_it_is_planted() -> None:
     assert {ratios[f"t/best_rate/{what}"] for what in ("rank=1", "rank=4", "a", "b")} == {0.1}
     assert ratios["t/lost_by_one_rate/max"] == 0.0
     assert ratios["t/lost_by_worst_rate/mean"] == pytest.approx(0.2)
+    assert ratios["t/power_of_rank"] == pytest.approx(0.0)
+
+
+def test_the_power_of_the_rank_is_found_where_it_is_planted() -> None:
+    rates = [0.05, 0.1, 0.2, 0.4]
+    cells = {
+        (name, rank, rate): 0.9 - 0.1 * math.log(rate / (0.08 * rank**0.25)) ** 2
+        for name in "ab"
+        for rank in (1, 4, 16)
+        for rate in rates
+    }
+    assert transfer.power_of_rank(cells) == pytest.approx(0.25)
+    assert transfer.best_between(cells, "a", 16) == pytest.approx(0.16)
+    assert transfer.power_of_rank({cell: a for cell, a in cells.items() if cell[1] == 4}) is None
 
 
 def test_a_table_that_is_no_full_grid_is_refused(table: replay.Table) -> None:

@@ -14,15 +14,21 @@ The JSON line's `ratios` are
     TABLE/one_rate                    the rate that is best on average over all rows
     TABLE/lost_by_one_rate/mean, max  accuracy that rows lose by it against their own best rate
     TABLE/lost_by_worst_rate/mean     the same where all rows take the rate that is worst on average
+    TABLE/power_of_rank               p of best rate ∝ rank^p, a mean over the allocations: the best one between rates
+                                      is the top of a parabola of accuracy in log rate, through a row's best and its
+                                      neighbours (printed as `between`)
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from allocators.core import words
 from allocators.core.errors import StudyError
@@ -78,6 +84,34 @@ def lost_by(cells: Mapping[Cell, float], rate: float) -> list[float]:
     return [max(cells[(*row, at)] for at in rates if (*row, at) in cells) - cells[(*row, rate)] for row in rows]
 
 
+def best_between(cells: Mapping[Cell, float], allocation: str, rank: int) -> float:
+    """The rate at the top of the parabola through the best rate of a row and its neighbours; never outside of these.
+
+    >>> round(best_between({("a", 1, 0.1): 0.5, ("a", 1, 0.2): 0.7, ("a", 1, 0.4): 0.7}, "a", 1), 3)
+    0.283
+    """
+    rates = sorted(rate for at, its_rank, rate in cells if (at, its_rank) == (allocation, rank))
+    heights = [cells[allocation, rank, rate] for rate in rates]
+    first = min(max(heights.index(max(heights)) - 1, 0), max(len(rates) - 3, 0))
+    x, y = np.log(rates[first : first + 3]), np.array(heights[first : first + 3])
+    if len(x) < 3 or np.ptp(y) == 0:
+        return rates[heights.index(max(heights))]
+    curve, slope, _ = np.polyfit(x, y, 2)
+    top = -slope / (2 * curve) if curve < 0 else x[int(y.argmax())]
+    return float(np.exp(np.clip(top, x[0], x[-1])))
+
+
+def power_of_rank(cells: Mapping[Cell, float]) -> float | None:
+    """p of best rate ∝ rank^p, a mean over the allocations; None where all have one rank."""
+    powers = []
+    for allocation in sorted({allocation for allocation, _, _ in cells}):
+        ranks = sorted({rank for at, rank, _ in cells if at == allocation})
+        if len(ranks) > 1:
+            best = [math.log(best_between(cells, allocation, rank)) for rank in ranks]
+            powers.append(float(np.polyfit(np.log(ranks), best, 1)[0]))
+    return statistics.fmean(powers) if powers else None
+
+
 def summary(name: str, cells: Mapping[Cell, float]) -> dict[str, float]:
     """The ratios of one table."""
     ratios: dict[str, float] = {}
@@ -93,6 +127,8 @@ def summary(name: str, cells: Mapping[Cell, float]) -> dict[str, float]:
     ratios[f"{name}/lost_by_one_rate/mean"] = statistics.fmean(lost)
     ratios[f"{name}/lost_by_one_rate/max"] = max(lost)
     ratios[f"{name}/lost_by_worst_rate/mean"] = statistics.fmean(lost_by(cells, best_on_average(cells, worst=True)))
+    if (power := power_of_rank(cells)) is not None:
+        ratios[f"{name}/power_of_rank"] = power
     return ratios
 
 
@@ -100,12 +136,13 @@ def show(name: str, cells: Mapping[Cell, float]) -> None:
     """A line an allocation and rank, a column a rate; the best of a line has an asterisk."""
     rates = sorted({rate for _, _, rate in cells})
     print(f"\n{name}: accuracy by scaled rate, mean over seeds (* best of the line)")
-    print(f"{'allocation':<60}{'rank':>5}" + "".join(f"{rate:>9g}" for rate in rates))
+    print(f"{'allocation':<60}{'rank':>5}" + "".join(f"{rate:>9g}" for rate in rates) + "  between")
     for allocation, rank in sorted({(allocation, rank) for allocation, rank, _ in cells}):
         line = [cells.get((allocation, rank, rate)) for rate in rates]
         best = max(accuracy for accuracy in line if accuracy is not None)
         texts = ("" if a is None else f"{a:.3f}" + ("*" if a == best else " ") for a in line)
-        print(f"{allocation[:59]:<60}{rank:>5}" + "".join(f"{text:>9}" for text in texts))
+        between = f"{best_between(cells, allocation, rank):>9.3f}"
+        print(f"{allocation[:59]:<60}{rank:>5}" + "".join(f"{text:>9}" for text in texts) + between)
 
 
 def plot(tables: Mapping[str, Mapping[Cell, float]], file: Path) -> None:

@@ -16,7 +16,9 @@ Knobs
 
 Comparisons: the rate 0.14 against 0.07, at every rank.
 
-MEASURED
+Measured with task=tiny_backcipher, two seeds: the best rate at ranks 1, 4 and 16 is .072, .111 and .165 on tiny-moe,
+and at most .035, .100 and .090 on tiny-dense (between the rates by a parabola). A training takes some six seconds on
+one CPU core, 24 of them two and a half minutes.
 """
 
 from __future__ import annotations

@@ -403,7 +403,8 @@ def demo() -> list[str]:
 
 def rule_in_words(allocator: str, knobs: Mapping[str, Any]) -> str:
     """A rule of an MoE model as a sentence would have it."""
-    what = {"count": "tokens", "mass": "gate mass"}.get(str(knobs.get("score")), str(knobs.get("score")))
+    names = {"count": "tokens", "token": "tokens", "mass": "gate mass", "gate": "gate mass"}
+    what = names.get(str(knobs.get("score")), str(knobs.get("score")))
     match allocator:
         case "none":
             return "no expert (attention and router only)"
@@ -411,6 +412,10 @@ def rule_in_words(allocator: str, knobs: Mapping[str, Any]) -> str:
             return "all experts"
         case "coverage":
             return f"coverage of {100 * knobs['share']:.3g} % of the {what}"
+        case "esft":
+            return f"esft, {100 * knobs['p']:.3g} % of each layer's {what}"
+        case "greedy":
+            return f"greedy, {100 * knobs['fraction']:.3g} % of all experts"
         case "sieve":
             return f"sieve, {100 * knobs['fraction']:.3g} % of each layer"
         case _:

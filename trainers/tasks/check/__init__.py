@@ -305,10 +305,18 @@ def _check_scores(
     questions: Questions, found: Mapping[int, float | str], texts: Mapping[int, Text], looked: Looked
 ) -> None:
     """Raises StudyError for a right answer that scores less than 1; notes where a written one does for its form."""
-    failed = {number: score for number, score in found.items() if isinstance(score, str) or score < 1 - 1e-9}
+    origin, metric = questions.origin, questions.metric
+    if not found:
+        raise StudyError(f"task '{origin.task}', split '{origin.split}': no row has a score called {metric}")
+    failed = {number: score for number, score in found.items() if isinstance(score, str) or not score >= 1 - 1e-9}
+    scored = {number: score for number, score in found.items() if isinstance(score, float)}
+    if strange := [number for number, score in scored.items() if not math.isfinite(score)]:
+        raise StudyError(f"{origin.name(strange[0])}: its right answer scores {scored[strange[0]]} by {metric}")
+    if (most := max(scored, key=scored.__getitem__, default=None)) is not None and scored[most] > 1 + 1e-9:
+        said = f"{origin.name(most)}: its right answer scores {scored[most]:g} by {metric}"
+        looked.notes.append(f"{said}: accuracies are shown as the metric gives them, and not as a share of 1")
     if not failed:
         return
-    origin, metric = questions.origin, questions.metric
     number, score = next(((n, s) for n, s in failed.items() if isinstance(s, str)), next(iter(failed.items())))
     if isinstance(score, str):
         raise StudyError(f"{origin.name(number)}: its right answer cannot be scored by {metric}: {score}")

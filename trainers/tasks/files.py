@@ -277,8 +277,8 @@ def _of_another_kind(config: Mapping[str, Any]) -> Iterator[str]:
         if good and key in ("metric_list", "filter_list"):
             good = all(isinstance(part, Mapping) and part for part in value or ())
         if good and key == "filter_list":
-            good = all(map(_is_filter, value or ()))
-            needed = "a list of {name: TEXT, filter: [{function: NAME}, …]}"
+            good = all(map(_is_filter, value or ())) and len({part["name"] for part in value or ()}) == len(value or ())
+            needed = "a list of {name: TEXT, filter: [{function: NAME}, …]}, each with another name,"
         if good and isinstance(value, Mapping):
             good = all(isinstance(name, str) for name in value)
         if good and key in ("num_fewshot", "repeats"):
@@ -289,8 +289,10 @@ def _of_another_kind(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_filter(value: Mapping[str, Any]) -> bool:
     steps = value.get("filter")
-    named = isinstance(value.get("name"), str) and isinstance(steps, list)
-    return named and all(isinstance(step, Mapping) and "function" in step for step in steps or ())
+    named = isinstance(value.get("name"), str) and value["name"] and isinstance(steps, list)
+    return bool(named) and all(
+        isinstance(step, Mapping) and isinstance(step.get("function"), str) for step in steps or ()
+    )
 
 
 def _check(file: TaskFile) -> None:

@@ -174,6 +174,9 @@ def test_a_template_hands_no_text_on_that_is_read_as_something_else(tmp_path: Pa
         (row(0), {"target_delimiter": "{{' '}}"}, "target_delimiter is no template"),
         (row(0), {"doc_to_text": "Q: {question}"}, "a field is written {{question}}"),
         (row(0), {"doc_to_text": "{{'{{question}}'}}"}, "its prompt holds the text {{question}}"),
+        (row(0), {"doc_to_text": "{{choices|map('upper')}}"}, "a template writes <generator object sync_do_map at 0x"),
+        (row(0), {"doc_to_text": "{{question.format}}"}, "which is no text: end it with |list, |join or a call"),
+        ({**row(0), "none": "x"}, {"doc_to_text": "{{ none }}"}, "called 'none', a name that templates keep"),
     ],
 )
 def test_forms_that_people_have_their_answers_in(
@@ -195,6 +198,16 @@ def test_forms_that_people_have_their_answers_in(
             FOUR,
             {"doc_to_text": "which ?"},
             "all 4 rows of 'quiz', split 'test', have the same prompt: doc_to_text names a field as {{field}}",
+        ),
+        (
+            FOUR,
+            {"doc_to_text": "{{hint|default('which ?')}}"},
+            "all 4 rows of 'quiz', split 'test', are the same question, whatever their answers are",
+        ),
+        (
+            [row(0, question=[f"q{number}"]) for number in range(2)],
+            {},
+            "2 of 2 rows of 'quiz', split 'test', write a list as Python does: join its parts in doc_to_text",
         ),
         (
             [row(0, question=f"q{number}") for number in range(2)],
@@ -221,6 +234,9 @@ def test_what_was_hardly_meant_is_noted(
         ({"filter_list": [{"name": "x", "filter": [{"function": "nope"}]}]}, ["Unknown filter 'nope'"]),
         ({"filter_list": [{"name": "x", "filter": "take_first"}]}, ["filter: [{function: NAME}"]),
         ({"filter_list": [{"filter": [{"function": "take_first"}]}]}, ["name: TEXT"]),
+        ({"filter_list": [{"name": "", "filter": [{"function": "take_first"}]}]}, ["name: TEXT"]),
+        ({"filter_list": [{"name": "x", "filter": [{"function": 5}]}]}, ["filter: [{function: NAME}"]),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "take_first"}]}] * 2}, ["each with another name"]),
         ({"dataset_kwargs": {"data_files": {"train": {"a": "b"}, "test": "test.jsonl"}}}, ["lists of paths by split"]),
         ({"dataset_kwargs": {"data_files": {"train": "*.jsonl", "test": "test.jsonl"}}}, ["what it is trained on"]),
     ],
@@ -627,6 +643,10 @@ def test_labels_of_a_csv_file_are_numbers(tmp_path: Path) -> None:
         ("question,question\nq,a\n", ["two columns are called 'question'"]),
         ('question,answer\nq,"a\n', ["line 2"]),
         ("question,answer\n", ["holds no rows"]),
+        (
+            'question,answer\nq,a\nq, "a"\n',
+            ["line 3", "quotes follow a space in '\"a\"': say dataset_kwargs: {skip"],
+        ),
         ("question;answer\nq;a\n", ["line 1", "one column, 'question;answer': say dataset_kwargs: {sep: \";\"}"]),
         ("question\tanswer\nq\ta\n", ["line 1", 'say dataset_kwargs: {sep: "\\t"}']),
         ("", ["holds no rows"]),
@@ -796,6 +816,8 @@ GOOD = json.dumps(say("a")[0])
         ('{"question": "q", "answer": Infinity}', ["line 1", "Infinity"]),
         ('{"question": "q", "answer": "\\ud800"}', ["line 1", "half a character"]),
         ("[" * 100_000, ["line 1", "nested too deeply"]),
+        ('{"question": ["q", "r"], "answer": ["a", "b"]}', ["line 1", "columns and not rows", "lines=True"]),
+        ('{"question": {"0": "q", "1": "r"}, "answer": {"0": "a", "1": "b"}}', ["line 1", "columns and not rows"]),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "test"])

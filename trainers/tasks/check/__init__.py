@@ -202,6 +202,14 @@ def _note_prompts(questions: Questions, share: Share, looked: Looked) -> None:
     written = isinstance(said, str) and said.strip() and not any(mark in said for mark in ("{{", "{%", "{#"))
     if written and total > 1 and all(said not in requests[0].doc for requests in share.documents.values()):
         looked.notes.append(f"all {total:,} {of}, have the same prompt: doc_to_text names a field as {{{{field}}}}")
+    elif total > 1 and len({repr([request.args[:2] for request in some]) for some in share.documents.values()}) == 1:
+        looked.notes.append(f"all {total:,} {of}, are the same question, whatever their answers are")
+    lists = sum(
+        any(isinstance(value, list) and repr(value) in requests[0].args[0] for value in requests[0].doc.values())
+        for requests in share.documents.values()
+    )
+    if lists:
+        looked.notes.append(f"{lists:,} of {total:,} {of}, write a list as Python does: join its parts in doc_to_text")
     if questions.task.OUTPUT_TYPE == "generate_until":
         return
     pairs = (request.args[:2] for requests in share.documents.values() for request in requests[:1])

@@ -7,7 +7,9 @@ wrong_with(task, {"question": "which ?", "choices": ["x", "y"], "label": -1}, lo
 from __future__ import annotations
 
 import copy
+import datetime
 import json
+import numbers
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -24,6 +26,8 @@ from trainers.tasks.task_file import one_line
 
 _ASKED = ("doc_to_text", "doc_to_target", "doc_to_choice")
 _DRAWS = re.compile(r"\b(random|lipsum)\b")  # what a template can draw with
+_KEPT = re.compile(r"{{\s*(none|None|true|True|false|False)\b")  # the same in every template
+_ADDRESS = re.compile(r"<[^<>]+ at 0x[0-9a-f]+>")  # as Python writes an object that has no text
 _WRITTEN_SO = re.compile(r"(?<![{\w])\{(\w+)\}(?!\})")  # as Python's format has it
 _HIDDEN = "the answers of this split are hidden: name another split"
 
@@ -49,6 +53,8 @@ def _wrong_with(task: HarnessTask, document: Document, *, local: bool) -> str:
     prompt, prefix = task.doc_to_text(document), task.doc_to_prefix(document)
     if local and isinstance(prompt, str) and "{{" in prompt and (left := _left_over(prompt, document)):
         return f"its prompt holds the text {{{{{left}}}}}, which is no field any more: write it once (doc_to_text)"
+    if local and (strange := _object_in((prompt, prefix, _target(task, document)), document)):
+        return f"a template writes {strange}, which is no text: end it with |list, |join or a call"
     if not isinstance(prefix, str | None):
         return f"its gen_prefix is {value_of(prefix)}: a text is needed"
     if task.OUTPUT_TYPE == "multiple_choice":
@@ -90,9 +96,11 @@ def value_of(value: Any) -> str:
 def _no_field(task: HarnessTask, document: Document) -> str:
     """A name that is meant as that of a field, and would be the text of every prompt or answer."""
     if "self" in document:
-        return "it has a field called 'self', a name that templates keep for themselves: call the field otherwise"
-    for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        return _kept("self")
+    for key in _ASKED:
         said = getattr(task.config, key, None)
+        if isinstance(said, str) and (kept := _KEPT.search(said)) and kept[1] in document:
+            return _kept(kept[1])
         if isinstance(said, str) and said.isidentifier() and said not in document:
             return f"it has no field '{said}', which {key} names: its fields are {', '.join(document)}"
     for key in ("target_delimiter", "fewshot_delimiter"):
@@ -103,6 +111,23 @@ def _no_field(task: HarnessTask, document: Document) -> str:
     if meant := next((name for name in written if name in document), ""):
         return f"its prompt would hold the text {{{meant}}}: a field is written {{{{{meant}}}}} (doc_to_text)"
     return ""
+
+
+def _target(task: HarnessTask, document: Document) -> Any:
+    """What its answer is, where it is no choice."""
+    return None if task.OUTPUT_TYPE == "multiple_choice" else task.doc_to_target(document)
+
+
+def _object_in(texts: Sequence[Any], document: Document) -> str:
+    """How Python writes an object, in a text that comes of no row; "" where no text has such."""
+    for text in texts:
+        if isinstance(text, str) and (found := _ADDRESS.search(text)) and found[0] not in str(document):
+            return found[0]
+    return ""
+
+
+def _kept(name: str) -> str:
+    return f"it has a field called '{name}', a name that templates keep for themselves: call the field otherwise"
 
 
 def _read_anew(task: HarnessTask, document: Document) -> str:
@@ -240,7 +265,7 @@ def _wrong_answer(task: HarnessTask, document: Document) -> str:
             return f"its list of right answers is empty: {_HIDDEN}"
         wrong = [one for one in target if not isinstance(one, str | int | float) or isinstance(one, bool)]
         return f"one of its right answers is {value_of(wrong[0])}: a text is needed" if wrong else ""
-    if not isinstance(target, str | int | float) or target != target:
+    if not isinstance(target, str | numbers.Number | datetime.date | datetime.time) or target != target:
         return f"its answer is {value_of(target)}: a text is needed (doc_to_target)"
     if task.OUTPUT_TYPE == "loglikelihood" and not isinstance(target, str):
         return f"its answer is {value_of(target)}: a text is needed (doc_to_target)"

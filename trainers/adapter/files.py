@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from allocators.core import checks
-from allocators.core.errors import InfeasibleError, StudyError
+from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import Allocation, LoraSettings, ModelShape, allocation_from_json
 from trainers import storage
 from trainers.adapter.base import Adapter
@@ -102,18 +102,18 @@ def read(folder: storage.Location) -> Saved:
             raise StudyError(f"the adapter in {folder} is damaged: {error}; save it again") from error
     if config.get("format") != FORMAT:
         raise StudyError(f"{folder}/{_CONFIG} has format {config.get('format')}, this version reads {FORMAT}")
-    if "checksum" in config and config["checksum"] != _checksum(weights, config):  # an earlier version wrote none
-        raise StudyError(f"the adapter in {folder} is damaged: its checksum is another; save it again")
     saved = Saved(str(folder), config, weights)
     held = sum(tensor.numel() for tensor in weights.values())
     try:
         counted = saved.allocation.trainable_params(saved.shape, rank=saved.lora.rank)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, InfeasibleError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ToolkitError) as error:
         raise StudyError(f"the adapter in {folder} is damaged: {_CONFIG} is not that of one; save it again") from error
     if held != counted:
         raise StudyError(
             f"the adapter in {folder} is damaged: it holds {held:,} values, its allocation {counted:,}; save it again"
         )
+    if "checksum" in config and config["checksum"] != _checksum(weights, config):  # an earlier version wrote none
+        raise StudyError(f"the adapter in {folder} is damaged: its checksum is another; save it again")
     return saved
 
 

@@ -54,6 +54,9 @@ same documents are one. Where rows come from other data, documents are held out 
 rows that hold the question of one word for word are left out; rewritten questions cannot be told (splits.py). A task
 that has neither a validation split beside its test split nor a training split of its own needs select_on=test.
 
+A function of a task file (`!function`) or a draw in a template must give the same each time: every trial asks the same
+questions. `process_docs` may draw: Python's, numpy's and torch's draws are seeded anew in every call.
+
 Training rows are the task's own requests with the right answer filled in, tokenised as the evaluation tokenises them,
 without few-shot examples; `generate_until` rows end with the eos token (or the first `until` string) so that a model
 learns to stop. A mixture is all rows of all tasks, one after another, shuffled anew every epoch by the study's seed:

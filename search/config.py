@@ -30,7 +30,8 @@ from allocators.core.errors import StudyError, did_you_mean, shown
 from allocators.core.types import Recipe
 from allocators.core.words import Value
 from search import config_file
-from trainers import forgetting, models
+from trainers import forgetting, models, recipes
+from trainers.recipes import SETTINGS, make_recipe
 from trainers.tasks import files as task_files
 
 SAMPLERS = ("ehvi", "gp", "tpe", "nsga2", "random")
@@ -482,13 +483,7 @@ class RunConfig:
 
 # What keys are called elsewhere.
 ALIASES = {
-    "lr": "recipe.learning_rate",
-    "alpha": "recipe.lora_alpha",
-    "r": "recipe.rank",
-    "dropout": "recipe.lora_dropout",
-    "num_epochs": "recipe.epochs",
-    "num_train_epochs": "recipe.epochs",
-    "max_steps": "recipe.steps",
+    **{name: f"recipe.{setting}" for name, setting in recipes.ALIASES.items()},
     "n_trials": "trials",
     "num_samples": "trials",
     "budget": "max_trainable_params",
@@ -673,62 +668,6 @@ def _no_pack(config: RunConfig) -> str:
     if config.quantization:
         return f"quantization={config.quantization}"
     return "gradient_checkpointing=true" if config.gradient_checkpointing else ""
-
-
-def make_recipe(*layers: Mapping[str, Any]) -> Recipe:
-    """`Recipe` from layers of settings, later ones win.
-
-    `scaled_rate` stands for the learning_rate that it gives with the lora_alpha of the recipe (`Recipe.scaled_rate`).
-
-    Raises StudyError for an unknown name, a value that is not a finite number where one is needed, one below what the
-    setting can be, or a layer that gives learning_rate and scaled_rate.
-    """
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        if "epochs" in layer and "steps" not in layer:
-            merged.pop("steps", None)  # steps win over epochs inside one layer, not over a later layer's epochs
-        given = _RATES & layer.keys()
-        if len(given) > 1:
-            raise StudyError("learning_rate and scaled_rate (learning_rate·lora_alpha) say the same: give one of them")
-        for name in _RATES if given else ():
-            merged.pop(name, None)
-        merged |= layer
-    for name in merged:
-        if (known := ALIASES.get(str(name), "")).startswith(_PREFIXES["recipe"]):
-            raise StudyError(f"unknown recipe setting '{name}'; did you mean '{known}'?")
-        if name not in SETTINGS:
-            raise StudyError(
-                f"unknown recipe setting '{shown(str(name))}': choose from {', '.join(sorted(SETTINGS))}"
-                f"{did_you_mean(str(name), SETTINGS)}"
-            )
-    settings = {name: _setting(name, value, SETTINGS[name]) for name, value in merged.items()}
-    if (scaled := settings.pop("scaled_rate", None)) is not None:
-        settings["learning_rate"] = scaled / (settings.get("lora_alpha", Recipe().lora_alpha) or 1.0)
-    try:
-        return Recipe(**settings)
-    except StudyError as error:
-        raise StudyError(f"recipe.{error}") from None
-
-
-# What a recipe is made of, by name: the fields of `Recipe`, and the scaled rate in the place of the learning rate.
-SETTINGS: dict[str, type] = {f.name: type(f.default) for f in fields(Recipe)} | {"scaled_rate": float}
-_RATES = {"learning_rate", "scaled_rate"}
-
-
-def _setting(name: str, value: Any, wanted: type) -> Any:
-    if wanted is str:
-        return str(value)
-    try:
-        number = wanted(value)
-        fits = not isinstance(value, str | bool) and math.isfinite(number) and (wanted is float or number == value)
-    except (TypeError, ValueError, OverflowError):
-        fits = False
-    if not fits:
-        kind = "a whole number" if wanted is int else "a finite number"
-        raise StudyError(f"recipe.{name} must be {kind}, got {shown(repr(value))}")
-    if name == "scaled_rate" and number <= 0:
-        raise StudyError(f"recipe.{name} must be positive, got {value}")
-    return number
 
 
 def help_text() -> str:

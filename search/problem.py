@@ -18,8 +18,9 @@ from allocators.core import checks, plugins, tables
 from allocators.core.errors import BudgetError, InfeasibleError, SpaceError, StudyError, shown, unknown
 from allocators.core.types import Allocation, ModelShape, ModuleShape, Point, Signal, SignalKind, Trial, canonical_json
 from allocators.core.words import Value
-from search.config import MOST_SEED, MOST_SEEDS, SETTINGS, make_recipe
+from search.config import MOST_SEED, MOST_SEEDS
 from search.points.asked import ANY, Corner, Kind, PinnedTrial, differs
+from trainers.recipes import SETTINGS, make_recipe
 
 MOST_CORNERS = 500  # combinations of choices that are walked one by one
 DRAWN_CORNERS = 100  # where there are more

@@ -5,6 +5,7 @@ tasks/        lm-evaluation-harness tasks: training rows, calibration prompts, a
 adapter/      the door to every adapter: attach, detach, merge, save, load
 loop/         one training run: steps, rungs, checkpoint, resume
 packing/      several training runs in one pass over the base
+recipes.py    settings of a training by name
 storage.py    files and folders at a path or a URI
 versions.py   what a result can depend on
 timing.py     how long steps and questions take here

@@ -7,7 +7,7 @@ Nothing may end a study for what it prints. A reader that has gone (`| head`), a
 what is written from then on; a character that the terminal's encoding lacks is written as `?`. A container often runs
 as a user without a name or a home, and libraries look both up when they are imported.
 
-A ToolkitWarning is one line, without the place in this project's code that gave it.
+A ToolkitWarning is one line, without the place in this project's code that gave it; so is Ctrl-C, with exit code 130.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from typing import Any, TextIO, cast
 
 from allocators.core.errors import ToolkitWarning
 
+INTERRUPTED = 130  # what a shell says of a process that Ctrl-C ended
+
 
 def run(main: Callable[[], int]) -> int:
     """The exit code of `main`, which runs as the file's head says. Of a whole process: it changes its streams."""
@@ -31,7 +33,11 @@ def run(main: Callable[[], int]) -> int:
     sys.stdout, sys.stderr = lasting(sys.stdout), lasting(sys.stderr)
     _name_user_and_home()
     warnings.formatwarning = _one_line_if_ours
-    return main()
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 _with_its_place = warnings.formatwarning

@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Iterable
 
 MOST_LISTED = 60  # names in a message
+FAULTS = (Exception, SystemExit)  # what somebody's code may raise besides an interruption
 
 
 class ToolkitError(Exception):
@@ -66,6 +67,14 @@ def one_line(text: str) -> str:
     """
     lines = " ".join(line.strip() for line in text.strip().splitlines())
     return "".join(" " if c.isspace() else c if c.isprintable() else "?" for c in lines)
+
+
+def text_of(error: BaseException) -> str:
+    """What an error of somebody's code says; it may fail even at that."""
+    try:
+        return str(error)
+    except Exception:
+        return "its text cannot be read"
 
 
 def shown(text: str) -> str:

@@ -29,6 +29,7 @@ import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -52,6 +53,7 @@ from allocators.core.errors import (
     ToolkitWarning,
     one_line,
     shown,
+    text_of,
     unknown,
 )
 from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, ModelShape, ModuleRanks, Signal
@@ -242,6 +244,8 @@ def watched(file: str | None, what: str, *, ends: bool = False) -> Iterator[None
     around = _busy.get(thread)
     _busy[thread] = busy = _Busy(time.monotonic(), file, what, _Clock.of(thread) if ends else None)
     _start_watching()
+    if busy.clock is not None:
+        busy.rings = _ring()
     try:
         with _undone():
             yield
@@ -254,6 +258,31 @@ def watched(file: str | None, what: str, *, ends: bool = False) -> Iterator[None
             busy.await_end()
         except _TooLongError:  # it came too late
             _leave(thread, around)
+
+
+def _ring() -> bool:
+    """Whether a signal is on its way to this thread, the main one, for when its time may be up.
+
+    A regular expression that looks for ever lets no other thread run, and hears signals alone.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        return False
+    if signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL:
+        signal.signal(signal.SIGVTALRM, _on_alarm)
+    if signal.getsignal(signal.SIGVTALRM) is not _on_alarm:  # somebody's profiler
+        return False
+    signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE, min(1.0, PATIENCE))
+    return True
+
+
+def _on_alarm(*_: object) -> None:
+    """Ends what the main thread is in, where its time is up; where it is in nothing any more, stops the alarm."""
+    busy = _busy.get(threading.main_thread().ident or 0)
+    if busy is None or busy.clock is None:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+    elif busy.is_long and not busy.sent:
+        busy.sent = True
+        raise _TooLongError
 
 
 def _leave(thread: int, around: _Busy | None) -> None:
@@ -295,6 +324,7 @@ class _Busy:
     """A thread is in somebody's code since then.
 
     clock   of code that is ended
+    rings   a signal ends it
     sent    its end is on its way; `came`: it was there
     """
 
@@ -302,6 +332,7 @@ class _Busy:
     file: str | None
     what: str
     clock: _Clock | None
+    rings: bool = False
     sent: bool = False
     came: bool = False
 
@@ -344,7 +375,7 @@ def _watch() -> None:
         time.sleep(min(1.0, PATIENCE))
         for thread, busy in list(_busy.items()):
             with _ending:
-                if busy not in said and _busy.get(thread) is busy and busy.is_long:
+                if busy not in said and not busy.rings and _busy.get(thread) is busy and busy.is_long:
                     busy.say(thread)
                     said = {busy, *said.intersection(_busy.values())}
 
@@ -396,11 +427,8 @@ def _file_of(module: ModuleType) -> str:
 
 
 def _text_of(error: BaseException) -> str:
-    """An error's own text, on one line and not longer than a few; an error may fail even at that."""
-    try:
-        text = one_line(str(error))
-    except Exception:
-        return "its text cannot be read"
+    """An error's own text, on one line and not longer than a few."""
+    text = one_line(text_of(error))
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

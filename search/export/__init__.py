@@ -17,7 +17,7 @@ from allocators.core import words
 from allocators.core.errors import StudyError, did_you_mean
 from allocators.core.types import Outcome
 from search import records
-from search.config import SETTINGS, RunConfig, before, keys
+from search.config import RunConfig, before, keys
 from search.export.elsewhere import write_config
 from search.export.formats import Conversion, write_adapter, write_merged, write_peft
 from search.export.model_card import PROJECT, Card, markdown
@@ -28,6 +28,7 @@ from search.records.redact import portable_command
 from search.report import Report
 from search.text import human, run_id
 from trainers import storage
+from trainers.recipes import SETTINGS
 
 # What writes each form: files in `conversion.target`, what to say in `conversion.notes`, and gives how to load it.
 FORMATS: Mapping[str, Callable[[Conversion], str]] = {

@@ -12,10 +12,10 @@ from typing import Any
 from allocators.core import plugins
 from allocators.core.errors import SpaceError, StudyError, shown, unknown
 from allocators.core.types import TRANSFERABLE
-from search.config import make_recipe
 from search.points.asked import FixedTrial
 from search.problem import Problem
 from search.text import settings_of
+from trainers.recipes import make_recipe
 
 # Recipe settings that say how large updates are: wrong by an order of magnitude they break a training.
 RANK, SCALED_RATE = "rank", "scaled_rate"

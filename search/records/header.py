@@ -80,7 +80,7 @@ def check_settings(settings: Any, what: str) -> None:
     kinds = RunConfig().to_json()
     for key, value in checks.mapping(settings, what).items():
         example = kinds.get(key)
-        if isinstance(example, str) and isinstance(value, int):  # pack was a number once
+        if key == "pack" and isinstance(value, int):  # it was a number once
             continue
         if isinstance(value, Mapping) and (example is None or isinstance(example, Mapping)):
             checks.scalars(value, f"{what}.{key}")

@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 from types import ModuleType
 
 from allocators.core import plugins, words
-from allocators.core.errors import StudyError, shown, unknown
+from allocators.core.errors import StudyError, unknown
 from allocators.core.shapes import unnamed_experts
 from allocators.core.types import ModelShape
-from search.config import AUTO, THREE, RunConfig, make_recipe
+from search.config import AUTO, THREE, RunConfig
 from search.points.starting import starting_points
 from search.problem import (
     Problem,
@@ -54,10 +54,6 @@ def prepare_training(config: RunConfig) -> Problem:
     shape = models.shape_of(config.model, trust_remote_code=config.trust_remote_code)
     space = load_space(config.space, shape)
     task = tasks.check_task(config.task, select_on=config.select_on)
-    try:
-        make_recipe(task.recipe)
-    except StudyError as error:
-        raise StudyError(f"task {shown(config.task)} suggests what no recipe has: {error}") from error
     _check_deployable(config, shape)
     kinds = kinds_read(space.ALLOCATORS)
     problem = Problem(

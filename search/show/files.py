@@ -5,6 +5,7 @@ draw_png(shown, Path("show.png")), to_html(shown)
 
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -50,7 +51,9 @@ def draw_png(shown: Shown, file: Path) -> None:
             axes.set_title(title, fontsize=9 - len(row) // 2)
             _draw_panel(axes, panel)
             axes.set_yticks(range(len(panel.lines)), panel.lines if i == 0 else [], fontsize=6)
-    figure.savefig(file, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format=file.suffix.removeprefix(".") or "png")
+    file.write_bytes(picture.getvalue())  # by its name, matplotlib would write another file where that has no suffix
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:

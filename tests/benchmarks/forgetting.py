@@ -26,9 +26,9 @@ from allocators import uniform_ranks
 from allocators.core import words
 from allocators.core.messages import TrainJob
 from allocators.core.types import TRANSFERABLE, Recipe, Trial
-from search.config import make_recipe
 from tests.benchmarks._shared import clock, parse
 from trainers import tasks
+from trainers.recipes import make_recipe
 from trainers.worker_state import WorkerSetup, WorkerState
 
 

@@ -33,13 +33,13 @@ from allocators.core import words
 from allocators.core.errors import StudyError
 from allocators.core.shapes import shape_from_config
 from allocators.core.types import ExpertCounts, Recipe, digest_of
-from search.config import make_recipe
 from search.report.uncertainty import paired
 from tests.benchmarks._shared import parse
 from tests.benchmarks._trained import Kept, trained
 from trainers import models, tasks
 from trainers.adapter.base import Adapter
 from trainers.adapter.lora_moe import LoraMoeAdapter
+from trainers.recipes import make_recipe
 from trainers.tasks.files import default_for
 from trainers.versions import versions
 

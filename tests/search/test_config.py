@@ -14,10 +14,11 @@ import pytest
 
 from allocators.core.errors import StudyError
 from allocators.core.types import Recipe
-from search.config import AUTO, Decides, RunConfig, Where, _key, help_text, keys, load_arguments, make_recipe, parse
+from search.config import AUTO, Decides, RunConfig, Where, _key, help_text, keys, load_arguments, parse
 from search.records.reuse import INDIFFERENT
 from search.replay import Table
 from trainers import models, tasks
+from trainers.recipes import make_recipe
 
 
 def test_no_words_give_the_defaults() -> None:

@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError
-from search.config import SETTINGS, RunConfig, keys, parse
+from search.config import RunConfig, keys, parse
+from trainers.recipes import SETTINGS
 
 KEYS = [*keys(), *(f"recipe.{name}" for name in SETTINGS), "space.rank", "space.x", "recipe.", "space.", "", "config"]
 ODD = ["", " ", "nan", ".nan", "inf", "-inf", "1e400", "-1", "0", "1_000", "٣", "0x10", "1:30", "null", "~", "true"]

@@ -20,13 +20,14 @@ from allocators.core.layers import blocks
 from allocators.core.shapes import shape_from_config
 from allocators.core.tables import facts
 from allocators.core.types import TRANSFERABLE, ExpertCounts, ModelShape, Point, Recipe
-from search.config import make_recipe, parse
+from search.config import parse
 from search.problem import Problem, Proposal, corners, load_space, placeholder
 from search.propose.sampler import Proposer, table_rows
 from search.session.prepare import prepare, prepare_training
 from search.study import table_trainings
 from spaces._tables import RECIPES
 from tests.search.propose.proposals import next_proposal
+from trainers.recipes import make_recipe
 
 SPACES = plugins.names("spaces")
 TABLES = [name for name in SPACES if getattr(plugins.load("spaces", name, "space"), "TABLE", False)]

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from allocators.core.errors import StudyError
+from allocators.core import checks
+from allocators.core.errors import StudyError, ToolkitError
 from allocators.core.types import Allocation, LoraSettings, ModelShape, allocation_from_json
 from trainers import storage
 from trainers.adapter.base import Adapter
@@ -89,18 +90,24 @@ def read(folder: storage.Location) -> Saved:
     from safetensors.torch import load_file
 
     with storage.reading_folder(folder) as path:
+        for name in (_CONFIG, _WEIGHTS):
+            if (path / name).exists() and not (path / name).is_file():  # a pipe would be waited for
+                raise StudyError(f"the adapter in {folder} is damaged: {name} is no file; save it again")
         try:
-            config = json.loads((path / _CONFIG).read_text(encoding="utf-8"))
+            config = checks.mapping(json.loads((path / _CONFIG).read_text(encoding="utf-8")), _CONFIG)
             weights = load_file(path / _WEIGHTS)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise StudyError(f"no adapter in {folder}: expected {_CONFIG} and {_WEIGHTS} there") from error
-        except (ValueError, SafetensorError) as error:  # no JSON, no UTF-8
+        except (OSError, ValueError, SafetensorError) as error:  # no JSON, no UTF-8
             raise StudyError(f"the adapter in {folder} is damaged: {error}; save it again") from error
-    if config["format"] != FORMAT:
-        raise StudyError(f"{folder}/{_CONFIG} has format {config['format']}, this version reads {FORMAT}")
+    if config.get("format") != FORMAT:
+        raise StudyError(f"{folder}/{_CONFIG} has format {config.get('format')}, this version reads {FORMAT}")
     saved = Saved(str(folder), config, weights)
     held = sum(tensor.numel() for tensor in weights.values())
-    counted = saved.allocation.trainable_params(saved.shape, rank=saved.lora.rank)
+    try:
+        counted = saved.allocation.trainable_params(saved.shape, rank=saved.lora.rank)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, ToolkitError) as error:
+        raise StudyError(f"the adapter in {folder} is damaged: {_CONFIG} is not that of one; save it again") from error
     if held != counted:
         raise StudyError(
             f"the adapter in {folder} is damaged: it holds {held:,} values, its allocation {counted:,}; save it again"

@@ -54,6 +54,9 @@ same documents are one. Where rows come from other data, documents are held out 
 rows that hold the question of one word for word are left out; rewritten questions cannot be told (splits.py). A task
 that has neither a validation split beside its test split nor a training split of its own needs select_on=test.
 
+A function of a task file (`!function`) or a draw in a template must give the same each time: every trial asks the same
+questions. `process_docs` may draw: Python's, numpy's and torch's draws are seeded anew in every call.
+
 Training rows are the task's own requests with the right answer filled in, tokenised as the evaluation tokenises them,
 without few-shot examples; `generate_until` rows end with the eos token (or the first `until` string) so that a model
 learns to stop. A mixture is all rows of all tasks, one after another, shuffled anew every epoch by the study's seed:
@@ -83,24 +86,24 @@ Importing this package loads neither torch nor transformers nor lm-eval: the com
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from allocators.core import plugins
-from allocators.core.errors import StudyError, unknown
+from allocators.core.errors import FAULTS, StudyError, unknown
 from trainers.tasks import check, harness
 from trainers.tasks.check import Limits, Looked, look
 from trainers.tasks.data import located_data
 from trainers.tasks.data.read import as_datasets, read
 from trainers.tasks.evaluation import Evaluation
-from trainers.tasks.files import BENCHMARKS, EMBEDDED, FEWSHOT_SEED, absolute, check_task
+from trainers.tasks.files import BENCHMARKS, EMBEDDED, FEWSHOT_SEED, absolute, check_task, is_shipped
 from trainers.tasks.harness import HarnessTask
 from trainers.tasks.mixture import AnyTask, Mixture, sizes
 from trainers.tasks.rows import Row, TrainingData
-from trainers.tasks.splits import Selection, Splits, Unseen
+from trainers.tasks.splits import Selection, Splits, Unseen, repeats
 from trainers.tasks.task import Task
 from trainers.tasks.task_file import TaskFile, one_line, training_config, training_key
 
@@ -195,12 +198,13 @@ def _parts(
     parts = []
     for one in built:
         key, selection = training_key(one.file), one.selection
-        if key not in trainings:
-            keep = Unseen.of(one.file, held_out).allows if held_out else None
-            trainings[key] = make_training(one.file.name, one.trained, keep=keep)
-        task = make_task(one.file, one.task, trainings[key])
-        if selection.task is not one.task:
-            task = make_task(one.file, selection.task, trainings[key], selection=selection, test=task)
+        with _building(one.file):
+            if key not in trainings:
+                keep = Unseen.of(one.file, held_out).allows if held_out else None
+                trainings[key] = make_training(one.file.name, one.trained, keep=keep)
+            task = make_task(one.file, one.task, trainings[key])
+            if selection.task is not one.task:
+                task = make_task(one.file, selection.task, trainings[key], selection=selection, test=task)
         parts.append(task)
     return parts
 
@@ -208,21 +212,34 @@ def _parts(
 def _built(file: TaskFile, splits: Splits) -> _Built:
     """lm-eval's tasks of a file."""
     folder = file.path.parent
+    with _building(file), harness.quiet():
+        config = {**harness.read_config(file.path), **file.changes}
+        other = training_config(config)
+        config |= located_data(config, folder)
+        unused = ("validation_split",) if config.get("test_split") and splits.select_on == "test" else ()
+        task = _over_its_data(file, config, unused)
+        trained = task if other is None else _over_its_data(file, _only_trained(other, folder))
+        made = (trained.training_docs, lambda: task.eval_docs)
+        if config.get("process_docs") and not is_shipped(file) and not all(map(repeats, made)):
+            raise StudyError(
+                f"task '{file.name}' ({file.path.name}): process_docs makes other documents each time: a draw needs a "
+                "fixed seed"
+            )
+        return _Built(file, task, trained, splits.selection(file, config, task, trained))
+
+
+@contextlib.contextmanager
+def _building(file: TaskFile) -> Iterator[None]:
+    """Whatever the user's file makes lm-eval raise in the block is a StudyError with what is wrong with that file."""
     try:
-        with harness.quiet():
-            config = {**harness.read_config(file.path), **file.changes}
-            other = training_config(config)
-            config |= located_data(config, folder)
-            unused = ("validation_split",) if config.get("test_split") and splits.select_on == "test" else ()
-            task = _over_its_data(file, config, unused)
-            trained = task if other is None else _over_its_data(file, _only_trained(other, folder))
-            return _Built(file, task, trained, splits.selection(file, config, task, trained))
+        yield
     except StudyError:
         raise
-    except Exception as error:  # lm-eval ran the user's file: whatever it raises says what is wrong with that file
+    except FAULTS as error:
         if strange := sorted({*file.config} - {*harness.task_keys(), "include", "class"}):
             raise unknown(f"key of task '{file.name}' ({file.path.name})", strange[0], harness.task_keys()) from error
-        raise StudyError(f"task '{file.name}' ({file.path.name}) cannot be built: {one_line(error, folder)}") from error
+        reason = one_line(error, file.path.parent)
+        raise StudyError(f"task '{file.name}' ({file.path.name}) cannot be built: {reason}") from error
 
 
 def _only_trained(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -251,11 +268,11 @@ def _over_its_data(file: TaskFile, config: Mapping[str, Any], unused: Collection
         splits = as_datasets(splits)
     if unknown_metric := harness.unknown_metric(config):
         raise StudyError(f"task '{file.name}' ({file.path.name}) {unknown_metric}")
-    functions = any(callable(value) for value in config.values())  # which may have much to do, and go on
+    makes = any(part.get("process_docs") for part in (config, few_shot))  # which may have much to do, and goes on
     try:
-        with plugins.watched(None, f"building task '{file.name}' ({file.path.name})", ends=not functions):
+        with plugins.watched(None, f"building task '{file.name}' ({file.path.name})", ends=not makes):
             return harness.build(config, splits)
-    except Exception as error:
+    except FAULTS as error:
         wrong = ""
         with contextlib.suppress(Exception):  # what is wrong with the task was raised above
             wrong = check.first_document(file, config, splits)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from allocators.core import words
 from allocators.core.errors import StudyError
 from allocators.core.words import key
-from trainers import models, tasks
+from trainers import command, models, tasks
 from trainers.tasks.files import DEFAULT, FEWSHOT_SEED, SELECT_ON, default_for
 
 if TYPE_CHECKING:
@@ -149,4 +149,4 @@ def _histogram(lengths: Sequence[int]) -> list[str]:
 
 
 if __name__ == "__main__":
-    words.run(main)
+    sys.exit(command.run(lambda: words.run(main)))

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 from allocators.core.errors import StudyError, did_you_mean, shown, unknown
 from allocators.core.words import path as named
+from trainers.recipes import make_recipe
 from trainers.tasks import index
 from trainers.tasks.data import check_data, flat, located_data
 from trainers.tasks.task_file import (
@@ -108,8 +109,8 @@ def check_task(name: str, *, select_on: str = "test") -> Chosen:
     select_on   "validation": a task must have questions to select on besides those of its test split
 
     Raises StudyError for an unknown task, a task without training or evaluation split, one that this search cannot
-    score, a task that is named twice, and with one line for all missing local files and all data sets that are neither
-    cached nor reachable.
+    score, a task that is named twice, a data file that is named twice for a split, a recipe setting that is none, and
+    with one line for all missing local files and all data sets that are neither cached nor reachable.
     """
     files: list[TaskFile] = []
     groups: list[Mapping[str, Any]] = []
@@ -128,6 +129,10 @@ def check_task(name: str, *, select_on: str = "test") -> Chosen:
     recipe = {key: value for key, value in suggested[0].items() if all(s.get(key) == value for s in suggested)}
     for group in groups:
         recipe |= metadata_of(group).get("recipe") or {}
+    try:
+        make_recipe(recipe)
+    except StudyError as error:
+        raise StudyError(f"task {shown(name)} suggests what no recipe has: {error}") from error
     return Chosen(name, tuple(files), recipe)
 
 
@@ -179,6 +184,11 @@ def _path(name: str) -> Path:
     return named(os.path.expandvars(name), "task file")
 
 
+def is_shipped(file: TaskFile) -> bool:
+    """Whether the file came with this toolkit or with lm-eval."""
+    return index.is_shipped(file.path, _EMBEDDED)
+
+
 def _find(name: str, folder: Path) -> Path:
     """The YAML file of a task or group; paths are relative to `folder`."""
     if ours := EMBEDDED.get(name) or BENCHMARKS.get(name):
@@ -208,6 +218,18 @@ def _counted_file_that_is_trained(file: TaskFile, training: Mapping[str, Any]) -
         for split in (training["training_split"], file.evaluation_split)
     )
     return next((counted[place] for place in counted if place in trained), "")
+
+
+def _named_twice(file: TaskFile) -> tuple[str, str] | None:
+    """A split and a local data file that is twice in it; None where there is none."""
+    named = located_data(file.config, file.path.parent)["dataset_kwargs"].get("data_files")
+    for split, files in (named if isinstance(named, Mapping) else {"train": named or []}).items():
+        seen: set[object] = set()
+        for path in (path for name in flat(files) for path in _matched(name)):
+            if (place := _place_of(path)) in seen:
+                return split, path
+            seen.add(place)
+    return None
 
 
 def _matched(name: str) -> list[str]:
@@ -255,8 +277,8 @@ def _of_another_kind(config: Mapping[str, Any]) -> Iterator[str]:
         if good and key in ("metric_list", "filter_list"):
             good = all(isinstance(part, Mapping) and part for part in value or ())
         if good and key == "filter_list":
-            good = all(map(_is_filter, value or ()))
-            needed = "a list of {name: TEXT, filter: [{function: NAME}, …]}"
+            good = all(map(_is_filter, value or ())) and len({part["name"] for part in value or ()}) == len(value or ())
+            needed = "a list of {name: TEXT, filter: [{function: NAME}, …]}, each with another name,"
         if good and isinstance(value, Mapping):
             good = all(isinstance(name, str) for name in value)
         if good and key in ("num_fewshot", "repeats"):
@@ -267,8 +289,10 @@ def _of_another_kind(config: Mapping[str, Any]) -> Iterator[str]:
 
 def _is_filter(value: Mapping[str, Any]) -> bool:
     steps = value.get("filter")
-    named = isinstance(value.get("name"), str) and isinstance(steps, list)
-    return named and all(isinstance(step, Mapping) and "function" in step for step in steps or ())
+    named = isinstance(value.get("name"), str) and value["name"] and isinstance(steps, list)
+    return bool(named) and all(
+        isinstance(step, Mapping) and isinstance(step.get("function"), str) for step in steps or ()
+    )
 
 
 def _check(file: TaskFile) -> None:
@@ -280,7 +304,7 @@ def _check(file: TaskFile) -> None:
 
     if not isinstance(config.get("task"), str) or not config["task"].isprintable() or not config["task"].strip():
         refuse("has no name: write `task: NAME` into it")
-    if not index.is_shipped(file.path, _EMBEDDED):
+    if not is_shipped(file):
         for part in filter(None, (config, block if isinstance(block, Mapping) else None)):
             if wrong := next(_of_another_kind(part), ""):
                 refuse(wrong)
@@ -298,6 +322,8 @@ def _check(file: TaskFile) -> None:
         refuse(
             f"would be evaluated on what it is trained on ('{file.evaluation_split}'): set test_split to another split"
         )
+    if (again := _named_twice(file)) is not None:
+        refuse(f"names the data file '{again[1]}' twice for split '{again[0]}': its rows would count twice")
     if same_data and (file_twice := _counted_file_that_is_trained(file, training)):
         refuse(f"would be evaluated on what it is trained on: the file '{file_twice}' is named for both splits")
     output_type = config.get("output_type", "generate_until")  # as lm-eval has it

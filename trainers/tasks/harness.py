@@ -18,6 +18,7 @@ import functools
 import io
 import logging
 import math
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,10 @@ class HarnessTask(Protocol):
     @property
     def config(self) -> Any:
         """The settings of the task's YAML."""
+
+    @property
+    def eval_docs(self) -> Sequence[Document]:
+        """Documents that are evaluated, made anew."""
 
     def training_docs(self) -> Sequence[Document]:
         """Documents of the training split."""
@@ -181,11 +186,53 @@ def build(config: Mapping[str, Any], splits: Mapping[str, Any] | None = None) ->
     from lm_eval.tasks import TaskManager
 
     templates()
+    few_shot = config.get("fewshot_config")
+    config = {**config, **_repeatable(config)}
+    if few_shot:
+        config["fewshot_config"] = {**few_shot, **_repeatable(few_shot)}
     if splits is not None:
-        config = {**config, **_with_data(splits)}
+        config |= _with_data(splits)
     task: HarnessTask
     (task,) = TaskManager(include_defaults=False).load([dict(config)])["tasks"].values()
     return task
+
+
+def _repeatable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The functions of a config that make documents, so that they draw the same in every call and every process."""
+    functions = {key: config.get(key) for key in ("process_docs", "custom_dataset")}
+    return {key: _drawing_the_same(function) for key, function in functions.items() if callable(function)}
+
+
+@functools.lru_cache(maxsize=256)  # one function stays one: lm-eval's own are compared
+def _drawing_the_same(function: Any) -> Any:
+    if hasattr(function, "draws_the_same"):
+        return function
+
+    @functools.wraps(function)
+    def drawing(*args: Any, **kwargs: Any) -> Any:
+        with _own_draws():
+            return function(*args, **kwargs)
+
+    drawing.draws_the_same = True  # type: ignore[attr-defined]
+    return drawing
+
+
+@contextlib.contextmanager
+def _own_draws() -> Iterator[None]:
+    """Seeds Python's, numpy's and torch's draws as lm-eval's command does, for the block."""
+    import numpy
+    import torch
+
+    of_python, of_numpy = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(0)
+        numpy.random.seed(1234)
+        torch.manual_seed(1234)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            numpy.random.set_state(of_numpy)
 
 
 def unbuilt(config: Mapping[str, Any], features: Iterable[str]) -> HarnessTask:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -240,6 +240,11 @@ def _texts(value: Any) -> Iterator[str]:
 
 def _text(document: Document) -> str:
     return json.dumps(document, sort_keys=True, default=str)
+
+
+def repeats(documents: Callable[[], Sequence[Document]]) -> bool:
+    """Whether a task's documents are the same when they are made again: functions may draw as they like."""
+    return _same(documents(), documents())
 
 
 def _same(some: Sequence[Document], others: Sequence[Document]) -> bool:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, cast
 
-from allocators.core.errors import StudyError, unknown
+from allocators.core.errors import FAULTS, StudyError, unknown
 from trainers.tasks import harness
 from trainers.tasks.data.origin import Origin
 from trainers.tasks.data.parse import exact
@@ -226,7 +226,7 @@ class Task:
             requests = harness.requests_of(self._task, self.limit, messages)
         except StudyError:
             raise
-        except Exception as error:  # documents were looked at before: the templates around them are left
+        except FAULTS as error:  # documents were looked at before: the templates around them are left
             raise StudyError(
                 f"task '{self.label}' makes no prompts (description, fewshot_config, gen_prefix): {one_line(error)}"
             ) from error

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from allocators.core.errors import StudyError, shown
+from allocators.core.errors import StudyError, shown, text_of
 
 LARGEST = 1 << 20  # bytes of a task file
 MOST_VALUES = 100_000  # in a task file
@@ -220,7 +220,7 @@ def one_line(error: BaseException, folder: Path | None = None) -> str:
         error = error.__cause__
     if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark is not None:
         return f"{type(error).__name__}: {error.problem} (line {error.problem_mark.line + 1})"
-    lines = str(error).strip().splitlines()
+    lines = text_of(error).strip().splitlines()
     frames = traceback.extract_tb(error.__traceback__)
     of_user = [f for f in frames if folder is not None and Path(f.filename).parent == folder.resolve()]
     where = f" ({Path(of_user[-1].filename).name}, line {of_user[-1].lineno})" if of_user else ""

@@ -420,6 +420,9 @@ FURTHER: list[tuple[str, object]] = [
     ("inode", 1e300),
     ("table", None),
     ("table", {"published": []}),
+    ("config", {"model": 5}),
+    ("config", {"task": 5}),
+    ("identity", {"dtype": 5}),
 ]
 
 

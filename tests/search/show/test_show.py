@@ -649,6 +649,18 @@ def test_a_picture_of_no_known_format_is_one_line(dense_files: list[str], capsys
     assert err.count("error: ") == 1
 
 
+def test_a_picture_is_the_file_that_was_named(dense_files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """matplotlib would write picture.png, and folder.png beside the folder."""
+    folder = Path(dense_files[0]).parent / "pictures"
+    folder.mkdir()
+    words = f"signal={','.join(dense_files)}"
+    assert show.main([words, f"png={folder / 'picture'}"]) == 0
+    assert show.main([words, f"png={folder}"]) == 2
+    assert "pictures' cannot be written: Is a directory" in capsys.readouterr().err
+    assert [file.name for file in folder.iterdir()] == ["picture"]
+    assert not folder.with_suffix(".png").exists()
+
+
 def test_a_signal_of_matrices_and_layers_has_a_panel_for_each_metric() -> None:
     shape = dense_shape(layers=2)
     rows: dict[str, dict[str, tuple[float, ...]]] = {m.path: {"explained": (0.5, 0.1)} for m in shape.modules}

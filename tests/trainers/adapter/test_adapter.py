@@ -6,6 +6,7 @@ python -m pytest tests/trainers/adapter/test_adapter.py
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -251,6 +252,32 @@ def test_a_folder_without_an_adapter_or_with_a_damaged_one(tmp_path: Path) -> No
     (tmp_path / "adapter.safetensors").write_bytes(whole[:100])
     with pytest.raises(StudyError, match="is damaged"):
         load(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "adapter.safetensors"])
+@pytest.mark.parametrize("kind", ["folder", "pipe", "list"])
+def test_what_is_no_file_of_an_adapter_is_one_line(name: str, kind: str, tmp_path: Path) -> None:
+    save(attached(tiny_model("olmoe")), tmp_path, metadata={})
+    (tmp_path / name).unlink()
+    make: dict[str, Callable[[Path], object]] = {"folder": Path.mkdir, "pipe": os.mkfifo}
+    make.get(kind, lambda path: path.write_text("[]"))(tmp_path / name)
+    with pytest.raises(StudyError, match="is damaged: ") as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["format", "allocation", "settings", "shape"])
+@pytest.mark.parametrize("value", [None, 5, "x", [], {}])
+def test_adapter_json_of_another_form_is_one_line(key: str, value: object, tmp_path: Path) -> None:
+    """Without the checksum, as an earlier version wrote it."""
+    save(attached(tiny_model("olmoe")), tmp_path, metadata={})
+    file = tmp_path / "adapter.json"
+    config = json.loads(file.read_text())
+    del config["checksum"]
+    file.write_text(json.dumps(config | {key: value}))
+    with pytest.raises(StudyError, match="has format" if key == "format" else "is damaged: ") as error:
+        read(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -174,6 +174,9 @@ def test_a_template_hands_no_text_on_that_is_read_as_something_else(tmp_path: Pa
         (row(0), {"target_delimiter": "{{' '}}"}, "target_delimiter is no template"),
         (row(0), {"doc_to_text": "Q: {question}"}, "a field is written {{question}}"),
         (row(0), {"doc_to_text": "{{'{{question}}'}}"}, "its prompt holds the text {{question}}"),
+        (row(0), {"doc_to_text": "{{choices|map('upper')}}"}, "a template writes <generator object sync_do_map at 0x"),
+        (row(0), {"doc_to_text": "{{question.format}}"}, "which is no text: end it with |list, |join or a call"),
+        ({**row(0), "none": "x"}, {"doc_to_text": "{{ none }}"}, "called 'none', a name that templates keep"),
     ],
 )
 def test_forms_that_people_have_their_answers_in(
@@ -195,6 +198,16 @@ def test_forms_that_people_have_their_answers_in(
             FOUR,
             {"doc_to_text": "which ?"},
             "all 4 rows of 'quiz', split 'test', have the same prompt: doc_to_text names a field as {{field}}",
+        ),
+        (
+            FOUR,
+            {"doc_to_text": "{{hint|default('which ?')}}"},
+            "all 4 rows of 'quiz', split 'test', are the same question, whatever their answers are",
+        ),
+        (
+            [row(0, question=[f"q{number}"]) for number in range(2)],
+            {},
+            "2 of 2 rows of 'quiz', split 'test', write a list as Python does: join its parts in doc_to_text",
         ),
         (
             [row(0, question=f"q{number}") for number in range(2)],
@@ -221,6 +234,9 @@ def test_what_was_hardly_meant_is_noted(
         ({"filter_list": [{"name": "x", "filter": [{"function": "nope"}]}]}, ["Unknown filter 'nope'"]),
         ({"filter_list": [{"name": "x", "filter": "take_first"}]}, ["filter: [{function: NAME}"]),
         ({"filter_list": [{"filter": [{"function": "take_first"}]}]}, ["name: TEXT"]),
+        ({"filter_list": [{"name": "", "filter": [{"function": "take_first"}]}]}, ["name: TEXT"]),
+        ({"filter_list": [{"name": "x", "filter": [{"function": 5}]}]}, ["filter: [{function: NAME}"]),
+        ({"filter_list": [{"name": "x", "filter": [{"function": "take_first"}]}] * 2}, ["each with another name"]),
         ({"dataset_kwargs": {"data_files": {"train": {"a": "b"}, "test": "test.jsonl"}}}, ["lists of paths by split"]),
         ({"dataset_kwargs": {"data_files": {"train": "*.jsonl", "test": "test.jsonl"}}}, ["what it is trained on"]),
     ],
@@ -449,6 +465,21 @@ def test_a_template_that_never_ends_is_ended(tmp_path: Path, monkeypatch: pytest
     refused(write(tmp_path, stuck, FOUR, [row(1, question="stuck")]), "split 'test', row 0", ended)
 
 
+def test_a_pattern_that_looks_for_ever_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds the interpreter: no other thread could end it."""
+    path = write(tmp_path, GEN, say("a"), say("a" * 40, "b"))
+    looked(write(tmp_path, GEN, say("a")))
+    monkeypatch.setattr(plugins, "PATIENCE", 0.5)
+    steps = [{"function": "regex", "regex_pattern": "(a+)+b"}, {"function": "take_first"}]
+    ends = {**GEN, "generation_kwargs": {"until": ["x"], "max_gen_toks": 64}}
+    path = write(tmp_path, ends, say("b"), say("b", "a" * 40), filter_list=[{"name": "x", "filter": steps}])
+    refused(path, "split 'test', row 1", "cannot be scored by exact_match: TimeoutError: it has run for 0.5 s and was")
+    (tmp_path / "utils.py").write_text("import re\ndef found(doc):\n    return re.sub('(a+)+$', '', doc['question'])\n")
+    path = write(tmp_path, GEN, say("a"), [{"question": "a" * 40 + "!", "answer": "b"}], doc_to_text="TEXT")
+    path.write_text(path.read_text().replace("TEXT", "!function utils.found"))
+    refused(path, "split 'test', row 0", "TimeoutError: it has run for 0.5 s and was ended")
+
+
 def test_a_template_that_takes_long_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plugins, "PATIENCE", 0.0001)
     monkeypatch.setattr(plugins._Clock, "is_up", False)
@@ -612,6 +643,10 @@ def test_labels_of_a_csv_file_are_numbers(tmp_path: Path) -> None:
         ("question,question\nq,a\n", ["two columns are called 'question'"]),
         ('question,answer\nq,"a\n', ["line 2"]),
         ("question,answer\n", ["holds no rows"]),
+        (
+            'question,answer\nq,a\nq, "a"\n',
+            ["line 3", "quotes follow a space in '\"a\"': say dataset_kwargs: {skip"],
+        ),
         ("question;answer\nq;a\n", ["line 1", "one column, 'question;answer': say dataset_kwargs: {sep: \";\"}"]),
         ("question\tanswer\nq\ta\n", ["line 1", 'say dataset_kwargs: {sep: "\\t"}']),
         ("", ["holds no rows"]),
@@ -781,6 +816,8 @@ GOOD = json.dumps(say("a")[0])
         ('{"question": "q", "answer": Infinity}', ["line 1", "Infinity"]),
         ('{"question": "q", "answer": "\\ud800"}', ["line 1", "half a character"]),
         ("[" * 100_000, ["line 1", "nested too deeply"]),
+        ('{"question": ["q", "r"], "answer": ["a", "b"]}', ["line 1", "columns and not rows", "lines=True"]),
+        ('{"question": {"0": "q", "1": "r"}, "answer": {"0": "a", "1": "b"}}', ["line 1", "columns and not rows"]),
     ],
 )
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -903,6 +940,94 @@ def test_a_task_file_that_does_not_fit_says_where(tmp_path: Path, changes: dict[
     path = write(tmp_path, MC, FOUR, **changes)
     path.write_text(yaml.safe_dump({k: v for k, v in yaml.safe_load(path.read_text()).items() if v is not None}))
     refused(path, *parts)
+
+
+def with_function(folder: Path, form: Mapping[str, Any], body: str, key: str, train: Any, test: Any = None) -> Path:
+    """A task whose key is the function of that body; it is called with x, and with y where it takes two."""
+    arguments = "x, y" if key == "process_results" else "x"
+    (folder / "utils.py").write_text(f"import random, sys\nimport numpy as np\ndef made({arguments}):\n    {body}\n")
+    path = write(folder, form, train, test, **{key: "FUNCTION"})
+    path.write_text(path.read_text().replace("FUNCTION", "!function utils.made"))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("key", "body", "why"),
+    [
+        ("doc_to_text", "return f'{random.random()}'", "doc_to_text gives the text '0."),
+        ("doc_to_choice", "return random.sample(x['choices'], 4)", "it must give the same each time"),
+        ("doc_to_text", "x['label'] = 0; return x['question']", "doc_to_target gives the number 0, then the number 1"),
+        ("doc_to_text", "sys.exit(3)", "SystemExit: 3"),
+        ("doc_to_target", "return np.int64(x['label'])", "its answer is a value of type int64"),
+        ("doc_to_choice", "return iter(x['choices'])", "its choices are a value of type list_iterator"),
+        ("process_results", "return {'acc': float('nan')}", "its right answer scores nan by acc"),
+        ("process_results", "return {'acc': float('inf')}", "its right answer scores inf by acc"),
+        ("process_results", "sys.exit()", "its right answer cannot be scored by acc: SystemExit"),
+        ("process_results", "return {}", "no row has a score called acc"),
+        ("process_docs", "sys.exit(3)", "cannot be built: SystemExit: 3 (utils.py, line 4)"),
+        ("process_docs", "return x.shuffle(np.random.default_rng().integers(99))", "makes other documents each time"),
+        ("process_docs", "return x if len(x) == 1 else 1 / 0", "cannot be built: ZeroDivisionError"),
+    ],
+)
+def test_what_a_function_of_a_task_file_may_not_do(tmp_path: Path, key: str, body: str, why: str) -> None:
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    form = {**MC, "doc_to_target": "{{label}}" if "label" in body and key == "doc_to_text" else "label"}
+    rows = [row(number % 4, question=f"q{number}") for number in range(40)]
+    path = with_function(tmp_path, {**form, "metric_list": metrics}, body, key, rows, [row(1)])
+    refused(path, "task '", why)
+
+
+@pytest.mark.parametrize("answer", ["b'bytes'", "float('nan')", "{'a'}", "(part for part in 'ab')"])
+def test_a_written_answer_is_a_text_or_a_number(tmp_path: Path, answer: str) -> None:
+    path = with_function(tmp_path, GEN, f"return {answer}", "doc_to_target", say("a"))
+    refused(path, "split 'test', row 0", "a text is needed (doc_to_target)")
+
+
+def test_a_draw_of_a_template_is_refused(tmp_path: Path) -> None:
+    rows = [row(0, question=[f"q{number}" for number in range(1000)])]
+    refused(write(tmp_path, MC, rows, doc_to_text="{{question|random}}"), "doc_to_text gives the text", "then the text")
+
+
+def test_an_error_whose_text_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    path = with_function(tmp_path, MC, "raise Broken", "doc_to_text", FOUR)
+    broken = "class Broken(Exception):\n    def __str__(self): return 1\n"
+    (tmp_path / "utils.py").write_text(broken + (tmp_path / "utils.py").read_text())
+    refused(path, "row 0", "Broken: its text cannot be read")
+
+
+def test_a_function_that_shuffles_makes_the_same_documents_in_every_call(tmp_path: Path) -> None:
+    """What is held out goes by its place: another order would train on what is selected on."""
+    rows = [row(number % 4, question=f"q{number}") for number in range(40)]
+    body = "random.random(); return x.shuffle().select(np.random.permutation(len(x)))"
+    path = with_function(tmp_path, MC, body, "process_docs", rows, [row(1, question=f"t{n}") for n in range(9)])
+    task, again = loaded(path, select_on="validation"), loaded(path, select_on="validation")
+    trained, selected = (
+        [document["question"] for document in some] for some in (task.training.documents, task.questions.documents)
+    )
+    assert len(trained) == 36
+    assert {*trained, *selected} == {f"q{number}" for number in range(40)}
+    assert trained == [document["question"] for document in again.training.documents]
+    assert trained != sorted(trained)
+    assert task.data_hash == again.data_hash
+
+
+def test_a_metric_beyond_1_is_noted(tmp_path: Path) -> None:
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    form = {**MC, "metric_list": metrics}
+    notes = looked(
+        with_function(tmp_path, form, "return {'acc': 100}", "process_results", FOUR, [row(0, question="t")])
+    ).notes
+    assert "its right answer scores 100 by acc: accuracies are shown as the metric gives them" in notes[0]
+
+
+@pytest.mark.parametrize("named", [["train.jsonl", "train.jsonl"], ["train.jsonl", "./again.jsonl"], ["*n.jsonl"] * 2])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_data_file_is_named_once_in_a_split(tmp_path: Path, named: list[str], split: str) -> None:
+    files: dict[str, Any] = {"train": "train.jsonl", "test": "test.jsonl"}
+    files = {**files, split: [name.replace("train", split).replace("*n", f"*{split[-1]}") for name in named]}
+    path = write(tmp_path, MC, FOUR, [row(0, question="t")], dataset_kwargs={"data_files": files})
+    (tmp_path / "again.jsonl").symlink_to(tmp_path / f"{split}.jsonl")
+    refused(path, "names the data file", f"twice for split '{split}'")
 
 
 def test_an_error_of_a_function_names_its_file_and_line(tmp_path: Path) -> None:

@@ -64,6 +64,21 @@ def test_bad_words_are_one_line(words: list[str], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"lr": 0.1}, "unknown recipe setting 'lr'; did you mean 'recipe.learning_rate'?"),
+        ({"rank": 0}, "recipe.rank must be at least 1"),
+        ({"max_length": "long"}, "recipe.max_length must be a whole number, got 'long'"),
+    ],
+)
+def test_a_recipe_that_a_study_would_refuse_is_refused(tmp_path: Path, recipe: dict[str, object], said: str) -> None:
+    path = write(tmp_path, GEN, say("a"), say("c"), metadata={"recipe": recipe})
+    with pytest.raises(StudyError, match="suggests what no recipe has: ") as error:
+        main([str(path), "select_on=test"])
+    assert said in str(error.value)
+
+
 def test_help_lists_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     out = shown(capsys, "help")
     assert "python -m trainers.tasks" in out

@@ -202,6 +202,14 @@ def _note_prompts(questions: Questions, share: Share, looked: Looked) -> None:
     written = isinstance(said, str) and said.strip() and not any(mark in said for mark in ("{{", "{%", "{#"))
     if written and total > 1 and all(said not in requests[0].doc for requests in share.documents.values()):
         looked.notes.append(f"all {total:,} {of}, have the same prompt: doc_to_text names a field as {{{{field}}}}")
+    elif total > 1 and len({repr([request.args[:2] for request in some]) for some in share.documents.values()}) == 1:
+        looked.notes.append(f"all {total:,} {of}, are the same question, whatever their answers are")
+    lists = sum(
+        any(isinstance(value, list) and repr(value) in requests[0].args[0] for value in requests[0].doc.values())
+        for requests in share.documents.values()
+    )
+    if lists:
+        looked.notes.append(f"{lists:,} of {total:,} {of}, write a list as Python does: join its parts in doc_to_text")
     if questions.task.OUTPUT_TYPE == "generate_until":
         return
     pairs = (request.args[:2] for requests in share.documents.values() for request in requests[:1])
@@ -305,10 +313,18 @@ def _check_scores(
     questions: Questions, found: Mapping[int, float | str], texts: Mapping[int, Text], looked: Looked
 ) -> None:
     """Raises StudyError for a right answer that scores less than 1; notes where a written one does for its form."""
-    failed = {number: score for number, score in found.items() if isinstance(score, str) or score < 1 - 1e-9}
+    origin, metric = questions.origin, questions.metric
+    if not found:
+        raise StudyError(f"task '{origin.task}', split '{origin.split}': no row has a score called {metric}")
+    failed = {number: score for number, score in found.items() if isinstance(score, str) or not score >= 1 - 1e-9}
+    scored = {number: score for number, score in found.items() if isinstance(score, float)}
+    if strange := [number for number, score in scored.items() if not math.isfinite(score)]:
+        raise StudyError(f"{origin.name(strange[0])}: its right answer scores {scored[strange[0]]} by {metric}")
+    if (most := max(scored, key=scored.__getitem__, default=None)) is not None and scored[most] > 1 + 1e-9:
+        said = f"{origin.name(most)}: its right answer scores {scored[most]:g} by {metric}"
+        looked.notes.append(f"{said}: accuracies are shown as the metric gives them, and not as a share of 1")
     if not failed:
         return
-    origin, metric = questions.origin, questions.metric
     number, score = next(((n, s) for n, s in failed.items() if isinstance(s, str)), next(iter(failed.items())))
     if isinstance(score, str):
         raise StudyError(f"{origin.name(number)}: its right answer cannot be scored by {metric}: {score}")

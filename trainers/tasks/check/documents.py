@@ -6,13 +6,17 @@ wrong_with(task, {"question": "which ?", "choices": ["x", "y"], "label": -1}, lo
 
 from __future__ import annotations
 
+import copy
+import datetime
 import json
+import numbers
 import re
 import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from allocators.core import plugins
+from allocators.core.errors import FAULTS
 from allocators.core.words import shown
 from trainers.tasks import harness
 from trainers.tasks.check import nulls
@@ -20,6 +24,10 @@ from trainers.tasks.harness import Document, HarnessTask
 from trainers.tasks.rows import right_answer, right_choice
 from trainers.tasks.task_file import one_line
 
+_ASKED = ("doc_to_text", "doc_to_target", "doc_to_choice")
+_DRAWS = re.compile(r"\b(random|lipsum)\b")  # what a template can draw with
+_KEPT = re.compile(r"{{\s*(none|None|true|True|false|False)\b")  # the same in every template
+_ADDRESS = re.compile(r"<[^<>]+ at 0x[0-9a-f]+>")  # as Python writes an object that has no text
 _WRITTEN_SO = re.compile(r"(?<![{\w])\{(\w+)\}(?!\})")  # as Python's format has it
 _HIDDEN = "the answers of this split are hidden: name another split"
 
@@ -31,8 +39,9 @@ def wrong_with(task: HarnessTask, document: Document, *, local: bool) -> str:
     """
     try:
         with plugins.watched(None, "a question", ends=True):
-            return _wrong_with(task, document, local=local)
-    except Exception as error:  # the user's templates and functions raise what they like
+            as_it_is = copy.deepcopy(document) if _draws(task) else {}
+            return _wrong_with(task, document, local=local) or _made_anew(task, as_it_is)
+    except FAULTS as error:  # the user's templates and functions raise what they like
         return f"it makes no question: {one_line(error)}"
 
 
@@ -44,6 +53,8 @@ def _wrong_with(task: HarnessTask, document: Document, *, local: bool) -> str:
     prompt, prefix = task.doc_to_text(document), task.doc_to_prefix(document)
     if local and isinstance(prompt, str) and "{{" in prompt and (left := _left_over(prompt, document)):
         return f"its prompt holds the text {{{{{left}}}}}, which is no field any more: write it once (doc_to_text)"
+    if local and (strange := _object_in((prompt, prefix, _target(task, document)), document)):
+        return f"a template writes {strange}, which is no text: end it with |list, |join or a call"
     if not isinstance(prefix, str | None):
         return f"its gen_prefix is {value_of(prefix)}: a text is needed"
     if task.OUTPUT_TYPE == "multiple_choice":
@@ -51,21 +62,45 @@ def _wrong_with(task: HarnessTask, document: Document, *, local: bool) -> str:
     return _wrong_answer(task, document) if isinstance(prompt, str) else _wrong_prompt(prompt)
 
 
+def _draws(task: HarnessTask) -> bool:
+    """Whether a prompt or an answer comes of a function, or of a template that can draw."""
+    said = [getattr(task.config, key) for key in _ASKED]
+    return any(callable(one) or (isinstance(one, str) and _DRAWS.search(one) is not None) for one in said)
+
+
+def _made_anew(task: HarnessTask, document: Document) -> str:
+    """What a function, or a draw in a template, makes otherwise when it is asked again: each trial would ask other
+    questions, and the number of a right choice would be that of another choice.
+    """
+    made: dict[str, Any] = {}
+    keys = [key for key in _ASKED if getattr(task.config, key) is not None]
+    for order in (keys, keys[::-1]) if document else ():  # one may have changed the document for the others
+        asked = copy.deepcopy(document)
+        for key in order:
+            text = getattr(task, key)(asked)
+            if made.setdefault(key, text) != text:
+                again = f"{value_of(made[key])}, then {value_of(text)}"
+                return f"its {key} gives {again}: it must give the same each time, whatever was asked before"
+    return ""
+
+
 def value_of(value: Any) -> str:
     """A value for a message: `the text 'xyz'`, `the number 5`, `null`, `the list [1, 2]`."""
     if value is None or isinstance(value, bool):
         return f"the value {json.dumps(value)}" if value is not None else "null"
-    kinds = {str: "the text", int: "the number", list: "the list", tuple: "the list", dict: "the object"}
-    kind = next((word for of, word in kinds.items() if isinstance(value, of)), "the number")
-    return f"{kind} {shown(repr(value))}"
+    kinds = {str: "the text", int: "the number", float: "the number", list: "the list", dict: "the object"}
+    kind = next((word for of, word in kinds.items() if isinstance(value, of)), "")
+    return f"{kind} {shown(repr(value))}" if kind else f"a value of type {type(value).__name__}"
 
 
 def _no_field(task: HarnessTask, document: Document) -> str:
     """A name that is meant as that of a field, and would be the text of every prompt or answer."""
     if "self" in document:
-        return "it has a field called 'self', a name that templates keep for themselves: call the field otherwise"
-    for key in ("doc_to_text", "doc_to_target", "doc_to_choice"):
+        return _kept("self")
+    for key in _ASKED:
         said = getattr(task.config, key, None)
+        if isinstance(said, str) and (kept := _KEPT.search(said)) and kept[1] in document:
+            return _kept(kept[1])
         if isinstance(said, str) and said.isidentifier() and said not in document:
             return f"it has no field '{said}', which {key} names: its fields are {', '.join(document)}"
     for key in ("target_delimiter", "fewshot_delimiter"):
@@ -76,6 +111,23 @@ def _no_field(task: HarnessTask, document: Document) -> str:
     if meant := next((name for name in written if name in document), ""):
         return f"its prompt would hold the text {{{meant}}}: a field is written {{{{{meant}}}}} (doc_to_text)"
     return ""
+
+
+def _target(task: HarnessTask, document: Document) -> Any:
+    """What its answer is, where it is no choice."""
+    return None if task.OUTPUT_TYPE == "multiple_choice" else task.doc_to_target(document)
+
+
+def _object_in(texts: Sequence[Any], document: Document) -> str:
+    """How Python writes an object, in a text that comes of no row; "" where no text has such."""
+    for text in texts:
+        if isinstance(text, str) and (found := _ADDRESS.search(text)) and found[0] not in str(document):
+            return found[0]
+    return ""
+
+
+def _kept(name: str) -> str:
+    return f"it has a field called '{name}', a name that templates keep for themselves: call the field otherwise"
 
 
 def _read_anew(task: HarnessTask, document: Document) -> str:
@@ -186,7 +238,7 @@ def _instead(answer: Any, choices: int) -> str:
     for case in (letters, letters.lower()):
         if isinstance(answer, str) and len(answer) == 1 and answer in case:
             return f": a letter is its number by doc_to_target: \"{{{{'{case}'.index(FIELD)}}}}\""
-    if not isinstance(answer, str | list) and answer in range(choices):
+    if isinstance(answer, float) and answer in range(choices):
         return ": it is the number of a choice by doc_to_target: '{{FIELD|int}}'"
     return ""
 
@@ -213,7 +265,7 @@ def _wrong_answer(task: HarnessTask, document: Document) -> str:
             return f"its list of right answers is empty: {_HIDDEN}"
         wrong = [one for one in target if not isinstance(one, str | int | float) or isinstance(one, bool)]
         return f"one of its right answers is {value_of(wrong[0])}: a text is needed" if wrong else ""
-    if target is None or isinstance(target, dict | list | tuple):
+    if not isinstance(target, str | numbers.Number | datetime.date | datetime.time) or target != target:
         return f"its answer is {value_of(target)}: a text is needed (doc_to_target)"
     if task.OUTPUT_TYPE == "loglikelihood" and not isinstance(target, str):
         return f"its answer is {value_of(target)}: a text is needed (doc_to_target)"

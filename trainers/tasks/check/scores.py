@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from allocators.core import plugins
+from allocators.core.errors import FAULTS
 from trainers.tasks import harness
 from trainers.tasks.evaluation import Questions, Share
 from trainers.tasks.harness import Request
@@ -67,16 +69,21 @@ def scores(questions: Questions, share: Share, texts: Mapping[int, Text]) -> dic
     texts   of a task that writes its answers, the right one of every document
     """
     try:
-        return dict(_scores(questions, share.documents, texts))
-    except Exception:  # one document's: which one, and why, is found by asking one by one
-        return {number: _alone(questions, number, share.documents[number], texts) for number in share.documents}
+        with plugins.watched(None, "scoring right answers", ends=True):
+            return dict(_scores(questions, share.documents, texts))
+    except FAULTS:  # one document's: which one, and why, is found by asking one by one; or there are many
+        alone = (_alone(questions, number, requests, texts) for number, requests in share.documents.items())
+        return {number: score for one in alone for number, score in one.items()}
 
 
-def _alone(questions: Questions, number: int, requests: list[Request], texts: Mapping[int, Text]) -> float | str:
+def _alone(
+    questions: Questions, number: int, requests: list[Request], texts: Mapping[int, Text]
+) -> Mapping[int, float | str]:
     try:
-        return _scores(questions, {number: requests}, texts).get(number, 1.0)
-    except Exception as error:  # a user's function, or lm-eval on an answer that it did not expect
-        return one_line(error)
+        with plugins.watched(None, "scoring a right answer", ends=True):  # a filter's pattern may look for ever
+            return _scores(questions, {number: requests}, texts)
+    except FAULTS as error:  # a user's function, or lm-eval on an answer that it did not expect
+        return {number: one_line(error)}
 
 
 def _scores(

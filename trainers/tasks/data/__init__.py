@@ -96,7 +96,8 @@ def _missing_files(file: TaskFile, data: Mapping[str, Any]) -> Iterator[str]:
     fetch = metadata_of(file.config).get("fetch")
     for path in flat(files):
         if "://" not in path and not any(c in path for c in "*?[") and not Path(path).is_file():
-            yield f"task '{file.name}' ({file.path.name}) needs the data file '{path}', which does not exist: " + (
+            lacks = "is no file" if os.path.exists(path) else "does not exist"
+            yield f"task '{file.name}' ({file.path.name}) needs the data file '{path}', which {lacks}: " + (
                 f"fetch it with `{fetch}`"
                 if fetch
                 else "correct data_files (paths are relative to the task file) or set the variable it names"

@@ -26,6 +26,8 @@ from allocators.core.errors import StudyError
 from allocators.core.words import shown
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_SPACE_AND_QUOTE = re.compile(r' +".*"', re.DOTALL)  # of a CSV cell: the quotes are part of its text
+_SKIPS = "say dataset_kwargs: {skipinitialspace: true}, or take the space out"
 _HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # of two escapes that are one character together
 
 
@@ -210,6 +212,15 @@ def _check_list_inside(path: Path, row: Mapping[str, Any]) -> None:
     (name, rows), *others = row.items() or [("", None)]
     if not others and isinstance(rows, list) and rows and all(isinstance(one, dict) for one in rows):
         refuse(path, 1, f"the rows are under '{name}': say dataset_kwargs: {{field: {name}}} in the task file")
+    columns = {(type(one), str(list(one)) if isinstance(one, dict) else len(one)) for one in row.values() if _many(one)}
+    if others and len(columns) == 1 and all(map(_many, row.values())):
+        write = "one object a line (pandas: to_json(orient='records', lines=True))"
+        refuse(path, 1, f"the file holds columns and not rows: write {write}")
+
+
+def _many(value: Any) -> bool:
+    """Whether a value could be a column of two rows or more."""
+    return isinstance(value, list | dict) and len(value) > 1
 
 
 def _check_characters(path: Path, line: int, value: Any) -> None:
@@ -262,10 +273,13 @@ def _csv_rows(path: Path, text: str, form: Format) -> list[Raw]:
 def _lines(path: Path, text: str, form: Format) -> Iterator[tuple[int, list[str]]]:
     """The cells of every line that is not blank, with the number of the line that they begin on."""
     csv.field_size_limit(sys.maxsize)
+    skips = form.csv.get("skipinitialspace")
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, **form.csv)
     begins = 1
     try:
         for cells in reader:
+            if quoted := "" if skips else next((cell for cell in cells if _SPACE_AND_QUOTE.fullmatch(cell)), ""):
+                refuse(path, begins, f"quotes follow a space in '{shown(quoted)}': {_SKIPS}")
             if begins > form.skipped and cells:
                 yield begins, cells
             begins = reader.line_num + 1

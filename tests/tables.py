@@ -320,25 +320,46 @@ def smoe_comparisons() -> list[str]:
 def dense_rows() -> list[str]:
     """Every rule for LoRA experts of a dense model at one number of parameters, and its difference from uniform."""
     of = study("dense_table-tiny-dense")
-    rules = {
-        "alphalora stable_rank": ({"metric": "stable_rank"}, "alphalora stable_rank − uniform"),
-        "sensitivity, β 0.5": ({"allocator": "sensitivity"}, "sensitivity − uniform"),
-        "MoLA-8642": ({"pattern": "8642"}, "MoLA-8642 − uniform"),
-        "uniform, and alphalora hill, which rounds to it": ({"allocator": "uniform"}, ""),
-        "random, drawn anew by each seed": ({"allocator": "random"}, "random − uniform"),
-        "MoLA-2468": ({"pattern": "2468"}, "MoLA-2468 − uniform"),
-        "alphalora alpha_hat": ({"metric": "alpha_hat"}, "alphalora alpha_hat − uniform"),
-        "LoRA-SMoE S": ({"strategy": "S"}, "lora_smoe S − uniform"),
-        "LoRA-SMoE U": ({"strategy": "U"}, "lora_smoe U − uniform"),
-    }
+    rules = dense_rules() | {"uniform, and alphalora hill, which rounds to it": ({"allocator": "uniform"}, "")}
     rows = []
     for name, (asked, comparison) in rules.items():
         cells = [name]
         for recipe in RECIPES:
             cells.append(spread(of.row(recipe=recipe, **asked)))
             cells.append(tested(of, comparison and f"{comparison}, {recipe}"))
-        rows.append(cells)
-    return table(("five experts a layer", "tuned", "− uniform", "paper", "− uniform"), rows)
+        rows.append((of.row(recipe=RECIPES[0], **asked).mean, cells))
+    best_first = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
+    return table(("five experts a layer", "tuned", "− uniform", "paper", "− uniform"), best_first)
+
+
+def smollm2_rows() -> list[str]:
+    """The same on SmolLM2-135M with one recipe."""
+    of = study("dense_table-smollm2-135m")
+    rules = dense_rules() | {
+        "uniform": ({"allocator": "uniform"}, ""),
+        "alphalora hill": ({"metric": "hill"}, "alphalora hill − uniform"),
+    }
+    rows = []
+    for name, (asked, comparison) in rules.items():
+        row = of.row(**asked)
+        cells = [name, f"{row.size / 1e6:.2f} M", spread(row), tested(of, comparison and f"{comparison}, tuned")]
+        rows.append((row.mean, cells))
+    best_first = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
+    return table(("allocator", "parameters", "accuracy", "− uniform"), best_first)
+
+
+def dense_rules() -> dict[str, tuple[dict[str, Any], str]]:
+    """By name, what a rule's row was asked for, and what its difference from uniform is called."""
+    return {
+        "alphalora stable_rank": ({"metric": "stable_rank"}, "alphalora stable_rank − uniform"),
+        "sensitivity, β 0.5": ({"allocator": "sensitivity"}, "sensitivity − uniform"),
+        "MoLA-8642": ({"pattern": "8642"}, "MoLA-8642 − uniform"),
+        "random, drawn anew by each seed": ({"allocator": "random"}, "random − uniform"),
+        "MoLA-2468": ({"pattern": "2468"}, "MoLA-2468 − uniform"),
+        "alphalora alpha_hat": ({"metric": "alpha_hat"}, "alphalora alpha_hat − uniform"),
+        "LoRA-SMoE S": ({"strategy": "S"}, "lora_smoe S − uniform"),
+        "LoRA-SMoE U": ({"strategy": "U"}, "lora_smoe U − uniform"),
+    }
 
 
 def tiny_moe_sizes() -> list[str]:

@@ -19,9 +19,9 @@ wider than spectra. LoRA-SMoE's experts share their A and thus have fewer parame
 many as come nearest below uniform's parameters if exactly six tenths of the matrices are kept. Every seed of `random`
 draws its own layout.
 
-Measured on tiny-dense with three seeds (54 trainings, hill rounds to uniform), tuned / paper: stable_rank .862 / .703,
-uniform .773 / .501, alpha_hat .554 / .357; no rule differs from uniform by more than the noise of sixteen tests
-(docs/comparisons.md).
+Measured on tiny-dense with five seeds (90 trainings, hill rounds to uniform), tuned / paper: stable_rank .841 / .671,
+uniform .788 / .476, alpha_hat .627 / .407; of sixteen differences from uniform LoRA-SMoE S's alone, tuned, is more than
+the noise of so many tests: −.229 (docs/comparisons.md).
 
 Comparisons: every rule against uniform. With nine of them about one study in three shows a difference where there is
 none (1 − 0.95⁹, were they independent): read the intervals, not the verdicts.

@@ -453,6 +453,7 @@ TABLES: Mapping[str, tuple[tuple[str, ...], Callable[[], list[str]]]] = {
     "smoe-rows": (("smoe_table-tiny-dense",), smoe_rows),
     "smoe-comparisons": (("smoe_table-tiny-dense",), smoe_comparisons),
     "dense-rows": (("dense_table-tiny-dense",), dense_rows),
+    "smollm2-rows": (("dense_table-smollm2-135m",), smollm2_rows),
     "tiny-moe-sizes": (("moe_grid-tiny-moe",), tiny_moe_sizes),
     "cuts": (("all-rank16-tiny-moe",), cuts),
 }

@@ -321,31 +321,31 @@ def dense_rows() -> list[str]:
     """Every rule for LoRA experts of a dense model at one number of parameters, and its difference from uniform."""
     of = study("dense_table-tiny-dense")
     rules = dense_rules() | {"uniform, and alphalora hill, which rounds to it": ({"allocator": "uniform"}, "")}
-    rows = []
-    for name, (asked, comparison) in rules.items():
-        cells = [name]
-        for recipe in RECIPES:
-            cells.append(spread(of.row(recipe=recipe, **asked)))
-            cells.append(tested(of, comparison and f"{comparison}, {recipe}"))
-        rows.append((of.row(recipe=RECIPES[0], **asked).mean, cells))
-    best_first = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
-    return table(("five experts a layer", "tuned", "− uniform", "paper", "− uniform"), best_first)
+    head = ("five experts a layer", "tuned", "− uniform", "paper", "− uniform")
+    return table(head, ([name, *cells] for name, _, *cells in best_first(of, rules, RECIPES)))
 
 
 def smollm2_rows() -> list[str]:
     """The same on SmolLM2-135M with one recipe."""
-    of = study("dense_table-smollm2-135m")
     rules = dense_rules() | {
         "uniform": ({"allocator": "uniform"}, ""),
         "alphalora hill": ({"metric": "hill"}, "alphalora hill − uniform"),
     }
+    head = ("allocator", "parameters", "accuracy", "− uniform")
+    return table(head, best_first(study("dense_table-smollm2-135m"), rules, RECIPES[:1]))
+
+
+def best_first(
+    of: Study, rules: Mapping[str, tuple[Mapping[str, Any], str]], recipes: Sequence[str]
+) -> list[list[str]]:
+    """Name, parameters, accuracy and difference from uniform with every recipe, sorted by that of the first."""
     rows = []
     for name, (asked, comparison) in rules.items():
-        row = of.row(**asked)
-        cells = [name, f"{row.size / 1e6:.2f} M", spread(row), tested(of, comparison and f"{comparison}, tuned")]
-        rows.append((row.mean, cells))
-    best_first = [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
-    return table(("allocator", "parameters", "accuracy", "− uniform"), best_first)
+        first, cells = of.row(recipe=recipes[0], **asked), []
+        for recipe in recipes:
+            cells += [spread(of.row(recipe=recipe, **asked)), tested(of, comparison and f"{comparison}, {recipe}")]
+        rows.append((first.mean, [name, f"{first.size / 1e6:.2f} M", *cells]))
+    return [cells for _, cells in sorted(rows, key=lambda row: -row[0])]
 
 
 def dense_rules() -> dict[str, tuple[dict[str, Any], str]]:

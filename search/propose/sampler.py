@@ -221,6 +221,8 @@ class Proposer:
             starting, own = self._next_question()
             self._study.sampler = (self._draws.of if own else self._draws.at_random)(self._asked)
             trial, point, params = self._ask(starting)
+            if not own:  # NSGA-II has placed its own
+                self._draws.after(self._study, trial.number)
             try:
                 resolved, cost = self._problem.resolve(point)
             except (InfeasibleError, BudgetError) as error:
@@ -297,9 +299,7 @@ class Proposer:
         if params is not None:
             self._study.enqueue_trial(dict(params))
         trial = self._study.ask()
-        asked = self._problem.ask(trial)
-        self._draws.after(self._study, trial.number)
-        return trial, *asked
+        return trial, *self._problem.ask(trial)
 
     def _tell(self, trial: Any, outcome: Outcome) -> None:
         for name, value in _attributes(outcome).items():

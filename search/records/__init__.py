@@ -291,9 +291,9 @@ class Records:
     def _check_ours(self, trial: Trial) -> None:
         """Raises ValueError for a training of another model or task: its accuracy says nothing here."""
         for key in ("model", "task"):
-            ours, theirs = self.header["identity"].get(key), redacted(getattr(trial, key))
-            if ours is not None and ours != theirs:
-                raise ValueError(f"it is a training with {key}={theirs}, and the study has {key}={ours}")
+            ours, theirs = self.header["identity"].get(key), getattr(trial, key)
+            if ours not in (None, theirs) and ours != redacted(theirs):
+                raise ValueError(f"it is a training with {key}={redacted(theirs)}, and the study has {key}={ours}")
 
     def _apply_lost(self, digest: str, reason: str) -> None:
         self.lost[digest] += 1

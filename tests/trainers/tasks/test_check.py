@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import pytest
 import yaml
@@ -474,6 +475,10 @@ def test_a_pattern_that_looks_for_ever_is_ended(tmp_path: Path, monkeypatch: pyt
     ends = {**GEN, "generation_kwargs": {"until": ["x"], "max_gen_toks": 64}}
     path = write(tmp_path, ends, say("b"), say("b", "a" * 40), filter_list=[{"name": "x", "filter": steps}])
     refused(path, "split 'test', row 1", "cannot be scored by exact_match: TimeoutError: it has run for 0.5 s and was")
+    path = write(tmp_path, ends, say("b"), say(*["a" * 40] * 9), filter_list=[{"name": "x", "filter": steps}])
+    with mock.patch.object(harness, "scores_of", wraps=harness.scores_of) as scored:
+        refused(path, "split 'test', row 0", "TimeoutError: it has run for 0.5 s and was")
+    assert scored.call_count == 2, "all nine rows, then the first alone"
     (tmp_path / "utils.py").write_text("import re\ndef found(doc):\n    return re.sub('(a+)+$', '', doc['question'])\n")
     path = write(tmp_path, GEN, say("a"), [{"question": "a" * 40 + "!", "answer": "b"}], doc_to_text="TEXT")
     path.write_text(path.read_text().replace("TEXT", "!function utils.found"))

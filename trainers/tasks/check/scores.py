@@ -64,7 +64,9 @@ class Ending:
 
 
 def scores(questions: Questions, share: Share, texts: Mapping[int, Text]) -> dict[int, float | str]:
-    """By document, the score of its right answer, or why it has none. A document without a score is left out.
+    """By document, the score of its right answer, or why it has none: no other is scored behind the first of these.
+
+    A document without a score is left out.
 
     texts   of a task that writes its answers, the right one of every document
     """
@@ -72,8 +74,12 @@ def scores(questions: Questions, share: Share, texts: Mapping[int, Text]) -> dic
         with plugins.watched(None, "scoring right answers", ends=True):
             return dict(_scores(questions, share.documents, texts))
     except FAULTS:  # one document's: which one, and why, is found by asking one by one; or there are many
-        alone = (_alone(questions, number, requests, texts) for number, requests in share.documents.items())
-        return {number: score for one in alone for number, score in one.items()}
+        found: dict[int, float | str] = {}
+        for number, requests in share.documents.items():
+            found |= _alone(questions, number, requests, texts)
+            if isinstance(found.get(number), str):  # a pattern that looks for ever would do so in every row
+                break
+        return found
 
 
 def _alone(

@@ -269,18 +269,20 @@ def _ring() -> bool:
         return False
     if signal.getsignal(signal.SIGVTALRM) is signal.SIG_DFL:
         signal.signal(signal.SIGVTALRM, _on_alarm)
-    if signal.getsignal(signal.SIGVTALRM) is not _on_alarm:  # somebody's profiler
+    if not _is_ours():  # somebody's profiler
         return False
     signal.setitimer(signal.ITIMER_VIRTUAL, PATIENCE, min(1.0, PATIENCE))
     return True
 
 
+def _is_ours() -> bool:
+    return hasattr(signal, "setitimer") and signal.getsignal(signal.SIGVTALRM) is _on_alarm
+
+
 def _on_alarm(*_: object) -> None:
-    """Ends what the main thread is in, where its time is up; where it is in nothing any more, stops the alarm."""
+    """Ends what the main thread is in, where its time is up."""
     busy = _busy.get(threading.main_thread().ident or 0)
-    if busy is None or busy.clock is None:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-    elif busy.is_long and not busy.sent:
+    if busy is not None and busy.clock is not None and busy.is_long and not busy.sent:
         busy.sent = True
         raise _TooLongError
 
@@ -291,6 +293,8 @@ def _leave(thread: int, around: _Busy | None) -> None:
             _busy.pop(thread, None)
         else:
             _busy[thread] = around
+    if around is None and thread == threading.main_thread().ident and _is_ours():
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)  # Python's last steps hear no signal: it would end the process
 
 
 class _TooLongError(BaseException):

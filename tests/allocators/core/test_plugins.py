@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,25 @@ def test_call_checks_model_signal_and_knobs() -> None:
     must = SimpleNamespace(__name__="x.must", NEEDS=None, BASE="any", allocate=lambda signal, shape, *, beta: None)
     with pytest.raises(StudyError, match="must needs a value for beta"):
         plugins.call(cast(ModuleType, must), None, shape, {})
+
+
+def test_no_alarm_outlives_what_it_would_end() -> None:
+    """Python's last steps hear no signal any more: an alarm then would be the exit code."""
+
+    def left() -> float:
+        return signal.getitimer(signal.ITIMER_VIRTUAL)[0]
+
+    with plugins.watched(None, "outer", ends=True):
+        with plugins.watched(None, "inner", ends=True):
+            assert left() > 0
+        assert left() > 0
+        with plugins.watched(None, "goes on"), plugins.watched(None, "innermost", ends=True):
+            assert left() > 0
+        assert left() > 0
+    assert left() == 0
+    with plugins.watched(None, "goes on"), plugins.watched(None, "inner", ends=True):
+        assert left() > 0
+    assert left() == 0
 
 
 FOREIGN = """

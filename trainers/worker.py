@@ -33,7 +33,7 @@ from allocators.core.messages import (
 )
 from allocators.core.types import Rung
 from trainers.worker_slots import WorkerSlots
-from trainers.worker_state import WorkerState, in_words
+from trainers.worker_state import WorkerState, has_lost_others, in_words
 
 
 def serve(config: dict[str, Any]) -> None:
@@ -46,11 +46,12 @@ def serve(config: dict[str, Any]) -> None:
 
     ranks, queue = Ranks.of_this_worker(), _queue(config)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if ranks.leads:
-        queue.arrive()
+    queue.arrive(ranks.rank)
     try:
         state = WorkerState(config["setup"], get_device())
     except Exception as error:  # nothing can be trained: say why once instead of being restarted for ever
+        if has_lost_others(error):
+            raise
         queue.lost(in_words(error))
         return
     if ranks.leads:
@@ -72,9 +73,9 @@ class QueueClient:
         self._group, self._life = group, life
         self._jobs: dict[str, tuple[Job, Any]] = {}  # what this group works on, with the open call that says so
 
-    def arrive(self) -> None:
-        """Tells the queue that the group's processes run, and where."""
-        self._get(self._queue.arrive.remote(self._group, self._life, self._node))
+    def arrive(self, rank: int) -> None:
+        """Tells the queue that this process of the group runs, and where."""
+        self._get(self._queue.arrive.remote(self._group, self._life, self._node, rank))
 
     def start(self) -> None:
         """Tells the queue that this group begins, or begins anew."""
@@ -124,7 +125,7 @@ def _queue(config: dict[str, Any]) -> QueueClient:
 class Ranks:
     """The workers of one group. Rank 0 leads: it takes jobs and reports, and shares what the queue said."""
 
-    leads: bool
+    rank: int
     several: bool
 
     @classmethod
@@ -133,7 +134,12 @@ class Ranks:
         from ray.train import get_context
 
         context = get_context()
-        return cls(context.get_world_rank() == 0, context.get_world_size() > 1)
+        return cls(context.get_world_rank(), context.get_world_size() > 1)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
 
     def shared(self, value: Any) -> Any:  # Any: torch.distributed broadcasts whatever pickles
         """Rank 0's value, on every worker."""
@@ -146,7 +152,10 @@ class Ranks:
 
 
 class _GroupMember:
-    """One worker of a group that does one job at a time."""
+    """One worker of a group that does one job at a time.
+
+    Where another worker of the group is gone it reports nothing and ends: the group starts anew, and its job goes on.
+    """
 
     def __init__(self, state: WorkerState, queue: QueueClient, ranks: Ranks) -> None:
         self._state, self._queue, self._ranks = state, queue, ranks
@@ -181,6 +190,8 @@ class _GroupMember:
             elif leads:
                 end = self._state.answer(question)
         except Exception as error:  # the driver decides what a missing signal means
+            if has_lost_others(error):
+                raise
             end = Failed(in_words(error))
             broken = together and not isinstance(error, ToolkitError)
         self._end(job_id, end, broken=broken)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # the driver imports this file, and needs no torch
     from trainers.tasks import AnyTask
 
 MOST_ON_CPU, MOST_ON_GPU = 4, 8  # trainings in a pack that is chosen by measuring
+GLOO = "/gloo/"  # in the path that its messages begin with
 
 Shared = Callable[[bool | None], bool | None]  # gives every worker of a group the first one's value
 
@@ -267,6 +268,8 @@ class WorkerState:
         """One trial from attach to detach; every ending that belongs to the trial becomes an outcome.
 
         report   takes every rung, on every worker, and answers whether the training goes on
+
+        Raises what a lost connection to other workers of the group raises: that ends no trial.
         """
         from trainers import loop
 
@@ -290,6 +293,8 @@ class WorkerState:
             )
             return self.ended(started, adapter, result, leads=leads, tests=job.tests)
         except Exception as error:  # a trial never takes the worker with it: its error is its outcome
+            if has_lost_others(error):
+                raise
             self.broken = self.sharded if is_out_of_memory(error) else not isinstance(error, ToolkitError)
             return self.failed(started, error).updated(seconds=time.monotonic() - began)
         finally:
@@ -403,7 +408,7 @@ class WorkerState:
         """The outcome of a training that raised, with the reason in words.
 
         `out_of_memory` or `failed` where this point would do so again, `lost` where it is no affair of the point:
-        storage that cannot be read or written, a device or a connection that broke.
+        storage that cannot be read or written, a device that broke.
         """
         self.device_broke |= is_device_error(error)
         if is_out_of_memory(error):
@@ -430,7 +435,7 @@ class WorkerState:
         return target
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory did not suffice, in a training's steps or beside them: to attach it, to test it."""
     from trainers import loop
 
@@ -438,11 +443,24 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_device_error(error: Exception) -> bool:
-    """Whether a GPU or a connection between workers broke: this process can use it no more."""
+    """Whether a GPU broke: this process can use it no more."""
     import torch
 
-    kinds = (torch.AcceleratorError, torch.distributed.DistError)
-    return isinstance(error, kinds) and not is_out_of_memory(error)
+    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+
+
+def has_lost_others(error: BaseException | None) -> bool:
+    """Whether a worker of the group, or its node, is gone: no fault of what the group was doing, which is done again.
+
+    gloo raises a plain RuntimeError, which names its source file.
+    """
+    import torch
+
+    while error is not None:
+        if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and GLOO in str(error)):
+            return not is_out_of_memory(error)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def is_of_platform(error: Exception) -> bool:

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from allocators.core.messages import Assignment, Failed, Finished, Job, Report, TrainJob, is_end
 
@@ -30,7 +30,8 @@ class News:
     time    seconds since the epoch
     event   arrived (its processes run, the model is not loaded yet), took, ended (a job), away (its resources are gone)
     job     the job that it took or that ended
-    node    where its first worker runs
+    node    where the worker that arrived runs
+    worker  which of the group's workers that is, by rank
     """
 
     time: float
@@ -39,6 +40,7 @@ class News:
     life: int
     job: str = ""
     node: str = ""
+    worker: int = 0
 
 
 class JobQueue:
@@ -137,9 +139,9 @@ class JobQueue:
 
     # --- worker groups
 
-    async def arrive(self, group: int, life: int, node: str) -> None:
-        """The processes of a group run; it loads the model next."""
-        self._note("arrived", group, life, node=node)
+    async def arrive(self, group: int, life: int, node: str, worker: int = 0) -> None:
+        """A process of a group runs; it loads the model next."""
+        self._note("arrived", group, life, node=node, worker=worker)
 
     async def start(self, group: int, life: int) -> None:
         """A worker begins, or begins anew after it died: it then takes what it held again, before anything else."""
@@ -330,9 +332,9 @@ class JobQueue:
         self._tell()
 
     def _note(
-        self, event: Literal["arrived", "took", "ended", "away"], group: int, life: int, job: str = "", node: str = ""
+        self, event: Literal["arrived", "took", "ended", "away"], group: int, life: int, job: str = "", **where: Any
     ) -> None:
-        self.news.append(News(time.time(), event, group, life, job, node))
+        self.news.append(News(time.time(), event, group, life, job, **where))
 
     # --- waiting
 

@@ -2,12 +2,14 @@
 
     python -m tests.benchmarks.nodes trials=3
     python -m tests.benchmarks.nodes trials=12 head=1
+    python -m tests.benchmarks.nodes trials=3 head=1 workers=2      two workers a trial, one on the head
 
 Raylets on this machine are nodes: the head, on which the driver runs, and others of one logical CPU each. The driver
 starts while the head has no CPU, and waits for a node; the second joins. When it has passed an evaluation of a training
 it is killed (SIGKILL for its raylet and all that runs below it), and the driver waits for the third, which joins then.
-With head=1 the head trains too: nobody waits, and the third node joins when one more training has ended. The same study
-runs undisturbed in one process. Checked:
+With head=1 the head trains too: nobody waits, and the third node joins when one more training has ended. With workers=2
+a training needs both nodes, so that everything waits again. The same study runs undisturbed in one process, or on one
+node. Checked:
 
     lost       results of the undisturbed study that are missing
     twice      trainings with more than one result on record
@@ -50,6 +52,7 @@ class Settings:
 
     trials: int = words.key(3, "of the study", least=3)
     head: int = words.key(0, "logical CPUs of the head node", least=0)
+    workers: int = words.key(1, "of a trial, of one logical CPU each", least=1, most=2)
     storage: str = words.key("nodes", "folder of the studies")
 
 
@@ -124,9 +127,13 @@ def happened(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def nodes_of(folder: Path) -> dict[tuple[int, int], str]:
-    """Group and life -> node."""
-    return {(e["group"], e["life"]): e["node"] for e in happened(folder) if e["event"] == "arrived"}
+def nodes_of(folder: Path) -> dict[tuple[int, int], dict[int, str]]:
+    """Group and life -> the node of each of its workers."""
+    nodes: dict[tuple[int, int], dict[int, str]] = collections.defaultdict(dict)
+    for event in happened(folder):
+        if event["event"] == "arrived":
+            nodes[event["group"], event["life"]][event["worker"]] = event["node"]
+    return nodes
 
 
 def lines(folder: Path, event: str) -> list[dict[str, Any]]:
@@ -143,7 +150,8 @@ def at_work_on(folder: Path, node: str) -> bool:
     where, busy = nodes_of(folder), dict[str, bool]()
     for event in happened(folder):
         if event["event"] in ("took", "ended"):
-            busy[event["job"]] = event["event"] == "took" and where.get((event["group"], event["life"])) == node
+            there = where.get((event["group"], event["life"]), {}).values()
+            busy[event["job"]] = event["event"] == "took" and node in there
     reached = {line["digest"] for line in lines(folder, "rung")}
     return any(at_work and job in reached for job, at_work in busy.items())
 
@@ -157,19 +165,20 @@ def wait(driver: subprocess.Popen[bytes], log: Path, condition: Callable[[], Any
         time.sleep(0.1)
 
 
-def disturbed(storage: Path, trials: int, head: int = 0) -> tuple[int, dict[str, str]]:
+def disturbed(storage: Path, trials: int, head: int = 0, workers: int = 1) -> tuple[int, dict[str, str]]:
     """The study on nodes that come and go: its exit code, and names of the nodes."""
-    folder, log = storage / NAME, storage / "nodes.log"
+    folder, log, waiting = storage / NAME, storage / "nodes.log", head < workers
     with machines(head) as cluster:
-        driver = start(storage, NAME, f"{SMALL} trials={trials} ray_address={cluster.address}", log)
+        several = f"workers_per_trial={workers} ray_address={cluster.address}"
+        driver = start(storage, NAME, f"{SMALL} trials={trials} {several}", log)
         try:
-            wait(driver, log, lambda: head or "worker groups wait for nodes" in log.read_text())
+            wait(driver, log, lambda: not waiting or "worker groups wait for nodes" in log.read_text())
             second = cluster.add(SECOND)
             wait(driver, log, lambda: at_work_on(folder, second))
             ended = len(lines(folder, "finished"))
             cluster.kill(SECOND)
-            waits = "has no room any more" if head == 0 else ""
-            wait(driver, log, lambda: waits in log.read_text() and (not head or len(lines(folder, "finished")) > ended))
+            waits = "has no room any more" if waiting else ""
+            wait(driver, log, lambda: waits in log.read_text() and (waiting or len(lines(folder, "finished")) > ended))
             third = cluster.add(THIRD)
             code = driver.wait(timeout=LONGEST)
         finally:
@@ -177,10 +186,11 @@ def disturbed(storage: Path, trials: int, head: int = 0) -> tuple[int, dict[str,
     return code, {cluster.head: "head", second: "second", third: "third"}
 
 
-def undisturbed(storage: Path, trials: int) -> Records:
-    """The same study in one process."""
+def undisturbed(storage: Path, trials: int, workers: int = 1) -> Records:
+    """The same study in one process, or on one node."""
     log = storage / "alone.log"
-    driver = start(storage, ALONE, f"{SMALL} trials={trials} workers=process", log)
+    where = "workers=process" if workers == 1 else f"workers_per_trial={workers} num_cpus={workers}"
+    driver = start(storage, ALONE, f"{SMALL} trials={trials} {where}", log)
     if driver.wait(timeout=LONGEST):
         raise RuntimeError(log.read_text())
     return read(storage / ALONE)
@@ -199,7 +209,7 @@ def check(storage: Path, code: int, names: dict[str, str], alone: Records) -> Bo
         twice=sum(count > 1 for count in ends.values()),
         unequal=sum(equal.get(digest) != rungs for digest, rungs in results.items()),
         front=fronts[0] == fronts[1],
-        worked="third" in {names.get(node) for node in nodes_of(folder).values()},
+        worked="third" in {names.get(node) for of_group in nodes_of(folder).values() for node in of_group.values()},
     )
 
 
@@ -208,7 +218,7 @@ def table(folder: Path, names: dict[str, str]) -> str:
     where, events = nodes_of(folder), happened(folder)
     began = events[0]["time"] if events else 0.0
     digests = {line["digest"] for line in lines(folder, "rung")}
-    rows = [f"{'training':<18}{'group':>6}{'life':>6}  {'node':<8}{'took (s)':>9}{'ended (s)':>10}"]
+    rows = [f"{'training':<18}{'group':>6}{'life':>6}  {'nodes':<12}{'took (s)':>9}{'ended (s)':>10}"]
     open_: dict[tuple[str, int, int], float] = {}
     for event in [*events, None]:
         if event is None:
@@ -222,9 +232,9 @@ def table(folder: Path, names: dict[str, str]) -> str:
                 continue
             left = [(key, open_.pop(key, began), event["time"])]
         for (job, group, life), took, ended in left:
-            node = names.get(where.get((group, life), ""), "?")
+            on = " ".join(names.get(node, "?") for _, node in sorted(where.get((group, life), {}).items())) or "?"
             end = f"{ended - began:>10.1f}" if ended is not None else f"{'lost':>10}"
-            rows.append(f"{job:<18}{group:>6}{life:>6}  {node:<8}{took - began:>9.1f}{end}")
+            rows.append(f"{job:<18}{group:>6}{life:>6}  {on:<12}{took - began:>9.1f}{end}")
     return "\n".join(rows)
 
 
@@ -234,10 +244,10 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     storage = Path(settings.storage).absolute()
     storage.mkdir(parents=True, exist_ok=True)
-    code, names = disturbed(storage, settings.trials, settings.head)
-    books = check(storage, code, names, undisturbed(storage, settings.trials))
+    code, names = disturbed(storage, settings.trials, settings.head, settings.workers)
+    books = check(storage, code, names, undisturbed(storage, settings.trials, settings.workers))
     print(table(storage / NAME, names))
-    print(json.dumps({"claim": "nodes", "trials": settings.trials, **asdict(books)}))
+    print(json.dumps({"claim": "nodes", "trials": settings.trials, "workers": settings.workers, **asdict(books)}))
     return int(not books.right)
 
 

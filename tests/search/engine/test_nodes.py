@@ -52,6 +52,14 @@ def test_groups_come_and_go_beside_one_that_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_training_of_two_workers_on_two_nodes_goes_on_where_one_of_them_is_killed(tmp_path: Path) -> None:
+    code, names = nodes.disturbed(tmp_path, trials=3, head=1, workers=2)
+    books = nodes.check(tmp_path, code, names, nodes.undisturbed(tmp_path, trials=3, workers=2))
+    assert books.right, f"{books}\n{nodes.table(tmp_path / nodes.NAME, names)}"
+    assert "failed" not in (tmp_path / "nodes.log").read_text()
+
+
+@pytest.mark.slow
 def test_a_head_that_is_lost_is_said_and_the_same_command_goes_on_in_a_new_cluster(tmp_path: Path) -> None:
     words, log, folder = f"{nodes.SMALL} trials=3", tmp_path / "log", tmp_path / "headless"
     with nodes.machines(1) as cluster:

@@ -408,13 +408,14 @@ def test_a_group_that_joins_is_one_of_those_that_are_left() -> None:
     async def story() -> None:
         queue = JobQueue(groups=1)
         await queue.arrive(1, 0, "node")
+        await queue.arrive(1, 0, "another", 1)
         await queue.start(1, 0)
         await queue.lost(0, "its node left the cluster")
         await queue.submit("a", JOB)
         assert (await assigned(queue, 1)).job_id == "a"
         assert await queue.take(0, 1) == "closed"
-        told = [(news.event, news.group, news.node, news.job) for news in await queue.heard_of()]
-        assert told == [("arrived", 1, "node", ""), ("took", 1, "", "a")]
+        told = [(news.event, news.group, news.node, news.worker, news.job) for news in await queue.heard_of()]
+        assert told == [("arrived", 1, "node", 0, ""), ("arrived", 1, "another", 1, ""), ("took", 1, "", 0, "a")]
         assert not await queue.heard_of()
 
     asyncio.run(story())

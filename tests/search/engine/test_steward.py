@@ -13,7 +13,7 @@ import ray
 from ray.util.placement_group import placement_group
 from search.engine.steward import give_back_rooms_of_the_dead
 
-ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 class Controller:
     def reserve(self):

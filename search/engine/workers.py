@@ -24,6 +24,8 @@ from search.engine import ENVIRONMENT
 for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `search/interrupts.py` is told of signals, and nobody else
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # else it writes three files a trial, of which nobody reads one
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # nor its notes, which hold every trial: they are written at the end alone
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's summary would tear the live table, and verbose=0 does not silence it
     "RAY_worker_maximum_startup_concurrency": "16",  # below it the raylet warns of a dozen idle helpers on a laptop
     **ENVIRONMENT,  # Ray's processes inherit it

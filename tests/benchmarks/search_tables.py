@@ -33,6 +33,8 @@ scheduler: `+halving` is `scheduler=pareto_halving` of propose/halving.py, `+aut
 table, the search's own first, are the runs of a point), `+repeats` trains a repeated point again however often, as
 Optuna alone does; `ehvi-even` is ehvi without what the starting points' recipe lets it expect;
 `ehvi-few` fits its model to 50 points at most (ehvi to 400, which searches of 200 trainings do not reach);
+`oracle` knows the table, and after the starting points trains the row that adds most to what is covered: no sampler
+can be expected to be faster;
 `rows` draws the rows of the llm table themselves, each once, as benchmarks of schedulers do, and
 `nsga2-50` has Optuna's own population of 50 where `nsga2` has 10, as `sampler=nsga2` does.
 
@@ -226,6 +228,7 @@ OTHERS = {
     "ehvi-few": Variant(
         lambda table, seed: EHVISampler(table.suggest, expected=expected(table.starting), seed=seed, fitted=FEW)
     ),
+    "oracle": Variant(lambda table, seed: optuna.samplers.RandomSampler(seed=seed)),  # see `AllKnowing`
     "rows": Variant(Rows),
     "nsga2-50": Variant(lambda table, seed: optuna.samplers.NSGAIISampler(seed=seed)),
 }
@@ -325,6 +328,25 @@ class Asker:
         self._study.tell(trial, result, state=None if result else optuna.trial.TrialState.FAIL)
 
 
+class AllKnowing(Asker):
+    """A mark for samplers: after the starting points, whichever row adds most to all that were begun."""
+
+    def __init__(self, *asked: Any, **kinds: Any) -> None:
+        super().__init__(*asked, **kinds)
+        self._covered = Covered(self._table)
+
+    def _propose(self) -> str | None:
+        if self._starting:
+            return super()._propose()
+        self._covered.add_all(self.rows.values())
+        key = self._covered.best()
+        if key is None:
+            return None
+        run = f"{key} 0"
+        self.rows[run], self.costs[run], self.numbers[run], self._running[run] = key, 0, 0, []
+        return run
+
+
 def simulate(
     table: Table, variant: str, seed: int, *, evaluations: int, workers: int = WORKERS, until: float = math.inf
 ) -> dict[str, Any]:
@@ -333,7 +355,8 @@ def simulate(
     until   share of the table's hypervolume at which the search ends
     """
     make_sampler, make_scheduler, repeats = ALL[variant]
-    asker, scheduler = Asker(table, make_sampler, seed, repeats=repeats), make_scheduler(table)
+    kind, scheduler = AllKnowing if variant == "oracle" else Asker, make_scheduler(table)
+    asker = kind(table, make_sampler, seed, repeats=repeats)
     clock: list[tuple[float, int, str]] = []  # when a running training is evaluated next
     order = itertools.count()
     passed: Counter[str] = Counter()  # evaluations of each training so far
@@ -394,6 +417,14 @@ class Covered:
     def add_all(self, keys: Iterable[str]) -> None:
         self._front = np.vstack((self._front, *(self._scaled.get(key, (0.0, 0.0)) for key in keys)))
         self.share = self._area(self._front) / self._whole
+
+    def best(self) -> str | None:
+        """The row that would add most; None where all is covered."""
+        keys, places = list(self._scaled), np.array(list(self._scaled.values()))
+        front = np.flatnonzero(moocore.is_nondominated(places, maximise=True, keep_weakly=False))
+        areas = {int(row): self._area(np.vstack((self._front, places[row]))) for row in front}
+        row = max(areas, key=lambda each: areas[each])
+        return keys[row] if areas[row] > self._area(self._front) + 1e-12 else None
 
     @staticmethod
     def _area(places: np.ndarray) -> float:

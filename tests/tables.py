@@ -209,6 +209,17 @@ def ranks() -> list[str]:
     return table(("rule", "tiny-dense", "− uniform", "tiny-moe", "− uniform"), rows)
 
 
+def smollm2_ranks() -> list[str]:
+    """Rules for ranks on SmolLM2-135M, best first."""
+    of = study("ranks_table-smollm2-135m")
+    rows = [(of.row(**asked), name, comparison) for name, (asked, comparison) in RANKS.items()]
+    cells = (
+        [name, f"{row.size / 1e6:.2f} M", spread(row), tested(of, comparison)]
+        for row, name, comparison in sorted(rows, key=lambda each: -each[0].mean)
+    )
+    return table(("rule", "parameters", "accuracy", "− uniform"), cells)
+
+
 FORGETTING = (  # the names of `RANKS` that are shown, uniform first
     *("`uniform_ranks`", "`eva`, ρ 2", "`plop`, three types", "`hilo` 2468", "`hill_ranks`", "`random_ranks` on all"),
     *("`stratified_ranks` on all", "`random_ranks` on a fifth", "`kappatune`, a fifth", "`kappatune` as published"),
@@ -446,6 +457,7 @@ def rule_in_words(allocator: str, knobs: Mapping[str, Any]) -> str:
 TABLES: Mapping[str, tuple[tuple[str, ...], Callable[[], list[str]]]] = {
     "demo": (("sieve-tiny-moe",), demo),
     "ranks": (("ranks_table-tiny-dense", "ranks_table-tiny-moe"), ranks),
+    "smollm2-ranks": (("ranks_table-smollm2-135m",), smollm2_ranks),
     "forgetting": (("ranks_table-tiny-dense", "ranks_table-tiny-moe"), forgetting),
     "sieve-rows": (("sieve_ablation-tiny-moe",), sieve_rows),
     "sieve-comparisons": (("sieve_ablation-tiny-moe",), sieve_comparisons),

@@ -1,0 +1,189 @@
+"""The commands that README and docs print in blocks, run as printed: what a reader would type, page by page.
+
+    python -m tests.journeys                           # what needs no network, no cluster and no hours; resumes
+    python -m tests.journeys pages=export,report       # of these pages alone
+    python -m tests.journeys long=true                 # benchmarks and the papers' tables, too
+    python -m tests.journeys show=true                 # what ran and what did not, and why; runs nothing
+
+Commands run in a folder (`storage=`), each search in a folder of its own, unless another command reads its study. What
+came out is kept in `journeys.jsonl` there: page, command, exit code, seconds and the last line that was printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from allocators.core import plugins, words
+from allocators.core.errors import ToolkitError
+from search import config
+from tests import ROOT
+from trainers.tasks import files as tasks
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+DEMO = "python -m search.run space=sieve"  # as `make demo` runs it
+QUESTIONS = ROOT / "docs" / "tasks.md"  # its YAML block is the file that it names
+SERVED = 15.0  # seconds until a server is ended as a reader ends it
+OURS = {*tasks.EMBEDDED, "default"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run."""
+
+    pages: tuple[str, ...] = words.key((), "pages to run, with commas between (none: all)")
+    long: bool = words.key(False, "run what takes hours as well")
+    show: bool = words.key(False, "run nothing: print what ran, and what did not")
+    storage: str = words.key("build/journeys", "folder in which the commands run")
+    limit: float = words.key(3600.0, "seconds that a command has", least=1)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of a command."""
+
+    page: str
+    command: str
+    code: int
+    seconds: float
+    said: str
+
+
+def printed() -> Iterator[tuple[str, str]]:
+    """Page and command, in the order of the pages; a command that stands twice once."""
+    seen = {DEMO}
+    yield "README", DEMO
+    for page in PAGES:
+        for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines() if language in ("", "bash", "sh") else ():
+                command = re.sub(r"\s+", " ", re.split(r"\s#\s", line)[0]).strip()
+                if re.match(r"(\w+=\S+ )*(python|ray|make) ", command) and command not in seen:
+                    seen.add(command)
+                    yield page.stem, command
+
+
+def why_not(command: str, *, long: bool) -> str:
+    """Why this command is not run here; empty where it is."""
+    if command.startswith("make "):
+        return "it sets up a fresh clone"
+    if re.search(r"\bray |ray_address=|s3://", command):
+        return "it needs a cluster"
+    task = re.search(r"\btask='?\[?([\w,/.]+)", command)
+    foreign = task is not None and any(name not in OURS and "/" not in name for name in task[1].split(","))
+    if foreign or re.search(r"model=\w+/|task=sieve3|LORA_TASK_DATA", command):
+        return "it needs files of a hub"
+    if "smollm2" in command:
+        return "it needs the extra smollm2"
+    if re.search(r"studies/[ab]\b|mine\.parquet|config=study", command):
+        return "it names files of the reader's"
+    if is_long(command) and not long:
+        return "it takes hours (long=true)"
+    read = set(re.findall(r"studies/([\w-]+)", command))
+    reasons = (why_not(maker, long=long) for _, maker in printed() if study_of(maker) in read)
+    return next((f"of the study that it reads, {reason}" for reason in reasons if reason), "")
+
+
+def is_long(command: str) -> bool:
+    """A benchmark, or a table space with all of its rows."""
+    space = re.search(r"space=(\w+)", command)
+    table = space is not None and getattr(plugins.load("spaces", space[1], "space"), "TABLE", False)
+    return "tests.benchmarks." in command or (table and "dry_run" not in command and "space.allocator" not in command)
+
+
+@cache
+def study_of(command: str) -> str:
+    """The name of the study that a search makes; empty for other commands."""
+    given = shlex.split(command.partition("-m search.run ")[2])
+    with suppress(ToolkitError):
+        return config.parse(given).study_name if given and "dry_run=true" not in given else ""
+    return ""
+
+
+def in_order(long: bool) -> list[tuple[str, str]]:
+    """What is run: first the searches whose studies other commands read."""
+    all_of_them = [(page, command) for page, command in printed() if not why_not(command, long=long)]
+    return sorted(all_of_them, key=lambda each: study_of(each[1]) not in read_by_others())
+
+
+@cache
+def read_by_others() -> set[str]:
+    """Names of studies that commands read."""
+    return {name for _, command in printed() for name in re.findall(r"studies/([\w-]+)", command)}
+
+
+def a_file_of_the_readers(folder: Path) -> None:
+    """The task that the page on tasks prints, and questions for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page = QUESTIONS.read_text(encoding="utf-8").partition("## A file of your own")[2]
+    (folder / "questions.yaml").write_text(next(text for kind, text in BLOCK.findall(page) if kind == "yaml"))
+    pairs = [(a, b) for a in range(2, 26) for b in range(2, 26)]
+    rows = [{"question": f"{a} + {b}", "choices": [f"{a + b}", f"{a * b + 1}"], "label": 0} for a, b in pairs]
+    for name, some in (("train", rows[::2]), ("test", rows[1::2])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+
+
+def run(page: str, command: str, storage: Path, *, limit: float) -> Ran:
+    """Runs it where its files are."""
+    study, alone = study_of(command), re.sub(r"\W+", "-", command.removeprefix("python -m "))[:100]
+    place = storage / (alone if study and study not in read_by_others() else "shared")
+    a_file_of_the_readers(place / "my")
+    paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
+    environment, quiet = os.environ | paths, subprocess.DEVNULL
+    began = time.monotonic()
+    with (place / f"{alone}.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"], cwd=place, env=environment, stdin=quiet, stdout=log, stderr=log
+        )
+        try:
+            code = process.wait(SERVED if "search.serve" in command else limit)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            code = process.wait()
+    lines = (place / f"{alone}.log").read_text(errors="replace").strip().splitlines()
+    return Ran(page, command, code, round(time.monotonic() - began, 1), lines[-1][:200] if lines else "")
+
+
+def past(file: Path) -> dict[str, Ran]:
+    """What ran before, by command; the last time counts."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {ran.command: ran for ran in (Ran(**json.loads(line)) for line in lines)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 1 where a command of these pages failed."""
+    settings = words.parse(sys.argv[1:] if argv is None else argv, Settings)
+    storage = Path(settings.storage).absolute()
+    storage.mkdir(parents=True, exist_ok=True)
+    file = storage / "journeys.jsonl"
+    for page, command in in_order(settings.long):
+        before = past(file).get(command)
+        asked = not settings.pages or page in settings.pages or study_of(command) in read_by_others()
+        if asked and not settings.show and (before is None or before.code):
+            ran = run(page, command, storage, limit=settings.limit)
+            print(f"{ran.code:>4} {ran.seconds:>7.1f} s  {page:<13} {command}", flush=True)
+            with file.open("a") as log:
+                log.write(json.dumps(asdict(ran)) + "\n")
+    results = past(file)
+    for page, command in printed():
+        one, reason = results.get(command), why_not(command, long=settings.long)
+        if one is None or one.code:
+            print(f"{page:<13} {command}\n{'':<14}{reason or (f'exit {one.code}: {one.said}' if one else 'not yet')}")
+    ended = [ran for ran in results.values() if ran.code == 0]
+    print(json.dumps({"claim": "journeys", "ran": len(results), "right": len(ended), "printed": len(list(printed()))}))
+    return int(len(ended) < len(results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,6 +19,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import re
 import secrets
 import threading
 from collections.abc import Callable, Sequence
@@ -172,7 +173,7 @@ class Handler(BaseHTTPRequestHandler):
         return parts
 
     def _number(self, parts: list[str]) -> int:
-        if parts and parts[0].isascii() and parts[0].isdigit() and int(parts[0][:6]) < len(self.serving.folders):
+        if parts and re.fullmatch("[0-9]{1,6}", parts[0]) and int(parts[0]) < len(self.serving.folders):
             return int(parts[0])
         raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such study")
 

@@ -76,6 +76,8 @@ def test_what_kept_adapters_forgot_is_measured_without_training(
     [
         (["forgetting=held_out", "task=tiny_cipher"], "two questions"),
         (["forgetting=nosuch.txt"], "no such file"),
+        (["forgetting=held_out", "limit=3"], "limit= is of a task's questions"),
+        (["forgetting=held_out", "base=false"], "base= is of a task's questions"),
         (["point=all"], "no run"),
         (["point=zz"], "no run"),
         (["task=nosuchtask"], "nosuchtask"),

@@ -86,6 +86,7 @@ def test_pages_and_stamps(server: Server, studies: list[StudyFolder]) -> None:
         ("/secre/", {}),
         ("/secret/2/", {}),
         ("/secret/-1/", {}),
+        ("/secret/0000009/", {}),
         ("/secret/0/outcomes.jsonl", {}),
         ("/secret/../study.json", {}),
         ("/secret/%2e%2e/study.json", {}),

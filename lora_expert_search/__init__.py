@@ -148,6 +148,8 @@ def attach(model: PreTrainedModel, allocation: Allocation, *, seed: int = 0, **l
             raise unknown("setting of LoRA:", name, known)
     if not isinstance(allocation, Allocation):
         raise StudyError(f"attach takes an allocation, as allocate gives it, got {shown(repr(allocation))}")
+    if not hasattr(model, "config"):
+        raise StudyError(f"attach takes a causal language model of transformers, got a {type(model).__name__}")
     settings = Recipe(**{name: values.plain(value) for name, value in lora.items()}).lora
-    shape = models.shape_of_model(model, name=model.name_or_path or type(model).__name__)
+    shape = models.shape_of_model(model, name=getattr(model, "name_or_path", "") or type(model).__name__)
     return adapter.attach(model, allocation, shape=shape, lora=settings, seed=seed)

@@ -197,6 +197,8 @@ def test_settings_that_attach_is_not_given_are_the_papers() -> None:
     attached = les.attach(model, allocation, rank=np.int64(2))
     assert (attached.lora.rank, attached.lora.lora_alpha) == (2, 16.0)
     attached.detach()
+    with pytest.raises(les.StudyError, match="attach takes a causal language model of transformers, got a Linear"):
+        les.attach(torch.nn.Linear(2, 2), allocation)  # type: ignore[arg-type]
     with pytest.raises(les.StudyError, match="attach takes an allocation"):
         les.attach(model, allocation.to_json())  # type: ignore[arg-type]
 

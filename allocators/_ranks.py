@@ -88,12 +88,21 @@ class Matrix:
 
 
 def matrices_of(shape: ModelShape) -> list[Matrix]:
-    """The candidates of a model in the order of its modules, of stacks expert by expert."""
-    return [
+    """The candidates of a model in the order of its modules, of stacks expert by expert.
+
+    Raises InfeasibleError where there is none: of a model, or of the roles that are asked for.
+    """
+    matrices = [
         Matrix(module, expert, parts_of(module, shape))
         for module in shape.of_role(*CANDIDATES)
         for expert in (range(module.num_experts) if module.num_experts else [None])
     ]
+    if not matrices:
+        raise InfeasibleError(
+            "rules for ranks choose among the matrices of attention, mlp, shared and experts, and no role that is "
+            f"asked for in {shape.name} is one of these: add one to roles"
+        )
+    return matrices
 
 
 def budget_of(matrices: Sequence[Matrix], rank: int) -> int:

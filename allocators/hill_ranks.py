@@ -11,6 +11,7 @@ import math
 from typing import Literal
 
 from allocators._ranks import by_layer, matrices_of, scores_of, weighted
+from allocators.core.apportion import powers
 from allocators.core.errors import InfeasibleError, did_you_mean
 from allocators.core.types import ModelShape, ModuleRanks, Signal
 
@@ -43,8 +44,6 @@ def allocate(
     Raises InfeasibleError for a negative value (alpha_hat can be) or bounds that leave the budget no room; StudyError
     where the signal lacks the metric.
     """
-    if not (math.isfinite(beta) and beta >= 0):
-        raise InfeasibleError(f"beta must not be negative, got {beta}: 0 gives every layer the same share")
     if by not in ("layer", "matrix"):
         raise InfeasibleError(f"by must be layer or matrix, got '{by}'{did_you_mean(str(by), ('layer', 'matrix'))}")
     matrices = matrices_of(shape)
@@ -57,5 +56,4 @@ def allocate(
             f"{metric} at {negative[0]} is negative, and a share v^beta needs values that are not: use metric=hill or "
             "stable_rank"
         )
-    weights = [value**beta for value in values]
-    return weighted(weights, matrices, rank=rank, min_rank=min_rank, max_rank=max_rank)
+    return weighted(powers(values, beta), matrices, rank=rank, min_rank=min_rank, max_rank=max_rank)

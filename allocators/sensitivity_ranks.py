@@ -11,6 +11,7 @@ zero.) Its authors found no gain over uniform: 88.6 against 88.7 on GLUE.
 from __future__ import annotations
 
 from allocators._ranks import matrices_of, scores_of, weighted
+from allocators.core.apportion import powers
 from allocators.core.errors import InfeasibleError
 from allocators.core.types import ModelShape, ModuleRanks, Signal
 
@@ -42,12 +43,9 @@ def allocate(
     lacks the metric.
     """
     matrices = matrices_of(shape)
-    if beta < 0:
-        raise InfeasibleError(f"beta must not be negative, got {beta}: 0 gives every matrix the same share")
     sizes = [m.module.in_features * m.module.out_features for m in matrices]
     scores = [score / size for score, size in zip(scores_of(signal, matrices, metric), sizes, strict=True)]
     if negative := [m.key for m, score in zip(matrices, scores, strict=True) if score < 0]:
         raise InfeasibleError(f"{metric} of {negative[0]} is negative, and has no share: use metric=sum_sq_grad")
-    weights = [score**beta for score in scores]
     most = 2 * rank if max_rank is None else max_rank
-    return weighted(weights, matrices, rank=rank, min_rank=min_rank, max_rank=most)
+    return weighted(powers(scores, beta), matrices, rank=rank, min_rank=min_rank, max_rank=most)

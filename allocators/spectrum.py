@@ -3,7 +3,8 @@
 Spectrum (arXiv:2406.06623): singular values above σ_noise·(1 + √β) are signal, those below noise, with σ_noise =
 IQR/1.349 and β the shorter side over the longer one; the ratio of their sums is divided by the largest singular value.
 Because of that division cW has 1/c times the ratio of W, so that a matrix of almost zero weights comes first: of
-Qwen2-57B-A14B's experts more than a quarter. Such matrices are dead and come last here, with a warning.
+Qwen2-57B-A14B's experts more than a quarter. Such matrices are dead and come last here, with a warning. A matrix whose
+singular values are so alike that none is noise has an infinite ratio, too; it is alive, and first.
 
 The published tool counts the number of an expert to its type, as if expert 3 of one layer had to do with expert 3 of
 the next; here a type is a projection of all experts of all layers.
@@ -44,7 +45,9 @@ def allocate(
     check_share(share)
     matrices = matrices_of(shape)
     ratios = [_ratio(signal, m) for m in matrices]
-    buried = [gone or is_dead(r) for gone, r in zip(dead(signal, matrices), ratios, strict=True)]
+    pairs = zip(matrices, ratios, strict=True)
+    gone = dead(signal, matrices)
+    buried = [gone[i] or (is_dead(r) and not _is_all_signal(signal, m, r)) for i, (m, r) in enumerate(pairs)]
     warn_of_dead(sum(buried), len(matrices), what="makes their signal-to-noise ratio the largest")
     kinds: dict[str, list[int]] = {}
     for i, m in enumerate(matrices):
@@ -75,8 +78,13 @@ def is_dead(ratio: float) -> bool:
     return not ratio <= DEAD
 
 
+def _is_all_signal(signal: Signal, matrix: Matrix, ratio: float) -> bool:
+    """Whether no singular value is noise, of a matrix that is known to have weights: the largest ratio of all."""
+    return math.isinf(ratio) and any(signal.rows.get(matrix.key, {}).get("spectral_norm", ()))
+
+
 def _ratio(signal: Signal, matrix: Matrix) -> float:
-    """Infinite where the matrix was measured and has no ratio, as a zero matrix: its row is empty there."""
+    """Infinite where the matrix was measured and has no ratio: it is zero, or all signal. Its row is empty there."""
     if signal.rows.get(matrix.key, {}).get("snr") == ():
         return math.inf
     values = signal.metric(matrix.key, "snr")

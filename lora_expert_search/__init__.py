@@ -21,8 +21,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from allocators.core.errors import InfeasibleError, StudyError, ToolkitError
-from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, LoraSettings, Recipe
+from allocators.core.errors import InfeasibleError, StudyError, ToolkitError, shown
+from allocators.core.types import Allocation, ExpertCounts, ExpertSelection, LoraSettings, ModuleRanks, Recipe
+from lora_expert_search import values
 from lora_expert_search.study import Point, Study, open_study
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "ExpertSelection",
     "InfeasibleError",
     "LoraSettings",
+    "ModuleRanks",
     "Point",
     "Recipe",
     "Study",
@@ -68,7 +70,8 @@ def search(*, recipe: Mapping[str, Any] | None = None, pins: Mapping[str, Any] |
     from search.session.make_workers import Locations
     from search.session.prepare import prepare
 
-    config, problem = prepare(parse(as_words(keys, recipe=recipe or {}, space=pins or {})))
+    groups = {"recipe": values.named(recipe, "recipe"), "space": values.named(pins, "pins")}
+    config, problem = prepare(parse(values.as_words(keys, **groups)))
     if config.dry_run:
         raise StudyError("dry_run=true prints points and leaves no study: use the command line for it")
     with interrupts.watched(interrupts.ENDING):
@@ -79,21 +82,6 @@ def search(*, recipe: Mapping[str, Any] | None = None, pins: Mapping[str, Any] |
             if interrupts.ended():
                 raise SystemExit(interrupts.exit_code()) from None
     return open_study(Locations.of(config).folder)
-
-
-def as_words(keys: Mapping[str, Any], **groups: Mapping[str, Any]) -> list[str]:
-    """Keys as the words of the command line: `{"trials": 16}` is `["trials=16"]`, a group's names get its prefix."""
-    pairs = list(keys.items())
-    pairs += [(f"{prefix}.{name}", value) for prefix, group in groups.items() for name, value in group.items()]
-    return [f"{name}={_text(value)}" for name, value in pairs if value is not None]
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list | tuple):
-        return ",".join(str(item) for item in value)
-    return str(value)
 
 
 def allocate(
@@ -122,9 +110,12 @@ def allocate(
     from search.show.config import ShowConfig
     from search.show.look import look
 
-    asked = {"model": model, "task": task, "allocator": allocator, "seed": seed, **(options or {})}
-    config = words.parse(as_words(asked), ShowConfig)
-    answer = look(replace(config, allocator=(allocator,)), knobs).answers[0]
+    if not isinstance(allocator, str):
+        raise StudyError(f"allocate takes the name of one rule, got {shown(repr(allocator))}")
+    asked = {"model": model, "task": task, "allocator": allocator, "seed": seed, **values.named(options, "options")}
+    config = words.parse(values.as_words(asked), ShowConfig)
+    plain = {name: values.plain(value) for name, value in knobs.items()}
+    answer = look(replace(config, allocator=(allocator,)), plain).answers[0]
     if answer.allocation is None:
         raise InfeasibleError(f"{allocator}: {answer.reason}")
     return answer.allocation
@@ -140,10 +131,11 @@ def load_model(name: str, **options: Any) -> Loaded:
 def attach(model: PreTrainedModel, allocation: Allocation, *, seed: int = 0, **lora: Any) -> Adapter:
     """Freezes `model` and puts LoRA where the allocation says; the model computes what it did until it is trained.
 
-    lora   settings of `LoraSettings`: rank, lora_alpha, lora_dropout, top_k, balance_coef
+    lora   settings of `LoraSettings`: rank, lora_alpha, lora_dropout, top_k, balance_coef; one that is not given is
+           that of `Recipe()`: rank 8, lora_alpha 16
 
-    Raises StudyError for an unknown setting or a model that carries an adapter already, InfeasibleError where the
-    allocation does not fit the model.
+    Raises StudyError for an unknown setting, what is no allocation, or a model that carries an adapter already,
+    InfeasibleError where the allocation does not fit the model.
     """
     from dataclasses import fields
 
@@ -154,5 +146,10 @@ def attach(model: PreTrainedModel, allocation: Allocation, *, seed: int = 0, **l
     for name in lora:
         if name not in known:
             raise unknown("setting of LoRA:", name, known)
-    shape = models.shape_of_model(model, name=model.name_or_path or type(model).__name__)
-    return adapter.attach(model, allocation, shape=shape, lora=LoraSettings(**lora), seed=seed)
+    if not isinstance(allocation, Allocation):
+        raise StudyError(f"attach takes an allocation, as allocate gives it, got {shown(repr(allocation))}")
+    if not hasattr(model, "config"):
+        raise StudyError(f"attach takes a causal language model of transformers, got a {type(model).__name__}")
+    settings = Recipe(**{name: values.plain(value) for name, value in lora.items()}).lora
+    shape = models.shape_of_model(model, name=getattr(model, "name_or_path", "") or type(model).__name__)
+    return adapter.attach(model, allocation, shape=shape, lora=settings, seed=seed)

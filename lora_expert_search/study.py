@@ -17,8 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from allocators.core.errors import StudyError
+from allocators.core import words
+from allocators.core.errors import StudyError, shown
 from allocators.core.types import Allocation, Outcome, Recipe
+from lora_expert_search.values import as_words, plain
 from search import records
 from search.export import Request, find, locate, write
 from search.front import Candidate
@@ -67,8 +69,11 @@ class Study:
     def best(self, *, max_params: int | None = None) -> Point:
         """The most accurate point of the front, with at most so many trainable parameters.
 
-        Raises StudyError where no finished point is as small.
+        Raises StudyError where no finished point is as small, or for a number that is none.
         """
+        max_params = plain(max_params)
+        if max_params is not None and (not isinstance(max_params, int | float) or max_params != max_params):
+            raise StudyError(f"max_params must be a number, got {shown(repr(max_params))}")
         fitting = [c for c in self.report.rising if max_params is None or c.trainable_params <= max_params]
         if not fitting:
             smallest = min((c.trainable_params for c in self.report.front), default=None)
@@ -82,6 +87,8 @@ class Study:
 
     def point(self, name: str) -> Point:
         """A point by "best", "knee" or the id of a run. Raises StudyError where there is none of that name."""
+        if not isinstance(name, str):
+            raise StudyError(f"a point is named by best, knee or the id of a run, got {shown(repr(name))}")
         return Point(self, *find(self.report, name))
 
     def plot(self) -> Figure:
@@ -160,9 +167,13 @@ class Point:
 
         request   format, dtype, overwrite, model: the keys of `python -m search.export`
 
-        Raises StudyError where the format cannot express the point, or the place is taken.
+        Raises StudyError for a key or a value that the command refuses, where the format cannot express the point, and
+        where the place is taken.
         """
-        for line in write(self.study.folder, Request(to=str(to), point=self.run.digest, **request)):
+        asked = {"to": to, "point": self.run.digest}
+        if twice := sorted(asked.keys() & request.keys()):
+            raise StudyError(f"export has its {twice[0]} already: leave {twice[0]}= out")
+        for line in write(self.study.folder, words.parse(as_words(asked | request), Request)):
             say(line)
         return Path(to)
 

@@ -9,10 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import lora_expert_search as les
+from allocators.core import words
+from lora_expert_search.values import as_words
 from search import interrupts
 from search.session import session
 from trainers import adapter
@@ -64,6 +67,40 @@ def test_a_point_is_exported_and_loads_back(study: les.Study, tmp_path: Path) ->
     folder = study.point("best").export(tmp_path / "winner", say=lines.append, format="adapter")
     assert json.loads((folder / "adapter.json").read_text())["metadata"]["accuracy"] == study.best().run.accuracy
     assert any("format=adapter" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        ({"format": "pfet"}, "did you mean 'peft'"),
+        ({"fromat": "peft"}, "did you mean 'format'"),
+        ({"dtype": "half", "format": "merged"}, "float32"),
+        ({"overwrite": "please"}, "overwrite must be true or false"),
+        ({"point": "knee"}, "export has its point already"),
+    ],
+)
+def test_an_export_is_refused_as_the_command_refuses_it(
+    study: les.Study, tmp_path: Path, request_: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(les.StudyError, match=says):
+        study.best().export(tmp_path / "out", say=lambda _: None, **request_)
+    assert not (tmp_path / "out").exists()
+
+
+def test_overwrite_that_is_typed_as_false_overwrites_nothing(study: les.Study, tmp_path: Path) -> None:
+    study.best().export(tmp_path / "out", say=lambda _: None, format="config")
+    with pytest.raises(les.StudyError, match="is not empty"):
+        study.best().export(tmp_path / "out", say=lambda _: None, format="config", overwrite="false")
+
+
+def test_points_are_asked_for_by_numbers_and_names(study: les.Study) -> None:
+    for number in ("50k", float("nan")):
+        with pytest.raises(les.StudyError, match="max_params must be a number"):
+            study.best(max_params=number)  # type: ignore[arg-type]
+    int_of_numpy: Any = np.int64(10**9)
+    assert study.best(max_params=int_of_numpy).id == study.best().id
+    with pytest.raises(les.StudyError, match="a point is named by best, knee or the id of a run, got 3"):
+        study.point(3)  # type: ignore[arg-type]
 
 
 def test_in_a_notebook_a_study_is_its_report_and_a_figure(study: les.Study) -> None:
@@ -123,11 +160,47 @@ def test_sigterm_ends_the_search_in_order_and_then_the_process(
         ({"trials": 0}, "trials"),
         ({"space": "seive"}, "sieve"),
         ({"dry_run": True}, "dry_run"),
+        ({"recipe": "steps=3"}, "recipe must be a mapping"),
+        ({"pins": [("rank", 2)]}, "pins must be a mapping"),
+        ({"limit": {16}}, "limit takes a text, a number"),
+        ({"limit": np.arange(2)}, "limit takes a text, a number"),
     ],
 )
 def test_what_the_command_line_refuses_the_api_refuses(keys: dict[str, Any], says: str) -> None:
     with pytest.raises(les.StudyError, match=says):
         les.search(**keys)
+
+
+def test_values_are_the_words_of_the_command_line() -> None:
+    keys = {"limit": np.int64(16), "yes": np.bool_(True), "rate": np.float64(0.1), "no": None, "at": Path("a b")}
+    assert as_words(keys) == ["limit=16", "yes=true", "rate=0.1", "at=a b"]
+    assert as_words({"two": ["a", Path("b")], "flags": (True, 1)}) == ["two=a,b", "flags=true,1"]
+    [word] = as_words({"files": ["a,b.py", "c.py"]})
+    assert words.read_list(word.partition("=")[2]) == ["a,b.py", "c.py"]
+
+
+def test_numbers_of_numpy_and_torch_are_numbers() -> None:
+    seed: Any = np.int32(1)
+    given = les.allocate("random_ranks", model="tiny-dense", rank=np.int64(3), share=np.float64(0.5), seed=seed)
+    assert given == les.allocate("random_ranks", model="tiny-dense", rank=torch.tensor(3), share=0.5, seed=1)
+    with pytest.raises(les.StudyError, match="rank of random_ranks must be a whole number, got '3', a text"):
+        les.allocate("random_ranks", model="tiny-dense", rank="3")
+    for wrong in (None, ["sieve"]):
+        with pytest.raises(les.StudyError, match="allocate takes the name of one rule"):
+            les.allocate(wrong)  # type: ignore[arg-type]
+    with pytest.raises(les.StudyError, match="options must be a mapping"):
+        les.allocate("all", options="samples=16")  # type: ignore[arg-type]
+
+
+def test_settings_that_attach_is_not_given_are_the_papers() -> None:
+    model, allocation = les.load_model("tiny-dense").model, les.allocate("uniform_ranks", model="tiny-dense", rank=2)
+    attached = les.attach(model, allocation, rank=np.int64(2))
+    assert (attached.lora.rank, attached.lora.lora_alpha) == (2, 16.0)
+    attached.detach()
+    with pytest.raises(les.StudyError, match="attach takes a causal language model of transformers, got a Linear"):
+        les.attach(torch.nn.Linear(2, 2), allocation)  # type: ignore[arg-type]
+    with pytest.raises(les.StudyError, match="attach takes an allocation"):
+        les.attach(model, allocation.to_json())  # type: ignore[arg-type]
 
 
 def test_only_the_rules_inside_ones_own_training(tmp_path: Path) -> None:

@@ -210,6 +210,23 @@ def ceilings(weights: Sequence[float], total: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def powers(values: Sequence[float], beta: float) -> list[float]:
+    """v^β of values from 0 up, as weights; of their shares of the largest where v^β leaves what a float can hold.
+
+    Raises InfeasibleError for a β that is no number from 0 up.
+    """
+    if not (math.isfinite(beta) and beta >= 0):
+        raise InfeasibleError(f"beta must not be negative, got {beta}: 0 gives all the same share")
+    try:
+        weights = [value**beta for value in values]
+    except OverflowError:
+        weights = [math.inf]
+    top = max(values, default=0.0)
+    if top == 0 or (any(weights) and all(map(math.isfinite, weights))):
+        return weights
+    return [(value / top) ** beta for value in values]
+
+
 def check_share(share: float) -> None:
     """Raises InfeasibleError for a share of things that is not above 0 and at most 1."""
     if not 0 < share <= 1:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from allocators.core.apportion import Rounding, apportion
+from allocators.core.apportion import Rounding, apportion, powers
 from allocators.core.errors import InfeasibleError
 from allocators.core.types import ExpertCounts, Gating, ModelShape, ModuleShape, Signal
 
@@ -46,10 +46,8 @@ def proportional(
 ) -> tuple[int, ...]:
     """AlphaLoRA's equation 6, N_l = round(v_l^β / Σv^β · T), with v the layer values of any signal's metric.
 
-    Raises InfeasibleError for a negative layer value (it has no share) or a total out of reach.
+    Raises InfeasibleError for a negative layer value or β (they have no share) or a total out of reach.
     """
-    if not (math.isfinite(beta) and beta >= 0):
-        raise InfeasibleError(f"beta must not be negative, got {beta}: 0 gives every layer the same share")
     values = layer_values(signal, shape, metric=metric)
     for layer, value in enumerate(values):
         if not value >= 0:
@@ -59,7 +57,7 @@ def proportional(
                 f"not negative{other if metric == 'alpha_hat' else ''}"
             )
     return apportion(
-        [v**beta for v in values], total_or_default(shape, total_experts), rounding=rounding, min_experts=min_experts
+        powers(values, beta), total_or_default(shape, total_experts), rounding=rounding, min_experts=min_experts
     )
 
 

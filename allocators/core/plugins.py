@@ -168,7 +168,8 @@ def check_values(module: ModuleType, knobs: Mapping[str, Any]) -> None:
             continue
         if float not in numbers or type(value) is not int:
             whole = "" if float in numbers else "whole "
-            raise StudyError(f"{knob} of {name} must be a {whole}number, got '{shown(str(value))}'")
+            text = ", a text" if isinstance(value, str) and not isinstance(words.read_value(value), str) else ""
+            raise StudyError(f"{knob} of {name} must be a {whole}number, got '{shown(str(value))}'{text}")
 
 
 @cache

@@ -152,10 +152,14 @@ def _load(report: Report, request: Request, model: str) -> Loaded:
 def _forgotten(report: Report, request: Request) -> Iterator[str]:
     """`forgetting=`: of one training, or of all of the front or of the study whose adapters are kept.
 
-    Raises StudyError where a task is asked as well, or no adapter is kept.
+    Raises StudyError where a task or a setting of one is asked as well, or no adapter is kept.
     """
     if request.task:
         raise StudyError("forgetting= and task= are two questions: ask one after the other")
+    defaults = Request()
+    for name in (*(name for name in TASK_SETTINGS if hasattr(defaults, name)), "batch_size", "base"):
+        if getattr(request, name) != getattr(defaults, name):
+            raise StudyError(f"{name}= is of a task's questions, and forgetting= takes its text as it is: leave it out")
     if request.point in ("front", "all"):
         points = report.front if request.point == "front" else report.points
         places = ((run, report.records.adapter_of(run)) for point in points for run in point.complete)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from allocators.core.types import Allocation, Forgetting, ModuleRanks, Outcome
 from search.evaluate.lines import record
@@ -135,9 +135,16 @@ def _correlated(points: Sequence[Measured]) -> Iterator[str]:
         from scipy import stats
 
         rises = [one.mean for one in group]
-        counts = [adapted(one.point.best.trial.allocation) for one in group]
-        said = [f"with accuracy {stats.spearmanr(rises, [one.accuracy for one in group]).statistic:+.2f}"]
-        if None not in counts and len(set(counts)) > 1:
-            said.append(f"with the number of adapted matrices {stats.spearmanr(rises, counts).statistic:+.2f}")
+        others: dict[str, list[Any]] = {
+            "accuracy": [one.accuracy for one in group],
+            "the number of adapted matrices": [adapted(one.point.best.trial.allocation) for one in group],
+        }
+        said = [
+            f"with {what} {stats.spearmanr(rises, of).statistic:+.2f}"
+            for what, of in others.items()
+            if None not in of and min(len(set(of)), len(set(rises))) > 1  # equal numbers have no order
+        ]
+        if not said:
+            continue
         size = human(group[len(group) // 2].point.trainable_params)
         yield f"rank correlation of forgetting over {len(group)} points of about {size} parameters: {', '.join(said)}"

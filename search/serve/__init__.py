@@ -17,14 +17,16 @@ read, but for orders.
 from __future__ import annotations
 
 import fcntl
+import ipaddress
 import json
 import logging
+import re
 import secrets
+import socket
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hmac import compare_digest
-from html import escape
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -66,13 +68,15 @@ class RefusedError(Exception):
 class Serving:
     """The studies that are served.
 
-    token   what every address begins with
-    hosts   names, besides those of loopback, that requests may be under
+    token        what every address begins with
+    hosts        names, besides those of loopback, that requests may be under
+    everywhere   requests may be under every number (IP address) as well: it listens on all that this machine has
     """
 
     folders: Sequence[Path]
     token: str = field(default_factory=lambda: secrets.token_urlsafe(18))
     hosts: tuple[str, ...] = ()
+    everywhere: bool = False
 
     def __post_init__(self) -> None:
         self._made: dict[int, tuple[str, str]] = {}  # study -> the stamp and the page of it
@@ -161,7 +165,8 @@ class Handler(BaseHTTPRequestHandler):
     def _check_host(self) -> None:
         """Refuses other names than those that this server has: a foreign page may have pointed its own name here."""
         named = urlsplit(f"//{self.headers.get('Host', '')}").hostname or ""
-        if named not in (*(host.strip("[]") for host in LOOPBACK), *self.serving.hosts):
+        known = named in (*(host.strip("[]") for host in LOOPBACK), *self.serving.hosts)
+        if not known and not (self.serving.everywhere and is_address(named)):
             raise RefusedError(HTTPStatus.MISDIRECTED_REQUEST, "this server has another name")
 
     def _place(self) -> list[str]:
@@ -172,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         return parts
 
     def _number(self, parts: list[str]) -> int:
-        if parts and parts[0].isascii() and parts[0].isdigit() and int(parts[0][:6]) < len(self.serving.folders):
+        if parts and re.fullmatch("[0-9]{1,6}", parts[0]) and int(parts[0]) < len(self.serving.folders):
             return int(parts[0])
         raise RefusedError(HTTPStatus.NOT_FOUND, "there is no such study")
 
@@ -233,9 +238,25 @@ class Server(ThreadingHTTPServer):
         """Nothing is printed: whoever asked sees the broken answer."""
 
 
+class _Server6(Server):
+    address_family = socket.AF_INET6
+
+
 def listen(serving: Serving, *, host: str, port: int) -> Server:
-    """A server, which does not answer before `serve_forever`. Raises StudyError for a port that is taken."""
+    """A server, which does not answer before `serve_forever`. Raises StudyError for a port or a host that it cannot."""
+    kind = _Server6 if ":" in host else Server
     try:
-        return Server((host, port), type("Handler", (Handler,), {"serving": serving}))
+        return kind((host, port), type("Handler", (Handler,), {"serving": serving}))
     except OSError as error:
-        raise StudyError(f"cannot listen on {escape(host)}:{port} ({error.strerror}): choose another port=") from None
+        raise StudyError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another port=, or a host= of this machine"
+        ) from None
+
+
+def is_address(host: str) -> bool:
+    """Whether it is the number of a machine, and no name, which somebody else could point at this one."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

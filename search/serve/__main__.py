@@ -8,6 +8,7 @@ It listens on loopback: from another machine, forward the port (ssh -L 8765:127.
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from search.records.header import read_header
 from search.records.redact import redacted
 from search.serve import Serving, listen
 from trainers import command
+
+EVERYWHERE = ("", "0.0.0.0", "::")  # noqa: S104 (only where it is asked for)
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,17 @@ def parse(given: Sequence[str]) -> tuple[list[Path], Request]:
     return [Path(word) for word in bare], words.build(Request, pairs)
 
 
+def _serving(folders: Sequence[Path], host: str) -> tuple[Serving, str]:
+    """What is served, and the name that the printed address has: of all addresses of a machine the machine's own."""
+    named = host.lower()
+    if named in ("127.0.0.1", "localhost"):
+        return Serving(folders), "127.0.0.1"
+    if named in EVERYWHERE:
+        own = socket.gethostname().lower()
+        return Serving(folders, hosts=(own,), everywhere=True), own
+    return Serving(folders, hosts=(named,)), f"[{named}]" if ":" in named else named
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: 0 ended by Ctrl-C, 2 there is no study in a folder, or the port is taken."""
     given = list(sys.argv[1:] if argv is None else argv)
@@ -51,14 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         folders, request = parse(given)
         for folder in folders:
             read_header(folder)
-        loopback = request.host in ("127.0.0.1", "localhost", "::1")
-        serving = Serving(folders, hosts=() if loopback else (request.host,))
+        serving, name = _serving(folders, request.host)
         server = listen(serving, host=request.host, port=request.port)
     except ToolkitError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)
         return 2
-    host = "127.0.0.1" if loopback else request.host
-    print(f"Open http://{host}:{server.server_address[1]}/{serving.token}/   (Ctrl-C ends it)", flush=True)
+    print(f"Open http://{name}:{server.server_address[1]}/{serving.token}/   (Ctrl-C ends it)", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:

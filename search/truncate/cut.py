@@ -34,7 +34,8 @@ class Request:
 
     point: str = words.key(
         "front",
-        "what to cut: front (its members), all (every training whose adapter is kept), best (the most accurate point), "
+        "what to cut: front (its members, or what they were cut from), all (every training whose adapter is kept), "
+        "best (the most accurate point), "
         "knee, or a run's id (its first digits, if unique)",
     )
     energy: str = words.key("0.9", "share of the squared singular values that is kept, several with commas")
@@ -82,23 +83,33 @@ def truncate(folder: str | Path, request: Request) -> Iterator[str]:
 
 
 def _parents(report: Report, name: str) -> list[tuple[Outcome, str]]:
-    """The trainings to cut, and where their adapters lie."""
+    """The trainings to cut, and where their adapters lie; of a point that was cut itself that which it was cut from."""
     if name not in ("front", "all"):
         run = find(report, name)[1]
+        if name in ("best", "knee"):
+            run = _training_of(report, run)
         if run.trial.parent:
             raise StudyError(
                 f"run {run_id(run)} was cut from {run.trial.parent[:8]}: cut that training, at another energy"
             )
         return [(run, locate(report, run))]
     chosen = report.front if name == "front" else report.points
-    runs = [run for point in chosen for run in point.complete if not run.trial.parent]
-    kept = [(run, where) for run in runs if (where := report.records.adapter_of(run)) and storage.exists(where)]
+    if not chosen:
+        raise StudyError(f"{report.records.folder} has no finished trial: there is nothing to cut")
+    runs = {run.digest: run for point in chosen for cut in point.complete for run in [_training_of(report, cut)]}
+    trained = [run for run in runs.values() if not run.trial.parent]
+    kept = [(run, where) for run in trained if (where := report.records.adapter_of(run)) and storage.exists(where)]
     if not kept:
         raise StudyError(
             f"point={name}: no training {'of the front ' if name == 'front' else ''}of {report.records.folder} has an "
             "adapter that is kept: train with keep=all, or keep=front for the front"
         )
     return kept
+
+
+def _training_of(report: Report, run: Outcome) -> Outcome:
+    """The run itself, or the one that it was cut from where the records have it."""
+    return report.records.finished.get(run.trial.parent, run) if run.trial.parent else run
 
 
 def _config(report: Report) -> RunConfig:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allocators import (
+    _roles,
     aletheia,
     dmole,
     domlora,
@@ -295,6 +296,19 @@ def test_spectrum_says_how_many_matrices_are_dead_a_zero_one_included() -> None:
     assert ranks(allocation, shape) == [4, 4, 4, 0]
 
 
+def test_spectrum_takes_a_matrix_without_noise_for_a_good_one_and_not_for_a_dead_one() -> None:
+    """A k_proj of one narrow head, or any matrix of alike singular values: no value lies below where noise ends."""
+    shape = row_of(*[(64, 64)] * 4)
+    signal = signal_of("spectrum", shape, {"snr": [1.0, 2.0, 3.0, 4.0], "spectral_norm": [2.0, 2.0, 2.0, 0.0]})
+    rows = {key: dict(row) for key, row in signal.rows.items()}
+    for layer in (0, 3):
+        rows[f"model.layers.{layer}.self_attn.q_proj"]["snr"] = ()
+    signal = Signal("spectrum", rows, "module", "1", {})
+    with pytest.warns(ToolkitWarning, match="1 of 4 matrices have weights of almost zero"):
+        allocation = spectrum.allocate(signal, shape, rank=4, share=0.5, equal="rank")
+    assert ranks(allocation, shape) == [4, 0, 4, 0]
+
+
 def test_a_signal_without_the_ratio_is_named() -> None:
     shape = row_of((16, 16))
     bare = Signal("spectrum", {m.path: {"hill": (2.0,)} for m in shape.modules}, "module", "1", {})
@@ -362,6 +376,28 @@ def test_a_knob_that_asks_for_what_cannot_be_is_said(rule: Any, knobs: dict[str,
         rule.allocate(signal_of(rule.NEEDS or "spectrum", SHAPES["dense"]), SHAPES["dense"], **knobs)
 
 
+@pytest.mark.parametrize("values", [[1e200, 1e200, 1e100, 0.0], [1e-200, 1e-200, 1e-300, 0.0]])
+@pytest.mark.parametrize(("rule", "metric"), [(sensitivity_ranks, "sum_sq_grad"), (hill_ranks, "hill")])
+def test_an_exponent_leaves_shares_that_a_float_cannot_hold(rule: Any, metric: str, values: list[float]) -> None:
+    """v^4 of the two largest overflows, or is zero: they are equal all the same, and have everything."""
+    shape = row_of(*[(64, 64)] * 4)
+    signal = signal_of(rule.NEEDS, shape, {metric: values})
+    allocation = rule.allocate(signal, shape, rank=4, beta=4.0, min_rank=0, max_rank=16)
+    assert ranks(allocation, shape) == [8, 8, 0, 0]
+    with pytest.raises(InfeasibleError, match="beta must not be negative, got nan"):
+        rule.allocate(signal, shape, beta=math.nan)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_roles_without_a_candidate_are_said(name: str) -> None:
+    rule = plugins.load("allocators", name)
+    shape = moe_shape(layers=4)
+    signal = signal_of(rule.NEEDS, shape) if rule.NEEDS else None
+    knobs = {"share": 0.2} if name == "random_ranks" else {}
+    with pytest.raises(InfeasibleError, match="no role that is asked for in moe is one of these"):
+        _roles.call(rule, signal, shape, {"roles": "router", **knobs}, rank=4)
+
+
 # --- rules that read representations
 
 SHARES = [[0.4, 0.3, 0.2, 0.05], [0.9, 0.05, 0.03, 0.01]]
@@ -394,6 +430,19 @@ def test_eva_and_plop_on_a_model() -> None:
         plop.allocate(signal, shape, types=8)
     with pytest.raises(InfeasibleError, match="rho must be from 1 to 64"):
         eva.allocate(signal, shape, rho=0.5)
+
+
+def test_eva_does_not_rank_by_shares_that_were_not_measured() -> None:
+    """Four of sixteen shares are there: more ranks than these would be handed out to whoever is there, as uniform."""
+    shape = row_of(*[(16, 16)] * 2)
+    for left, rank, fits in ((0.3, 2, True), (0.3, 3, False), (0.0, 3, True)):
+        rows = {m.path: {"explained": (0.7 - left, 0.15, 0.1, 0.05)} for m in shape.modules}
+        signal = Signal("representation", rows, "component", "1", {})
+        if fits:
+            assert max(ranks(eva.allocate(signal, shape, rank=rank), shape)) <= 4
+            continue
+        with pytest.raises(InfeasibleError, match="up to 6 ranks, and the signal holds the 4 largest shares"):
+            eva.allocate(signal, shape, rank=rank)
 
 
 SIMILARITIES = (

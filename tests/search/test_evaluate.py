@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from allocators.core.messages import TrainJob
 from search import evaluate, run
+from search.evaluate.forgotten import Measured, _correlated
+from search.front import candidates
 from search.records import read
 from search.records.files import EVALUATIONS
+from tests.search.studies import outcome, score, selection
 from tests.trainers.conftest import worker_setup
 from trainers.worker_state import WorkerState
 
@@ -28,16 +32,16 @@ def test_on_its_own_task_a_winner_has_the_study_s_test_accuracy(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert evaluate.main([str(study)]) == 0
-    [outcome] = read(study).finished.values()
-    assert outcome.test is not None
+    [done] = read(study).finished.values()
+    assert done.test is not None
     [line] = (study / EVALUATIONS).read_text().splitlines()
     [result] = json.loads(line)["results"]
-    assert (result["accuracy"], result["questions"]) == (pytest.approx(outcome.test.accuracy), 40)
+    assert (result["accuracy"], result["questions"]) == (pytest.approx(done.test.accuracy), 40)
     untrained = json.loads((study / "untrained.json").read_text())["test"]["accuracy"]
     assert result["base"] == pytest.approx(untrained)
     said = capsys.readouterr().out
-    assert outcome.digest[:8] in said
-    assert f"{outcome.test.accuracy:.3f}" in said
+    assert done.digest[:8] in said
+    assert f"{done.test.accuracy:.3f}" in said
 
 
 def test_several_tasks_have_a_row_each_and_their_mean(study: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,14 +63,14 @@ def test_what_kept_adapters_forgot_is_measured_without_training(
     study: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same number as with the worker's own measure at the end of that training."""
-    [outcome] = read(study).finished.values()
+    [done] = read(study).finished.values()
     assert evaluate.main([str(study), "point=all", "forgetting=held_out"]) == 0
     said = capsys.readouterr().out
     line = json.loads((study / EVALUATIONS).read_text().splitlines()[-1])
-    assert (line["digest"], line["asked"]) == (outcome.digest, {"forgetting": "held_out"})
+    assert (line["digest"], line["asked"]) == (done.digest, {"forgetting": "held_out"})
     assert f"forgotten {line['results'][0]['rise']:+.4f}" in said
     state = WorkerState(worker_setup(study.parent / "again", forgetting="held_out", evaluations=3), "cpu")
-    again = state.train(TrainJob(outcome.trial, outcome.trainable_params), report=lambda rung: True)
+    again = state.train(TrainJob(done.trial, done.trainable_params), report=lambda rung: True)
     assert again.forgetting is not None
     assert line["results"][0]["rise"] == pytest.approx(again.forgetting.rise, abs=1e-7)
 
@@ -76,6 +80,8 @@ def test_what_kept_adapters_forgot_is_measured_without_training(
     [
         (["forgetting=held_out", "task=tiny_cipher"], "two questions"),
         (["forgetting=nosuch.txt"], "no such file"),
+        (["forgetting=held_out", "limit=3"], "limit= is of a task's questions"),
+        (["forgetting=held_out", "base=false"], "base= is of a task's questions"),
         (["point=all"], "no run"),
         (["point=zz"], "no run"),
         (["task=nosuchtask"], "nosuchtask"),
@@ -90,3 +96,15 @@ def test_what_cannot_work_is_one_line(
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_equal_everywhere_has_no_order_to_correlate() -> None:
+    def group(*accuracies: float) -> list[Measured]:
+        runs = (outcome(selection(4), accuracy=a).updated(test=score(a)) for a in accuracies)
+        trials = [run_.updated(trial=replace(run_.trial, seed=0, model=f"m{i}")) for i, run_ in enumerate(runs)]
+        return [Measured(point, {0: 0.1 * place}) for place, point in enumerate(candidates(trials))]
+
+    assert list(_correlated(group(*[0.5] * 5))) == []
+    [said] = _correlated(group(0.1, 0.2, 0.3, 0.4, 0.5))
+    assert said.endswith("parameters: with accuracy +1.00")

@@ -20,7 +20,7 @@ from search.report import Report
 from search.study import missing_repeats
 from search.truncate import Request
 from search.truncate.__main__ import main
-from search.truncate.cut import _line
+from search.truncate.cut import _line, _parents
 from tests.search.propose.test_sampler import problem
 from tests.search.studies import moe_shape, open_study, outcome, score, selection
 
@@ -77,6 +77,25 @@ def test_the_front_shows_it_and_nothing_counts_it_as_a_training(tmp_path: Path) 
     place = header.split(",").index("cut_from")
     assert sum(parent.digest in row for row in rows) >= 2
     assert place > 0
+
+
+def test_of_a_front_of_cut_points_their_trainings_are_cut(tmp_path: Path) -> None:
+    """The second run of `point=front`: the points that the first made have pushed their trainings off the front."""
+    folder = tmp_path / "study"
+    with open_study(folder) as study:
+        with pytest.raises(StudyError, match="no finished trial"):
+            _parents(Report(read(folder)), "front")
+        parent = outcome(selection(4), accuracy=0.8, adapter="here")
+        cuts = [cut_of(parent, accuracy=0.9, energy=energy) for energy in (0.5, 0.9)]
+        for run_, extra in ((parent, {}), *((cut, {"cut_from": parent.digest}) for cut in cuts)):
+            study.append_finished(run_, extra)
+        (folder / "adapters" / parent.digest).mkdir(parents=True)
+    report = Report(read(folder))
+    assert all(point.parent for point in report.front)
+    for name in ("front", "all", "best"):
+        assert [run_.digest for run_, _ in _parents(report, name)] == [parent.digest]
+    with pytest.raises(StudyError, match="cut that training"):
+        _parents(report, cuts[0].digest)
 
 
 @pytest.mark.parametrize(("energy", "says"), [("1.5", "at most 1"), ("much", "shares such as"), ("0", "above 0")])

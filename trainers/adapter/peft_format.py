@@ -32,6 +32,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,22 @@ class Target:
 
 @dataclass(frozen=True)
 class Written:
-    """stored: values in the file. trained: those that were trained; the others are zeros that PEFT's form asks for."""
+    """stored: values in the file. trained: those that were trained; the others are zeros that PEFT's form asks for.
+
+    misheard   whoever loads it reads PEFT's warning that ranks of parameters are ignored, and they are not (`unheard`)
+    """
 
     stored: int
     trained: int
+    misheard: bool = False
+
+
+@contextmanager
+def unheard() -> Iterator[None]:
+    """Without PEFT's warning of patterns that fit parameters and no module: it says that they are ignored."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*keys did not match any targeted module")
+        yield
 
 
 def refusal(saved: Saved) -> str:
@@ -117,8 +130,7 @@ def write(
         rank_pattern=narrow,
         alpha_pattern={names: _whole(lora.scale * rank) for names, rank in narrow.items()},
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*keys did not match any targeted module")
+    with unheard():
         wrapped = get_peft_model(model, config)
     try:
         _fill(wrapped, found)
@@ -130,6 +142,7 @@ def write(
     return Written(
         stored=sum(t.a.numel() + t.b.numel() for t in found.values()),
         trained=sum(t.numel() for name, t in saved.weights.items()) - _routers(saved),
+        misheard=any(name in found and found[name].parameter for name in narrow),
     )
 
 

@@ -241,6 +241,19 @@ def test_ranks_of_their_own_are_filled_up_to_the_widest_for_a_server(tmp_path: P
     torch.testing.assert_close(logits(fresh), expected, rtol=0, atol=CLOSE * float(expected.abs().max()))
 
 
+def test_ranks_of_experts_are_taken_by_peft_which_says_that_they_are_not(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    stack = next(m for m in MOE.modules if m.num_experts)
+    ranks = ModuleRanks({MOE.modules[0].path: 9}, {stack.path: (2, *[0] * (stack.num_experts - 2), 1)})
+    run, _ = trained(run_of("tiny-moe", ranks), str(tmp_path / "study" / "adapters" / run_of("tiny-moe", ranks).digest))
+    folder = write_study(tmp_path / "study", [run], model="tiny-moe")
+    _, lines = exported(folder, to=tmp_path / "peft", format="peft")
+    assert any("loaded by PEFT on a float32 base" in line for line in lines)
+    assert any("'were ignored': they are not" in line for line in lines)
+    assert not [w for w in recwarn if "did not match any targeted module" in str(w.message)]
+
+
 def test_what_a_server_cannot_hold_is_refused_with_the_reason(
     exports: Exports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from search.records.folder import StudyFolder
 from search.records.following import Following
 from search.records.orders import Order
 from search.serve import Server, Serving, listen
-from search.serve.__main__ import main, parse
+from search.serve.__main__ import _serving, main, parse
 from tests.browser import Browser, needs_browser
 from tests.search.studies import fill, open_study, outcome, selection, started
 
@@ -86,6 +87,7 @@ def test_pages_and_stamps(server: Server, studies: list[StudyFolder]) -> None:
         ("/secre/", {}),
         ("/secret/2/", {}),
         ("/secret/-1/", {}),
+        ("/secret/0000009/", {}),
         ("/secret/0/outcomes.jsonl", {}),
         ("/secret/../study.json", {}),
         ("/secret/%2e%2e/study.json", {}),
@@ -179,6 +181,26 @@ def test_orders_are_files_that_are_read_once_and_nothing_else_is_followed(tmp_pa
     assert orders.take(tmp_path / "t") == []
     with pytest.raises(StudyError, match="leads out of the study folder"):
         orders.give(tmp_path / "t", Order("end"))
+
+
+def test_on_all_addresses_it_answers_under_each_and_under_its_own_name(studies: list[StudyFolder]) -> None:
+    """A number cannot be pointed at this machine by somebody else, and a name can."""
+    folders = [study.folder for study in studies]
+    for host, name, fits in (
+        ("0.0.0.0", socket.gethostname().lower(), ("10.1.2.3", "127.0.0.1", socket.gethostname())),
+        ("127.0.0.1", "127.0.0.1", ("127.0.0.1", "localhost")),
+        ("10.1.2.3", "10.1.2.3", ("10.1.2.3", "127.0.0.1")),
+        ("::1", "[::1]", ("[::1]",)),
+    ):
+        serving, printed = _serving(folders, host)
+        assert printed == name
+        for server in serve(serving):
+            for asked in ("10.1.2.3", "10.9.9.9", "127.0.0.1", "localhost", "[::1]", "evil.example", name):
+                status, _ = request(server, f"/{serving.token}/0/state", Host=f"{asked}:{{port}}")
+                allowed = asked in (*fits, name, "127.0.0.1", "localhost", "[::1]")
+                assert status == (200 if allowed or (host == "0.0.0.0" and asked[0] == "1") else 421), (host, asked)
+    with pytest.raises(StudyError, match="or a host= of this machine"):
+        listen(serving, host="192.0.2.1", port=0)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

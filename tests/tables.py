@@ -214,10 +214,15 @@ def smollm2_ranks() -> list[str]:
     of = study("ranks_table-smollm2-135m")
     rows = [(of.row(**asked), name, comparison) for name, (asked, comparison) in RANKS.items()]
     cells = (
-        [name, f"{row.size / 1e6:.2f} M", spread(row), tested(of, comparison)]
+        [name, human(row.size), spread(row) + seeds_short_of(of, row), tested(of, comparison)]
         for row, name, comparison in sorted(rows, key=lambda each: -each[0].mean)
     )
     return table(("rule", "parameters", "accuracy", "− uniform"), cells)
+
+
+def seeds_short_of(of: Study, row: Row) -> str:
+    """` (2 seeds)` where others have more."""
+    return "" if len(row.accuracies) == len(of.data["seeds"]) else f" ({len(row.accuracies)} seeds)"
 
 
 FORGETTING = (  # the names of `RANKS` that are shown, uniform first

@@ -22,7 +22,7 @@ from search.serve import __main__ as serve
 from search.session.prepare import prepare
 from search.show import __main__ as show
 from search.show import stability
-from tests import ROOT, pictures, tables
+from tests import ROOT, journeys, pictures, tables
 from trainers import models
 from trainers.embedded import domains, pretrain
 from trainers.tasks import __main__ as task_shown
@@ -129,6 +129,7 @@ PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "trainers.tasks": one_task,
     "trainers.pretrain": fields_of(pretrain.Request),
     "trainers.embedded.domains": fields_of(domains.Request),
+    "tests.journeys": fields_of(journeys.Settings),
     "tests.pictures": fields_of(pictures.Settings),
     "tests.tables": fields_of(tables.Settings),
     "pytest": pytest_words,

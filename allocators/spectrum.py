@@ -45,9 +45,8 @@ def allocate(
     check_share(share)
     matrices = matrices_of(shape)
     ratios = [_ratio(signal, m) for m in matrices]
-    pairs = zip(matrices, ratios, strict=True)
-    gone = dead(signal, matrices)
-    buried = [gone[i] or (is_dead(r) and not _is_all_signal(signal, m, r)) for i, (m, r) in enumerate(pairs)]
+    known = zip(matrices, ratios, dead(signal, matrices), strict=True)
+    buried = [gone or (is_dead(r) and not _is_all_signal(signal, m, r)) for m, r, gone in known]
     warn_of_dead(sum(buried), len(matrices), what="makes their signal-to-noise ratio the largest")
     kinds: dict[str, list[int]] = {}
     for i, m in enumerate(matrices):

@@ -19,14 +19,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
 from allocators.core import plugins, words
-from allocators.core.errors import ToolkitError
+from allocators.core.errors import ToolkitError, unknown
 from search import config
 from tests import ROOT
 from trainers.tasks import files as tasks
@@ -61,17 +60,17 @@ class Ran:
     said: str
 
 
-def printed() -> Iterator[tuple[str, str]]:
+@cache
+def printed() -> list[tuple[str, str]]:
     """Page and command, in the order of the pages; a command that stands twice once."""
-    seen = {DEMO}
-    yield "README", DEMO
+    pages = {DEMO: "README"}
     for page in PAGES:
         for language, block in BLOCK.findall(page.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines() if language in ("", "bash", "sh") else ():
                 command = re.sub(r"\s+", " ", re.split(r"\s#\s", line)[0]).strip()
-                if re.match(r"(\w+=\S+ )*(python|ray|make) ", command) and command not in seen:
-                    seen.add(command)
-                    yield page.stem, command
+                if re.match(r"(\w+=\S+ )*(python|ray|make) ", command):
+                    pages.setdefault(command, page.stem)
+    return [(page, command) for command, page in pages.items()]
 
 
 def why_not(command: str, *, long: bool) -> str:
@@ -161,29 +160,34 @@ def past(file: Path) -> dict[str, Ran]:
     return {ran.command: ran for ran in (Ran(**json.loads(line)) for line in lines)}
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Exit code 1 where a command of these pages failed."""
-    settings = words.parse(sys.argv[1:] if argv is None else argv, Settings)
+    if words.asks_for_help(argv):
+        print((__doc__ or "").strip(), "", "keys:", *words.help_of(Settings), sep="\n")
+        return 0
+    settings = words.parse(argv, Settings)
+    for name in settings.pages:
+        if name not in (known := [page.stem for page in PAGES]):
+            raise unknown("page", name, known)
     storage = Path(settings.storage).absolute()
     storage.mkdir(parents=True, exist_ok=True)
     file = storage / "journeys.jsonl"
-    for page, command in in_order(settings.long):
-        before = past(file).get(command)
+    results = past(file)
+    for page, command in () if settings.show else in_order(settings.long):
         asked = not settings.pages or page in settings.pages or study_of(command) in read_by_others()
-        if asked and not settings.show and (before is None or before.code):
-            ran = run(page, command, storage, limit=settings.limit)
+        if asked and (command not in results or results[command].code):
+            ran = results[command] = run(page, command, storage, limit=settings.limit)
             print(f"{ran.code:>4} {ran.seconds:>7.1f} s  {page:<13} {command}", flush=True)
             with file.open("a") as log:
                 log.write(json.dumps(asdict(ran)) + "\n")
-    results = past(file)
     for page, command in printed():
         one, reason = results.get(command), why_not(command, long=settings.long)
         if one is None or one.code:
             print(f"{page:<13} {command}\n{'':<14}{reason or (f'exit {one.code}: {one.said}' if one else 'not yet')}")
     ended = [ran for ran in results.values() if ran.code == 0]
-    print(json.dumps({"claim": "journeys", "ran": len(results), "right": len(ended), "printed": len(list(printed()))}))
+    print(json.dumps({"claim": "journeys", "ran": len(results), "right": len(ended), "printed": len(printed())}))
     return int(len(ended) < len(results))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    words.run(main)

@@ -87,13 +87,16 @@ def key(
 
 
 def run(main: Callable[[list[str]], object]) -> NoReturn:
-    """Runs a command with the words that were typed; a mistake of the user's is one line, and exit code 2."""
+    """Runs a command with the words that were typed; a mistake of the user's is one line, and exit code 2.
+
+    A number that `main` returns is the exit code.
+    """
     try:
-        main(sys.argv[1:])
+        code = main(sys.argv[1:])
     except ToolkitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(0)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def asks_for_help(words: Sequence[str]) -> bool:

@@ -14,13 +14,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from allocators.core.messages import Assignment, Failed, Finished, Job, Report, TrainJob, is_end
 
 ATTEMPTS = 2  # a job whose worker died so often without an evaluation between is given up: it is the likely cause
 GRACE = 3.0  # seconds after a restart of the queue in which groups say what they hold, before jobs are handed out
 KEPT = 64  # ends of jobs that are kept for a reader that died with one
+
+
+Happened = Literal["arrived", "took", "ended", "away"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class News:
     """
 
     time: float
-    event: Literal["arrived", "took", "ended", "away"]
+    event: Happened
     group: int
     life: int
     job: str = ""
@@ -331,10 +334,8 @@ class JobQueue:
         self.reports[job_id].append(Failed(reason))
         self._tell()
 
-    def _note(
-        self, event: Literal["arrived", "took", "ended", "away"], group: int, life: int, job: str = "", **where: Any
-    ) -> None:
-        self.news.append(News(time.time(), event, group, life, job, **where))
+    def _note(self, event: Happened, group: int, life: int, job: str = "", node: str = "", worker: int = 0) -> None:
+        self.news.append(News(time.time(), event, group, life, job, node, worker))
 
     # --- waiting
 

@@ -153,8 +153,9 @@ class Steward:
         news: list[News] = ray.get(self._queue.heard_of.remote())
         for item in news:
             group = next((group for group in self._alive if group.number == item.group), None)
-            if item.event == "arrived" and item.worker == 0 and group is not None and group.life == item.life:
-                group.state = "working" if group.state == "starting" else group.state
+            first = item.event == "arrived" and item.worker == 0
+            if first and group is not None and group.life == item.life and group.state == "starting":
+                group.state = "working"
         if news:
             with contextlib.suppress(OSError), (self._logs / EVENTS).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(asdict(item)) + "\n" for item in news)

@@ -298,9 +298,9 @@ def table(done: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Exit code 1 where something is wrong in the books."""
-    settings = words.parse(sys.argv[1:] if argv is None else argv, Settings)
+    settings = words.parse(argv, Settings)
     for ended_by in (signal.SIGHUP, signal.SIGINT):  # which nohup ignores, and its children inherit
         signal.signal(ended_by, signal.SIG_DFL)
     file = Path(settings.results)
@@ -324,4 +324,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    words.run(main)

@@ -25,7 +25,6 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -238,9 +237,9 @@ def table(folder: Path, names: dict[str, str]) -> str:
     return "\n".join(rows)
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Exit code 1 where something is wrong in the books."""
-    settings = words.parse(sys.argv[1:] if argv is None else argv, Settings)
+    settings = words.parse(argv, Settings)
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     storage = Path(settings.storage).absolute()
     storage.mkdir(parents=True, exist_ok=True)
@@ -252,4 +251,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    words.run(main)

@@ -24,7 +24,6 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -238,9 +237,9 @@ def soak(trainings: int, storage: Path) -> list[dict[str, Any]]:
     return seen
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str]) -> int:
     """Prints a JSON line for each row as it comes, and the tables at the end."""
-    settings = words.parse(sys.argv[1:] if argv is None else argv, Settings)
+    settings = words.parse(argv, Settings)
     rows = [queue_alone(int(count), settings.trials) for count in settings.queue.split(",") if count]
     rows += [below_tune(int(count), settings.trials) for count in settings.tune.split(",") if count]
     print(table(rows))
@@ -253,4 +252,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    words.run(main)

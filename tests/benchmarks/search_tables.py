@@ -333,14 +333,20 @@ class AllKnowing(Asker):
 
     def __init__(self, *asked: Any, **kinds: Any) -> None:
         super().__init__(*asked, **kinds)
-        self._covered = Covered(self._table)
+        self._covered, scaled = Covered(self._table), self._table.scaled()
+        best = moocore.is_nondominated(np.array(list(scaled.values())), maximise=True, keep_weakly=False)
+        self._front = list(itertools.compress(scaled, best))
 
     def _propose(self) -> str | None:
-        if self._starting:
-            return super()._propose()
-        self._covered.add_all(self.rows.values())
-        key = self._covered.best()
-        if key is None:
+        run = super()._propose() if self._starting else self._best()
+        if run is not None:
+            self._covered.add(self.rows[run])
+        return run
+
+    def _best(self) -> str | None:
+        shares = {key: self._covered.share_with(key) for key in self._front}
+        key = max(shares, key=lambda each: shares[each])
+        if shares[key] < self._covered.share + 1e-12:
             return None
         run = f"{key} 0"
         self.rows[run], self.costs[run], self.numbers[run], self._running[run] = key, 0, 0, []
@@ -408,23 +414,21 @@ class Covered:
         self.share = 0.0
 
     def add(self, key: str) -> float:
-        place = self._scaled.get(key, (0.0, 0.0))  # a diverged training covers nothing
-        self._front = np.vstack((self._front, place))
+        self._front = self._with(key)
         self._front = self._front[moocore.is_nondominated(self._front, maximise=True)]
         self.share = self._area(self._front) / self._whole
         return self.share
 
+    def share_with(self, key: str) -> float:
+        """What it would be with one more; a diverged training covers nothing."""
+        return self._area(self._with(key)) / self._whole
+
+    def _with(self, key: str) -> np.ndarray:
+        return np.vstack((self._front, self._scaled.get(key, (0.0, 0.0))))
+
     def add_all(self, keys: Iterable[str]) -> None:
         self._front = np.vstack((self._front, *(self._scaled.get(key, (0.0, 0.0)) for key in keys)))
         self.share = self._area(self._front) / self._whole
-
-    def best(self) -> str | None:
-        """The row that would add most; None where all is covered."""
-        keys, places = list(self._scaled), np.array(list(self._scaled.values()))
-        front = np.flatnonzero(moocore.is_nondominated(places, maximise=True, keep_weakly=False))
-        areas = {int(row): self._area(np.vstack((self._front, places[row]))) for row in front}
-        row = max(areas, key=lambda each: areas[each])
-        return keys[row] if areas[row] > self._area(self._front) + 1e-12 else None
 
     @staticmethod
     def _area(places: np.ndarray) -> float:

@@ -17,6 +17,12 @@ from search.report.tables import front_table
 from tests.search.studies import open_study, outcome, rung, selection, started
 
 
+@pytest.fixture(autouse=True)
+def a_terminal_that_can_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tests run in: nothing is drawn over in a dumb one."""
+    monkeypatch.setenv("TERM", "xterm")
+
+
 def console(*, terminal: bool) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=120, highlight=False)
 

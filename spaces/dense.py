@@ -16,9 +16,9 @@ Knobs
     top_k               1 .. 4 experts per token (routed LoRA-MoE; lora_smoe's gates are soft over all)
 
 Starting points, all at T = 5 a layer (or nearest) with the study's recipe (rank 4, lora_alpha 64, scaled rate 0.1
-unless task or command line suggest another): uniform, random, MoLA-2468, alphalora with hill and β = 2.5, sensitivity
-with β = 0.5, lora_smoe S at retention 0.6 with 8 experts a block; the same alphalora with the paper's recipe (rank 8,
-lora_alpha 16, learning_rate 3e-4, top-2); layermoe.
+unless task or command line suggest another): uniform, random, uniform at one expert a layer, where the front is
+cheap, MoLA-2468, alphalora with hill and β = 2.5, sensitivity with β = 0.5, lora_smoe S at retention 0.6 with 8 experts
+a block; the same alphalora with the paper's recipe (rank 8, lora_alpha 16, learning_rate 3e-4, top-2); layermoe.
 
 Measured in the papers' coordinates (lora_alpha = 2·rank), on task=tiny_backcipher with select_on=test, on two CPU
 cores, both signals included: 16 trials in 4.3 minutes, 3.8 GiB at peak. One seed: at T = 40 uniform .970, sensitivity
@@ -44,12 +44,13 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
-    """The controls, and one point of every other rule; rules that take a total have the controls'."""
+    """The controls, one expert a layer, and one point of every other rule; where it takes a total, the controls'."""
     points = controls(shape)
     same_total = points[0]
     alphalora = same_total | {"allocator": "alphalora", "beta": 2.5, "metric": "hill"}
     return [
         *points,
+        {"allocator": "uniform", "total_experts": shape.num_layers},
         {"allocator": "mola", "pattern": "2468"},
         alphalora,
         same_total | {"allocator": "sensitivity", "sensitivity_beta": 0.5},

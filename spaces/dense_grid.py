@@ -81,9 +81,7 @@ def suggest(trial: Any, shape: ModelShape) -> Point:
 
 
 def starting_points(shape: ModelShape) -> list[dict[str, Any]]:
-    """Of a search of the recorded rows: one expert a layer, and uniform and random at 2.5."""
-    return [
-        {"allocator": "uniform", "experts_per_layer": 1} | _RECIPE,
-        _UNIFORM,
-        {"allocator": "random"} | _MIDDLE,
-    ]
+    """Of a search of the recorded rows, those of `space=dense`: the controls, one expert a layer, every other rule."""
+    middle = ("uniform", "random", "mola", "alphalora", "sensitivity", "lora_smoe")
+    points = [{"allocator": name} | (_RECIPE if name in ("mola", "lora_smoe") else _MIDDLE) for name in middle]
+    return [*points[:2], {"allocator": "uniform", "experts_per_layer": 1} | _RECIPE, *points[2:]]

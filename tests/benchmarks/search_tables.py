@@ -137,7 +137,7 @@ class Table:
     points        parameters of every training, where they are no grid
     again         (training, n): rungs of its n-th run, each with a seed of its own, 0 the one that `rungs` has
     seeds         runs of every training
-    version       of the recorded trainings, where they can be recorded anew under the same name
+    version       of the recorded trainings and starting points, where they can change under the same name
     """
 
     name: str
@@ -632,18 +632,23 @@ def own(name: str, seed: int, *, mean: bool = True) -> Table:
         last = Rung(max(len(curve), 1), 1.0, outcome.accuracy, curve[-1].stderr if curve else 0.0)
         return [*curve[:-1], last]
 
+    starting = starting_points(problem)
     return Table(
         name,
         _remembering(problem),
         lambda key: again(key, 0),
         lambda key: float(mine[key].tokens),
         judged,
-        starting_points(problem),
+        starting,
         evaluations=table.settings["evaluations"],
         again=again,
         seeds=len(table.seeds),
         version=digest_of(
-            [mean, sorted((key, o.accuracy, o.tokens, o.test and o.test.accuracy) for key, o in outcomes.items())]
+            [
+                mean,
+                starting,
+                sorted((key, o.accuracy, o.tokens, o.test and o.test.accuracy) for key, o in outcomes.items()),
+            ]
         ),
     )
 

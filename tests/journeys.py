@@ -5,8 +5,8 @@
     python -m tests.journeys long=true                 # benchmarks and the papers' tables, too
     python -m tests.journeys show=true                 # what ran and what did not, and why; runs nothing
 
-Commands run in a folder (`storage=`), each search in a folder of its own, unless another command reads its study. What
-came out is kept in `journeys.jsonl` there: page, command, exit code, seconds and the last line that was printed.
+All commands run in one folder (`storage=`), as a reader's would, first the searches whose studies others read. What
+came out is kept in `journeys.jsonl` there, beside a log of every command: page, command, exit code, seconds, last line.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def why_not(command: str, *, long: bool) -> str:
     if is_long(command) and not long:
         return "it takes hours (long=true)"
     read = set(re.findall(r"studies/([\w-]+)", command))
-    reasons = (why_not(maker, long=long) for _, maker in printed() if study_of(maker) in read)
-    return next((f"of the study that it reads, {reason}" for reason in reasons if reason), "")
+    reasons = [why_not(maker, long=long) for _, maker in printed() if study_of(maker) in read]
+    return f"of the study that it reads, {reasons[0]}" if reasons and all(reasons) else ""
 
 
 def is_long(command: str) -> bool:
@@ -135,22 +135,21 @@ def a_file_of_the_readers(folder: Path) -> None:
 
 def run(page: str, command: str, storage: Path, *, limit: float) -> Ran:
     """Runs it where its files are."""
-    study, alone = study_of(command), re.sub(r"\W+", "-", command.removeprefix("python -m "))[:100]
-    place = storage / (alone if study and study not in read_by_others() else "shared")
-    a_file_of_the_readers(place / "my")
+    a_file_of_the_readers(storage / "my")
+    log_file = storage / f"{re.sub(r'[^a-zA-Z0-9_]+', '-', command.removeprefix('python -m '))[:150]}.log"
     paths = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "TERM": "dumb"}
     environment, quiet = os.environ | paths, subprocess.DEVNULL
     began = time.monotonic()
-    with (place / f"{alone}.log").open("wb") as log:
+    with log_file.open("wb") as log:
         process = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"], cwd=place, env=environment, stdin=quiet, stdout=log, stderr=log
+            ["bash", "-c", f"exec {command}"], cwd=storage, env=environment, stdin=quiet, stdout=log, stderr=log
         )
         try:
             code = process.wait(SERVED if "search.serve" in command else limit)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
             code = process.wait()
-    lines = (place / f"{alone}.log").read_text(errors="replace").strip().splitlines()
+    lines = log_file.read_text(errors="replace").strip().splitlines()
     return Ran(page, command, code, round(time.monotonic() - began, 1), lines[-1][:200] if lines else "")
 
 

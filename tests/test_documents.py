@@ -172,6 +172,17 @@ def test_a_printed_command_is_one_that_its_program_takes(file: str, module: str,
         pytest.fail(f"{file}: python -m {module} {shlex.join(given)}\n{error}")
 
 
+def test_searches_of_the_readme_and_the_docs_can_be_run_one_after_the_other() -> None:
+    """A folder refuses other settings; so a search that is printed with some needs a name."""
+    studies: dict[tuple[str, str], tuple[str, dict[str, object]]] = {}
+    for _, command in journeys.printed():
+        if journeys.study_of(command):
+            asked = config.parse(shlex.split(command.partition("-m search.run ")[2]))
+            first, identity = studies.setdefault((asked.storage, asked.study_name), (command, asked.identity()))
+            assert asked.identity() == identity, f"{command} would be refused after {first}: give it a name="
+    assert len(studies) > 20
+
+
 def test_the_commands_were_read() -> None:
     """The two of the README's head, and one of every program: the pattern reads what it is meant to read."""
     assert ("search.run", ("space=sieve",)) in {case[1:] for case in CASES}

@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 import re
 import shlex
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 from allocators.core import plugins, words
 from allocators.core.errors import StudyError
@@ -225,6 +227,15 @@ def test_the_readme_is_short_and_every_page_of_the_docs_opens_with_a_command() -
 @pytest.mark.parametrize("name", plugins.names("spaces"))
 def test_a_data_sheet_names_its_own_command(name: str) -> None:
     assert re.search(rf"space={name}\b", plugins.load("spaces", name, "space").__doc__ or "")
+
+
+def test_a_release_has_one_version_and_one_date() -> None:
+    """CHANGELOG's latest heading, the package and the citation name the same release."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    latest = re.search(r"^## \[([\d.]+)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert latest is not None
+    assert latest.groups() == (cited["version"], str(cited["date-released"]))
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == cited["version"]
 
 
 def test_targets_of_make_are_there() -> None:

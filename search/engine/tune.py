@@ -170,6 +170,15 @@ class StudyScheduler(TrialScheduler):
         return "as the study decides"
 
 
+class Forgetting(tune.Callback):
+    """Takes the results from Tune's ended trials: Tune keeps every trial, and the records have its results."""
+
+    def on_trial_complete(self, iteration: int, trials: list[TuneTrial], trial: TuneTrial, **info: Any) -> None:
+        """Leaves a trial its name and how it ended."""
+        known = trial.run_metadata
+        known.last_result, known.metric_analysis, known.metric_n_steps = {}, {}, {}
+
+
 class TrialHandle(tune.Trainable):
     """What Tune sees of a trial. Trains nothing: submits, waits, cancels."""
 
@@ -242,7 +251,7 @@ def search(
                 max_concurrent_trials=MOST_PENDING,  # else Tune starts one at a time
                 reuse_actors=True,
             ),
-            run_config=tune.RunConfig(name="study", storage_path=str(notes), verbose=0),
+            run_config=tune.RunConfig(name="study", storage_path=str(notes), verbose=0, callbacks=[Forgetting()]),
         ).fit()
     except Exception as error:
         if state.fault is None:

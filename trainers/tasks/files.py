@@ -23,7 +23,7 @@ from allocators.core.errors import StudyError, did_you_mean, shown, unknown
 from allocators.core.words import path as named
 from trainers.recipes import make_recipe
 from trainers.tasks import index
-from trainers.tasks.data import check_data, flat, located_data
+from trainers.tasks.data import check_data, flat, located_data, unescaped
 from trainers.tasks.task_file import (
     OF_THE_DATA,
     FunctionName,
@@ -234,7 +234,7 @@ def _named_twice(file: TaskFile) -> tuple[str, str] | None:
 
 def _matched(name: str) -> list[str]:
     """The files that a name with * or ? stands for; else the name."""
-    return sorted(glob.glob(name, recursive=True)) if any(mark in name for mark in "*?[") else [name]
+    return sorted(glob.glob(name, recursive=True)) or [unescaped(name)]
 
 
 def _place_of(path: str) -> object:

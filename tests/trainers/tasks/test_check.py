@@ -661,6 +661,23 @@ def test_what_is_wrong_in_a_csv_file_has_its_line(tmp_path: Path, text: str, par
     refused(csv_task(tmp_path, text), *parts)
 
 
+def test_a_data_file_may_be_called_like_a_pattern_and_lie_in_such_a_folder(tmp_path: Path) -> None:
+    """`datasets` takes every name for a pattern, in which [1] is a 1."""
+    folder = tmp_path / "runs [1] *" / "b?"
+    folder.mkdir(parents=True)
+    looked(write(folder, MC, FOUR))
+    (folder / "train.jsonl").rename(folder / "train[0]?.jsonl")
+    for named in ("train[0]?.jsonl", "tr*.jsonl", ["train[[]0]?.jsonl"]):
+        path = write(folder, MC, FOUR, dataset_kwargs={"data_files": {"train": named, "test": "test.jsonl"}})
+        (folder / "train.jsonl").unlink()
+        assert len(loaded(path).training) == len(FOUR)
+    files = {"train": "train[1]?.jsonl", "test": "test.jsonl"}
+    refused(write(folder, MC, FOUR, dataset_kwargs={"data_files": files}), "split 'train': nothing is called", "[1]?")
+    files = {"train": "missing.jsonl", "test": "test.jsonl"}
+    path = write(folder, MC, FOUR, dataset_kwargs={"data_files": files})
+    refused(path, f"the data file '{folder}/missing.jsonl', which does not exist")
+
+
 def test_dates_as_choices_are_text(tmp_path: Path) -> None:
     dates = ["2011-02-02", "2015-06-06"]
     path = write(tmp_path, MC, [row(1, dates), row(0, dates)])

@@ -8,7 +8,9 @@ read.py gives the documents themselves, with the text of local files as it is (p
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,10 @@ _UNREACHABLE = "not in the local cache, and the hub cannot be reached"
 
 
 def located_data(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """`dataset_path` and `dataset_kwargs` with local files found from the task file's folder."""
+    """`dataset_path` and `dataset_kwargs` with local files found from the task file's folder.
+
+    `datasets` takes data_files and data_dir for patterns: what is there by this very name is escaped (`unescaped`).
+    """
     path = config.get("dataset_path")
     kwargs = dict(config.get("dataset_kwargs") or {})
     if path in FORMATS:
@@ -42,7 +47,17 @@ def _absolute(value: Any, folder: Path) -> Any:
     if not isinstance(value, str) or not value:
         raise StudyError(f"data_files names {shown(repr(value))}: a path, or lists of paths by split, are needed")
     text = os.path.expandvars(value)
-    return text if "://" in text else str(words.path(os.path.join(folder, os.path.expanduser(text)), "data file"))
+    if "://" in text:
+        return text
+    place = str(words.path(os.path.join(folder, os.path.expanduser(text)), "data file"))
+    if os.path.exists(place):
+        return glob.escape(place)
+    return place.replace(str(folder), glob.escape(str(folder)), 1)  # a pattern of files in a folder of any name
+
+
+def unescaped(path: str) -> str:
+    """The name of a file or folder that `datasets` would take for a pattern, and that `located_data` has escaped."""
+    return re.sub(r"\[([*?[])\]", r"\1", path)
 
 
 def _is_folder(path: Path) -> bool:
@@ -94,8 +109,9 @@ def _how_to_fetch(missing: Mapping[tuple[str, str], tuple[str, Sequence[str]]]) 
 def _missing_files(file: TaskFile, data: Mapping[str, Any]) -> Iterator[str]:
     files = data["dataset_kwargs"].get("data_files", []) if data["dataset_path"] in FORMATS else []
     fetch = metadata_of(file.config).get("fetch")
-    for path in flat(files):
-        if "://" not in path and not any(c in path for c in "*?[") and not Path(path).is_file():
+    for pattern in flat(files):
+        path = unescaped(pattern)
+        if "://" not in path and pattern == glob.escape(path) and not Path(path).is_file():
             lacks = "is no file" if os.path.exists(path) else "does not exist"
             yield f"task '{file.name}' ({file.path.name}) needs the data file '{path}', which {lacks}: " + (
                 f"fetch it with `{fetch}`"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from allocators.core.errors import StudyError, shown
-from trainers.tasks.data import FORMATS
+from trainers.tasks.data import FORMATS, flat, unescaped
 from trainers.tasks.data.parse import Format, Raw, Written, decoded, rows_of
 from trainers.tasks.task_file import one_line
 
@@ -154,7 +154,11 @@ def read(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if kind in ("json", "csv") and not any("://" in file for some in files.values() for file in some):
             form = _json_format(builder.config) if kind == "json" else _csv_format(builder.config)
             if empty := [split for split, some in files.items() if not some]:
-                raise StudyError(f"data_files names no file for split '{empty[0]}'")
+                named = kwargs.get("data_files")
+                asked = ", ".join(
+                    map(unescaped, flat(named.get(empty[0], named) if isinstance(named, Mapping) else named))
+                )
+                raise StudyError(f"data_files names no file for split '{empty[0]}': nothing is called {asked}")
             return _Splits({str(split): Documents.of(_unpacked(some), form) for split, some in files.items()})
     if path in ("parquet", "arrow") and isinstance(kwargs.get("data_files"), Mapping):
         return _Splits({split: _table(path, name, split, kwargs) for split in kwargs["data_files"]})
@@ -172,7 +176,7 @@ def _table(path: str, name: str | None, split: str, kwargs: Mapping[str, Any]) -
     try:
         loaded = datasets.load_dataset(path, name, **{**kwargs, "data_files": {split: files}})
     except Exception as error:  # a file that is cut, empty, or something else
-        said = ", ".join(files) if isinstance(files, list) else files
+        said = ", ".join(map(unescaped, flat(files)))
         if "BatchSize" in str(error.__cause__):  # what Arrow says of a table without a row
             raise StudyError(f"data file '{said}' holds no rows") from error
         raise StudyError(f"data file '{said}' cannot be read as {path}: {one_line(error)}") from error

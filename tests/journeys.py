@@ -91,6 +91,8 @@ def why_not(command: str, *, long: bool) -> str:
         return "it takes hours (long=true)"
     read = set(re.findall(r"studies/([\w-]+)", command))
     reasons = [why_not(maker, long=long) for _, maker in printed() if study_of(maker) in read]
+    if read and not reasons:
+        return "no printed command makes the study that it reads"
     return f"of the study that it reads, {reasons[0]}" if reasons and all(reasons) else ""
 
 

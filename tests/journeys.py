@@ -5,7 +5,7 @@
     python -m tests.journeys long=true                 # benchmarks and the papers' tables, too
     python -m tests.journeys show=true                 # what ran and what did not, and why; runs nothing
 
-All commands run in one folder (`storage=`), as a reader's would, first the searches whose studies others read. What
+All commands run in one folder (`storage=`), as a reader's would, first the searches that make what others read. What
 came out is kept in `journeys.jsonl` there, beside a log of every command: page, command, exit code, seconds, last line.
 """
 
@@ -113,9 +113,11 @@ def study_of(command: str) -> str:
 
 
 def in_order(long: bool) -> list[tuple[str, str]]:
-    """What is run: first the searches whose studies other commands read."""
+    """What is run: first the searches that make the studies which other commands read."""
     all_of_them = [(page, command) for page, command in printed() if not why_not(command, long=long)]
-    return sorted(all_of_them, key=lambda each: study_of(each[1]) not in read_by_others())
+    makers = {study_of(command): command for _, command in reversed(all_of_them)}
+    first = {makers.get(name) for name in read_by_others()}
+    return sorted(all_of_them, key=lambda each: each[1] not in first)
 
 
 @cache

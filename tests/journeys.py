@@ -172,6 +172,7 @@ def main(argv: list[str]) -> int:
     for name in settings.pages:
         if name not in (known := [page.stem for page in PAGES]):
             raise unknown("page", name, known)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it, and all it starts
     storage = Path(settings.storage).absolute()
     storage.mkdir(parents=True, exist_ok=True)
     file = storage / "journeys.jsonl"

@@ -158,9 +158,9 @@ def run(page: str, command: str, storage: Path, *, limit: float) -> Ran:
 
 
 def past(file: Path) -> dict[str, Ran]:
-    """What ran before, by command; the last time counts."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return {ran.command: ran for ran in (Ran(**json.loads(line)) for line in lines)}
+    """What ran before of what is printed today, by command; the last time counts."""
+    lines, today = file.read_text().splitlines() if file.exists() else [], {command for _, command in printed()}
+    return {ran.command: ran for ran in (Ran(**json.loads(line)) for line in lines) if ran.command in today}
 
 
 def main(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ What the conductor of a study adds a trial (records, MLflow, sampler) is measure
     trials/s   by the wall clock, which other programs on the machine slow down
     CPU ms     a trial: of the queue's actor, of the driver, and of one Tune process where each trial has a 1/N of them
     limit/s    trials a second at which the busiest of them, which is named, has a whole CPU for itself
+    driver KiB a trial, by which the driver grows that only counts: what Tune keeps (trials=1600: less is noise)
 
 The soak is a real study of so many trainings of two steps on four logical workers: MiB of resident memory of the
 driver, the queue and the workers (the mean), read ten times on the way.
@@ -151,7 +152,7 @@ class Counting:
 
     def __init__(self, jobs: Sequence[TrainJob]) -> None:
         self._left = [Proposal(job.trial, job.trainable_params, {}) for job in jobs]
-        self.ended: list[tuple[float, float, float, float]] = []
+        self.ended: list[tuple[float, ...]] = []
 
     def propose(self) -> Proposal | None:
         return self._left.pop(0) if self._left else None
@@ -161,7 +162,7 @@ class Counting:
 
     def finished(self, outcome: Outcome) -> None:
         if len(self.ended) % 10 == 0 or not self._left:  # reading them costs the driver something too
-            self._seen = (time.process_time(), cpu_of("queue"), cpu_of("tune"))
+            self._seen = (time.process_time(), cpu_of("queue"), cpu_of("tune"), psutil.Process().memory_info().rss)
         self.ended.append((time.monotonic(), *self._seen))
 
     def lost(self, digest: str, reason: str, *, again: bool = True) -> None:
@@ -176,8 +177,9 @@ def below_tune(workers: int, trials: int) -> dict[str, Any]:
     with started(workers), tempfile.TemporaryDirectory() as notes:
         tune.search(conductor, study=STUDY, queue=QUEUE, slots=lambda: workers, pausing=False, notes=Path(notes))
     began, ended = conductor.ended[first - 1], conductor.ended[-1]
-    seconds, driver, queue, handles = (after - before for before, after in zip(began, ended, strict=True))
-    return row("tune", workers, trials, seconds, {"queue": queue, "driver": driver, "tune": handles / workers})
+    seconds, driver, queue, handles, grown = (after - before for before, after in zip(began, ended, strict=True))
+    made = row("tune", workers, trials, seconds, {"queue": queue, "driver": driver, "tune": handles / workers})
+    return made | {"driver_KiB": round(grown / trials / 1024, 1)}
 
 
 def row(claim: str, workers: int, trials: int, seconds: float, cpu: dict[str, float]) -> dict[str, Any]:
@@ -193,7 +195,8 @@ def row(claim: str, workers: int, trials: int, seconds: float, cpu: dict[str, fl
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """In columns."""
-    columns = ("claim", "workers", "trials_a_second", "queue_ms", "driver_ms", "tune_ms", "saturates", "limit")
+    columns = ["claim", "workers", "trials_a_second", "queue_ms", "driver_ms", "tune_ms"]
+    columns += ["saturates", "limit", "driver_KiB"]
     lines = ["".join(f"{name:>17}" for name in columns)]
     lines += ["".join(f"{made.get(name, '')!s:>17}" for name in columns) for made in rows]
     return "\n".join(lines)

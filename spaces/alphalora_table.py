@@ -21,11 +21,11 @@ within one of its share): equation 7 as published can load one layer with every 
 
 Comparisons: hill against uniform at each budget; against MoLA, alpha_hat and stable_rank at 5 a layer.
 
-Measured with the first command and seeds=3 (84 trainings; hill at 5 a layer rounds to uniform), test accuracy at 5 a
-layer, tuned / paper: stable_rank .862 / .703, uniform .773 / .501, MoLA-2468 .675 / .395, alpha_hat .554 / .357.
-Uniform against MoLA-2468 is +.098 (95 % interval −.146 to +.343) and +.106 (+.030 to +.181), the reverse of the paper's
-order; hill differs from uniform by less than the noise at 2.5 and 7, since this model's hill hardly differs between
-layers. The tuned recipe is worth +.273 (+.140 to +.406) at uniform, with half of the parameters.
+Measured with the first command (140 trainings; hill at 5 a layer rounds to uniform), test accuracy at 5 a layer,
+tuned / paper: stable_rank .841 / .671, uniform .788 / .476, MoLA-2468 .704 / .408, alpha_hat .627 / .407. Uniform
+against MoLA-2468 is +.084 (95 % interval −.012 to +.179) and +.068 (+.004 to +.131), the reverse of the paper's order;
+hill differs from uniform by less than the noise at 2.5 and 7, since this model's hill hardly differs between layers.
+The tuned recipe is worth +.312 (+.227 to +.397) at uniform, with half of the parameters.
 """
 
 from __future__ import annotations

@@ -104,12 +104,18 @@ def is_long(command: str) -> bool:
 
 
 @cache
-def study_of(command: str) -> str:
-    """The name of the study that a search makes; empty for other commands."""
+def search_of(command: str) -> config.RunConfig | None:
+    """What a command that makes a study asks for; None for other commands."""
     given = shlex.split(command.partition("-m search.run ")[2])
     with suppress(ToolkitError):
-        return config.parse(given).study_name if given and "dry_run=true" not in given else ""
-    return ""
+        return config.parse(given) if given and "dry_run=true" not in given else None
+    return None
+
+
+def study_of(command: str) -> str:
+    """The name of the study that a search makes; empty for other commands."""
+    asked = search_of(command)
+    return asked.study_name if asked else ""
 
 
 def in_order(long: bool) -> list[tuple[str, str]]:

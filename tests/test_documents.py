@@ -178,8 +178,7 @@ def test_searches_of_the_readme_and_the_docs_can_be_run_one_after_the_other() ->
     """A folder refuses other settings; so a search that is printed with some needs a name."""
     studies: dict[tuple[str, str], tuple[str, dict[str, object]]] = {}
     for _, command in journeys.printed():
-        if journeys.study_of(command):
-            asked = config.parse(shlex.split(command.partition("-m search.run ")[2]))
+        if (asked := journeys.search_of(command)) is not None:
             first, identity = studies.setdefault((asked.storage, asked.study_name), (command, asked.identity()))
             assert asked.identity() == identity, f"{command} would be refused after {first}: give it a name="
     assert len(studies) > 20

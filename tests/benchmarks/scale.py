@@ -178,17 +178,17 @@ def below_tune(workers: int, trials: int) -> dict[str, Any]:
         tune.search(conductor, study=STUDY, queue=QUEUE, slots=lambda: workers, pausing=False, notes=Path(notes))
     began, ended = conductor.ended[first - 1], conductor.ended[-1]
     seconds, driver, queue, handles, grown = (after - before for before, after in zip(began, ended, strict=True))
-    made = row("tune", workers, trials, seconds, {"queue": queue, "driver": driver, "tune": handles / workers})
-    return made | {"driver_KiB": round(grown / trials / 1024, 1)}
+    cpu = {"queue": queue, "driver": driver, "tune": handles / workers}
+    return row("tune", workers, trials, seconds, cpu, driver_KiB=round(grown / trials / 1024, 1))
 
 
-def row(claim: str, workers: int, trials: int, seconds: float, cpu: dict[str, float]) -> dict[str, Any]:
+def row(claim: str, workers: int, trials: int, seconds: float, cpu: dict[str, float], **more: float) -> dict[str, Any]:
     """What is printed of one measurement."""
     a_trial = {name: spent / trials for name, spent in cpu.items()}
     busiest = max(a_trial, key=lambda name: a_trial[name])
     made = {"claim": claim, "workers": workers, "trials_a_second": round(trials / seconds, 1)}
     made |= {f"{name}_ms": round(1e3 * spent, 2) for name, spent in a_trial.items()}
-    made |= {"saturates": busiest, "limit": round(1 / max(a_trial[busiest], 1e-9))}
+    made |= {"saturates": busiest, "limit": round(1 / max(a_trial[busiest], 1e-9))} | more
     print(json.dumps(made), flush=True)
     return made
 

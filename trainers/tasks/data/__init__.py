@@ -49,10 +49,10 @@ def _absolute(value: Any, folder: Path) -> Any:
     text = os.path.expandvars(value)
     if "://" in text:
         return text
-    place = str(words.path(os.path.join(folder, os.path.expanduser(text)), "data file"))
-    if os.path.exists(place):
-        return glob.escape(place)
-    return place.replace(str(folder), glob.escape(str(folder)), 1)  # a pattern of files in a folder of any name
+    named = os.path.expanduser(text)
+    place = words.path(os.path.join(folder, named), "data file")
+    # else a pattern, in a folder that is none
+    return glob.escape(str(place)) if place.exists() else str(Path(glob.escape(str(folder)), named))
 
 
 def unescaped(path: str) -> str:

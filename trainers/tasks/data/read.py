@@ -154,11 +154,11 @@ def read(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if kind in ("json", "csv") and not any("://" in file for some in files.values() for file in some):
             form = _json_format(builder.config) if kind == "json" else _csv_format(builder.config)
             if empty := [split for split, some in files.items() if not some]:
-                named = kwargs.get("data_files")
-                asked = ", ".join(
-                    map(unescaped, flat(named.get(empty[0], named) if isinstance(named, Mapping) else named))
+                named = kwargs["data_files"]
+                of_split = named[empty[0]] if isinstance(named, Mapping) else named
+                raise StudyError(
+                    f"data_files names no file for split '{empty[0]}': nothing is called {_said(of_split)}"
                 )
-                raise StudyError(f"data_files names no file for split '{empty[0]}': nothing is called {asked}")
             return _Splits({str(split): Documents.of(_unpacked(some), form) for split, some in files.items()})
     if path in ("parquet", "arrow") and isinstance(kwargs.get("data_files"), Mapping):
         return _Splits({split: _table(path, name, split, kwargs) for split in kwargs["data_files"]})
@@ -166,6 +166,11 @@ def read(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(loaded, Mapping) or kwargs.get("streaming"):
         raise StudyError(_NO_SPLITS)
     return _Splits(loaded) if path in FORMATS else loaded
+
+
+def _said(files: Any) -> str:
+    """Data files as a message names them."""
+    return ", ".join(map(unescaped, flat(files)))
 
 
 def _table(path: str, name: str | None, split: str, kwargs: Mapping[str, Any]) -> Any:
@@ -176,7 +181,7 @@ def _table(path: str, name: str | None, split: str, kwargs: Mapping[str, Any]) -
     try:
         loaded = datasets.load_dataset(path, name, **{**kwargs, "data_files": {split: files}})
     except Exception as error:  # a file that is cut, empty, or something else
-        said = ", ".join(map(unescaped, flat(files)))
+        said = _said(files)
         if "BatchSize" in str(error.__cause__):  # what Arrow says of a table without a row
             raise StudyError(f"data file '{said}' holds no rows") from error
         raise StudyError(f"data file '{said}' cannot be read as {path}: {one_line(error)}") from error

@@ -23,11 +23,11 @@ differ in size, so rows at one retention have nearly, and not exactly, the same 
 
 Comparisons: S and U against uniform at 0.6, S against U, and S at 0.6 against the other retentions.
 
-Measured on tiny-dense with both recipes, three seeds (72 trainings; test accuracy): tuned, at 40, 60, 80 and 100 %, S
-.500, .580, .615 and .594, U .469, .527, .587 and .613, uniform .683, .686, .630 and .633 with nearly the parameters. At
-60 %, S − uniform is −.106 (95 % interval −.175 to −.038) tuned and −.024 (−.101 to +.052) with the papers' recipe, U −
-uniform −.159 (−.246 to −.071) and +.019 (−.051 to +.089). Placement by gradients shows no gain over uniform here, and a
-loss where the recipe is good; corrected for thirteen tests none stays below .05 (docs/comparisons.md).
+Measured on tiny-dense with the first command (120 trainings; test accuracy): tuned, at 40, 60, 80 and 100 %, S .513,
+.569, .651 and .661, U .439, .557, .652 and .658, uniform .703, .716, .662 and .668 with nearly the parameters. At 60 %,
+S − uniform is −.147 (95 % interval −.226 to −.068) tuned and −.012 (−.069 to +.046) with the papers' recipe, U −
+uniform −.159 (−.224 to −.095) and +.020 (−.032 to +.072). Placement by gradients shows no gain over uniform here, and a
+loss where the recipe is good: U's stays below .05 when corrected for thirteen tests (docs/comparisons.md).
 """
 
 from __future__ import annotations

@@ -177,6 +177,7 @@ class Forgetting(tune.Callback):
         """Leaves a trial its name and how it ended."""
         known = trial.run_metadata
         known.last_result, known.metric_analysis, known.metric_n_steps = {}, {}, {}
+        trial.config, trial.evaluated_params = {}, {}
 
 
 class TrialHandle(tune.Trainable):
@@ -214,7 +215,7 @@ class TrialHandle(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Cancels the job where it is under way."""
-        self._leave()  # Tune asks for one when it pauses a trial (and at its end); the workers keep the real ones
+        self._leave()  # Tune asks for one when it pauses a trial; the workers keep the real ones
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Does nothing: the workers go on from their own checkpoints."""
@@ -251,7 +252,13 @@ def search(
                 max_concurrent_trials=MOST_PENDING,  # else Tune starts one at a time
                 reuse_actors=True,
             ),
-            run_config=tune.RunConfig(name="study", storage_path=str(notes), verbose=0, callbacks=[Forgetting()]),
+            run_config=tune.RunConfig(
+                name="study",
+                storage_path=str(notes),
+                verbose=0,
+                callbacks=[Forgetting()],
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the workers keep the real ones
+            ),
         ).fit()
     except Exception as error:
         if state.fault is None:

@@ -41,7 +41,11 @@ TWO, THREE = "accuracy,params", "accuracy,params,forgetting"  # `objectives=`
 AUTO = -2  # `seeds=auto`
 MOST_SEEDS = 10_000  # trainings of one point
 MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
-OTHERS = ("signals", "mlflow.db", "mlflow-artifacts", ".mlflow.lock")  # beside the studies in a storage folder
+OTHERS = (
+    "signals",
+    "mlflow.db",
+    "mlflow-artifacts",
+)  # beside the studies in a storage folder, and what begins with a dot
 PROGRAM = ("python", "-m", "search.run")
 EXAMPLE = "space=sieve model=allenai/OLMoE-1B-7B-0924 task=arc_easy trials=40 max_trainable_params=100M"
 
@@ -587,7 +591,7 @@ def check(config: RunConfig) -> None:
         raise StudyError(
             f"name={shown(config.name)} must be that of one folder below storage, of at most 255 bytes, without a slash"
         )
-    if config.name in OTHERS:
+    if config.name in OTHERS or config.name.startswith("."):
         raise StudyError(f"name={config.name} is what studies share in the storage folder: choose another")
     if not is_folder_name(config.study_name):
         raise StudyError(f"'{shown(config.study_name)}' is too long for a folder: give the study a name with name=NAME")

@@ -200,8 +200,10 @@ def _model(asked: Asked) -> Iterator[Finding]:
     )
     yield Finding("model", "ok", says)
     if models.has_weights(asked.model):
-        models.check_files(asked.model)
+        models.check_files(asked.model, shape)
         yield Finding("weights", "ok", "the files on this machine are whole; the first study fetches what is missing")
+        tokenizer = models.tokenizer_of(asked.model, trust_remote_code=asked.trust_remote_code)
+        yield Finding("tokenizer", "ok", f"{len(tokenizer):,} tokens")
     else:
         yield Finding("weights", "wrong", f"'{asked.model}' holds a config.json and no weights")
     for note in models.left_out(asked.model, trust_remote_code=asked.trust_remote_code):
@@ -214,3 +216,12 @@ def _task(asked: Asked) -> Iterator[Finding]:
         yield Finding("task", "note", sentence)
     task = tasks.load_task(asked.task)
     yield Finding("task", "ok", f"{tasks.sizes(task)} (python -m trainers.tasks {asked.task} shows its prompts)")
+    if not asked.model:
+        return
+    try:
+        limits = tasks.Limits.of(models.config_of(asked.model), recipe=chosen.recipe)
+        tokenizer = models.tokenizer_of(asked.model, trust_remote_code=asked.trust_remote_code)
+    except StudyError:  # said of the model already
+        return
+    for note in tasks.look(task, tokenizer, limits).notes:
+        yield Finding("task", "note", note)

@@ -90,6 +90,8 @@ class PinnedTrial:
             suggested: int = self._trial.suggest_int(name, low, high, **options)
             return self._keep(name, suggested)
         value = number_of(self._pins[name])
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if not isinstance(value, int):
             raise self._impossible(name, f"must be whole, the space uses {low} .. {high}")
         return self._keep(name, int(self._in_range(name, value, low, high, **options)))
@@ -97,7 +99,7 @@ class PinnedTrial:
     def _in_range(self, name: str, value: float, low: float, high: float, **options: Any) -> float:
         """The pin, which may be anything where the space has one value: that is a default."""
         if name not in self._anything and low != high and (missed := out_of_range(value, low, high, **options)):
-            instead = f"; recipe.{name}={value} fixes it all the same" if name in _SETTINGS else ""
+            instead = f"; recipe.{name}={value} fixes it all the same" if name in _SETTINGS and value > 0 else ""
             raise self._impossible(name, f"must be {missed}{instead}")
         return value
 

@@ -125,6 +125,25 @@ def _refused(path: Path, folder: Path) -> StudyError:
     )
 
 
+def refuse_other_kind(path: Path, begins: bytes, *, kind: str) -> None:
+    """Raises StudyError where a file that a user names would take the place of one of another kind, or is a folder.
+
+    begins   how every file of the kind begins: a study's records, a database or a model do not
+    kind     "a picture", for the message
+
+    Raises OSError where it cannot be looked at.
+    """
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(begins))
+    except FileNotFoundError:
+        return
+    except IsADirectoryError:
+        raise StudyError(f"{path} is a folder: name a file in it") from None
+    if found and found != begins:
+        raise StudyError(f"{path} is there and is not {kind}: it is left as it is; name another file, or remove it")
+
+
 def write_atomically(path: Path, data: str | bytes) -> None:
     """Readers see the old file or the new one, never half of it, after a power cut too. A link is replaced."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

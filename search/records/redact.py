@@ -16,6 +16,10 @@ _SECRET_KEY = re.compile(
     re.IGNORECASE,
 )
 _WORDS = r"key|secret|token|passw(?:or)?d|pwd|signature|credential"
+_NAMES = (
+    r"password|passwd|pwd|secret|(?:api|access|account|secret|private)[_-]?key|"
+    r"(?:auth|access|private|refresh|hub|hf|api|bearer)[_-]?token|credentials?"
+)
 _VALUE = r"""(?P<value>'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"|[^\s'",;}&]+)"""  # with its quotes, where it has some
 # In a text: what is kept of it, and what the secret looks like.
 _SECRETS = (
@@ -31,11 +35,11 @@ _SECRETS = (
     ),
     # a setting, as JSON, YAML, a command line or a driver of a database writes it
     re.compile(
-        r"((?<![\w-])-{0,2}(?:[\w-]*[_-])?(?:password|passwd|pwd|secret|(?:api|access|account|secret|private)[_-]?key|"
-        r"(?:auth|access|private|refresh|hub|hf|api|bearer)[_-]?token|credentials?)['\"]?\s*[=:]\s*)"
-        rf"{_VALUE}",
+        rf"((?<![\w/-])-{{0,2}}(?:[\w-]*[_-])?(?:{_NAMES})['\"]?\s*[=:]\s*){_VALUE}",
         re.IGNORECASE,
     ),
+    # the same behind a slash, where a quote ends a path, and what follows its colon is no value
+    re.compile(rf"((?<=/)(?:[\w-]*[_-])?(?:{_NAMES})=){_VALUE}", re.IGNORECASE),
     re.compile(rf"((?<![\w.-])token=|--(?:token|password)\s+){_VALUE}"),
     re.compile(r"(authorization['\"]?\s*[=:]\s*['\"]?(?:bearer|basic|token)\s+)[^\s'\",}]+", re.IGNORECASE),
     re.compile(r"(\b(?:hf_|gh[pousr]_|github_pat_|glpat-|xox[abp]-|sk-))[A-Za-z0-9_-]{16,}"),

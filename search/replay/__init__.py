@@ -34,6 +34,7 @@ from allocators.core.errors import StudyError, ToolkitError, unknown
 from allocators.core.types import Outcome, Signal, canonical_json, digest_of
 from search.config import before, keys
 from search.records import read
+from search.records.files import refuse_other_kind
 from search.records.header import check_settings, check_shape
 from search.records.redact import portable, portable_command
 
@@ -215,6 +216,7 @@ def export(folders: Iterable[str | Path], file: str | Path) -> Table:
     except pa.ArrowException as error:
         raise StudyError(f"a parameter has values of different kinds, which no column can hold ({error})") from None
     try:
+        refuse_other_kind(Path(file), b"PAR1", kind="a table")
         with pq.ParquetWriter(
             file, content.schema.with_metadata({METADATA: canonical_json(about).encode()}), compression="zstd"
         ) as writer:

@@ -17,6 +17,7 @@ from allocators.core import words
 from allocators.core.errors import StudyError
 from search import door
 from search.records import mirror, read, write_atomically
+from search.records.files import refuse_other_kind
 from search.report import Report, show, summary, write
 from trainers import command
 
@@ -43,8 +44,10 @@ def _report(given: Sequence[str]) -> Iterator[str]:
     folder, request = door.one_study(given, Request, example="search.report STUDY")
     if request.seeds and not request.results:
         raise StudyError("seeds= says what goes into the file of results=FILE.json: give both, or neither")
-    to = "the study's folder"
+    to = request.results or "the study's folder"
     try:
+        if request.results:
+            refuse_other_kind(Path(to), summary.BEGINS.encode(), kind="a file of results")
         to = folder = mirror.here(folder)
         report = write(folder)
         show(report)

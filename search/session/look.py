@@ -26,6 +26,8 @@ def look(config: RunConfig, problem: Problem) -> int:
     locations = Locations.of(config)
     if not config.dry_run and (locations.folder / "outcomes.jsonl").is_file():
         return 0
+    if config.dry_run:  # a study that trains looks at them when it makes its workers
+        models.check_files(config.model, problem.shape)
     for sentence in tasks.check_task(config.task).code:
         print(f"note: {sentence}", file=sys.stderr)
     setup = worker_setup(config, locations)

@@ -87,7 +87,7 @@ def make_workers(config: RunConfig, problem: Problem, locations: Locations, *, s
         table, count = problem.table, config.max_concurrent or WORKERS
         return SimulatedWorkers(table.outcomes, workers=count, source=config.replay, mark=table.mark)
     models.check_packages(attn=config.attn, quantization=config.quantization)
-    models.check_files(config.model)
+    models.check_files(config.model, problem.shape)
     lines = models.remarks(
         config.model, problem.shape, quantization=config.quantization, trust_remote_code=config.trust_remote_code
     )

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from allocators.core import plugins, words
 from allocators.core.errors import StudyError, ToolkitError
 from search.records.redact import redacted
 from search.show.config import ShowConfig
-from search.show.files import draw_png, to_html
+from search.show.files import draw_png, write_html
 from search.show.look import look
 from search.show.terminal import show_in_terminal
 from trainers import command
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.png:
             _saving(config.png, lambda file: draw_png(shown, file))
         if config.html:
-            _saving(config.html, lambda file: file.write_text(to_html(shown), encoding="utf-8"))
+            _saving(config.html, partial(write_html, shown))
         show_in_terminal(shown, single=len(shown.answers) == 1)
     except ToolkitError as error:
         print(f"error: {redacted(str(error))}", file=sys.stderr)

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from search.records.files import refuse_other_kind
 from search.show.panels import Panel, all_panels
 from search.show.ranks import comparisons, triangle
 from search.show.views import Shown, cells, headings
@@ -53,6 +54,7 @@ def draw_png(shown: Shown, file: Path) -> None:
             axes.set_yticks(range(len(panel.lines)), panel.lines if i == 0 else [], fontsize=6)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format=file.suffix.removeprefix(".") or "png")
+    refuse_other_kind(file, picture.getvalue()[:4], kind="such a picture")
     file.write_bytes(picture.getvalue())  # by its name, matplotlib would write another file where that has no suffix
 
 
@@ -74,11 +76,20 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             axes.text(x, y, f"{value:.0f}", ha="center", va="center", fontsize=5, color=colour)
 
 
+_PAGE = "<!doctype html><meta charset='utf-8'>"
+
+
+def write_html(shown: Shown, file: Path) -> None:
+    """`to_html` in a file. Raises StudyError where that is another file than a page."""
+    refuse_other_kind(file, _PAGE.encode(), kind="a page of this command")
+    file.write_text(to_html(shown), encoding="utf-8")
+
+
 def to_html(shown: Shown) -> str:
     """One self-contained page without scripts: the table, and every heat map with its values on hover."""
     title = escape(shown.title)
     lines = [
-        "<!doctype html><meta charset='utf-8'>",
+        _PAGE,
         f"<title>{title}</title>",
         STYLE,
         f"<h1>{title}</h1><table class='t'><tr>",

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from allocators.core.errors import StudyError
+from allocators.core.types import ModelShape
 from allocators.signals import weight_files
 from trainers.models.options import packing_of
 
@@ -103,6 +104,33 @@ def _check_experts(tensors: Mapping[str, weight_files.Stored], folder: Path) -> 
                     f"{layer}.{odd}.{part} of '{folder}' is {list(by_expert[odd].shape)}, and those of other experts "
                     f"{list(sizes.most_common(1)[0][0])}: fetch the files again"
                 )
+
+
+def check_sizes(folder: Path, shape: ModelShape) -> None:
+    """Raises StudyError where the files hold a matrix in another size than config.json makes it, or more or fewer
+    experts: what a search planned by the config would not load.
+
+    Tensors that a family stores under other names than it loads them are left to the load.
+    """
+    tensors = _tensors(folder)
+    held: dict[str, set[int]] = {}
+    for name in tensors:
+        if match := _EXPERT.fullmatch(name):
+            held.setdefault(match[1], set()).add(int(match[2]))
+    for module in shape.modules:
+        layer = module.path.rpartition(".")[0]
+        if module.num_experts and layer in held and len(held[layer]) != module.num_experts:
+            raise StudyError(
+                f"{layer} of '{folder}' has {len(held[layer])} experts in its files, and config.json makes it "
+                f"{module.num_experts}: is config.json another model's?"
+            )
+        tensor, wanted = tensors.get(f"{module.path}.weight"), (module.out_features, module.in_features)
+        # A few families store the transpose.
+        if tensor and tensor.dtype in _PLAIN and sorted(tensor.shape) != sorted(wanted):
+            raise StudyError(
+                f"{module.path}.weight of '{folder}' is {list(tensor.shape)} in its files, and config.json makes it "
+                f"{list(wanted)}: is config.json another model's?"
+            )
 
 
 def _check_blocks(tensors: Mapping[str, weight_files.Stored], folder: Path) -> None:

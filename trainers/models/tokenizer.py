@@ -63,12 +63,16 @@ def tokenizer_of(name: str, *, trust_remote_code: bool = False) -> PreTrainedTok
 def check_reads(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raises StudyError for a tokenizer that loads and reads no text."""
     try:
-        tokenizer("a b")
+        read = tokenizer("a b")
     except Exception as error:  # as above
         raise StudyError(
             f"the tokenizer of '{name}' reads no text: {_reason(error)}: fetch tokenizer.json and "
             "tokenizer_config.json again"
         ) from error
+    if not read["input_ids"]:  # what transformers makes of a folder without a tokenizer's files
+        raise StudyError(
+            f"the tokenizer of '{name}' makes no token of a text: are its files there? Fetch tokenizer.json"
+        )
 
 
 def _reason(error: Exception) -> str:

@@ -6,7 +6,7 @@
 
 Held-out documents are told from training documents
 
-    by place      in the split that they were taken from; documents that repeat one word for word go with it
+    by place      in the split that they were taken from; documents that ask the same word for word go with it
     by question   in other data: a document is left out where one of its texts holds the longest text of a held-out
                   question, word for word but for case and white space. A rewritten question cannot be told.
 """
@@ -17,10 +17,10 @@ import functools
 import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from allocators.core.errors import StudyError, unknown
+from allocators.core.errors import FAULTS, StudyError, unknown
 from trainers.tasks import harness
 from trainers.tasks.data import located_data
 from trainers.tasks.files import SELECT_ON
@@ -132,6 +132,10 @@ class Splits:
                 words = f"validation split ({count:,} questions)"
                 return Selection(on_validation, words, config["validation_split"])
         held_out = self._held_out(file, task)
+        if file.names_validation_split:
+            held_out = replace(
+                held_out, words=f"{held_out.words}, since the validation split is empty or has the rows of another"
+            )
         # Examples that are no training documents place by place are told by their questions.
         there = held_out.source if harness.learns_from_training_split(task) else Source("", "")
         unseen = Unseen(there, [held_out], by_question=True)
@@ -171,7 +175,9 @@ class Unseen:
         here = [one for one in held_out if one.source == source]
         there = [one for one in held_out if one.source != source and (by_question or one.source.data == source.data)]
         self._places = {place for one in here for place in one.places}
-        self._repeated = {_text(document) for one in here for document in one.documents}
+        self._key = key_of([(one.task, document) for one in here for document in one.documents])
+        self._task = here[0].task if here else None
+        self._repeated = {self._key(self._task, document) for one in here for document in one.documents if self._task}
         self._questions = _Questions([question for one in there for question in one.questions])
 
     @classmethod
@@ -182,7 +188,7 @@ class Unseen:
 
     def allows(self, place: int, document: Document) -> bool:
         """Whether the document at that place may be trained on."""
-        if place in self._places or (self._repeated and _text(document) in self._repeated):
+        if place in self._places or (self._task and self._key(self._task, document) in self._repeated):
             return False
         return not self._questions.are_in(document)
 
@@ -238,7 +244,37 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def _text(document: Document) -> str:
+Key = Callable[[HarnessTask, Document], str]  # equal for documents that are the same
+
+
+def key_of(documents: Sequence[tuple[HarnessTask, Document]]) -> Key:
+    """How others are compared with these: by what is asked, and as a whole where these all ask the same."""
+    return asked if len(documents) < 2 or len({asked(*one) for one in documents}) > 1 else _whole
+
+
+def asked(task: HarnessTask, document: Document) -> str:
+    """What a document asks as one text, equal where two ask the same word for word.
+
+    It is its prompt with its choices, or with its answer where it has none. A field that is not shown, as an id, makes
+    no other question of it; where the prompt shows nothing of the document, the whole document counts.
+    """
+    try:
+        said: list[Any] = [task.doc_to_text(document)]
+        if task.OUTPUT_TYPE != "multiple_choice":
+            said.append(task.doc_to_target(document))
+        elif task.multiple_input:  # the choices are prompts, and the number of the right one is no question
+            said = [task.doc_to_target(document), task.doc_to_choice(document)]
+        else:
+            said.append(task.doc_to_choice(document))
+    except FAULTS:  # a document that makes no question is named where it is looked at
+        return _whole(task, document)
+    prompt = "\n".join(_texts(said if task.multiple_input else said[:1]))
+    if not any(text and text in prompt for text in _texts(document)):
+        return _whole(task, document)
+    return json.dumps(said, sort_keys=True, default=str)
+
+
+def _whole(_: HarnessTask, document: Document) -> str:
     return json.dumps(document, sort_keys=True, default=str)
 
 

@@ -71,6 +71,9 @@ def summary(results: Results, *, said: Sequence[str] = ()) -> dict[str, Any]:
     return plain
 
 
+BEGINS = '{\n "study": '  # every file of results
+
+
 def text(data: Mapping[str, Any]) -> str:
     """JSON with one line a row, so that a change of one row is a change of one line."""
     fields = []

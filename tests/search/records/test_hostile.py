@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,9 @@ def damaged_lines() -> dict[str, bytes]:
         "a list for a number": finished(done, trainable_params=[1]),
         "a number that no column holds": finished(done, trainable_params=10**30),
         "a negative number": finished(done, trainable_params=-1),
+        "parameters that its allocation does not have": finished(done, trainable_params=5),
+        "an expert that the model does not have": of_trial(done, allocation=experts | {"experts": {"0": [9999]}}),
+        "a rank that other parameters go with": of_trial(done, recipe=done.trial.recipe.to_json() | {"rank": 8}),
         "no whole number": finished(done, tokens=0.5),
         "true for a number": finished(done, seconds=True),
         "accuracy as text": finished(done, accuracy="0.9"),
@@ -168,7 +172,8 @@ def test_all_damage_at_once_is_reported_exported_and_gone_on_with(
     folder, before = tmp_path / "s", contents(sentinel)
     drive(problem(), folder, mlflow_folder, seeds=1, trials=3)
     known = set(read(folder).finished)
-    three, two, five = (outcome(selection(count)) for count in (3, 2, 5))
+    base = next(iter(read(folder).finished.values()))
+    three, two, five = (base.updated(trial=replace(base.trial, seed=seed)) for seed in (7, 8, 9))
     own = {"model": problem().model, "task": problem().task}
     strange = [  # well-formed, and impossible in this space
         of_trial(three.updated(adapter=str(sentinel)), **own) | {"params": {"allocator": "evil", "fraction": "all"}},

@@ -38,6 +38,7 @@ from tests.search.studies import open_study, outcome, started
         ("AccountKey=hunter2==;EndpointSuffix=x", "AccountKey=***;EndpointSuffix=x"),
         ("pip --token hunter2 --user", "pip --token *** --user"),
         ("connect(host='h', token='hunter2')", "connect(host='h', token='***')"),
+        ("GET /v1/api_key=hunter2", "GET /v1/api_key=***"),
     ],
 )
 def test_a_secret_is_taken_out_of_a_text_and_nothing_else(text: str, said: str) -> None:
@@ -59,6 +60,8 @@ def test_a_secret_is_taken_out_of_a_text_and_nothing_else(text: str, said: str) 
         "eos_token: '</s>'",
         "the keys q_proj, k_proj: no such module",
         "accuracy of tokens 3: a token of the answer",
+        "unknown model '/tmp/password': it is no folder here",
+        "'my/api_key': not found; /etc/passwd: no text",
     ],
 )
 def test_what_is_no_secret_stays(text: str) -> None:

@@ -238,6 +238,11 @@ def test_studies_that_do_not_belong_together_and_empty_ones_are_refused(
     header = json.loads((tmp_path / "b" / "study.json").read_text())
     header["identity"]["task"] = "another"
     (tmp_path / "b" / "study.json").write_text(json.dumps(header))
+    records = tmp_path / "a" / "outcomes.jsonl"
+    before = records.read_bytes()
+    assert replay_main(["export", str(tmp_path / "a"), f"to={records}"]) == 2
+    assert "is not a table: it is left as it is" in capsys.readouterr().err
+    assert records.read_bytes() == before
     words = ["export", str(tmp_path / "a"), str(tmp_path / "b"), f"to={tmp_path / 'x.parquet'}"]
     assert replay_main(words) == 2
     assert "differ in their identity" in capsys.readouterr().err

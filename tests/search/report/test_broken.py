@@ -18,7 +18,7 @@ from search import report
 from search.records import UNTRAINED
 from search.report.broken import Base, Broken, _chance, base_of, broken, chance_of, in_words, sections
 from tests.search.report.written import data_of
-from tests.search.studies import identity_of, open_study, outcome, selection
+from tests.search.studies import identity_of, moe_shape, open_study, outcome, selection
 
 CHANCE = Base(0.25, 0.0, "chance")
 ERROR = 0.02
@@ -34,9 +34,11 @@ def trained(
     **of: Any,
 ) -> Outcome:
     recipe = Recipe(lora_alpha=alpha, learning_rate=rate / alpha, steps=9, **of)
-    trial = Trial(selection(1 + number % 4, seed=number), recipe, "m", "t", 0, "sieve", {})
+    chosen = selection(1 + number % 4, seed=number)
+    trial = Trial(chosen, recipe, "m", "t", 0, "sieve", {})
     rungs = () if accuracy is None else (Rung(9, 9, accuracy, stderr=ERROR),)
-    return Outcome(trial, status, 10, accuracy=accuracy, rungs=rungs)
+    params = chosen.trainable_params(moe_shape(), rank=recipe.rank)
+    return Outcome(trial, status, params, accuracy=accuracy, rungs=rungs)
 
 
 def made(count: int, *, limit: float) -> list[Outcome]:

@@ -80,6 +80,28 @@ def test_the_command_writes_the_file_without_folders_of_this_machine(
     assert len(data["rows"]) == len(read(tmp_path / "s").points)
 
 
+@pytest.mark.parametrize("name", ["outcomes.jsonl", "study.json", "untrained.json", "front.png", "."])
+def test_results_take_the_place_of_results_alone(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A study's records are nowhere else, and what is written over them is lost."""
+    with open_study(tmp_path / "s", config=CONFIG) as study:
+        fill(study)
+    (tmp_path / "s" / "untrained.json").write_text('{"accuracy": 0.25, "stderr": 0.02, "by_task": {}}')
+    assert main([str(tmp_path / "s")]) == 0
+    to = tmp_path / "s" / name
+    before = to.read_bytes() if to.is_file() else b""
+    capsys.readouterr()
+    assert main([str(tmp_path / "s"), f"results={to}"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.count("\n") == 1
+    assert str(to) in err
+    assert not to.is_file() or to.read_bytes() == before
+    again = tmp_path / "again.json"
+    for _ in range(2):  # a file of results may be written anew, and an empty one filled
+        assert main([str(tmp_path / "s"), f"results={again}"]) == 0
+    assert json.loads(again.read_text())["rows"]
+
+
 @pytest.mark.parametrize(
     "words", [["results=x.json"], ["a", "b"], ["a", "result=x.json"], ["a", "seeds=-1"], ["a", "seeds=2"]]
 )

@@ -656,9 +656,23 @@ def test_a_picture_is_the_file_that_was_named(dense_files: list[str], capsys: py
     words = f"signal={','.join(dense_files)}"
     assert show.main([words, f"png={folder / 'picture'}"]) == 0
     assert show.main([words, f"png={folder}"]) == 2
-    assert "pictures' cannot be written: Is a directory" in capsys.readouterr().err
+    assert "pictures is a folder: name a file in it" in capsys.readouterr().err
     assert [file.name for file in folder.iterdir()] == ["picture"]
     assert not folder.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize("key", ["png", "html"])
+def test_a_picture_takes_the_place_of_a_picture_alone(
+    dense_files: list[str], key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records = Path(dense_files[0]).with_name(f"outcomes.{key}")
+    records.write_text('{"event": "started"}\n')
+    words = [f"signal={','.join(dense_files)}", f"{key}={records}"]
+    assert show.main(words) == 2
+    assert "it is left as it is" in capsys.readouterr().err
+    assert records.read_text() == '{"event": "started"}\n'
+    records.unlink()
+    assert [show.main(words), show.main(words)] == [0, 0]
 
 
 def test_a_signal_of_matrices_and_layers_has_a_panel_for_each_metric() -> None:

@@ -70,6 +70,41 @@ def logits_of(model: Any) -> Tensor:
     return logits
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_attention_heads": 8}, "q_proj.weight of .* is .32, 32. in its files, and config.json makes it .64, 32."),
+        (
+            {"intermediate_size": 40},
+            "gate_proj.weight of .* is .48, 32. in its files, and config.json makes it .40, 32.",
+        ),
+    ],
+)
+def test_a_config_that_is_not_the_weights_is_said_before_anything_starts(
+    folder: Path, changes: dict[str, int], said: str
+) -> None:
+    models.check_files(str(folder), models.shape_of(str(folder)))
+    change_json(folder, "config.json", **changes)
+    with pytest.raises(StudyError, match=said):
+        models.check_files(str(folder), models.shape_of(str(folder)))
+
+
+def test_experts_that_config_counts_otherwise_are_said_before_anything_starts(tmp_path: Path) -> None:
+    folder = shutil.copytree(models.EMBEDDED["tiny-moe"], tmp_path / "moe")
+    models.check_files(str(folder), models.shape_of(str(folder)))
+    change_json(folder, "config.json", num_experts=8)
+    with pytest.raises(StudyError, match=r"in its files, and config.json makes it .*8.*: is config.json another"):
+        models.check_files(str(folder), models.shape_of(str(folder)))
+
+
+def test_a_folder_without_a_tokenizer_is_said(tmp_path: Path) -> None:
+    folder = shutil.copytree(models.EMBEDDED["tiny-moe"], tmp_path / "moe")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(StudyError, match=r"the tokenizer of .* makes no token of a text: are its files there"):
+        models.tokenizer_of(str(folder))
+
+
 # --- config.json ----------------------------------------------------------------------------------------------------
 
 
@@ -294,7 +329,7 @@ def test_tensors_that_do_not_fill_their_file_are_told(folder: Path, change: str)
     text = json.dumps(head).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
     with pytest.raises(StudyError, match="is no safetensors file"):
-        models.check_files(str(folder))
+        models.check_files(str(folder), models.shape_of(str(folder)))
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,10 @@ def test_a_template_hands_no_text_on_that_is_read_as_something_else(tmp_path: Pa
         (row("cafe\u0301", ["caf\u00e9", "the"]), {}, "though the text 'caf\u00e9' is like it"),
         (row([0, 1, 0, 0]), {}, "a 0 or 1 for each choice where numbers of choices are needed: write doc_to_target"),
         (row([0, 1], ["a", "b"]), {}, "each of its 2 choices is right"),
+        (row([1, 4]), {}, "its answer is the number 4, none of its 4 choices"),
+        (row([1, -1]), {}, "its answer is the number -1, none of its 4 choices"),
+        (row(0), {"doc_to_choice": ["{{choices[0]}}", "{{choices[1]}}"]}, "what doc_to_choice lists is no template"),
+        (row(0), {"doc_to_choice": {"a": "{% if 1 %}x{% endif %}", "b": "y"}}, "what doc_to_choice lists is no"),
         (row(0), {"target_delimiter": "{{' '}}"}, "target_delimiter is no template"),
         (row(0), {"doc_to_text": "Q: {question}"}, "a field is written {{question}}"),
         (row(0), {"doc_to_text": "{{'{{question}}'}}"}, "its prompt holds the text {{question}}"),
@@ -278,6 +282,30 @@ def test_a_file_is_not_trained_on_and_tested_on(tmp_path: Path) -> None:
 def test_rows_that_are_tested_and_trained_on_are_counted(tmp_path: Path) -> None:
     notes = looked(write(tmp_path, MC, FOUR, [FOUR[1], row(0, question="another ?")])).notes
     assert notes == ["1 of 2 rows that 'quiz' is tested on is a training row too, word for word"]
+
+
+def test_a_question_is_known_by_what_it_asks(tmp_path: Path) -> None:
+    """An id, or another label, makes no other question of it."""
+    train = [{**row(number % 4, question=f"q{number} ?"), "id": number} for number in range(6)]
+    test = [{**row((number + 1) % 4, question=f"q{number} ?"), "id": 100 + number} for number in range(4, 8)]
+    notes = looked(write(tmp_path, MC, train, test)).notes
+    assert notes == ["2 of 4 rows that 'quiz' is tested on are training rows too, word for word"]
+
+
+def test_rows_that_another_task_of_the_mixture_is_trained_on_are_counted(tmp_path: Path) -> None:
+    one = [row(number % 4, question=f"q{number} ?") for number in range(4)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    first = write(tmp_path / "a", MC, one, [row(1, question="a ?")])
+    second = write(tmp_path / "b", MC, [row(2, question="b ?")], one[:3], task="other")
+    notes = tasks.look(tasks.load_task(f"{first},{second}", select_on="test"), char_tokenizer(), LIMITS).notes
+    assert notes == ["3 of 3 rows that 'other' is tested on are training rows of 'quiz' too, word for word"]
+
+
+def test_no_row_keeps_its_prompt(tmp_path: Path) -> None:
+    rows = say("a", "b")
+    with pytest.raises(StudyError, match=r"none of its 2 training rows keeps any of its prompt with max_length=2: set"):
+        looked(write(tmp_path, GEN, rows), limits=tasks.Limits(max_length=2, positions=128, rows=64))
 
 
 def test_rows_that_are_selected_on_and_trained_or_tested_on_are_counted(tmp_path: Path) -> None:
@@ -631,6 +659,10 @@ def test_the_cells_of_a_csv_file_are_trained_as_they_are(tmp_path: Path) -> None
     assert trained(path) == ['a\nb "c"']
     path = csv_task(tmp_path, "q,1\nq,2.5\n", column_names=["question", "answer"])
     assert trained(path) == ["1", "2.5"]
+
+
+def test_files_that_were_put_together_have_no_header_among_their_rows(tmp_path: Path) -> None:
+    refused(csv_task(tmp_path, "question,answer\nq :,a\nquestion,answer\nq :,b\n"), "line 3", "names of the columns")
 
 
 def test_labels_of_a_csv_file_are_numbers(tmp_path: Path) -> None:

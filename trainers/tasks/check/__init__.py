@@ -26,6 +26,7 @@ from trainers.tasks.data.read import is_local
 from trainers.tasks.evaluation import Questions, Share
 from trainers.tasks.harness import Document, HarnessTask
 from trainers.tasks.rows import TrainingData, written_answer
+from trainers.tasks.splits import key_of
 from trainers.tasks.task_file import TaskFile
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ def look(task: AnyTask, tokenizer: PreTrainedTokenizerBase, limits: Limits, *, t
             _look_at_questions(counted, tokenizer, limits, looked)
     for part in datasets:
         _look_at_training(part.training, tokenizer, limits, looked)
-    for part in task.parts if trains else ():
-        _note_repeated(part, looked)
+    if trains:
+        _note_repeated(task, looked)
     return looked
 
 
@@ -120,6 +121,11 @@ def _look_at_training(data: TrainingData, tokenizer: PreTrainedTokenizerBase, li
                 f"positions: set recipe.max_length={limits.positions}, or a shorter row"
             )
     total = f"of {len(encoded):,} training rows of '{data.origin.task}'"
+    if bare == len(encoded):
+        raise StudyError(
+            f"task '{data.origin.task}': none of its {len(encoded):,} training rows keeps any of its prompt with "
+            f"max_length={limits.max_length}: set recipe.max_length to {max(lengths)} or so"
+        )
     if cut:
         prompts = f", {bare:,} of them {'has' if bare == 1 else 'have'} no prompt left" if bare else ""
         looked.notes.append(
@@ -136,20 +142,32 @@ def _check_documents(task: HarnessTask, found: Sequence[Document], origin: Origi
             raise StudyError(f"{origin.name(number)}: {wrong}")
 
 
-def _note_repeated(part: Task, looked: Looked) -> None:
-    """Says how many questions are trained on, or selected on and tested on, word for word."""
-    trained = set() if part.trains_on_other_data else {repr(document) for document in part.training.documents}
-    tested = part.test.questions.documents
-    selected = [] if part.test is part else part.questions.documents
-    for asked, others, what, are in (
-        (tested, trained, "tested on", "training row"),
-        (selected, trained, "selected on", "training row"),
-        (selected, {repr(document) for document in tested if selected}, "selected on", "test row"),
-    ):
-        if repeated := sum(repr(document) in others for document in asked):
-            said = f"is a {are}" if repeated == 1 else f"are {are}s"
-            of = f"{repeated:,} of {len(asked):,} rows that '{part.label}' is {what}"
-            looked.notes.append(f"{of} {said} too, word for word")
+def _note_repeated(task: AnyTask, looked: Looked) -> None:
+    """Says how many questions are trained on, by their own task or another, or selected on and tested on."""
+    for part in task.parts:
+        tested = [(part.test.questions.task, document) for document in part.test.questions.documents]
+        selected = [(part.questions.task, document) for document in part.questions.documents]
+        selected = [] if part.test is part else selected
+        for other in task.datasets:
+            trained = [(other.training.task, document) for document in other.training.documents]
+            rows = "training row{}" if other.training is part.training else f"training row{{}} of '{other.label}'"
+            _note_shared(f"'{part.label}' is tested on", tested, trained, rows, looked)
+            _note_shared(f"'{part.label}' is selected on", selected, trained, rows, looked)
+        _note_shared(f"'{part.label}' is selected on", selected, tested, "test row{}", looked)
+
+
+def _note_shared(
+    what: str,
+    questions: Sequence[tuple[HarnessTask, Document]],
+    others: Sequence[tuple[HarnessTask, Document]],
+    rows: str,
+    looked: Looked,
+) -> None:
+    key = key_of(questions)
+    known = {key(*other) for other in others} if questions else set()
+    if repeated := sum(key(*question) in known for question in questions):
+        said = f"is a {rows.format('')}" if repeated == 1 else f"are {rows.format('s')}"
+        looked.notes.append(f"{repeated:,} of {len(questions):,} rows that {what} {said} too, word for word")
 
 
 def _check_examples(task: Task) -> None:

@@ -12,7 +12,7 @@ import json
 import numbers
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allocators.core import plugins
@@ -104,13 +104,25 @@ def _no_field(task: HarnessTask, document: Document) -> str:
         if isinstance(said, str) and said.isidentifier() and said not in document:
             return f"it has no field '{said}', which {key} names: its fields are {', '.join(document)}"
     for key in ("target_delimiter", "fewshot_delimiter"):
-        if "{{" in (said := getattr(task.config, key, None) or "") or "{%" in said:
+        if _is_template(said := getattr(task.config, key, None) or ""):
             return f"it would be joined by the text {shown(repr(said))}: {key} is no template"
+    for key in ("doc_to_choice", "doc_to_target"):
+        listed = getattr(task.config, key, None)
+        entries = listed.values() if isinstance(listed, Mapping) else listed if isinstance(listed, list) else ()
+        if literal := next((one for one in entries if isinstance(one, str) and _is_template(one)), ""):
+            return (
+                f"one of its answers would be the text {shown(repr(literal))}: what {key} lists is no template; one "
+                f"template that makes the list is, as in {key}: '{{{{[first, second]}}}}'"
+            )
     said = task.config.doc_to_text
     written = _WRITTEN_SO.findall(said) if isinstance(said, str) else []
     if meant := next((name for name in written if name in document), ""):
         return f"its prompt would hold the text {{{meant}}}: a field is written {{{{{meant}}}}} (doc_to_text)"
     return ""
+
+
+def _is_template(text: str) -> bool:
+    return "{{" in text or "{%" in text
 
 
 def _target(task: HarnessTask, document: Document) -> Any:
@@ -190,6 +202,13 @@ def _wrong_list(answers: Any, choices: Sequence[str]) -> str:
     """What is wrong with several right answers of a question; "" where nothing is, or there is one."""
     if not isinstance(answers, list) or len(answers) < 2:
         return ""
+    kinds = {type(answer) for answer in answers}
+    if len(kinds) > 1 or not kinds <= {int, str}:
+        return f"its right answers are {value_of(answers)}: numbers of choices are needed, or their texts"
+    if kinds == {int} and (none := [answer for answer in answers if not 0 <= answer < len(choices)]):
+        return f"one of {_no_choice(none[0], choices)}"
+    if kinds == {str} and (none := [answer for answer in answers if answer not in choices]):
+        return f"one of {_no_choice(none[0], choices)}"
     if len(answers) == len(choices) > 2 and all(answer in (0, 1) for answer in answers):
         return (
             f"its right answers are {value_of(answers)}, a 0 or 1 for each choice where numbers of choices are needed: "

@@ -41,11 +41,8 @@ TWO, THREE = "accuracy,params", "accuracy,params,forgetting"  # `objectives=`
 AUTO = -2  # `seeds=auto`
 MOST_SEEDS = 10_000  # trainings of one point
 MOST_SEED = 2**32 - 1  # numpy's generators, which samplers draw with, take no more
-OTHERS = (
-    "signals",
-    "mlflow.db",
-    "mlflow-artifacts",
-)  # beside the studies in a storage folder, and what begins with a dot
+# What studies share in a storage folder; more of it begins with a dot.
+OTHERS = ("signals", "mlflow.db", "mlflow-artifacts")
 PROGRAM = ("python", "-m", "search.run")
 EXAMPLE = "space=sieve model=allenai/OLMoE-1B-7B-0924 task=arc_easy trials=40 max_trainable_params=100M"
 

@@ -133,13 +133,12 @@ def refuse_other_kind(path: Path, begins: bytes, *, kind: str) -> None:
 
     Raises OSError where it cannot be looked at.
     """
-    try:
-        with path.open("rb") as file:
-            found = file.read(len(begins))
-    except FileNotFoundError:
+    if path.is_dir():
+        raise StudyError(f"{path} is a folder: name a file in it")
+    if not path.is_file():  # a terminal or a pipe, which reading would wait for, has nothing to lose
         return
-    except IsADirectoryError:
-        raise StudyError(f"{path} is a folder: name a file in it") from None
+    with path.open("rb") as file:
+        found = file.read(len(begins))
     if found and found != begins:
         raise StudyError(f"{path} is there and is not {kind}: it is left as it is; name another file, or remove it")
 

@@ -175,9 +175,9 @@ class Unseen:
         here = [one for one in held_out if one.source == source]
         there = [one for one in held_out if one.source != source and (by_question or one.source.data == source.data)]
         self._places = {place for one in here for place in one.places}
-        self._key = key_of([(one.task, document) for one in here for document in one.documents])
-        self._task = here[0].task if here else None
-        self._repeated = {self._key(self._task, document) for one in here for document in one.documents if self._task}
+        # Of tasks with the same documents the first one's prompt tells them apart.
+        documents = [document for one in here for document in one.documents]
+        self._held_out = Compared(here[0].task, documents) if here else None
         self._questions = _Questions([question for one in there for question in one.questions])
 
     @classmethod
@@ -188,7 +188,7 @@ class Unseen:
 
     def allows(self, place: int, document: Document) -> bool:
         """Whether the document at that place may be trained on."""
-        if place in self._places or (self._task and self._key(self._task, document) in self._repeated):
+        if place in self._places or (self._held_out and self._held_out.has(document)):
             return False
         return not self._questions.are_in(document)
 
@@ -244,15 +244,42 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-Key = Callable[[HarnessTask, Document], str]  # equal for documents that are the same
+class Compared:
+    """Documents that others are compared with: by what they ask, and as a whole where these all ask the same."""
+
+    def __init__(self, task: HarnessTask, documents: Sequence[Document]) -> None:
+        self.task, self.documents = task, documents
+
+    @functools.cached_property
+    def by_question(self) -> list[int]:
+        """A number for each, equal where they ask the same. Texts of a large data set would fill the memory."""
+        return [hash(_asked(self.task, document)) for document in self.documents]
+
+    @functools.cached_property
+    def as_whole(self) -> list[int]:
+        """A number for each, equal where all of their fields are."""
+        return [hash(_text(document)) for document in self.documents]
+
+    @functools.cached_property
+    def _differ(self) -> bool:
+        return len(self.documents) < 2 or len(set(self.by_question)) > 1
+
+    @functools.cached_property
+    def _known(self) -> set[int]:
+        return set(self.by_question if self._differ else self.as_whole)
+
+    def has(self, document: Document) -> bool:
+        """Whether a document of the same task is one of them."""
+        return hash(_asked(self.task, document) if self._differ else _text(document)) in self._known
+
+    def among(self, others: Compared) -> int:
+        """How many of them are among the others."""
+        mine, theirs = (self.by_question, others.by_question) if self._differ else (self.as_whole, others.as_whole)
+        known = set(theirs) if mine else set()
+        return sum(one in known for one in mine)
 
 
-def key_of(documents: Sequence[tuple[HarnessTask, Document]]) -> Key:
-    """How others are compared with these: by what is asked, and as a whole where these all ask the same."""
-    return asked if len(documents) < 2 or len({asked(*one) for one in documents}) > 1 else _whole
-
-
-def asked(task: HarnessTask, document: Document) -> str:
+def _asked(task: HarnessTask, document: Document) -> str:
     """What a document asks as one text, equal where two ask the same word for word.
 
     It is its prompt with its choices, or with its answer where it has none. A field that is not shown, as an id, makes
@@ -267,14 +294,14 @@ def asked(task: HarnessTask, document: Document) -> str:
         else:
             said.append(task.doc_to_choice(document))
     except FAULTS:  # a document that makes no question is named where it is looked at
-        return _whole(task, document)
+        return _text(document)
     prompt = "\n".join(_texts(said if task.multiple_input else said[:1]))
     if not any(text and text in prompt for text in _texts(document)):
-        return _whole(task, document)
+        return _text(document)
     return json.dumps(said, sort_keys=True, default=str)
 
 
-def _whole(_: HarnessTask, document: Document) -> str:
+def _text(document: Document) -> str:
     return json.dumps(document, sort_keys=True, default=str)
 
 

@@ -26,7 +26,7 @@ from trainers.tasks.data.read import is_local
 from trainers.tasks.evaluation import Questions, Share
 from trainers.tasks.harness import Document, HarnessTask
 from trainers.tasks.rows import TrainingData, written_answer
-from trainers.tasks.splits import key_of
+from trainers.tasks.splits import Compared
 from trainers.tasks.task_file import TaskFile
 
 if TYPE_CHECKING:
@@ -144,30 +144,22 @@ def _check_documents(task: HarnessTask, found: Sequence[Document], origin: Origi
 
 def _note_repeated(task: AnyTask, looked: Looked) -> None:
     """Says how many questions are trained on, by their own task or another, or selected on and tested on."""
+    trained = [(other, Compared(other.training.task, other.training.documents)) for other in task.datasets]
     for part in task.parts:
-        tested = [(part.test.questions.task, document) for document in part.test.questions.documents]
-        selected = [(part.questions.task, document) for document in part.questions.documents]
-        selected = [] if part.test is part else selected
-        for other in task.datasets:
-            trained = [(other.training.task, document) for document in other.training.documents]
-            rows = "training row{}" if other.training is part.training else f"training row{{}} of '{other.label}'"
-            _note_shared(f"'{part.label}' is tested on", tested, trained, rows, looked)
-            _note_shared(f"'{part.label}' is selected on", selected, trained, rows, looked)
+        tested = Compared(part.test.questions.task, part.test.questions.documents)
+        selected = Compared(part.questions.task, [] if part.test is part else part.questions.documents)
+        for other, rows in trained:
+            are = "training row{}" if other.training is part.training else f"training row{{}} of '{other.label}'"
+            _note_shared(f"'{part.label}' is tested on", tested, rows, are, looked)
+            _note_shared(f"'{part.label}' is selected on", selected, rows, are, looked)
         _note_shared(f"'{part.label}' is selected on", selected, tested, "test row{}", looked)
 
 
-def _note_shared(
-    what: str,
-    questions: Sequence[tuple[HarnessTask, Document]],
-    others: Sequence[tuple[HarnessTask, Document]],
-    rows: str,
-    looked: Looked,
-) -> None:
-    key = key_of(questions)
-    known = {key(*other) for other in others} if questions else set()
-    if repeated := sum(key(*question) in known for question in questions):
-        said = f"is a {rows.format('')}" if repeated == 1 else f"are {rows.format('s')}"
-        looked.notes.append(f"{repeated:,} of {len(questions):,} rows that {what} {said} too, word for word")
+def _note_shared(what: str, questions: Compared, others: Compared, are: str, looked: Looked) -> None:
+    if repeated := questions.among(others):
+        said = f"is a {are.format('')}" if repeated == 1 else f"are {are.format('s')}"
+        of = f"{repeated:,} of {len(questions.documents):,} rows that {what}"
+        looked.notes.append(f"{of} {said} too, word for word")
 
 
 def _check_examples(task: Task) -> None:

@@ -205,10 +205,9 @@ def _wrong_list(answers: Any, choices: Sequence[str]) -> str:
     kinds = {type(answer) for answer in answers}
     if len(kinds) > 1 or not kinds <= {int, str}:
         return f"its right answers are {value_of(answers)}: numbers of choices are needed, or their texts"
-    if kinds == {int} and (none := [answer for answer in answers if not 0 <= answer < len(choices)]):
-        return f"one of {_no_choice(none[0], choices)}"
-    if kinds == {str} and (none := [answer for answer in answers if answer not in choices]):
-        return f"one of {_no_choice(none[0], choices)}"
+    possible = range(len(choices)) if kinds == {int} else choices
+    if none := [answer for answer in answers if answer not in possible]:
+        return _no_choice(none[0], choices)
     if len(answers) == len(choices) > 2 and all(answer in (0, 1) for answer in answers):
         return (
             f"its right answers are {value_of(answers)}, a 0 or 1 for each choice where numbers of choices are needed: "

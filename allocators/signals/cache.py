@@ -83,9 +83,12 @@ def peek(kind: str, provenance: Mapping[str, Any], *, folder: Path) -> Signal | 
 
 
 def load(file: Path) -> Signal:
-    """A signal file by its path, whatever was measured. Raises StudyError for one that is missing or damaged."""
+    """A signal file by its path, whatever was measured: one of a cache, or the copy that a study folder holds.
+
+    Raises StudyError for one that is missing or damaged.
+    """
     try:
-        return _checked(file)
+        return _checked(file, copied=True)
     except OSError as error:
         raise StudyError(f"signal file '{file}' cannot be read: {error.strerror or error}") from error
     except _Damaged as reason:
@@ -114,9 +117,11 @@ def _read(file: Path, kind: str, provenance: Mapping[str, Any]) -> Signal | None
     return signal
 
 
-def _checked(file: Path) -> Signal:
+def _checked(file: Path, *, copied: bool = False) -> Signal:
     try:
         data = json.loads(file.read_bytes())
+        if copied and "checksum" not in data:
+            return Signal.from_json(data)
         if data["checksum"] != digest_of(data["signal"]):
             raise _Damaged("its checksum is wrong")
         return Signal.from_json(data["signal"])

@@ -31,7 +31,7 @@ from typing import Any
 
 from allocators.core import checks, words
 from allocators.core.errors import StudyError, ToolkitError, unknown
-from allocators.core.types import Outcome, Signal, canonical_json, digest_of
+from allocators.core.types import ModelShape, Outcome, Signal, canonical_json, digest_of
 from search.config import before, keys
 from search.records import read
 from search.records.files import refuse_other_kind
@@ -138,8 +138,24 @@ def load(name: str) -> Table:
         raise StudyError(f"{file} has format {version}, this version reads {FORMAT}: export it again")
     if not rows:
         raise StudyError(f"{file} holds no training: export a study with finished ones")
+    shape = ModelShape.from_json(about["shape"])
+    for row in rows:
+        _check_count(row.outcome, shape, file)
     # by the digest of today: a recipe may have got a setting since, at a default that changes nothing
     return Table(file.stem, about, {row.outcome.digest: row for row in rows})
+
+
+def _check_count(outcome: Outcome, shape: ModelShape, file: Path) -> None:
+    """Raises StudyError for a training that has not the parameters that it says: no study would record it."""
+    try:
+        counted = outcome.trial.allocation.trainable_params(shape, rank=outcome.trial.recipe.rank)
+    except ToolkitError as error:
+        raise StudyError(f"{file} is no table of {shape.name}: {error}") from None
+    if counted != outcome.trainable_params:
+        raise StudyError(
+            f"{file} says {outcome.trainable_params:,} trainable parameters of training {outcome.digest}, and its "
+            f"allocation has {counted:,}: export the study again"
+        )
 
 
 def _check(about: Mapping[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from allocators.core import tables, words
 from allocators.core.errors import StudyError
@@ -20,7 +21,7 @@ from search.engine.memory import PeakMemory
 from search.problem import Problem, cheapest, check_budget, hopeless
 from search.propose.halving import NO_HALVING, Halving, NoHalving
 from search.records import mirror
-from search.records.files import UNTRAINED, write_atomically
+from search.records.files import SIGNALS, UNTRAINED, write_atomically
 from search.records.folder import StudyFolder
 from search.records.redact import redacted
 from search.records.reuse import NO_OTHER_STUDIES, NoOtherStudies, OtherStudies
@@ -234,7 +235,7 @@ class Session:
         if file.exists() or (base := workers.untrained()) is None:
             return
         on_both = {**base.selection.to_json(), "test": base.test.to_json()}
-        write_atomically(file, canonical_json(on_both))
+        self._write(file, canonical_json(on_both))
         said = " and ".join(
             f"{score.accuracy:.3f} ± {score.stderr:.3f} on the {split} split"
             for split, score in (("validation", base.selection), ("test", base.test))
@@ -249,10 +250,18 @@ class Session:
             progress.message(f"measuring {kind}, or reading what was measured before")
             signals[kind] = workers.measure(kind, partial(progress.measuring, kind))
             progress.measured()
-            folder = self.locations.folder / "signals"
-            folder.mkdir(exist_ok=True)
-            write_atomically(folder / f"{kind}.json", canonical_json(signals[kind].to_json()))
+            self._write(self.locations.folder / SIGNALS / f"{kind}.json", canonical_json(signals[kind].to_json()))
         return signals
+
+    def _write(self, file: Path, text: str) -> None:
+        """A file beside the records. Raises StudyError where it cannot be written."""
+        try:
+            file.parent.mkdir(exist_ok=True)
+            write_atomically(file, text)
+        except OSError as error:
+            raise StudyError(
+                f"{file} cannot be written ({error.strerror}): mend that, and the same command goes on"
+            ) from None
 
     def _choose_pack(self, problem: Problem, workers: Workers, progress: Progress) -> None:
         """Lets a worker time a few steps of the largest of some points, and packs as many as it says."""

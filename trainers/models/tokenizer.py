@@ -69,7 +69,8 @@ def check_reads(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             f"the tokenizer of '{name}' reads no text: {_reason(error)}: fetch tokenizer.json and "
             "tokenizer_config.json again"
         ) from error
-    if not read["input_ids"]:  # what transformers makes of a folder without a tokenizer's files
+    # What transformers makes of a folder without a tokenizer's files: one that has special tokens alone.
+    if not read["input_ids"] and tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):
         raise StudyError(
             f"the tokenizer of '{name}' makes no token of a text: are its files there? Fetch tokenizer.json"
         )

@@ -27,7 +27,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from allocators.core import plugins
-from allocators.core.errors import StudyError, ToolkitWarning
+from allocators.core.errors import StudyError, ToolkitWarning, shown
 from trainers.tasks.task_file import one_line
 
 if TYPE_CHECKING:
@@ -432,6 +432,10 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Messag
             raise StudyError(
                 f"{what} cannot write a conversation: {one_line(error)}: mend it, or leave chat_template=true out"
             ) from error
+        if lost := _left_out(text, *messages):
+            raise StudyError(
+                f"{what} leaves out the question '{shown(lost)}': mend it, or leave chat_template=true out"
+            )
         spent.append(time.perf_counter() - began)
         if (long := sum(spent[-100:])) > plugins.PATIENCE:
             each = f"{long / len(spent[-100:]):.1f} s for a conversation"
@@ -440,6 +444,13 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Messag
         return text
 
     return applied
+
+
+def _left_out(text: str, turns: Sequence[Mapping[str, str]], *_: Any) -> str:
+    """What is asked in a conversation and does not stand in its text, white space aside."""
+    written = " ".join(text.split())
+    asked = (turn["content"] for turn in turns if turn["role"] == "user")
+    return next((one for one in asked if " ".join(one.split()) not in written), "")
 
 
 def conversation(messages: Messages | None) -> dict[str, Any]:

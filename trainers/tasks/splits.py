@@ -28,6 +28,7 @@ from trainers.tasks.harness import Document, HarnessTask
 from trainers.tasks.task_file import TaskFile, nothing_to_select_on, training_config
 
 MOST_WORDS = 8  # of the beginnings that questions are looked up by
+MOST_ALIKE = 4  # documents of one question, on average
 
 
 @dataclass(frozen=True)
@@ -175,9 +176,7 @@ class Unseen:
         here = [one for one in held_out if one.source == source]
         there = [one for one in held_out if one.source != source and (by_question or one.source.data == source.data)]
         self._places = {place for one in here for place in one.places}
-        # Of tasks with the same documents the first one's prompt tells them apart.
-        documents = [document for one in here for document in one.documents]
-        self._held_out = Compared(here[0].task, documents) if here else None
+        self._held_out = [Compared(one.task, one.documents) for one in here]
         self._questions = _Questions([question for one in there for question in one.questions])
 
     @classmethod
@@ -188,7 +187,7 @@ class Unseen:
 
     def allows(self, place: int, document: Document) -> bool:
         """Whether the document at that place may be trained on."""
-        if place in self._places or (self._held_out and self._held_out.has(document)):
+        if place in self._places or any(one.has(document) for one in self._held_out):
             return False
         return not self._questions.are_in(document)
 
@@ -245,7 +244,9 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 class Compared:
-    """Documents that others are compared with: by what they ask, and as a whole where these all ask the same."""
+    """Documents that others are compared with: by what they ask, or as a whole where these mostly ask the same, so that
+    a prompt is no question of its own.
+    """
 
     def __init__(self, task: HarnessTask, documents: Sequence[Document]) -> None:
         self.task, self.documents = task, documents
@@ -262,7 +263,7 @@ class Compared:
 
     @functools.cached_property
     def _differ(self) -> bool:
-        return len(self.documents) < 2 or len(set(self.by_question)) > 1
+        return len(self.documents) < 2 or len(set(self.by_question)) > len(self.documents) / MOST_ALIKE
 
     @functools.cached_property
     def _known(self) -> set[int]:

@@ -101,6 +101,7 @@ def test_a_folder_without_a_tokenizer_is_said(tmp_path: Path) -> None:
     folder = shutil.copytree(models.EMBEDDED["tiny-moe"], tmp_path / "moe")
     for file in folder.glob("tokenizer*"):
         file.unlink()
+    assert models.tokenizer_of("tiny-moe").get_vocab()
     with pytest.raises(StudyError, match=r"the tokenizer of .* makes no token of a text: are its files there"):
         models.tokenizer_of(str(folder))
 

@@ -173,7 +173,9 @@ def test_a_template_hands_no_text_on_that_is_read_as_something_else(tmp_path: Pa
         (row([0, 1, 0, 0]), {}, "a 0 or 1 for each choice where numbers of choices are needed: write doc_to_target"),
         (row([0, 1], ["a", "b"]), {}, "each of its 2 choices is right"),
         (row([1, 4]), {}, "its answer is the number 4, none of its 4 choices"),
-        (row([1, -1]), {}, "its answer is the number -1, none of its 4 choices"),
+        (row([1, -2]), {}, "its answer is the number -2, none of its 4 choices"),
+        (row([1.0, 2.0]), {}, "of several the numbers are needed (0 to 3)"),
+        (row(["ruby", "fern"]), {}, "of several the numbers are needed (0 to 3)"),
         (row(0), {"doc_to_choice": ["{{choices[0]}}", "{{choices[1]}}"]}, "what doc_to_choice lists is no template"),
         (row(0), {"doc_to_choice": {"a": "{% if 1 %}x{% endif %}", "b": "y"}}, "what doc_to_choice lists is no"),
         (row(0), {"target_delimiter": "{{' '}}"}, "target_delimiter is no template"),
@@ -300,6 +302,36 @@ def test_rows_that_another_task_of_the_mixture_is_trained_on_are_counted(tmp_pat
     second = write(tmp_path / "b", MC, [row(2, question="b ?")], one[:3], task="other")
     notes = tasks.look(tasks.load_task(f"{first},{second}", select_on="test"), char_tokenizer(), LIMITS).notes
     assert notes == ["3 of 3 rows that 'other' is tested on are training rows of 'quiz' too, word for word"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        ([row([1, -1]), row([0, 2])], {}),  # lists of equal length are filled up
+        ([row(0)], {"doc_to_choice": ["x^{{2}}", "x^{3}"]}),  # a formula
+    ],
+)
+def test_what_looks_wrong_and_scores_is_taken(tmp_path: Path, rows: list[Any], changes: dict[str, Any]) -> None:
+    assert looked(write(tmp_path, {**MC, **changes}, FOUR[:2], rows)).training
+
+
+def test_texts_without_a_prompt_are_cut(tmp_path: Path) -> None:
+    form = {"output_type": "loglikelihood", "doc_to_text": "", "doc_to_target": "{{answer}}", "target_delimiter": ""}
+    path = write(tmp_path, {**form, "metric_list": [{"metric": "acc"}]}, say("a" * 90, "b" * 90), say("ab"))
+    (note,) = looked(path, limits=tasks.Limits(max_length=16, positions=128, rows=64)).notes
+    assert note.startswith("2 of 2 training rows of 'quiz' are cut to max_length=16")
+
+
+def test_one_column_may_hold_its_own_name(tmp_path: Path) -> None:
+    form = {**GEN, "doc_to_text": "spell {{word}} :", "doc_to_target": "word"}
+    assert trained(csv_task(tmp_path, "word\nword\nab\n", form)) == ["word", "ab"]
+
+
+def test_a_chat_template_that_leaves_the_question_out_is_refused(tmp_path: Path) -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }} {% endfor %}a:"
+    with pytest.raises(StudyError, match=r"the chat template of the tokenizer leaves out the question 'which is ruby"):
+        looked(write(tmp_path, MC, FOUR), tokenizer, chat_template=True)
 
 
 def test_no_row_keeps_its_prompt(tmp_path: Path) -> None:

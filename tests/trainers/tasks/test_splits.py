@@ -317,6 +317,35 @@ def test_a_document_that_asks_the_same_as_a_held_out_one_goes_with_it(tmp_path: 
     assert task.num_training == 80 - 2 * len(held_out)
 
 
+def test_prompts_that_are_no_questions_of_their_own_hold_nothing_else_out(tmp_path: Path) -> None:
+    path = task_file(tmp_path / "few", "train", "test", count=100)
+    file = path.with_name("train.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    same = lines[0]["choices"]
+    changed = [{**line, "question": "left", "choices": same, "n": number} for number, line in enumerate(lines)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    assert single(path).num_training == 90
+
+
+def test_the_order_of_tasks_does_not_change_what_is_trained(tmp_path: Path) -> None:
+    path = task_file(tmp_path / "own", "train", "test", count=200)
+    file = path.with_name("train.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    topics = [f"topic {random.Random(number).randrange(60)}" for number in range(len(lines))]
+    same = lines[0]["choices"]
+    changed = [{**line, "choices": same, "topic": topic} for line, topic in zip(lines, topics, strict=True)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in changed))
+    asked = [json.loads(line) | {"topic": "another"} for line in path.with_name("test.jsonl").read_text().splitlines()]
+    path.with_name("test.jsonl").write_text("".join(json.dumps(line) + "\n" for line in asked))
+    other = path.with_name("topic.yaml")
+    other.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"task": "topic", "doc_to_text": "{{topic}}"}))
+    orders = [tasks.load_task(f"{one},{two}") for one, two in ((path, other), (other, path))]
+    documents = [[part.training.documents for part in sorted(mix.parts, key=lambda p: p.label)] for mix in orders]
+    assert documents[0] == documents[1]
+    held_out = {doc["topic"] for mix in orders for doc in evaluated(mix.parts[0])}
+    assert not held_out & {doc["topic"] for doc in documents[0][0]}
+
+
 def test_tasks_over_the_same_questions_train_on_what_none_holds_out(tmp_path: Path) -> None:
     path = task_file(tmp_path / "own", "train", "test", count=200)
     other = write_task(tmp_path / "own", "fewer", {}, **{**CHOICE, "doc_to_text": "say {{question}}:"})

@@ -113,7 +113,7 @@ def _look_at_training(data: TrainingData, tokenizer: PreTrainedTokenizerBase, li
         length = len(context) + len(completion) + len(stop)
         lengths.append(length)
         dropped = length - limits.max_length
-        cut, bare = cut + (dropped > 0), bare + (dropped >= len(context))
+        cut, bare = cut + (dropped > 0), bare + (dropped >= len(context) > 1)  # one token may stand for no prompt
         unknown += tokens.is_unknown(tokenizer, [*context, *completion])
         if limits.positions is not None and min(length, limits.max_length) > limits.positions:
             raise StudyError(

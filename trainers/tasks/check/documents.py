@@ -27,6 +27,7 @@ from trainers.tasks.task_file import one_line
 _ASKED = ("doc_to_text", "doc_to_target", "doc_to_choice")
 _DRAWS = re.compile(r"\b(random|lipsum)\b")  # what a template can draw with
 _KEPT = re.compile(r"{{\s*(none|None|true|True|false|False)\b")  # the same in every template
+_IN_BRACES = re.compile(r"{{-?\s*(\w+)")
 _ADDRESS = re.compile(r"<[^<>]+ at 0x[0-9a-f]+>")  # as Python writes an object that has no text
 _WRITTEN_SO = re.compile(r"(?<![{\w])\{(\w+)\}(?!\})")  # as Python's format has it
 _HIDDEN = "the answers of this split are hidden: name another split"
@@ -109,7 +110,7 @@ def _no_field(task: HarnessTask, document: Document) -> str:
     for key in ("doc_to_choice", "doc_to_target"):
         listed = getattr(task.config, key, None)
         entries = listed.values() if isinstance(listed, Mapping) else listed if isinstance(listed, list) else ()
-        if literal := next((one for one in entries if isinstance(one, str) and _is_template(one)), ""):
+        if literal := next((one for one in entries if isinstance(one, str) and _names_field(one, document)), ""):
             return (
                 f"one of its answers would be the text {shown(repr(literal))}: what {key} lists is no template; one "
                 f"template that makes the list is, as in {key}: '{{{{[first, second]}}}}'"
@@ -119,6 +120,11 @@ def _no_field(task: HarnessTask, document: Document) -> str:
     if meant := next((name for name in written if name in document), ""):
         return f"its prompt would hold the text {{{meant}}}: a field is written {{{{{meant}}}}} (doc_to_text)"
     return ""
+
+
+def _names_field(text: str, document: Document) -> bool:
+    """Whether a text is a template that was meant to hold a field, and not a formula with braces."""
+    return "{%" in text or any(name in document for name in _IN_BRACES.findall(text))
 
 
 def _is_template(text: str) -> bool:
@@ -202,11 +208,10 @@ def _wrong_list(answers: Any, choices: Sequence[str]) -> str:
     """What is wrong with several right answers of a question; "" where nothing is, or there is one."""
     if not isinstance(answers, list) or len(answers) < 2:
         return ""
-    kinds = {type(answer) for answer in answers}
-    if len(kinds) > 1 or not kinds <= {int, str}:
-        return f"its right answers are {value_of(answers)}: numbers of choices are needed, or their texts"
-    possible = range(len(choices)) if kinds == {int} else choices
-    if none := [answer for answer in answers if answer not in possible]:
+    if any(not isinstance(answer, int) or isinstance(answer, bool) for answer in answers):
+        return f"its right answers are {value_of(answers)}: of several the numbers are needed (0 to {len(choices) - 1})"
+    # -1 behind a choice fills a list up, and is never answered.
+    if none := [answer for answer in answers if answer not in range(len(choices)) and answer != -1]:
         return _no_choice(none[0], choices)
     if len(answers) == len(choices) > 2 and all(answer in (0, 1) for answer in answers):
         return (

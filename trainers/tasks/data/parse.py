@@ -260,7 +260,7 @@ def _csv_rows(path: Path, text: str, form: Format) -> list[Raw]:
             columns = _header(path, line, cells)
         elif len(cells) != len(columns):
             refuse(path, line, f"there are {len(cells)} cells for {len(columns)} columns ({', '.join(columns)})")
-        elif cells == columns:
+        elif cells == columns and len(columns) > 1:  # one column may hold any word
             refuse(path, line, f"the names of the columns ({', '.join(columns)}) stand here as a row: remove the line")
         else:
             rows.append(cells)

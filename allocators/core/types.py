@@ -1123,6 +1123,15 @@ class Outcome:
         """`{"arc_easy": {"accuracy", "stderr"}}` where several tasks were trained and evaluated, else empty."""
         return self.rungs[-1].by_task if self.rungs and self.accuracy is not None else {}
 
+    def check_count(self, shape: ModelShape) -> None:
+        """Raises ValueError where it has not the parameters that it says, InfeasibleError for an allocation that the
+        model has no place for.
+        """
+        counted = self.trial.allocation.trainable_params(shape, rank=self.trial.recipe.rank)
+        if counted != self.trainable_params:
+            says = f"it says {self.trainable_params:,} trainable parameters"
+            raise ValueError(f"{says}, and its allocation has {counted:,}")
+
     def updated(self, **changes: Any) -> Outcome:
         """A copy with these fields changed."""
         return replace(self, **changes)

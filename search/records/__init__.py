@@ -254,7 +254,8 @@ class Records:
 
     def _apply_outcome(self, line: Mapping[str, Any]) -> None:
         outcome, params = Outcome.from_json(line["outcome"]), checks.scalars(line["params"], "params")
-        self._check_ours(outcome.trial, outcome.trainable_params)
+        self._check_ours(outcome.trial)
+        outcome.check_count(self.shape)
         if outcome.status == "failed" and (was_lost := _LOST.search(outcome.message)) is not None:
             log.info("%s was lost, not failed: %s", outcome.digest, was_lost[0])  # as earlier versions recorded it
             outcome, line = outcome.updated(status="lost", rungs=()), {**line, "event": "started"}
@@ -288,17 +289,12 @@ class Records:
         if digest not in self.reused and not outcome.trial.parent:
             self._trained[digest] = outcome
 
-    def _check_ours(self, trial: Trial, trainable_params: int) -> None:
-        """Raises ValueError for a training of another model or task, whose accuracy says nothing here, and for one that
-        has not the parameters that it says; InfeasibleError for layers or experts that the model does not have.
-        """
+    def _check_ours(self, trial: Trial) -> None:
+        """Raises ValueError for a training of another model or task: its accuracy says nothing here."""
         for key in ("model", "task"):
             ours, theirs = self.header["identity"].get(key), getattr(trial, key)
             if ours not in (None, theirs) and ours != redacted(theirs):
                 raise ValueError(f"it is a training with {key}={redacted(theirs)}, and the study has {key}={ours}")
-        counted = trial.allocation.trainable_params(self.shape, rank=trial.recipe.rank)
-        if counted != trainable_params:
-            raise ValueError(f"it says {trainable_params:,} trainable parameters, and its allocation has {counted:,}")
 
     def _apply_lost(self, digest: str, reason: str) -> None:
         self.lost[digest] += 1

@@ -127,7 +127,8 @@ def load(name: str) -> Table:
         content = pq.read_table(file)
         about = checks.mapping(json.loads((content.schema.metadata or {})[METADATA]), "what it is about")
         known = about["format"] == FORMAT
-        rows = [_row(line) for line in content.to_pylist()] if known and _check(about) else []
+        shape = ModelShape.from_json(about["shape"]) if known and _check(about) else None
+        rows = [_row(line, shape) for line in content.to_pylist()] if shape else []
     except (*damage, ToolkitError) as error:
         raise StudyError(
             f"{file} is no table of recorded trainings ({type(error).__name__}: {words.shown(ascii(error.args[:1]))}): "
@@ -138,24 +139,8 @@ def load(name: str) -> Table:
         raise StudyError(f"{file} has format {version}, this version reads {FORMAT}: export it again")
     if not rows:
         raise StudyError(f"{file} holds no training: export a study with finished ones")
-    shape = ModelShape.from_json(about["shape"])
-    for row in rows:
-        _check_count(row.outcome, shape, file)
     # by the digest of today: a recipe may have got a setting since, at a default that changes nothing
     return Table(file.stem, about, {row.outcome.digest: row for row in rows})
-
-
-def _check_count(outcome: Outcome, shape: ModelShape, file: Path) -> None:
-    """Raises StudyError for a training that has not the parameters that it says: no study would record it."""
-    try:
-        counted = outcome.trial.allocation.trainable_params(shape, rank=outcome.trial.recipe.rank)
-    except ToolkitError as error:
-        raise StudyError(f"{file} is no table of {shape.name}: {error}") from None
-    if counted != outcome.trainable_params:
-        raise StudyError(
-            f"{file} says {outcome.trainable_params:,} trainable parameters of training {outcome.digest}, and its "
-            f"allocation has {counted:,}: export the study again"
-        )
 
 
 def _check(about: Mapping[str, Any]) -> bool:
@@ -169,7 +154,7 @@ def _check(about: Mapping[str, Any]) -> bool:
     return True
 
 
-def _row(line: Mapping[str, Any]) -> Row:
+def _row(line: Mapping[str, Any], shape: ModelShape) -> Row:
     params = {k.removeprefix("param."): v for k, v in line.items() if k.startswith("param.") and v is not None}
     tested = line.get("test_accuracy")  # none in a table of an earlier version
     trial, versions = json.loads(line["trial"]), json.loads(line["versions"])
@@ -179,6 +164,7 @@ def _row(line: Mapping[str, Any]) -> Row:
         {**{name: line[name] for name in names}, "trial": trial, "versions": versions, "test": test}
         | {"forgetting": line.get("forgetting")}
     )
+    outcome.check_count(shape)
     if outcome.status not in KEPT:
         raise ValueError(f"a row has status {outcome.status}")
     return Row(

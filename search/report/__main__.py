@@ -44,10 +44,10 @@ def _report(given: Sequence[str]) -> Iterator[str]:
     folder, request = door.one_study(given, Request, example="search.report STUDY")
     if request.seeds and not request.results:
         raise StudyError("seeds= says what goes into the file of results=FILE.json: give both, or neither")
-    to = request.results or "the study's folder"
     try:
-        if request.results:
+        if to := request.results:
             refuse_other_kind(Path(to), summary.BEGINS.encode(), kind="a file of results")
+        to = "the study's folder"
         to = folder = mirror.here(folder)
         report = write(folder)
         show(report)

@@ -110,6 +110,17 @@ def _tracker(config: RunConfig, locations: Locations) -> Tracker:
     )
 
 
+def _write(file: Path, text: str) -> None:
+    """A file beside the records. Raises StudyError where it cannot be written."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        write_atomically(file, text)
+    except OSError as error:
+        raise StudyError(
+            f"{file} cannot be written ({error.strerror}): mend that, and the same command goes on"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Session:
     """The part of a run in which workers are up."""
@@ -235,7 +246,7 @@ class Session:
         if file.exists() or (base := workers.untrained()) is None:
             return
         on_both = {**base.selection.to_json(), "test": base.test.to_json()}
-        self._write(file, canonical_json(on_both))
+        _write(file, canonical_json(on_both))
         said = " and ".join(
             f"{score.accuracy:.3f} ± {score.stderr:.3f} on the {split} split"
             for split, score in (("validation", base.selection), ("test", base.test))
@@ -250,18 +261,8 @@ class Session:
             progress.message(f"measuring {kind}, or reading what was measured before")
             signals[kind] = workers.measure(kind, partial(progress.measuring, kind))
             progress.measured()
-            self._write(self.locations.folder / SIGNALS / f"{kind}.json", canonical_json(signals[kind].to_json()))
+            _write(self.locations.folder / SIGNALS / f"{kind}.json", canonical_json(signals[kind].to_json()))
         return signals
-
-    def _write(self, file: Path, text: str) -> None:
-        """A file beside the records. Raises StudyError where it cannot be written."""
-        try:
-            file.parent.mkdir(exist_ok=True)
-            write_atomically(file, text)
-        except OSError as error:
-            raise StudyError(
-                f"{file} cannot be written ({error.strerror}): mend that, and the same command goes on"
-            ) from None
 
     def _choose_pack(self, problem: Problem, workers: Workers, progress: Progress) -> None:
         """Lets a worker time a few steps of the largest of some points, and packs as many as it says."""

@@ -132,14 +132,11 @@ def check_config(name: str, *, trust_remote_code: bool = False) -> None:
 def check_files(name: str, shape: ModelShape) -> None:
     """Looks at the weight files of a model that lie here, before anything is started; loads and fetches nothing.
 
-    Raises StudyError as `files.check` and `files.check_sizes` do.
+    Raises StudyError as `files.check` does.
     """
     config = config_file(name)
     if not hub.is_cached(config) or hub.is_complete(config.parent):
-        stored = stored_as(config_of(name), name=name)
-        files.check(config.parent, stored=stored, numbers="")
-        if not stored:
-            files.check_sizes(config.parent, shape)
+        files.check(config.parent, stored=stored_as(config_of(name), name=name), numbers="", shape=shape)
 
 
 def has_weights(name: str) -> bool:

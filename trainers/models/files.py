@@ -32,11 +32,12 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d{1,5})\.(.*)")
 _LONGEST = 300  # characters of somebody else's reason
 
 
-def check(folder: Path, *, stored: str, numbers: str) -> list[str]:
+def check(folder: Path, *, stored: str, numbers: str, shape: ModelShape | None = None) -> list[str]:
     """Notes on the files of a model: what the user should know, a line each. Loads nothing.
 
     stored    what `options.stored_as` says
     numbers   what `options.numbers_of` says
+    shape     what config.json makes of it, where the load is not to say first that the files hold something else
 
     Raises StudyError for weight files that are missing, cut short or Git LFS pointers, experts that differ from the
     others, and weights that are not in the form that config.json says.
@@ -56,6 +57,8 @@ def check(folder: Path, *, stored: str, numbers: str) -> list[str]:
             f"the files of '{folder}' hold {', '.join(packed or sorted(dtypes))}, and config.json {says}: are both of "
             "one model?"
         )
+    if shape is not None and not stored:
+        _check_sizes(tensors, folder, shape)
     if stored == "fp8":
         _check_blocks(tensors, folder)
     notes = []
@@ -82,14 +85,21 @@ def _tensors(folder: Path) -> dict[str, weight_files.Stored]:
     return tensors
 
 
-def _check_experts(tensors: Mapping[str, weight_files.Stored], folder: Path) -> None:
-    """Raises StudyError where one expert of a layer has other tensors than the rest, which cannot be stacked then."""
+def _experts_in(
+    tensors: Mapping[str, weight_files.Stored],
+) -> dict[str, dict[str, dict[int, weight_files.Stored]]]:
+    """Experts that are stored one by one: by layer and part, the tensor of each."""
     layers: dict[str, dict[str, dict[int, weight_files.Stored]]] = {}
     for name, tensor in tensors.items():
         if match := _EXPERT.fullmatch(name):
             layer, number, part = match.groups()
             layers.setdefault(layer, {}).setdefault(part, {})[int(number)] = tensor
-    for layer, parts in layers.items():
+    return layers
+
+
+def _check_experts(tensors: Mapping[str, weight_files.Stored], folder: Path) -> None:
+    """Raises StudyError where one expert of a layer has other tensors than the rest, which cannot be stacked then."""
+    for layer, parts in _experts_in(tensors).items():
         experts = sorted(set().union(*parts.values()))
         for part, by_expert in parts.items():
             if missing := [expert for expert in experts if expert not in by_expert]:
@@ -106,22 +116,17 @@ def _check_experts(tensors: Mapping[str, weight_files.Stored], folder: Path) -> 
                 )
 
 
-def check_sizes(folder: Path, shape: ModelShape) -> None:
-    """Raises StudyError where the files hold a matrix in another size than config.json makes it, or more or fewer
-    experts: what a search planned by the config would not load.
+def _check_sizes(tensors: Mapping[str, weight_files.Stored], folder: Path, shape: ModelShape) -> None:
+    """Tensors that a family stores under other names than it loads them are left to the load.
 
-    Tensors that a family stores under other names than it loads them are left to the load.
+    Raises StudyError where the files hold a matrix in another size than config.json makes it, or other experts.
     """
-    tensors = _tensors(folder)
-    held: dict[str, set[int]] = {}
-    for name in tensors:
-        if match := _EXPERT.fullmatch(name):
-            held.setdefault(match[1], set()).add(int(match[2]))
+    held = {layer: len(set().union(*parts.values())) for layer, parts in _experts_in(tensors).items()}
     for module in shape.modules:
         layer = module.path.rpartition(".")[0]
-        if module.num_experts and layer in held and len(held[layer]) != module.num_experts:
+        if module.num_experts and held.get(layer, module.num_experts) != module.num_experts:
             raise StudyError(
-                f"{layer} of '{folder}' has {len(held[layer])} experts in its files, and config.json makes it "
+                f"{layer} of '{folder}' has {held[layer]} experts in its files, and config.json makes it "
                 f"{module.num_experts}: is config.json another model's?"
             )
         tensor, wanted = tensors.get(f"{module.path}.weight"), (module.out_features, module.in_features)

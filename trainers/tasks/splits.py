@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -252,32 +253,29 @@ class Compared:
         self.task, self.documents = task, documents
 
     @functools.cached_property
-    def by_question(self) -> list[int]:
-        """A number for each, equal where they ask the same. Texts of a large data set would fill the memory."""
-        return [hash(_asked(self.task, document)) for document in self.documents]
+    def by_question(self) -> Counter[int]:
+        """How many ask the same. Numbers, because the texts of a large data set would fill the memory."""
+        return Counter(hash(_asked(self.task, document)) for document in self.documents)
 
     @functools.cached_property
-    def as_whole(self) -> list[int]:
-        """A number for each, equal where all of their fields are."""
-        return [hash(_text(document)) for document in self.documents]
+    def as_whole(self) -> Counter[int]:
+        """How many have the same fields."""
+        return Counter(hash(_text(document)) for document in self.documents)
 
-    @functools.cached_property
+    @property
     def _differ(self) -> bool:
-        return len(self.documents) < 2 or len(set(self.by_question)) > len(self.documents) / MOST_ALIKE
-
-    @functools.cached_property
-    def _known(self) -> set[int]:
-        return set(self.by_question if self._differ else self.as_whole)
+        return len(self.documents) < 2 or len(self.by_question) > len(self.documents) / MOST_ALIKE
 
     def has(self, document: Document) -> bool:
         """Whether a document of the same task is one of them."""
-        return hash(_asked(self.task, document) if self._differ else _text(document)) in self._known
+        if self._differ:
+            return hash(_asked(self.task, document)) in self.by_question
+        return hash(_text(document)) in self.as_whole
 
     def among(self, others: Compared) -> int:
         """How many of them are among the others."""
         mine, theirs = (self.by_question, others.by_question) if self._differ else (self.as_whole, others.as_whole)
-        known = set(theirs) if mine else set()
-        return sum(one in known for one in mine)
+        return sum(count for number, count in mine.items() if number in theirs)
 
 
 def _asked(task: HarnessTask, document: Document) -> str:

@@ -253,6 +253,20 @@ def test_studies_that_do_not_belong_together_and_empty_ones_are_refused(
     assert "usage" in capsys.readouterr().err
 
 
+def test_a_table_whose_parameters_are_not_those_of_its_allocations_is_refused(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    record(tmp_path / "a")
+    replay.export([tmp_path / "a"], tmp_path / "x.parquet")
+    table = pq.read_table(tmp_path / "x.parquet")
+    place = table.column_names.index("trainable_params")
+    more = pa.array([count.as_py() + 7 for count in table["trainable_params"]])
+    pq.write_table(table.set_column(place, "trainable_params", more), tmp_path / "more.parquet")
+    with pytest.raises(StudyError, match=r"more.parquet is no table .* trainable parameters, and its allocation has"):
+        replay.load(str(tmp_path / "more.parquet"))
+
+
 def test_tables_that_do_not_exist_and_files_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "no.parquet").write_text("no")
     for name, said in (

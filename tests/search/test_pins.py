@@ -107,6 +107,11 @@ def test_a_pin_means_the_choice_that_is_typed_like_it() -> None:
         chosen(24680, ["2468", "8642"])
 
 
+@pytest.mark.parametrize("text", ["2.0", "2", "2e0"])
+def test_a_whole_number_may_be_written_with_a_point(text: str) -> None:
+    assert PinnedTrial(Anything(), parse([f"space.x={text}"]).pins).suggest_int("x", 1, 8) == 2
+
+
 @pytest.mark.parametrize("text", ["inf", "nan", "1e400", "half", "true", "null"])
 def test_a_pinned_number_is_finite(text: str) -> None:
     pinned = PinnedTrial(Anything(), parse([f"space.x={text}"]).pins)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from allocators.core.errors import StudyError, ToolkitWarning
 from allocators.core.types import Signal
-from allocators.signals.cache import cached, peek
+from allocators.signals.cache import cached, load, peek
 
 PROVENANCE = {"model": "m", "weights": "abc", "samples": 4, "seed": 0}
 
@@ -33,6 +33,18 @@ def made(provenance: Mapping[str, Any] = PROVENANCE) -> Signal:
 
 def never() -> Signal:
     raise AssertionError("measured again")
+
+
+def test_the_copy_of_a_study_is_read_by_its_path_and_no_cache(tmp_path: Path) -> None:
+    cached("routing", PROVENANCE, folder=tmp_path, measure=made)
+    file = only_file(tmp_path)
+    assert load(file) == made()
+    file.write_text(json.dumps(made().to_json()))
+    assert load(file) == made()
+    assert peek("routing", PROVENANCE, folder=tmp_path) is None
+    file.write_text(json.dumps({"signal": made().to_json(), "checksum": "0"}))
+    with pytest.raises(StudyError, match="its checksum is wrong"):
+        load(file)
 
 
 def only_file(folder: Path) -> Path:
